@@ -1,0 +1,1 @@
+"""Tasks: one file each, holding a frozen dataclass `Config` (see docs/architecture.md, "The task contract")."""
