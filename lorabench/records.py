@@ -9,11 +9,13 @@
 
 from __future__ import annotations
 
+import fcntl
 import json
 import os
 import re
 import secrets
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -86,6 +88,15 @@ class Store:
 
     def __init__(self, root: str | Path) -> None:
         self.root = Path(root)
+
+    @contextmanager
+    def locked(self) -> Iterator[None]:
+        """Hold the manifest against other launchers on this machine; the kernel frees it when its holder dies."""
+        path = self.root / "locks" / "manifest"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with open(path, "a") as f:
+            fcntl.flock(f, fcntl.LOCK_EX)
+            yield
 
     def check_foreign(self) -> None:
         """Raise `ExistingWork` when the directory holds files that are not a sweep's."""

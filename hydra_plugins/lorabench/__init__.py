@@ -1,0 +1,1 @@
+"""Hydra plugins of lorabench: the packed launcher and the grid sweeper."""

@@ -1,0 +1,44 @@
+"""Override sets -> jobs. Composing is slow next to parsing, so a set that was composed once is kept."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+from hydra.types import HydraContext
+from omegaconf import DictConfig
+
+from lorabench.app import job, sweep_name
+
+if TYPE_CHECKING:
+    from lorabench.sweep import Job
+
+
+class Composer:
+    """Composes with Hydra's own loader, so that every group, default and interpolation holds as in a single run."""
+
+    _last: Composer | None = None
+
+    def __init__(self, context: HydraContext, config: DictConfig) -> None:
+        self.loader, self.config = context.config_loader, config
+        choices = config.hydra.runtime.choices
+        self.name = sweep_name(config.hydra.overrides.task, choices.get("experiment"))
+        self._kept: dict[tuple[str, ...], Job] = {}
+        self.extras: Mapping[tuple[str, ...], Mapping[str, Any]] = {}
+
+    @classmethod
+    def of(cls, context: HydraContext, config: DictConfig) -> Composer:
+        """The composer of this config: the sweeper and the launcher of one sweep share it."""
+        if cls._last is None or cls._last.config is not config:
+            cls._last = cls(context, config)
+        return cls._last
+
+    def job(self, overrides: Sequence[str], extra: Mapping[str, Any] | None = None) -> Job:
+        key = tuple(overrides)
+        if key not in self._kept:
+            cfg = self.loader.load_sweep_config(self.config, list(overrides))
+            self._kept[key] = job(cfg, name=self.name, extra=extra)
+        return self._kept[key]
+
+    def jobs(self, override_sets: Sequence[Sequence[str]]) -> list[Job]:
+        return [self.job(o) for o in override_sets]

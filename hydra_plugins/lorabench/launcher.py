@@ -1,0 +1,49 @@
+"""`hydra/launcher=packed`: all jobs of a sweep in one process, those that can share a base trained together."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from hydra.core.config_store import ConfigStore
+from hydra.core.utils import JobReturn, JobStatus, setup_globals
+from hydra.plugins.launcher import Launcher
+from hydra.types import HydraContext, TaskFunction
+from omegaconf import DictConfig
+
+
+@dataclass
+class PackedLauncherConf:
+    """The packed launcher has no settings of its own: pack size is `sweep.max_pack`."""
+
+    _target_: str = "hydra_plugins.lorabench.launcher.PackedLauncher"
+
+
+ConfigStore.instance().store(group="hydra/launcher", name="packed", node=PackedLauncherConf, provider="lorabench")
+
+
+class PackedLauncher(Launcher):
+    """Composes every job into a run, checks all of them, then hands them to the sweep layer as one list."""
+
+    def setup(self, *, hydra_context: HydraContext, task_function: TaskFunction, config: DictConfig) -> None:
+        self.context, self.config = hydra_context, config
+
+    def launch(self, job_overrides: Sequence[Sequence[str]], initial_job_idx: int) -> Sequence[JobReturn]:
+        from lorabench.app import primary
+        from lorabench.sweep import execute
+
+        setup_globals()
+        from hydra_plugins.lorabench.compose import Composer
+
+        jobs = Composer.of(self.context, self.config).jobs(job_overrides)
+        outcome = execute(jobs)
+        return [self._returned(o, record, primary(record)) for o, record in zip(job_overrides, outcome.records, strict=True)]
+
+    @staticmethod
+    def _returned(overrides: Sequence[str], record: Any, value: float) -> JobReturn:
+        ret = JobReturn(overrides=overrides, status=JobStatus.COMPLETED)
+        ret.return_value = value
+        return ret
+
+

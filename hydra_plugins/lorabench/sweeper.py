@@ -1,0 +1,110 @@
+"""`hydra/sweeper=grid`: a union of grids, tuned and then confirmed (design: two phases, each run its role)."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from hydra.core.config_store import ConfigStore
+from hydra.core.plugins import Plugins
+from hydra.plugins.sweeper import Sweeper
+from hydra.types import HydraContext, TaskFunction
+from omegaconf import DictConfig, OmegaConf
+
+from hydra_plugins.lorabench.grid import RATE, SEED, Point, expand
+
+
+@dataclass
+class GridSweeperConf:
+    """params: axes of all grids; grids: named grids, each a product of axes, `zip` for axes that advance together."""
+
+    _target_: str = "hydra_plugins.lorabench.sweeper.GridSweeper"
+    params: dict[str, Any] = field(default_factory=dict)
+    grids: dict[str, Any] = field(default_factory=dict)
+
+
+LABELLED = ("method", "method.r", "method.alpha", "method.target_modules", "method.use_rslora")
+
+ConfigStore.instance().store(group="hydra/sweeper", name="grid", node=GridSweeperConf, provider="lorabench")
+
+
+class GridSweeper(Sweeper):
+    """Lists cells x rates x tuning seeds, launches them, chooses a rate a cell, launches the confirmation seeds."""
+
+    def __init__(self, params: Mapping[str, Any], grids: Mapping[str, Any]) -> None:
+        self.params, self.grids = _plain(params), _plain(grids)
+
+    def setup(self, *, hydra_context: HydraContext, task_function: TaskFunction, config: DictConfig) -> None:
+        self.context, self.config = hydra_context, config
+        self.launcher = Plugins.instance().instantiate_launcher(
+            hydra_context=hydra_context, task_function=task_function, config=config
+        )
+
+    def sweep(self, arguments: list[str]) -> Any:
+        from hydra_plugins.lorabench.compose import Composer
+        from lorabench import sweep
+
+        composer = Composer.of(self.context, self.config)
+        points = expand(self.grids, self.params, arguments)
+        extras = _extras(points)
+        role = self.config.sweep.role
+        always = () if self.config.sweep.name else (f"sweep.name={composer.name}",)
+        listed = {
+            (*p.fixed, *rate, f"{SEED}={seed}", *always): (p, extras[i])
+            for i, p in enumerate(points)
+            for rate in ([(r,) for r in p.rates] or [()])
+            for seed in _seeds(p, self.config.sweep.tune_seeds)
+        }
+        jobs = {overrides: composer.job(overrides, extra) for overrides, (_, extra) in listed.items()}
+        settings = next(iter(jobs.values())).settings
+        sweep.require_fresh(settings)
+        sweep.declare(list(jobs.values()))
+        returned = self.launcher.launch(_once(jobs), 0)
+        if settings.sweep.confirm_seeds and role == "tune" and not settings.sweep.dry_run:
+            chosen = sweep.chosen_rates(settings)
+            confirm = {
+                (*p.fixed, f"{RATE}={chosen[name]!r}", f"{SEED}={seed}", "sweep.role=confirm", *always): extra
+                for name, (p, extra) in _cells(jobs, listed).items()
+                if name in chosen
+                for seed in settings.sweep.confirm_seeds
+            }
+            if confirm:
+                confirming = {overrides: composer.job(overrides, extra) for overrides, extra in confirm.items()}
+                sweep.declare(list(confirming.values()))
+                returned = [*returned, *self.launcher.launch(_once(confirming), len(listed))]
+        sweep.finish(settings)
+        return returned
+
+
+def _plain(value: Any) -> dict[str, Any]:
+    if isinstance(value, DictConfig):
+        return OmegaConf.to_container(value, resolve=True)  # type: ignore[return-value]
+    return dict(value or {})
+
+
+def _seeds(point: Point, tune_seeds: Sequence[int]) -> list[str]:
+    """A seed axis of the grid or the command line, else the sweep's tuning seeds."""
+    return [t.split("=", 1)[1] for t in point.seeds] if point.seeds else [str(s) for s in tune_seeds]
+
+
+def _extras(points: Sequence[Point]) -> list[dict[str, str]]:
+    """Axes that tell cells apart and are no part of a method's own label, for each point."""
+    values: dict[str, set[str]] = {}
+    for p in points:
+        for key, value in p.axes.items():
+            values.setdefault(key, set()).add(value)
+    shown = {k for k, v in values.items() if len(v) > 1 and k not in LABELLED}
+    return [{k: v for k, v in p.axes.items() if k in shown} for p in points]
+
+
+def _once(jobs: Mapping[tuple[str, ...], Any]) -> list[list[str]]:
+    """One override set a run: a run that belongs to two cells trains once."""
+    sets = {job.run.run_id: list(overrides) for overrides, job in reversed(list(jobs.items()))}
+    return [sets[i] for i in dict.fromkeys(job.run.run_id for job in jobs.values())]
+
+
+def _cells(jobs: Mapping[tuple[str, ...], Any], listed: Mapping[tuple[str, ...], Any]) -> dict[str, Any]:
+    from lorabench.sweep import cell_id
+
+    return {cell_id(job.label): listed[overrides] for overrides, job in jobs.items()}

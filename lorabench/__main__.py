@@ -1,0 +1,34 @@
+"""`python -m lorabench`: Hydra's command line. Exit 0: done; 1: some runs failed; 2: bad input, nothing written."""
+
+from __future__ import annotations
+
+import os
+import sys
+
+import hydra
+from hydra.errors import HydraException
+from omegaconf.errors import OmegaConfBaseException
+
+from lorabench.app import config_dir, task
+from lorabench.schema import ConfigError
+
+
+def main() -> None:
+    os.environ.setdefault("HYDRA_FULL_ERROR", "1")  # errors reach us whole; what a user sees is decided here
+    try:
+        hydra.main(version_base="1.3", config_path=config_dir(), config_name="config")(task)()
+    except (ConfigError, HydraException, OmegaConfBaseException) as e:
+        print(f"error: {e}", file=sys.stderr)
+        sys.exit(2)
+    except KeyboardInterrupt:
+        print("stopped; the same command goes on from here", file=sys.stderr)
+        sys.exit(130)
+    except Exception as e:
+        if type(e).__name__ != "SweepFailed":  # by name: importing it here would import torch
+            raise
+        print(f"error: {e}", file=sys.stderr)
+        sys.exit(1)
+
+
+if __name__ == "__main__":
+    main()

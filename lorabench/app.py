@@ -1,0 +1,68 @@
+"""Where Hydra meets lorabench: composed config in, one job out. Torch is imported when a job runs, not before."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from hydra.core.hydra_config import HydraConfig
+from omegaconf import DictConfig, OmegaConf, open_dict
+
+from lorabench.config import digest, parse
+
+
+def config_dir() -> str:
+    """The package's own `conf/` (a wheel), else the repository's (a checkout), as an absolute path."""
+    here = Path(__file__).resolve().parent
+    return str(here / "conf" if (here / "conf").is_dir() else here.parent / "conf")
+
+
+def sweep_name(overrides: Sequence[str], experiment: str | None) -> str:
+    """The experiment's name, else a short hash of what was asked for (where it goes and how it shows is not asked)."""
+    if experiment:
+        return experiment
+    asked = sorted(o for o in overrides if not o.lstrip("+").startswith(("sweep.", "report.", "tracker")))
+    return f"run-{digest(asked)[:8]}"
+
+
+def job(cfg: DictConfig, *, name: str, extra: Mapping[str, Any] | None = None) -> Any:
+    """Parse a composed config into a `sweep.Job`. Raises `ConfigError`."""
+    from lorabench.sweep import Job, label_of
+
+    cfg = cfg.copy()
+    with open_dict(cfg):
+        cfg.pop("hydra", None)
+        if OmegaConf.select(cfg, "sweep.name") is None and OmegaConf.select(cfg, "sweep") is not None:
+            cfg.sweep.name = name
+    run, settings = parse(cfg)
+    return Job(run, settings, label_of(run, alpha_rule=alpha_rule(cfg), extra=extra))
+
+
+def alpha_rule(cfg: DictConfig) -> str | None:
+    """How alpha was asked for: `16`, `2r`, with rsLoRA's scaling named."""
+    raw = OmegaConf.select(cfg, "method.alpha")
+    if raw is None:
+        return None
+    text = raw if isinstance(raw, str) else f"{raw:g}"
+    return f"{text}/sqrt(r)" if OmegaConf.select(cfg, "method.use_rslora") else text
+
+
+def task(cfg: DictConfig) -> float:
+    """Hydra's task function: one run. Returns its primary validation metric, NaN if it failed; never raises for it."""
+    from lorabench.sweep import execute, finish
+
+    hydra = HydraConfig.get()
+    alone = hydra.mode.name == "RUN"
+    made = job(cfg, name=sweep_name(hydra.overrides.task, hydra.runtime.choices.get("experiment")))
+    outcome = execute([made])
+    if alone:
+        finish(made.settings)
+    return primary(outcome.records[0])
+
+
+def primary(record: Any) -> float:
+    """The recorded primary metric on validation data; NaN where there is none."""
+    if record is None or record.status != "completed":
+        return float("nan")
+    return float(record.metrics[f"val/{record.metrics['primary']}"])

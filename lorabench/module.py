@@ -1,0 +1,197 @@
+"""The LightningModule: one loss a slice, one optimizer step for all of them. Shapes: K slices, N = K * B rows."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import pytorch_lightning as pl
+import torch
+from torch import Tensor
+
+from lorabench.adapters import Stack
+from lorabench.config import RunConfig
+from lorabench.optim import PackedAdamW, clip_factors, grad_norms, scale_grads, schedule
+
+Rows = Callable[[int, list[dict[str, Any]]], None]
+
+
+@dataclass
+class SliceState:
+    """What the training loop knows of one slice."""
+
+    status: str = "running"  # running, stopped (early), diverged
+    reason: str | None = None
+    best_loss: float = math.inf
+    best_step: int = 0
+    best_weights: dict[str, Tensor] | None = None
+    best_metrics: dict[str, float] = field(default_factory=dict)
+    last_metrics: dict[str, float] = field(default_factory=dict)
+    waited: int = 0  # evaluations since the best one
+    pending: list[dict[str, Any]] = field(default_factory=list)  # history rows not yet handed on
+
+
+class PackModule(pl.LightningModule):
+    """Trains K slices over one base.
+
+    The loss of a slice is sum(loss) / sum(weight) over its whole accumulated batch: gradients of the plain sums are
+    accumulated, then each slice's are divided by its weight. Slices that diverge or stop early are frozen.
+    """
+
+    automatic_optimization = False
+
+    def __init__(
+        self, model: torch.nn.Module, stack: Stack, task: Any, runs: Sequence[RunConfig], *, total_steps: int, rows: Rows
+    ) -> None:
+        super().__init__()
+        self.model, self.stack, self.task, self.runs = model, stack, task, list(runs)
+        self.total_steps, self.rows = total_steps, rows
+        self.slices = [SliceState() for _ in runs]
+        self.split = "val"
+        self.results: list[dict[str, np.ndarray]] = []
+        self._chunks: list[list[dict[str, np.ndarray]]] = []
+        self.steps_done = 0
+        self.evaluated_at = -1
+        self.tokens = 0
+
+    # -- training ---------------------------------------------------------------------------------------------------
+
+    def configure_optimizers(self) -> dict[str, Any]:  # type: ignore[override]
+        o = self.runs[0].optimizer
+        kinds = sorted({(t.stacked, t.decay) for t in self.stack.named_trainables()})
+        groups = [
+            {"params": self._parameters(stacked, decay), "stacked": stacked, "decay": decay} for stacked, decay in kinds
+        ]
+        rates = [r.optimizer.lr for r in self.runs]
+        decays = [r.optimizer.weight_decay for r in self.runs]
+        optimizer = PackedAdamW(groups, lr=rates, weight_decay=decays, betas=(o.beta1, o.beta2), eps=o.eps)
+        factor = schedule(o.schedule, self.total_steps, o.warmup_ratio)
+        self.packed = optimizer
+        return {"optimizer": optimizer, "lr_scheduler": torch.optim.lr_scheduler.LambdaLR(optimizer, factor)}
+
+    def _parameters(self, stacked: bool, decay: bool) -> list[torch.nn.Parameter]:
+        return [t.parameter for t in self.stack.named_trainables() if (t.stacked, t.decay) == (stacked, decay)]
+
+    def training_step(self, batch: list[dict[str, Tensor]], batch_idx: int) -> None:  # type: ignore[override]
+        losses, weights = torch.zeros(2, len(self.runs), dtype=torch.float64)
+        optimizer = self.optimizers()
+        self.packed.zero_grad(set_to_none=True)
+        for i, micro in enumerate(batch):
+            self._key_dropout(self.steps_done * len(batch) + i, micro)
+            out = self.task.step(self.model, micro)
+            self.manual_backward(out.loss_sum.sum())
+            losses += self._by_slice(out.loss_sum.detach())
+            weights += self._by_slice(out.weight)
+            self.tokens += int(micro["attention_mask"].sum()) if "attention_mask" in micro else 0
+        self._scale_and_freeze(losses / weights, weights)
+        rate = self.packed.param_groups[0]["lr"]
+        optimizer.step()  # type: ignore[union-attr]
+        self.lr_schedulers().step()  # type: ignore[union-attr]
+        self.steps_done += 1
+        self._log_training(losses / weights, rate)
+        if all(s.status != "running" for s in self.slices):
+            self.trainer.should_stop = True
+
+    def _by_slice(self, rows: Tensor) -> Tensor:
+        """[K * B] -> [K], summed in float64."""
+        return rows.double().view(len(self.runs), -1).sum(1).cpu()
+
+    def _key_dropout(self, step: int, batch: Mapping[str, Tensor]) -> None:
+        self.stack.context.set(seeds=[r.seed for r in self.runs], step=step, examples=batch["example"])
+
+    def _scale_and_freeze(self, losses: Tensor, weights: Tensor) -> None:
+        """Freeze the slices whose loss or gradient is not finite, divide by the weights, clip each slice."""
+        parameters = [(t.parameter, t.stacked) for t in self.stack.named_trainables()]
+        norms = grad_norms(parameters, len(self.runs)) / weights
+        for k, s in enumerate(self.slices):
+            if s.status == "running" and not (math.isfinite(losses[k]) and math.isfinite(norms[k])):
+                what = "loss" if not math.isfinite(losses[k]) else "gradient"
+                self._freeze(k, "diverged", f"the {what} was not finite at step {self.steps_done + 1}")
+        factors = clip_factors(norms, self.runs[0].trainer.gradient_clip_val) / weights
+        scale_grads(parameters, factors)
+
+    def _freeze(self, k: int, status: str, reason: str) -> None:
+        self.slices[k].status, self.slices[k].reason = status, reason
+        mask = torch.zeros(len(self.runs), dtype=torch.bool)
+        mask[k] = True
+        self.packed.freeze(mask)
+
+    def _log_training(self, losses: Tensor, factor: float) -> None:
+        if self.steps_done % self.runs[0].trainer.log_interval:
+            return
+        for k, s in enumerate(self.slices):
+            if s.status == "running":
+                lr = self.runs[k].optimizer.lr * factor
+                s.pending.append({"step": self.steps_done, "train/loss": round(float(losses[k]), 6), "lr": lr})
+
+    # -- evaluation -------------------------------------------------------------------------------------------------
+
+    def _start_evaluation(self) -> None:
+        self._chunks = [[] for _ in self.runs]
+
+    def _evaluate(self, batch: dict[str, Tensor]) -> None:
+        out = self.task.step(self.model, batch)
+        columns = {"example": batch["example"], **out.rows, "loss_sum": out.loss_sum, "weight": out.weight}
+        for name, column in columns.items():
+            columns[name] = column.detach().view(len(self.runs), -1).cpu()
+        for k, chunks in enumerate(self._chunks):
+            chunks.append({name: column[k].float().numpy() if column.is_floating_point() else column[k].numpy()
+                           for name, column in columns.items()})  # fmt: skip
+
+    def _end_evaluation(self) -> list[dict[str, np.ndarray]]:
+        """Per-example results of each slice, in the order of the example's own id."""
+        results = []
+        for chunks in self._chunks:
+            table = {name: np.concatenate([c[name] for c in chunks]) for name in chunks[0]}
+            order = np.argsort(table["example"], kind="stable")
+            results.append({name: column[order] for name, column in table.items()})
+        self._chunks = []
+        return results
+
+    def on_validation_epoch_start(self) -> None:
+        self._start_evaluation()
+
+    def validation_step(self, batch: dict[str, Tensor], batch_idx: int) -> None:  # type: ignore[override]
+        self._evaluate(batch)
+
+    def on_validation_epoch_end(self) -> None:
+        self.evaluated_at = self.steps_done
+        for k, (s, rows) in enumerate(zip(self.slices, self._end_evaluation(), strict=True)):
+            if s.status == "running":
+                self._judge(k, s, self.task.metrics(rows))
+            self.flush(k)
+
+    def _judge(self, k: int, s: SliceState, metrics: dict[str, float]) -> None:
+        """Keep the best weights of a slice; freeze it when it diverged or has waited long enough."""
+        s.pending.append({"step": self.steps_done, **{f"val/{name}": v for name, v in metrics.items()}})
+        s.last_metrics = metrics
+        if not math.isfinite(metrics["loss"]):
+            return self._freeze(k, "diverged", f"the validation loss was not finite at step {self.steps_done}")
+        trainer = self.runs[k].trainer
+        if trainer.keep == "last" or metrics["loss"] < s.best_loss:
+            s.best_metrics, s.best_step = metrics, self.steps_done
+            if trainer.keep == "best":
+                s.best_weights = {n: t.detach().cpu().clone() for n, t in self.stack.slice_state(k).items()}
+        s.waited = 0 if metrics["loss"] < s.best_loss else s.waited + 1
+        s.best_loss = min(s.best_loss, metrics["loss"])
+        if trainer.early_stopping_patience is not None and s.waited >= trainer.early_stopping_patience:
+            self._freeze(k, "stopped", f"no better validation loss for {s.waited} evaluations")
+        return None
+
+    def flush(self, k: int) -> None:
+        """Hand the history rows of slice k on."""
+        if self.slices[k].pending:
+            self.rows(k, self.slices[k].pending)
+            self.slices[k].pending = []
+
+    def on_test_epoch_start(self) -> None:
+        self._start_evaluation()
+
+    def test_step(self, batch: dict[str, Tensor], batch_idx: int) -> None:  # type: ignore[override]
+        self._evaluate(batch)
+
+    def on_test_epoch_end(self) -> None:
+        self.results = self._end_evaluation()

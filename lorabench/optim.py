@@ -1,0 +1,134 @@
+"""AdamW, clipping and schedules for K slices at once. Shapes: K slices; a stacked tensor is [K, ...].
+
+The update is that of torch.optim.AdamW (Loshchilov & Hutter, arXiv 1711.05101), with one learning rate and one
+decay a slice. A tensor that is not stacked (a base that trains itself) belongs to the one slice of its pack.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+
+def per_slice(values: Tensor, like: Tensor, *, stacked: bool) -> Tensor:
+    """`values` [K] shaped to broadcast over `like`: [K, 1, ...] if stacked, else [1, ...] (K = 1)."""
+    shape = (-1,) + (1,) * (like.dim() - 1) if stacked else (1,) * max(like.dim(), 1)
+    return values.to(device=like.device, dtype=like.dtype).view(shape)
+
+
+class PackedAdamW(torch.optim.Optimizer):
+    """AdamW whose peak rate and decay are vectors over the slices of a pack.
+
+    group["lr"] stays the scalar factor of the schedule, so that torch's schedulers work as they are; the per-slice
+    rates stand beside it. A frozen slice gets no update at all, whatever its gradients are.
+
+    groups: dicts with "params", "stacked" (tensors are [K, ...]) and "decay" (weight decay applies).
+    lr, weight_decay: one number a slice.
+    """
+
+    def __init__(
+        self,
+        groups: Iterable[dict[str, Any]],
+        *,
+        lr: Sequence[float],
+        weight_decay: Sequence[float],
+        betas: tuple[float, float] = (0.9, 0.999),
+        eps: float = 1e-8,
+    ) -> None:
+        rates = torch.tensor(lr, dtype=torch.float64)
+        decay = torch.tensor(weight_decay, dtype=torch.float64)
+        assert rates.shape == decay.shape and rates.dim() == 1
+        own = [dict(group) for group in groups]
+        for group in own:
+            group["slice_lr"] = rates.clone()
+            group["slice_decay"] = decay.clone() if group.pop("decay") else torch.zeros_like(decay)
+        super().__init__(own, {"lr": 1.0, "betas": betas, "eps": eps, "stacked": True})
+
+    def freeze(self, slices: Tensor) -> None:
+        """Take slices (bool [K]) out of training for good."""
+        for group in self.param_groups:
+            group["slice_lr"][slices.cpu()] = 0.0
+
+    @property
+    def frozen(self) -> Tensor:
+        """bool [K]"""
+        frozen: Tensor = self.param_groups[0]["slice_lr"] == 0
+        return frozen
+
+    @torch.no_grad()
+    def step(self, closure: Callable[[], Any] | None = None) -> Any:  # type: ignore[override]
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        for group in self.param_groups:
+            lr = group["lr"] * group["slice_lr"]
+            for p in group["params"]:
+                if p.grad is not None:
+                    self._update(p, group, lr)
+        return loss
+
+    def _update(self, p: Tensor, group: dict[str, Any], lr: Tensor) -> None:
+        beta1, beta2 = group["betas"]
+        stacked = group["stacked"]
+        state = self.state[p]
+        if not state:
+            state["step"] = 0
+            state["exp_avg"], state["exp_avg_sq"] = torch.zeros_like(p), torch.zeros_like(p)
+        state["step"] += 1
+        grad, exp_avg, exp_avg_sq = p.grad, state["exp_avg"], state["exp_avg_sq"]
+        frozen = group["slice_lr"] == 0
+        if bool(frozen.any()):
+            grad = torch.where(per_slice(frozen, grad, stacked=stacked).bool(), torch.zeros_like(grad), grad)
+        exp_avg.lerp_(grad, 1 - beta1)
+        exp_avg_sq.mul_(beta2).addcmul_(grad, grad, value=1 - beta2)
+        correction1, correction2 = 1 - beta1 ** state["step"], 1 - beta2 ** state["step"]
+        denom = (exp_avg_sq.sqrt() / math.sqrt(correction2)).add_(group["eps"])
+        p.mul_(per_slice(1 - lr * group["slice_decay"], p, stacked=stacked))
+        p.add_(per_slice(-lr / correction1, p, stacked=stacked) * exp_avg / denom)
+
+
+def grad_norms(parameters: Sequence[tuple[nn.Parameter, bool]], slices: int) -> Tensor:
+    """Gradient norm of each slice over all its tensors, [K] float64 on the CPU. parameters: (tensor, stacked)."""
+    total = torch.zeros(slices, dtype=torch.float64)
+    for p, stacked in parameters:
+        if p.grad is not None:
+            flat = p.grad.flatten(1) if stacked else p.grad.reshape(1, -1)
+            total += torch.linalg.vector_norm(flat, dim=1, dtype=torch.promote_types(p.dtype, torch.float32)).double().cpu() ** 2
+    return total.sqrt()
+
+
+@torch.no_grad()
+def scale_grads(parameters: Sequence[tuple[nn.Parameter, bool]], factors: Tensor) -> None:
+    """Multiply each slice's gradients by its factor, in place. factors: [K]."""
+    for p, stacked in parameters:
+        if p.grad is not None:
+            p.grad.mul_(per_slice(factors, p.grad, stacked=stacked))
+
+
+def clip_factors(norms: Tensor, max_norm: float | None) -> Tensor:
+    """torch.nn.utils.clip_grad_norm_'s coefficient, one a slice: min(1, max_norm / (norm + 1e-6))."""
+    if max_norm is None:
+        return torch.ones_like(norms)
+    return (max_norm / (norms + 1e-6)).clamp(max=1.0)
+
+
+def schedule(name: str, total_steps: int, warmup_ratio: float) -> Callable[[int], float]:
+    """The factor of the peak rate at a step (0-based): linear warm-up, then constant, linear or cosine to zero."""
+    warmup = math.ceil(total_steps * warmup_ratio)
+
+    def factor(step: int) -> float:
+        if step < warmup:
+            return (step + 1) / (warmup + 1)
+        progress = min(1.0, (step - warmup) / max(1, total_steps - warmup))
+        if name == "linear":
+            return 1.0 - progress
+        if name == "cosine":
+            return 0.5 * (1.0 + math.cos(math.pi * progress))
+        return 1.0
+
+    return factor

@@ -1,0 +1,160 @@
+"""What a run needs before it trains: its data, its base, its plan; and what `auto` means here.
+
+Data and the one base in use are kept for the next pack of the process. `check` is what every run passes before
+anything is written: it reads the data and builds the base on the meta device, but loads no weights.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass
+from typing import Any
+
+from lorabench.base import Base, BaseInfo, HeadSpec
+from lorabench.batches import steps_per_epoch
+from lorabench.config import RunConfig, digest
+from lorabench.plan import SlicePlan
+from lorabench.schema import ConfigError
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """A task's data for one base: raw, encoded, and what the task asks of the base."""
+
+    data: Any
+    encoded: Any
+    processor: Any
+    head: HeadSpec
+    info: BaseInfo
+
+
+@dataclass(frozen=True)
+class Resolved:
+    """What `auto` became. From a fixed table of device, shape and type, never from a timing."""
+
+    device: str  # cpu, cuda, mps
+    precision: str  # 32, bf16, 64, or one of Lightning's names
+    base_dtype: str  # float32, bfloat16, float64: how the frozen weights are held
+    trainer_precision: str  # what the Trainer is told
+    attention: str  # eager, sdpa
+
+
+_data: dict[str, Any] = {}
+_prepared: dict[str, Prepared] = {}
+_info: dict[str, BaseInfo] = {}
+_base: dict[str, Base] = {}
+
+
+def _key(*parts: Any) -> str:
+    return digest([dataclasses.asdict(p) if dataclasses.is_dataclass(p) else p for p in parts])  # type: ignore[arg-type]
+
+
+def load_data(task: Any) -> Any:
+    key = _key(task)
+    if key not in _data:
+        _data[key] = task.load()
+    return _data[key]
+
+
+def prepare(run: RunConfig) -> Prepared:
+    """Data, encoded examples and layers of a run; shared by all runs of the same task and model."""
+    key = _key(run.task, run.model)
+    if key not in _prepared:
+        data = load_data(run.task)
+        head = run.task.head(data)
+        processor = run.model.processor()
+        _prepared[key] = Prepared(data, run.task.encode(data, processor), processor, head, layers(run))
+    return _prepared[key]
+
+
+def layers(run: RunConfig) -> BaseInfo:
+    """The base's layers without encoding the data: what a dry run needs."""
+    head = run.task.head(load_data(run.task))
+    key = _key(run.model, head)
+    if key not in _info:
+        _info[key] = run.model.info(head)
+    return _info[key]
+
+
+def model_fingerprint(run: RunConfig) -> str:
+    return run.model.fingerprint()  # type: ignore[no-any-return]
+
+
+def plan(run: RunConfig, info: BaseInfo) -> SlicePlan:
+    """What a run trains. Raises `ConfigError` for unmatched targets and impossible ranks."""
+    made: SlicePlan = run.method.plan(info, seed=run.seed)
+    if made.trainable(info) == 0:
+        raise ConfigError("method", run.method.name, "nothing would train with these settings")
+    return made
+
+
+def check(run: RunConfig) -> SlicePlan:
+    """Raise `ConfigError` for anything that would stop this run, before anything is written."""
+    resolve(run)
+    return plan(run, layers(run))
+
+
+def base(run: RunConfig, head: HeadSpec, resolved: Resolved) -> Base:
+    """The loaded base. One is kept; a method that trains the base itself takes it away from the cache."""
+    key = _key(run.model, head, resolved.base_dtype, resolved.attention)
+    if key not in _base:
+        _base.clear()  # two bases at once are memory nobody asked for
+        _base[key] = run.model.load(head, dtype=resolved.base_dtype, attention=resolved.attention)
+    return _base.pop(key) if run.method.name == "full" else _base[key]
+
+
+def total_steps(run: RunConfig, examples: int) -> int:
+    t = run.trainer
+    per_epoch = steps_per_epoch(examples, t.batch_size, t.accumulate_grad_batches)
+    return t.max_steps if t.max_steps is not None else per_epoch * (t.max_epochs or 1)
+
+
+def resolve(run: RunConfig) -> Resolved:
+    """The table behind `trainer.precision=auto` and `model.attention=auto`.
+
+    bf16: CUDA devices that have it, CPUs with native bf16 products (AVX512-BF16, AMX); else float32. Frozen bases
+    are held in bf16 with float32 adapters; a base that trains keeps float32 master weights under autocast.
+    Attention: plain products for short sequences on a CPU (there SDPA's backward costs a third of the step), else SDPA.
+    """
+    device = _device(run.trainer.accelerator)
+    precision = _precision(run.trainer.precision, device)
+    full = run.method.name == "full"
+    names = {"32": ("float32", "32-true"), "64": ("float64", "64-true"), "bf16-mixed": ("float32", "bf16-mixed")}
+    dtype, trainer = names.get(precision, ("float32", "bf16-mixed") if full else ("bfloat16", "32-true"))
+    attention = getattr(run.model, "attention", "auto")
+    if attention == "auto":
+        short = (getattr(run.task, "max_length", None) or 10**9) <= 128
+        attention = "eager" if device == "cpu" and short else "sdpa"
+    return Resolved(device, precision, dtype, trainer, attention)
+
+
+def _device(accelerator: str) -> str:
+    import torch
+
+    if accelerator in ("cuda", "gpu") and not torch.cuda.is_available():
+        raise ConfigError("trainer.accelerator", accelerator, "no such device here; allowed here: auto, cpu")
+    if accelerator not in ("auto", "cpu", "cuda", "gpu", "mps"):
+        raise ConfigError("trainer.accelerator", accelerator, "allowed: auto, cpu, gpu, cuda, mps")
+    if accelerator in ("auto", "cuda", "gpu") and torch.cuda.is_available():
+        return "cuda"
+    return "mps" if accelerator == "mps" else "cpu"
+
+
+def _precision(name: str, device: str) -> str:
+    known = {"32": "32", "32-true": "32", "64": "64", "64-true": "64", "bf16": "bf16", "bf16-true": "bf16", "bf16-mixed": "bf16-mixed"}
+    if name == "auto":
+        return "bf16" if fast_bf16(device) else "32"
+    if name not in known:
+        why = "; fp16's loss scaling would couple the runs of a pack" if name.startswith("16") else ""
+        raise ConfigError("trainer.precision", name, f"allowed: auto, {', '.join(known)}{why}")
+    return known[name]
+
+
+def fast_bf16(device: str) -> bool:
+    """Whether bfloat16 products run natively on this device."""
+    import torch
+
+    if device == "cuda":
+        return torch.cuda.is_bf16_supported(including_emulation=False)
+    probes = ("_is_avx512_bf16_supported", "_is_amx_tile_supported")
+    return device == "cpu" and any(getattr(torch.cpu, p, lambda: False)() for p in probes)
