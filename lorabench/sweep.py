@@ -96,7 +96,7 @@ def execute(jobs: Sequence[Job], *, executor: Executor = map, console: Console |
         unique = list({j.run.run_id: j for j in jobs}.values())
         console.print(dry_run_table(plan_packs([j.run for j in unique], settings.sweep.max_pack), unique, plans))
         return Outcome([None] * len(jobs), 0, len(unique))
-    _write_cells(store, jobs, plans)
+    _write_cells(store, jobs, plans, only_new=True)
     with store.locked():
         packs = _planned(store, jobs)
     finished = _finished(store, jobs)
@@ -181,17 +181,17 @@ def declare(jobs: Sequence[Job]) -> None:
     store = Store(jobs[0].settings.sweep.dir)
     store.check_foreign()
     if not jobs[0].settings.sweep.dry_run:
-        _write_cells(store, jobs, plans)
+        _write_cells(store, jobs, plans, only_new=False)
 
 
-def _write_cells(store: Store, jobs: Sequence[Job], plans: Mapping[str, SlicePlan]) -> None:
-    """Cells of the jobs, once: a run that stands in the manifest already keeps the cells it was declared in."""
+def _write_cells(store: Store, jobs: Sequence[Job], plans: Mapping[str, SlicePlan], *, only_new: bool) -> None:
+    """Put jobs and the cells they belong to into the manifest. only_new: leave alone what a sweeper declared before."""
     with store.locked():
         manifest = store.manifest() or new_manifest(jobs[0].settings)
         cells, known = {c["id"]: c for c in manifest["cells"]}, set(manifest["runs"])
         for job in jobs:
             run, name = job.run, cell_id(job.label)
-            if run.run_id in known and name not in cells:
+            if only_new and run.run_id in known:
                 continue
             trainable = plans[run.run_id].trainable(prep.layers(run))
             fresh = {"id": name, "label": {**job.label, "trainable": trainable}, "runs": {"tune": [], "confirm": []}}
