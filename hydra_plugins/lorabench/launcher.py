@@ -1,6 +1,6 @@
 """`hydra/launcher=packed`: all jobs of a sweep in one process, those that can share a base trained together."""
 
-from __future__ import annotations
+# No `from __future__ import annotations`, and helpers in `_modules`: Hydra executes plugin files outside sys.modules.
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -34,7 +34,7 @@ class PackedLauncher(Launcher):
         from lorabench.sweep import execute
 
         setup_globals()
-        from hydra_plugins.lorabench.compose import Composer
+        from hydra_plugins.lorabench._compose import Composer
 
         jobs = Composer.of(self.context, self.config).jobs(job_overrides)
         outcome = execute(jobs)

@@ -1,6 +1,6 @@
 """`hydra/sweeper=grid`: a union of grids, tuned and then confirmed (design: two phases, each run its role)."""
 
-from __future__ import annotations
+# No `from __future__ import annotations`, and helpers in `_modules`: Hydra executes plugin files outside sys.modules.
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -12,7 +12,7 @@ from hydra.plugins.sweeper import Sweeper
 from hydra.types import HydraContext, TaskFunction
 from omegaconf import DictConfig, OmegaConf
 
-from hydra_plugins.lorabench.grid import RATE, SEED, Point, expand
+from hydra_plugins.lorabench._grid import RATE, SEED, Point, expand
 
 
 @dataclass
@@ -42,7 +42,7 @@ class GridSweeper(Sweeper):
         )
 
     def sweep(self, arguments: list[str]) -> Any:
-        from hydra_plugins.lorabench.compose import Composer
+        from hydra_plugins.lorabench._compose import Composer
         from lorabench import sweep
 
         composer = Composer.of(self.context, self.config)

@@ -1,0 +1,217 @@
+"""What a slice trained, on disk: written whole or not at all, read without running anything it holds.
+
+    adapter_config.json, adapter_model.safetensors   LoRA (and whole modules beside it) in PEFT's own format
+    weights.safetensors                              everything else: head, biases, a full model
+    plan.json                                        the slice's plan, for exact reload
+
+A folder that PEFT wrote (no plan.json) loads as well. Pickle files are never opened.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import secrets
+import shutil
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from lorabench.adapters.peft_format import TASK_TYPES, PeftAdapter, from_peft, representable, to_peft
+from lorabench.base import BaseInfo, HeadSpec
+from lorabench.plan import AdapterSpec, SlicePlan
+from lorabench.schema import ConfigError
+
+PEFT_CONFIG, PEFT_TENSORS = "adapter_config.json", "adapter_model.safetensors"
+WEIGHTS, PLAN = "weights.safetensors", "plan.json"
+
+
+def save_slice(
+    folder: str | Path, state: Mapping[str, Tensor], plan: SlicePlan, *, info: BaseInfo,
+    run: Mapping[str, Any] | None = None, head: HeadSpec | None = None,
+) -> None:  # fmt: skip
+    """Write what a slice trained (`Stack.slice_state`) into `folder`, replacing what was there once all is on disk.
+
+    run: `RunConfig.to_dict()`, for the base's name; head: for PEFT's task type.
+    """
+    folder = Path(folder)
+    for stale in folder.parent.glob(f".{folder.name}.*.tmp"):  # of a process that was killed while it wrote
+        shutil.rmtree(stale, ignore_errors=True)
+    with written_whole(folder) as tmp:
+        tied: dict[str, str] = {}
+        if representable(plan):
+            write_peft(tmp, state, plan, info=info, run=run, head=head)
+        else:
+            tensors, tied = _untied(state)
+            save_file(tensors, tmp / WEIGHTS, metadata={"format": "pt"})
+        _write_json(tmp / PLAN, {"schema": 1, "plan": asdict(plan), "tied": tied})
+
+
+def write_peft(
+    folder: Path, state: Mapping[str, Tensor], plan: SlicePlan, *, info: BaseInfo,
+    run: Mapping[str, Any] | None = None, head: HeadSpec | None = None,
+) -> None:  # fmt: skip
+    """PEFT's two files, into an existing folder. Raises `ConfigError` for a plan that PEFT's LoRA cannot hold."""
+    task_type = TASK_TYPES.get(head.auto_class) if head else None
+    source = (run or {}).get("model", {}).get("source")
+    config, tensors = to_peft(state, plan, info=info, task_type=task_type, base_name=source and str(source))
+    _write_json(folder / PEFT_CONFIG, config)
+    save_file(tensors, folder / PEFT_TENSORS, metadata={"format": "pt"})
+
+
+def load_slice(folder: str | Path) -> tuple[dict[str, Tensor], SlicePlan]:
+    """(state, plan) of a folder that `save_slice` or PEFT wrote; `Stack.load_slice` takes the state.
+
+    Raises `ConfigError` with the path for anything missing, torn or foreign.
+    """
+    folder = _existing(Path(folder))
+    if not (folder / PLAN).is_file():
+        adapter = read_peft(folder)
+        return adapter.state, adapter.plan
+    saved = _read_json(folder / PLAN)
+    plan = _plan(saved, folder / PLAN)
+    if representable(plan):
+        state = read_peft(folder).state
+    else:
+        state = read_tensors(folder / WEIGHTS)
+        for alias, name in dict(saved.get("tied") or {}).items():
+            if name not in state:
+                raise ConfigError(
+                    "adapter", str(folder / PLAN), f"a plan that fits its tensors; {name} is not among them"
+                )
+            state[alias] = state[name]
+    _check_complete(state, plan, folder)
+    return state, plan
+
+
+def read_peft(folder: str | Path) -> PeftAdapter:
+    """The adapter in a PEFT folder. Raises `ConfigError` for other formats, torn files and unsupported settings."""
+    folder = Path(folder)
+    if not folder.is_dir():
+        raise ConfigError("adapter", str(folder), "an existing folder")
+    if not (folder / PEFT_TENSORS).is_file() and (folder / "adapter_model.bin").exists():
+        why = "a pickle file can run code when opened; save it again with PEFT's safe_serialization=True"
+        raise ConfigError("adapter", str(folder / "adapter_model.bin"), f"{PEFT_TENSORS}: {why}")
+    config = _read_json(folder / PEFT_CONFIG)
+    return from_peft(config, read_tensors(folder / PEFT_TENSORS), where=str(folder / PEFT_CONFIG))
+
+
+def read_tensors(path: Path) -> dict[str, Tensor]:
+    """All tensors of a safetensors file, on the CPU."""
+    try:
+        return load_file(path)
+    except FileNotFoundError as e:
+        raise ConfigError("adapter", str(path), "an existing file") from e
+    except (SafetensorError, OSError, ValueError) as e:
+        raise ConfigError("adapter", str(path), f"a whole safetensors file ({e})") from e
+
+
+@contextmanager
+def written_whole(folder: Path) -> Iterator[Path]:
+    """A temporary folder beside `folder` that takes its place, fsynced, when the block ends well; else it is removed.
+
+    An existing folder steps aside as `.<name>.old` for the instant between two renames; `load_slice` looks there too.
+    """
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    tmp = folder.with_name(f".{folder.name}.{secrets.token_hex(4)}.tmp")
+    tmp.mkdir()
+    try:
+        yield tmp
+        for path in [*tmp.rglob("*"), tmp]:
+            _fsync(path)
+        _swap(tmp, folder)
+    finally:
+        shutil.rmtree(tmp, ignore_errors=True)
+
+
+def _swap(tmp: Path, folder: Path) -> None:
+    old = _aside(folder)
+    if folder.exists():
+        shutil.rmtree(old, ignore_errors=True)
+        os.rename(folder, old)
+    os.rename(tmp, folder)
+    _fsync(folder.parent)
+    shutil.rmtree(old, ignore_errors=True)
+
+
+def _aside(folder: Path) -> Path:
+    return folder.with_name(f".{folder.name}.old")
+
+
+def _existing(folder: Path) -> Path:
+    if folder.is_dir():
+        return folder
+    if _aside(folder).is_dir():
+        return _aside(folder)
+    raise ConfigError("adapter", str(folder), "an existing folder with trained weights")
+
+
+def _fsync(path: Path) -> None:
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def _write_json(path: Path, value: Mapping[str, Any]) -> None:
+    path.write_text(json.dumps(value, indent=1, allow_nan=False) + "\n", encoding="utf-8")
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError as e:
+        raise ConfigError("adapter", str(path), "an existing file") from e
+    except (OSError, ValueError, RecursionError) as e:  # ValueError: bad JSON, bad UTF-8
+        raise ConfigError("adapter", str(path), f"a whole JSON file ({e})") from e
+    if not isinstance(value, dict):
+        raise ConfigError("adapter", str(path), "a JSON object")
+    return value
+
+
+def _plan(saved: Mapping[str, Any], path: Path) -> SlicePlan:
+    if saved.get("schema") != 1:
+        raise ConfigError("adapter", str(path), f"schema 1, got {saved.get('schema')!r}")
+    try:
+        plan = dict(saved["plan"])
+        adapters = {name: AdapterSpec(**spec) for name, spec in plan.pop("adapters").items()}
+        modules, biases = tuple(plan.pop("modules")), tuple(plan.pop("biases"))
+        return SlicePlan(adapters=adapters, modules=modules, biases=biases, **plan)
+    except (KeyError, TypeError, ValueError, AttributeError) as e:
+        raise ConfigError("adapter", str(path), f"a plan as this version writes it ({type(e).__name__}: {e})") from e
+
+
+def _check_complete(state: Mapping[str, Tensor], plan: SlicePlan, folder: Path) -> None:
+    """Every tensor the plan speaks of is there, adapters with their rank."""
+    missing = [m for m in plan.modules if not any(name.startswith(m + ".") for name in state)]
+    missing += [b for b in plan.biases if f"{b}.bias" not in state]
+    for name, spec in plan.adapters.items():
+        a = state.get(f"{name}.lora_A")
+        if a is None or f"{name}.lora_B" not in state or a.shape[0] != spec.r:
+            missing.append(f"{name} (rank {spec.r})")
+    if missing:
+        raise ConfigError(
+            "adapter", str(folder), f"tensors that fit {PLAN}; missing or of another rank: {', '.join(missing[:3])}"
+        )
+
+
+def _untied(state: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """Tensors ready to save, one name each, and {other name: that name} for those that share their memory."""
+    first: dict[tuple[int, torch.Size, torch.dtype], str] = {}
+    tensors, tied = {}, {}
+    for name, tensor in state.items():
+        key = (tensor.data_ptr(), tensor.shape, tensor.dtype)
+        if tensor.numel() and key in first and tensor.is_contiguous():
+            tied[name] = first[key]
+        else:
+            first.setdefault(key, name)
+            tensors[name] = tensor.detach().cpu().contiguous()
+    return tensors, tied

@@ -1,0 +1,47 @@
+"""Any transformers encoder or decoder: from a package, a local folder, or a hub by name."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from lorabench.base import Base, BaseInfo, HeadSpec
+from lorabench.models import build, folder
+from lorabench.schema import ConfigError, knob
+
+
+@dataclass(frozen=True)
+class Config:
+    """A base by its files. Only safetensors weights are read and no code of a model's own is run."""
+
+    source: str = knob(help="package:<module>/<folder>, a local folder, or a hub id")
+    kind: str = knob("transformers", help="how the base is loaded", choices=("transformers",))
+    name: str = knob("base", help="what tables call it")
+    revision: str | None = knob(None, help="branch, tag or commit of a hub id; null: its main branch")
+    dropout: float | None = knob(None, help="every dropout of the base; null keeps the base's own", low=0, high=0.9)
+    attention: str = knob("auto", help="auto: by device and length", choices=build.ATTENTION)
+
+    def validate(self, key: str) -> None:
+        if not self.source.strip():
+            raise ConfigError(f"{key}.source", self.source, f"allowed: {folder.ALLOWED}")
+
+    def folder(self) -> Path:
+        """Where the files are. Raises `ConfigError` for a source that is none."""
+        return folder.model_folder(self.source, self.revision)
+
+    def info(self, head: HeadSpec) -> BaseInfo:
+        """The layers, on the meta device; no weights are read."""
+        return build.describe(self.folder(), head, self.dropout)
+
+    def processor(self) -> Any:
+        """The tokenizer, padding on the right."""
+        return build.load_tokenizer(self.folder())
+
+    def load(self, head: HeadSpec, *, dtype: str = "float32", attention: str = "eager") -> Base:
+        """The base with its weights: frozen, in eval mode."""
+        return build.load_base(self.folder(), head, dropout=self.dropout, dtype=dtype, attention=attention)
+
+    def fingerprint(self) -> str:
+        """SHA-256 over the content of weights, configuration and tokenizer."""
+        return folder.fingerprint(self.folder())

@@ -1,0 +1,74 @@
+"""TensorBoard event files, one folder a run: `tensorboard --logdir sweeps/<name>/runs`."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from lorabench.config import TrackerConfig
+from lorabench.records import Record, Store, dump_json
+from lorabench.trackers.contract import Row
+
+if TYPE_CHECKING:
+    from torch.utils.tensorboard import SummaryWriter
+
+
+def build(settings: TrackerConfig, *, sweep: str, sweep_dir: Path) -> TensorBoardTracker:
+    try:
+        import tensorboard  # noqa: F401
+    except ImportError as e:
+        raise ImportError('tensorboard is not installed; it comes with: pip install "lorabench[tensorboard]"') from e
+    return TensorBoardTracker(Store(sweep_dir))
+
+
+class TensorBoardTracker:
+    """Scalars by step, the config as text, and at the end the record's metrics against it in the HPARAMS tab."""
+
+    def __init__(self, store: Store) -> None:
+        self.store = store
+        self.writers: dict[str, SummaryWriter] = {}
+        self.config: dict[str, dict[str, Any]] = {}
+
+    def start(self, run_id: str, config: Mapping[str, Any], *, method: str, tags: list[str]) -> None:
+        from torch.utils.tensorboard import SummaryWriter
+
+        folder = self.store.run_dir(run_id) / "tensorboard"
+        if folder.is_dir():
+            shutil.rmtree(folder)  # a run that starts again starts its history again
+        self.writers[run_id] = writer = SummaryWriter(str(folder))
+        self.config[run_id] = _flat({**config, "tags": ", ".join(tags)})
+        writer.add_text("config", "\n".join("    " + line for line in dump_json(config).splitlines()), 0)
+
+    def log(self, run_id: str, row: Row) -> None:
+        for name, value in row.items():
+            if name != "step" and isinstance(value, (int, float)):
+                self.writers[run_id].add_scalar(name, value, int(row["step"]))
+
+    def finish(self, run_id: str, record: Record) -> None:
+        from torch.utils.tensorboard.summary import hparams
+
+        writer = self.writers.pop(run_id)
+        results = {f"final/{k}": float(v) for k, v in record.metrics.items() if isinstance(v, (int, float))}
+        for summary in hparams(self.config.pop(run_id), results):
+            writer.file_writer.add_summary(summary)  # type: ignore[union-attr]
+        for name, value in results.items():
+            writer.add_scalar(name, value, int(record.metrics.get("best_step") or 0))
+        writer.close()
+
+    def close(self) -> None:
+        for writer in self.writers.values():
+            writer.close()
+        self.writers.clear()
+
+
+def _flat(value: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Dotted keys and plain values: what the HPARAMS tab takes."""
+    out: dict[str, Any] = {}
+    for key, inner in value.items():
+        if isinstance(inner, Mapping):
+            out |= _flat(inner, f"{prefix}{key}.")
+        else:
+            out[prefix + key] = inner if isinstance(inner, (bool, int, float, str)) else str(inner)
+    return out

@@ -1,0 +1,45 @@
+"""What every test shares: no network, one thread (two workers share the machine), folders that go away, fixed seeds."""
+
+from __future__ import annotations
+
+import os
+import random
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+# Read at import time by the libraries they name, so they are set before any test module is imported.
+os.environ.update(HF_HUB_OFFLINE="1", HF_DATASETS_OFFLINE="1", TOKENIZERS_PARALLELISM="false", MPLBACKEND="Agg")
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+for key in ("WANDB_API_KEY", "WANDB_MODE", "WANDB_BASE_URL"):
+    os.environ.pop(key, None)
+
+REPO = Path(__file__).resolve().parent.parent
+
+
+@pytest.fixture(autouse=True)
+def _seeds() -> Iterator[None]:
+    """One seed a test for every generator there is; torch only if the test's module has imported it."""
+    random.seed(0)
+    np.random.seed(0)
+    if "torch" in sys.modules:
+        import torch
+
+        torch.manual_seed(0)
+        torch.set_num_threads(1)
+    yield
+
+
+@pytest.fixture
+def repo() -> Path:
+    """The repository's root."""
+    return REPO
+
+
+@pytest.fixture
+def sweep_dir(tmp_path: Path) -> Path:
+    """Where a test's sweep goes: not there yet."""
+    return tmp_path / "sweeps" / "test"

@@ -1,0 +1,141 @@
+"""The command line as a user meets it: what is wrong is named, exit codes mean what they say, nothing half-done stays."""
+
+import json
+import os
+from pathlib import Path
+
+import pytest
+
+from lorabench import __main__ as entry
+from lorabench.records import Store
+
+FAST = ["task.train_examples=64", "task.val_examples=32", "task.test_examples=32", "trainer.max_steps=2", "trainer.batch_size=8"]
+
+
+@pytest.fixture
+def cli(tmp_path, monkeypatch, capsys):
+    """Run the command in an empty folder; returns (exit code, stdout + stderr)."""
+    monkeypatch.chdir(tmp_path)
+
+    def run(*argv: str) -> tuple[int, str]:
+        monkeypatch.setattr("sys.argv", ["lorabench", *argv])
+        try:
+            entry.main()
+            code = 0
+        except SystemExit as e:
+            code = int(e.code or 0)
+        out = capsys.readouterr()
+        return code, out.out + out.err
+
+    return run
+
+
+def write(text: str | bytes, name: str = "data.csv") -> str:
+    Path(name).write_bytes(text if isinstance(text, bytes) else text.encode())
+    return name
+
+
+GOOD = "text,label\n" + "".join(f"a {w} thing number {i},{w}\n" for i in range(60) for w in ("good", "bad"))
+FILE = ["task=text_file", "task.text_column=text", "task.label_column=label"]
+
+BAD = {
+    "unknown key": (["bogus=1"], "bogus"),
+    "unknown key, added": (["+bogus=1"], "bogus=1"),
+    "unknown nested key": (["+method.rank=4"], "method.rank=4"),
+    "wrong type": (["method.r=four"], "method.r=four"),
+    "r = 0": (["method.r=0"], "method.r=0"),
+    "r negative": (["method.r=-3"], "method.r=-3"),
+    "r above min(in, out)": (["method.r=385"], "method.r=385"),
+    "alpha = 0": (["method.alpha=0"], "method.alpha=0"),
+    "alpha < 0": (["method.alpha=-2"], "method.alpha=-2"),
+    "unmatched target": (["method.target_modules=[nonsense]"], "method.target_modules="),
+    "unknown method": (["method.name=adalora"], "method.name=adalora"),
+    "unknown model": (["model.source=no/such-model"], "model.source=no/such-model"),
+    "unknown model group": (["model=nope"], "model/nope"),
+    "rate out of range": (["optimizer.lr=0"], "optimizer.lr=0"),
+    "precision": (["trainer.precision=16-mixed"], "trainer.precision=16-mixed"),
+    "accelerator": (["trainer.accelerator=tpu9"], "trainer.accelerator=tpu9"),
+    "seed": (["seed=-1"], "seed=-1"),
+    "role": (["sweep.role=both"], "sweep.role=both"),
+    "missing file": ([*FILE, "task.file=absent.csv"], "task.file=absent.csv"),
+    "schedule": (["optimizer.schedule=stairs"], "optimizer.schedule=stairs"),
+    "free target": (["+model._target_=os.system"], "model._target_"),
+    "unknown experiment": (["+experiment=nope"], "experiment/nope"),
+}
+
+
+@pytest.mark.parametrize("case", BAD)
+def test_bad_input_names_key_and_value_and_writes_nothing(cli, case):
+    argv, named = BAD[case]
+    code, out = cli(*argv)
+    assert code == 2, out
+    assert named in out
+    assert "Traceback" not in out
+    assert os.listdir() == []
+
+
+BAD_DATA = {
+    "missing column": ("words,label\na,b\n", "task.text_column=text"),
+    "one class": ("text,label\n" + "".join(f"thing number {i},same\n" for i in range(50)), "task.label_column=label"),
+    "empty": ("text,label\n", "task.file=data.csv"),
+    "not UTF-8": (b"text,label\ncaf\xe9,good\n" + GOOD.encode()[11:], "task.file=data.csv"),
+    "unseen label": (GOOD + "one of a kind,rare\n", "task.label_column=label"),
+}
+
+
+@pytest.mark.parametrize("case", [c for c in BAD_DATA if c != "unseen label"])
+def test_bad_data_names_key_and_value_and_writes_nothing(cli, case):
+    content, named = BAD_DATA[case]
+    write(content)
+    code, out = cli(*FILE, "task.file=data.csv")
+    assert code == 2, out
+    assert named in out
+    assert "Traceback" not in out
+    assert os.listdir() == ["data.csv"]
+
+
+def test_one_bad_run_of_a_sweep_stops_it_before_anything_is_written(cli):
+    code, out = cli("-m", "method.r=4,999", "sweep.name=s", *FAST)
+    assert code == 2, out
+    assert "method.r=999" in out
+    assert os.listdir() == []
+
+
+def test_a_directory_of_other_software_is_refused(cli):
+    os.makedirs("sweeps/s")
+    write("mine", "sweeps/s/thesis.docx")
+    code, out = cli("sweep.name=s", *FAST)
+    assert code == 2
+    assert "sweep.dir=" in out and "thesis.docx" in out
+    assert os.listdir("sweeps/s") == ["thesis.docx"]
+
+
+def test_a_dry_run_writes_nothing_and_shows_runs_packs_and_parameters(cli):
+    code, out = cli("-m", "method.r=1,4", "optimizer.lr=1e-3,1e-2", "sweep.dry_run=true", *FAST)
+    assert code == 0, out
+    assert "4 runs in 1 packs" in out
+    assert "GiB" in out
+    assert os.listdir() == []
+
+
+def test_one_run_trains_and_the_second_time_is_kept(cli):
+    argv = ["method.r=2", "sweep.name=one", *FAST]
+    code, out = cli(*argv)
+    assert code == 0, out
+    (run_id,) = Store("sweeps/one").run_ids()
+    path = Path("sweeps/one/runs", run_id, "run.json")
+    first = path.stat().st_mtime_ns
+    record = json.loads(path.read_text())
+    assert record["status"] == "completed"
+    assert not any(k.startswith("test/") for k in record["metrics"])
+    code, out = cli(*argv)
+    assert code == 0, out
+    assert path.stat().st_mtime_ns == first
+    assert Path("reports/one/report.html").is_file()
+
+
+def test_confirmation_seeds_must_be_fresh(cli):
+    code, out = cli("-m", "sweep.tune_seeds=[0,1]", "sweep.confirm_seeds=[1,2]", *FAST)
+    assert code == 2
+    assert "sweep.confirm_seeds=" in out
+    assert os.listdir() == []
