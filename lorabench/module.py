@@ -125,7 +125,7 @@ class PackModule(pl.LightningModule):
         for k, s in enumerate(self.slices):
             if s.status == "running":
                 lr = self.runs[k].optimizer.lr * factor
-                s.pending.append({"step": self.steps_done, "train/loss": round(float(losses[k]), 6), "lr": lr})
+                s.pending.append({"step": self.steps_done, "train/loss": float(losses[k]), "lr": lr})
 
     # -- evaluation -------------------------------------------------------------------------------------------------
 

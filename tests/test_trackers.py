@@ -116,7 +116,6 @@ def inspect(folder: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in out.splitlines()]
 
 
-@pytest.mark.slow
 def test_wandb_offline_reads_back(sweep_dir: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     """The real client: three live runs of one process, each with its own group, config, history and summary."""
     monkeypatch.setenv("NETRC", str(tmp_path / "no-netrc"))

@@ -24,7 +24,8 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from lorabench.adapters.peft_format import TASK_TYPES, PeftAdapter, from_peft, representable, to_peft
+from lorabench.adapters.peft_format import TASK_TYPES, representable, to_peft
+from lorabench.adapters.peft_read import PeftAdapter, from_peft
 from lorabench.base import BaseInfo, HeadSpec
 from lorabench.plan import AdapterSpec, SlicePlan
 from lorabench.schema import ConfigError

@@ -32,7 +32,7 @@ def load_config(folder: Path, head: HeadSpec, dropout: float | None) -> Any:
         labels |= {"num_labels": len(names), "problem_type": "single_label_classification"}
     try:
         with quiet():
-            config = AutoConfig.from_pretrained(folder, **labels)
+            config = AutoConfig.from_pretrained(folder, trust_remote_code=False, **labels)
     except (OSError, ValueError, KeyError) as e:
         raise ConfigError(files.KEY, str(folder), f"transformers cannot read its config.json: {_first_line(e)}") from e
     if dropout is not None:
@@ -66,12 +66,12 @@ def _auto(head: HeadSpec, config: Any) -> Any:
     from transformers.models.auto import modeling_auto
 
     auto = getattr(transformers, head.auto_class)
-    kind = type(config).__name__
+    where, kind = config.name_or_path, type(config).__name__
     if type(config) not in auto._model_mapping:
-        raise ConfigError(files.KEY, kind, f"transformers has no {head.auto_class} for this kind of model")
+        raise ConfigError(files.KEY, where, f"transformers has no {head.auto_class} for a {kind}")
     masked = config.model_type in modeling_auto.MODEL_FOR_MASKED_LM_MAPPING_NAMES
     if head.auto_class == "AutoModelForCausalLM" and masked and not getattr(config, "is_decoder", False):
-        raise ConfigError(files.KEY, kind, "an encoder reads in both directions; causal language modelling needs a decoder")
+        raise ConfigError(files.KEY, where, f"{kind}: an encoder reads in both directions; language modelling needs a decoder")
     return auto
 
 
@@ -117,7 +117,7 @@ def untrained(model: Any, missing: set[str]) -> tuple[str, ...]:
     missing = missing & own
     body = model.base_model_prefix
     if own and missing >= {name for name in own if name.startswith(f"{body}.")}:
-        raise ConfigError(files.KEY, type(model).__name__, "the weight files hold none of this model's weights")
+        raise ConfigError(files.KEY, model.name_or_path, f"its weight files hold none of the weights of {type(model).__name__}")
     found = {name for name, child in model.named_children() if name in HEADS and any(True for _ in child.parameters())}
     for key in missing:
         parts = key.split(".")[:-1]
@@ -138,7 +138,7 @@ def load_tokenizer(folder: Path) -> Any:
 
     try:
         with quiet():
-            tokenizer = AutoTokenizer.from_pretrained(folder)
+            tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
     except Exception as e:  # tokenizers raise many kinds of errors for a missing or foreign file
         raise ConfigError(files.KEY, str(folder), f"its tokenizer does not load: {_first_line(e)}") from e
     if tokenizer.pad_token_id is None:

@@ -1,0 +1,119 @@
+"""Metrics as pure functions of numpy arrays over all examples, and a user's own from a file. Shape letter: N examples."""
+
+from __future__ import annotations
+
+import hashlib
+import importlib.util
+import math
+import sys
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from lorabench.schema import ConfigError
+
+Rows = Mapping[str, np.ndarray]
+Metric = Callable[[dict[str, np.ndarray]], float]
+LOWER_IS_BETTER = ("loss", "perplexity")
+
+
+def mean_loss(rows: Rows) -> float:
+    """sum(loss_sum) / sum(weight), in float64."""
+    return float(rows["loss_sum"].sum(dtype=np.float64) / rows["weight"].sum(dtype=np.float64))
+
+
+def perplexity(loss: float) -> float:
+    """exp(loss); infinite where that overflows."""
+    return math.exp(loss) if loss < 700 else math.inf
+
+
+def accuracy(label: np.ndarray, prediction: np.ndarray) -> float:
+    """Share of equal entries of two [N] arrays."""
+    return float(np.mean(label == prediction))
+
+
+def confusion(label: np.ndarray, prediction: np.ndarray) -> np.ndarray:
+    """[C, C] counts over the classes that occur; rows are labels."""
+    classes, codes = np.unique(np.concatenate([label, prediction]), return_inverse=True)
+    n = len(classes)
+    true, said = codes[: len(label)], codes[len(label) :]
+    return np.bincount(true * n + said, minlength=n * n).reshape(n, n)
+
+
+def macro_f1(label: np.ndarray, prediction: np.ndarray) -> float:
+    """Unweighted mean of the classes' F1 over the classes that occur; a class never met nor said has none."""
+    table = confusion(label, prediction)
+    hits = np.diag(table)
+    return float(np.mean(2 * hits / (table.sum(0) + table.sum(1))))
+
+
+def mcc(label: np.ndarray, prediction: np.ndarray) -> float:
+    """Matthews correlation for any number of classes (Gorodkin 2004, R_K); 0 where it is undefined."""
+    table = confusion(label, prediction).astype(np.float64)
+    said, true, n = table.sum(0), table.sum(1), table.sum()
+    above = np.trace(table) * n - said @ true
+    below = (n**2 - said @ said) * (n**2 - true @ true)
+    return float(above / math.sqrt(below)) if below > 0 else 0.0
+
+
+def load_metric(spec: str, key: str) -> tuple[str, Metric]:
+    """A user's own metric, `my_metrics.py:function`: its name and the function. Runs that file.
+
+    The function takes the rows ({name: [N] array}) and returns a number; an attribute `lower_is_better = True` on it
+    turns the comparison round. Raises `ConfigError`.
+    """
+    file, _, name = spec.rpartition(":")
+    path = Path(file).expanduser().resolve()
+    if not file or not name.isidentifier():
+        raise ConfigError(key, spec, "a Python file and a function in it, such as my_metrics.py:function")
+    if path.suffix != ".py" or not path.is_file():
+        raise ConfigError(key, spec, f"no such .py file: {file}")
+    function = getattr(_module(path, key, spec), name, None)
+    if not callable(function):
+        raise ConfigError(key, spec, f"{file} defines no function named {name}")
+    return name, function
+
+
+def _module(path: Path, key: str, spec: str) -> Any:
+    digest = hashlib.sha256(str(path).encode() + path.read_bytes()).hexdigest()[:16]
+    name = f"lorabench_metric_{digest}"
+    if name not in sys.modules:
+        found = importlib.util.spec_from_file_location(name, path)
+        assert found and found.loader
+        sys.modules[name] = module = importlib.util.module_from_spec(found)
+        try:
+            found.loader.exec_module(module)
+        except Exception as e:
+            del sys.modules[name]
+            raise ConfigError(key, spec, f"the file does not import: {type(e).__name__}: {e}") from e
+    return sys.modules[name]
+
+
+def extra(specs: Sequence[str], rows: Rows, key: str) -> dict[str, float]:
+    """The user's own metrics of these rows. Raises `ConfigError` when one fails or returns no number."""
+    out = {}
+    for spec in specs:
+        name, function = load_metric(spec, key)
+        try:
+            out[name] = float(function(dict(rows)))
+        except Exception as e:
+            raise ConfigError(key, spec, f"the function failed: {type(e).__name__}: {e}") from e
+    return out
+
+
+def check_metrics(metric: str, own: Sequence[str], specs: Sequence[str], key: str) -> None:
+    """Raise `ConfigError` unless every spec loads and `metric` is one of the task's own or of the user's."""
+    names = [load_metric(spec, f"{key}.extra_metrics")[0] for spec in specs]
+    for name in names:
+        if name in own or names.count(name) > 1:
+            raise ConfigError(f"{key}.extra_metrics", name, "there is a metric of that name already")
+    if metric not in (*own, *names):
+        raise ConfigError(f"{key}.metric", metric, f"allowed: {', '.join((*own, *names))}")
+
+
+def lower_is_better(specs: Sequence[str], key: str) -> tuple[str, ...]:
+    """Names of the metrics of which less is better, the user's included."""
+    loaded = (load_metric(spec, key) for spec in specs)
+    return LOWER_IS_BETTER + tuple(name for name, function in loaded if getattr(function, "lower_is_better", False))

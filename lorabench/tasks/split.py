@@ -1,0 +1,108 @@
+"""Which rows are trained on, validated and tested: decided by their content, never by their order or a generator."""
+
+from __future__ import annotations
+
+import hashlib
+import re
+from collections import Counter
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any
+
+from lorabench.schema import ConfigError
+from lorabench.tasks.contract import SPLITS, Row
+
+SPACE, WORDLESS = re.compile(r"\s+"), re.compile(r"[^\w#]+")
+TWEET = re.compile(r"(?:https?://|www\.)\S+|(?<!\w)@\w+|^\W*rt\b(?=\s*@)")
+TOP = 2**63
+
+
+def content_hash(*parts: str) -> int:
+    """A number below 2**63 that depends on the texts alone (SHA-256)."""
+    data = b"\x1f".join(p.encode("utf-8", "surrogatepass") for p in parts)
+    return int.from_bytes(hashlib.sha256(data).digest()[:8], "big") >> 1
+
+
+def plain_key(text: str) -> str:
+    """What two texts must share to be duplicates: everything but case and white space."""
+    return SPACE.sub(" ", text.casefold()).strip()
+
+
+def tweet_key(text: str) -> str:
+    """As `plain_key`, also without addresses, @names, a leading RT and punctuation: a retweet equals its original."""
+    words = WORDLESS.sub(" ", TWEET.sub(" ", text.casefold())).strip()
+    return words or plain_key(text)
+
+
+def identify(rows: Iterable[Row], fields: Sequence[str]) -> list[Row]:
+    """Give each row its id `example`: the hash of its fields; equal rows are told apart by their number."""
+    seen: Counter[int] = Counter()
+    out = []
+    for row in rows:
+        parts = [str(row.get(f) or "") for f in fields]
+        base = content_hash(*parts)
+        seen[base] += 1
+        out.append(row | {"example": base if seen[base] == 1 else content_hash(*parts, str(seen[base]))})
+    return out
+
+
+def deduplicate(rows: Sequence[Row], key: Callable[[Row], str]) -> tuple[list[Row], dict[str, int]]:
+    """One row of each group of equal `key`: of its commonest label, and of those the one of the smallest id.
+
+    Rows of an official validation or test split all stay, so that results remain comparable with published ones;
+    rows to train on that equal one of them go.
+    """
+    groups: dict[str, list[Row]] = {}
+    for row in rows:
+        groups.setdefault(key(row), []).append(row)
+    kept, conflicts = [], 0
+    for group in groups.values():
+        official = [r for r in group if r.get("split") in ("val", "test")]
+        labels = Counter(r.get("label") for r in group)
+        conflicts += len(labels) > 1
+        if official:
+            kept.extend(official)
+        else:
+            kept.append(min(group, key=lambda r: (-labels[r.get("label")], r["example"])))
+    return kept, {"duplicates_removed": len(rows) - len(kept), "label_conflicts": conflicts}
+
+
+def split_rows(
+    rows: Sequence[Row], group: Callable[[Row], str], *, val_fraction: float, test_fraction: float
+) -> dict[str, list[Row]]:
+    """Rows by split. A row's own "split" holds; where it has none the hash of its group decides, so that a group never
+    falls apart, a row keeps its split when others come or go, and no order matters. Each split is sorted by id hash.
+
+    Where some rows are marked as a split (an official test), the others are not sent there.
+    """
+    marked = {row.get("split") for row in rows}
+    test = 0.0 if "test" in marked else test_fraction
+    val = 0.0 if "val" in marked else val_fraction
+    out: dict[str, list[Row]] = {name: [] for name in SPLITS}
+    for row in rows:
+        split = row.get("split")
+        if split in (None, "train"):
+            u = content_hash("split", group(row)) / TOP
+            split = "test" if u < test else "val" if u < test + val else "train"
+        out[split].append(row)
+    return {name: sorted(found, key=_order) for name, found in out.items()}
+
+
+def _order(row: Row) -> tuple[int, int]:
+    return content_hash("order", str(row["example"])), row["example"]
+
+
+def take(rows: Sequence[Any], n: int | None, key: str) -> list[Any]:
+    """The first `n` by hash: a smaller subset lies inside a larger one. Raises `ConfigError` when there are fewer."""
+    if n is not None and n > len(rows):
+        raise ConfigError(key, n, f"at most {len(rows)}, as many as there are; null takes all")
+    return list(rows[:n])
+
+
+def fingerprint(splits: dict[str, list[Row]]) -> str:
+    """SHA-256 over the ids of every split, whatever the order of the rows."""
+    total = hashlib.sha256()
+    for name, rows in sorted(splits.items()):
+        total.update(name.encode())
+        for example in sorted(r["example"] for r in rows):
+            total.update(example.to_bytes(8, "big"))
+    return total.hexdigest()

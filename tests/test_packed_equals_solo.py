@@ -1,0 +1,147 @@
+"""The first law: the runs of a pack give the numbers they give alone. docs/architecture.md, "Packed equals solo"."""
+
+import math
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from tiny import make_base, make_data, make_run
+
+from lorabench import prepare
+from lorabench.config import RunConfig
+from lorabench.records import Store
+from lorabench.train import Pack, train
+
+# r, alpha, lr, weight decay, seed, targets: all mixed, with dropout 0
+MIXED = [
+    {"method.r": 1, "method.alpha": 2, "optimizer.lr": 1e-3, "seed": 0, "method.target_modules": "q+v"},
+    {"method.r": 4, "method.alpha": 16, "optimizer.lr": 5e-3, "seed": 0, "method.target_modules": "all-linear"},
+    {"method.r": 8, "method.alpha": 8, "optimizer.lr": 2e-3, "seed": 1, "method.target_modules": "all-linear"},
+    {"method.r": 2, "method.alpha": 1, "optimizer.lr": 1e-2, "seed": 2, "method.target_modules": "mlp"},
+    {"method.r": 3, "method.alpha": 6, "optimizer.lr": 3e-3, "seed": 1, "optimizer.weight_decay": 0.1, "method.target_modules": "attention"},
+    {"method.r": 8, "method.alpha": 16, "optimizer.lr": 4e-3, "seed": 3, "method.use_rslora": True, "method.target_modules": "all-linear"},
+]  # fmt: skip
+GPT2 = {"q+v": "attention"}  # its q, k and v are one matrix
+
+
+@pytest.fixture(scope="module")
+def places(tmp_path_factory):
+    root = tmp_path_factory.mktemp("tiny")
+    data = make_data(root / "data.csv")
+    return {kind: (make_base(root / kind, kind, dropout=0.1), data) for kind in ("bert", "gpt2", "llama")}
+
+
+def runs_of(places, kind, **common) -> list[RunConfig]:
+    base, data = places[kind]
+    changes = [dict(m) for m in MIXED]
+    if kind == "gpt2":
+        for c in changes:
+            c["method.target_modules"] = GPT2.get(c["method.target_modules"], c["method.target_modules"])
+    return [make_run(base, data, **{**c, **common}) for c in changes]
+
+
+def outcome(store: Store, run: RunConfig):
+    """Status, history and trained weights of a run."""
+    record = store.read(run.run_id)
+    assert record is not None
+    folder = store.run_dir(run.run_id) / "adapter"
+    files = sorted(folder.glob("*.safetensors")) if folder.exists() else []
+    return record, store.history(run.run_id), {k: v for f in files for k, v in load_file(f).items()}
+
+
+def both(tmp_path, runs):
+    packed, solo = Store(tmp_path / "packed"), Store(tmp_path / "solo")
+    assert len({r.pack_key for r in runs}) == 1
+    train(Pack("p0", tuple(runs)), packed)
+    for i, run in enumerate(runs):
+        train(Pack(f"s{i}", (run,)), solo)
+    return [(outcome(packed, r), outcome(solo, r)) for r in runs]
+
+
+def assert_equal(pairs, tolerance):
+    for (record, history, weights), (record1, history1, weights1) in pairs:
+        assert (record.status, record.error) == (record1.status, record1.error)
+        assert [r["step"] for r in history] == [r["step"] for r in history1]
+        for a, b in zip(history, history1, strict=True):
+            assert a.keys() == b.keys()
+            for key in a:
+                assert math.isclose(a[key], b[key], rel_tol=0, abs_tol=tolerance), key
+        assert weights.keys() == weights1.keys()
+        for name in weights:
+            torch.testing.assert_close(weights[name], weights1[name], rtol=0, atol=tolerance)
+
+
+@pytest.mark.parametrize("kind", ["bert", "gpt2", "llama"])
+def test_six_mixed_slices_equal_six_solo_runs(places, tmp_path, kind):
+    assert_equal(both(tmp_path, runs_of(places, kind)), 1e-10)
+
+
+@pytest.mark.parametrize(
+    "common",
+    [
+        {"trainer.gradient_clip_val": 0.05},
+        {"optimizer.warmup_ratio": 0.5, "optimizer.schedule": "cosine"},
+        {"trainer.accumulate_grad_batches": 3, "trainer.max_steps": 12},
+        {"method.dropout": 0.2, "model.dropout": None},
+        {"trainer.early_stopping_patience": 1, "trainer.eval_interval": 3},
+        {"trainer.keep": "last"},
+        {"trainer.gradient_checkpointing": True, "trainer.max_steps": 12},
+    ],
+    ids=lambda c: ",".join(f"{k}={v}" for k, v in c.items()),
+)
+def test_equal_with(places, tmp_path, common):
+    assert_equal(both(tmp_path, runs_of(places, "bert", **common)), 1e-10)
+
+
+def test_a_slice_that_diverges_costs_the_others_nothing(places, tmp_path):
+    runs = runs_of(places, "bert")
+    base, data = places["bert"]
+    runs[2] = make_run(base, data, **{**MIXED[2], "method.alpha": 1e300})
+    pairs = both(tmp_path, runs)
+    assert [packed[0].status for packed, _ in pairs] == ["completed"] * 2 + ["diverged"] + ["completed"] * 3
+    assert_equal(pairs, 1e-10)
+
+
+@pytest.mark.parametrize("method", ["head", "bitfit"])
+def test_other_methods_pack_too(places, tmp_path, method):
+    base, data = places["bert"]
+    runs = [make_run(base, data, **{"method.name": method, "optimizer.lr": lr, "seed": s}) for s, lr in enumerate((1e-3, 1e-2, 3e-3))]
+    assert_equal(both(tmp_path, runs), 1e-10)
+
+
+def test_float32_stable_runs_agree_to_1e5(places, tmp_path):
+    runs = runs_of(places, "bert", **{"trainer.precision": "32", "method.target_modules": "all-linear", "optimizer.lr": 1e-3})
+    for packed, solo in both(tmp_path, runs):
+        for a, b in zip(packed[1], solo[1], strict=True):
+            assert a["train/loss" if "train/loss" in a else "val/loss"] == pytest.approx(
+                b["train/loss" if "train/loss" in b else "val/loss"], abs=1e-5
+            )
+
+
+def test_bf16_law(places, tmp_path):
+    """|packed - fp32| <= 2 |solo - fp32|, over the run's losses."""
+
+    def losses(precision, packed):
+        runs = runs_of(places, "bert", **{"trainer.precision": precision, "optimizer.lr": 1e-3})
+        store = Store(tmp_path / f"{precision}-{packed}")
+        for i, pack in enumerate([runs] if packed else [[r] for r in runs]):
+            train(Pack(f"p{i}", tuple(pack)), store)
+        return torch.tensor([[row["train/loss"] for row in store.history(r.run_id) if "train/loss" in row] for r in runs])
+
+    exact = losses("32", False)
+    packed, solo = ((losses("bf16", p) - exact).norm() for p in (True, False))
+    assert solo > 0
+    assert packed <= 2 * solo
+
+
+def test_the_frozen_base_is_bit_identical_after_training(places, tmp_path):
+    runs = runs_of(places, "bert")
+    prepared, resolved = prepare.prepare(runs[0]), prepare.resolve(runs[0])
+    model = prepare.base(runs[0], prepared.head, resolved).model
+    before = {name: p.detach().clone() for name, p in model.named_parameters()}
+    train(Pack("p0", tuple(runs)), Store(tmp_path))
+    after = dict(prepare.base(runs[0], prepared.head, resolved).model.named_parameters())
+    assert before.keys() == after.keys()
+    for name, p in after.items():
+        assert torch.equal(before[name], p), name
+        assert p.grad is None and not p.requires_grad, name
