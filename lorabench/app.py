@@ -53,7 +53,7 @@ def task(cfg: DictConfig) -> float:
     from lorabench.sweep import execute, finish
 
     hydra = HydraConfig.get()
-    alone = hydra.mode.name == "RUN"
+    alone = hydra.mode is None or hydra.mode.name == "RUN"
     made = job(cfg, name=sweep_name(hydra.overrides.task, hydra.runtime.choices.get("experiment")))
     outcome = execute([made])
     if alone:

@@ -37,8 +37,8 @@ class LayerInfo:
     bias_numel: int = 0  # 0: the layer has no bias
 
     def adapter_parameters(self, r: int) -> int:
-        """r * (in + out); for Conv2d with PEFT's shapes (A sees in / groups channels and the kernel)."""
-        return r * (self.in_features // self.groups * self.kernel + self.out_features)
+        """r * (in + out); for Conv2d with PEFT's shapes: A [r, in, kh, kw] has no groups, B [out, r / groups, 1, 1] has."""
+        return r * self.in_features * self.kernel + self.out_features * (r // self.groups)
 
 
 @dataclass(frozen=True)
@@ -104,7 +104,7 @@ def _layer_info(name: str, module: nn.Module) -> LayerInfo | None:
 
 def _shape(module: nn.Module) -> tuple[str, dict[str, int]]:
     """Kind and sizes. A subclass of Linear or Embedding whose caller or forward needs more than the layer itself does
-    (MultiheadAttention's out_proj, position tables that compute their own indices) is named by its class: not adaptable."""
+    (MultiheadAttention's out_proj, position tables that compute their own indices) goes by its class: not adaptable."""
     from torch import nn
 
     kind = type(module).__name__
@@ -115,7 +115,7 @@ def _shape(module: nn.Module) -> tuple[str, dict[str, int]]:
         return "Linear", {"in_features": module.in_features, "out_features": module.out_features}
     if isinstance(module, nn.Embedding) and (type(module).forward is nn.Embedding.forward or hasattr(module, "embed_scale")):
         return "Embedding", {"in_features": module.num_embeddings, "out_features": module.embedding_dim}
-    if isinstance(module, nn.Conv2d):
+    if isinstance(module, nn.Conv2d) and module.padding_mode == "zeros":
         kernel = module.kernel_size[0] * module.kernel_size[1]
         sizes = {"in_features": module.in_channels, "out_features": module.out_channels}
         return "Conv2d", sizes | {"groups": module.groups, "kernel": kernel}

@@ -63,7 +63,7 @@ class PackModule(pl.LightningModule):
         o = self.runs[0].optimizer
         kinds = sorted({(t.stacked, t.decay) for t in self.stack.named_trainables()})
         groups = [
-            {"params": self._parameters(stacked, decay), "stacked": stacked, "decay": decay} for stacked, decay in kinds
+            {"params": self._of_kind(stacked, decay), "stacked": stacked, "decay": decay} for stacked, decay in kinds
         ]
         rates = [r.optimizer.lr for r in self.runs]
         decays = [r.optimizer.weight_decay for r in self.runs]
@@ -72,10 +72,10 @@ class PackModule(pl.LightningModule):
         self.packed = optimizer
         return {"optimizer": optimizer, "lr_scheduler": torch.optim.lr_scheduler.LambdaLR(optimizer, factor)}
 
-    def _parameters(self, stacked: bool, decay: bool) -> list[torch.nn.Parameter]:
+    def _of_kind(self, stacked: bool, decay: bool) -> list[torch.nn.Parameter]:
         return [t.parameter for t in self.stack.named_trainables() if (t.stacked, t.decay) == (stacked, decay)]
 
-    def training_step(self, batch: list[dict[str, Tensor]], batch_idx: int) -> None:  # type: ignore[override]
+    def training_step(self, batch: list[dict[str, Tensor]], batch_idx: int) -> None:
         losses, weights = torch.zeros(2, len(self.runs), dtype=torch.float64)
         optimizer = self.optimizers()
         self.packed.zero_grad(set_to_none=True)
@@ -154,7 +154,7 @@ class PackModule(pl.LightningModule):
     def on_validation_epoch_start(self) -> None:
         self._start_evaluation()
 
-    def validation_step(self, batch: dict[str, Tensor], batch_idx: int) -> None:  # type: ignore[override]
+    def validation_step(self, batch: dict[str, Tensor], batch_idx: int) -> None:
         self._evaluate(batch)
 
     def on_validation_epoch_end(self) -> None:
@@ -190,7 +190,7 @@ class PackModule(pl.LightningModule):
     def on_test_epoch_start(self) -> None:
         self._start_evaluation()
 
-    def test_step(self, batch: dict[str, Tensor], batch_idx: int) -> None:  # type: ignore[override]
+    def test_step(self, batch: dict[str, Tensor], batch_idx: int) -> None:
         self._evaluate(batch)
 
     def on_test_epoch_end(self) -> None:

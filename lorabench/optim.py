@@ -60,7 +60,7 @@ class PackedAdamW(torch.optim.Optimizer):
         return frozen
 
     @torch.no_grad()
-    def step(self, closure: Callable[[], Any] | None = None) -> Any:  # type: ignore[override]
+    def step(self, closure: Callable[[], Any] | None = None) -> Any:
         loss = None
         if closure is not None:
             with torch.enable_grad():
@@ -80,6 +80,7 @@ class PackedAdamW(torch.optim.Optimizer):
             state["step"] = 0
             state["exp_avg"], state["exp_avg_sq"] = torch.zeros_like(p), torch.zeros_like(p)
         state["step"] += 1
+        assert p.grad is not None
         grad, exp_avg, exp_avg_sq = p.grad, state["exp_avg"], state["exp_avg_sq"]
         frozen = group["slice_lr"] == 0
         if bool(frozen.any()):

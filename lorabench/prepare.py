@@ -77,7 +77,7 @@ def layers(run: RunConfig) -> BaseInfo:
 
 
 def model_fingerprint(run: RunConfig) -> str:
-    return run.model.fingerprint()  # type: ignore[no-any-return]
+    return run.model.fingerprint()
 
 
 def plan(run: RunConfig, info: BaseInfo) -> SlicePlan:
@@ -95,12 +95,12 @@ def check(run: RunConfig) -> SlicePlan:
 
 
 def base(run: RunConfig, head: HeadSpec, resolved: Resolved) -> Base:
-    """The loaded base. One is kept; a method that trains the base itself takes it away from the cache."""
+    """The loaded base. One is kept for the next pack: every pack gives it back as it was."""
     key = _key(run.model, head, resolved.base_dtype, resolved.attention)
     if key not in _base:
         _base.clear()  # two bases at once are memory nobody asked for
         _base[key] = run.model.load(head, dtype=resolved.base_dtype, attention=resolved.attention)
-    return _base.pop(key) if run.method.name == "full" else _base[key]
+    return _base[key]
 
 
 def total_steps(run: RunConfig, examples: int) -> int:

@@ -96,4 +96,4 @@ def field_dict(section: Any, *, role: str) -> dict[str, Any]:
 
 
 def _default(f: Field[Any]) -> Any:
-    return f.default if f.default is not MISSING else f.default_factory()  # type: ignore[misc]
+    return f.default_factory() if callable(f.default_factory) else f.default

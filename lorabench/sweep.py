@@ -85,7 +85,7 @@ def plan_packs(runs: Sequence[RunConfig], max_pack: int, start: int = 0) -> list
     return packs
 
 
-def execute(jobs: Sequence[Job], *, executor: Executor = map, console: Console | None = None) -> Outcome:  # type: ignore[assignment]
+def execute(jobs: Sequence[Job], *, executor: Executor = map, console: Console | None = None) -> Outcome:
     """Train the listed runs that have no record yet and return the records of all of them."""
     settings = jobs[0].settings
     console = console or Console(stderr=True)
@@ -101,6 +101,8 @@ def execute(jobs: Sequence[Job], *, executor: Executor = map, console: Console |
         packs = _planned(store, jobs)
     finished = _finished(store, jobs)
     todo = [p for p in packs if any(i not in finished for i in p.run_ids)]
+    if not todo and settings.sweep.progress:
+        console.print(f"{store.root}: all {len(plans)} runs are finished, nothing to train", highlight=False)
     with Progress(console, todo, enabled=settings.sweep.progress) as progress:
         _run(todo, store, settings, finished, executor, progress)
     records = [store.read(j.run.run_id) for j in jobs]

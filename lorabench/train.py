@@ -6,9 +6,8 @@ import logging
 import time
 import traceback
 import warnings
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -17,9 +16,8 @@ import torch
 
 from lorabench import prepare as prep
 from lorabench import provenance
-from lorabench.adapters import Stack, inject
+from lorabench.adapters import SlicesMix, Stack, inject, probe
 from lorabench.adapters.files import save_slice
-from lorabench.adapters.probe import SlicesMix, probe
 from lorabench.base import Base
 from lorabench.batches import EvalStream, PackStream
 from lorabench.config import RunConfig
@@ -106,7 +104,7 @@ def _train(pack: Pack, store: Store, listener: Listener) -> list[Record]:
     prepared, resolved = prep.prepare(first), prep.resolve(first)
     base = prep.base(first, prepared.head, resolved)
     plans = [prep.plan(run, base.info) for run in pack.runs]
-    before = _checksum(base.model) if not first.method.name == "full" else None
+    before = _checksum(base.model)
     stack = inject(base.model, plans, info=base.info)
     try:
         session = _session(pack, store, prepared, resolved, base, plans, stack, listener)
@@ -117,7 +115,7 @@ def _train(pack: Pack, store: Store, listener: Listener) -> list[Record]:
         records = _finish(session)
     finally:
         stack.remove()
-    if before is not None and _checksum(base.model) != before:
+    if _checksum(base.model) != before:
         raise RuntimeError("the frozen base changed during training")
     return records
 
@@ -150,7 +148,7 @@ class BoundTask:
         self.step, self.metrics = task.step, task.metrics
 
     def collate(self, examples: list[dict[str, Any]]) -> dict[str, Any]:
-        return self.task.collate(examples, self.processor)  # type: ignore[no-any-return]
+        return self.task.collate(examples, self.processor)
 
 
 def _checkpoint_gradients(model: Any) -> None:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 import random
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -21,7 +20,7 @@ REPO = Path(__file__).resolve().parent.parent
 
 
 @pytest.fixture(autouse=True)
-def _seeds() -> Iterator[None]:
+def _seeds() -> None:
     """One seed a test for every generator there is; torch only if the test's module has imported it."""
     random.seed(0)
     np.random.seed(0)
@@ -30,7 +29,6 @@ def _seeds() -> Iterator[None]:
 
         torch.manual_seed(0)
         torch.set_num_threads(1)
-    yield
 
 
 @pytest.fixture

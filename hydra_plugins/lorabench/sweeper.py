@@ -45,6 +45,7 @@ class GridSweeper(Sweeper):
         from hydra_plugins.lorabench._compose import Composer
         from lorabench import sweep
 
+        assert self.config is not None and self.launcher is not None
         composer = Composer.of(self.context, self.config)
         points = expand(self.grids, self.params, arguments)
         extras = _extras(points)
@@ -53,7 +54,7 @@ class GridSweeper(Sweeper):
         listed = {
             (*p.fixed, *rate, f"{SEED}={seed}", *always): (p, extras[i])
             for i, p in enumerate(points)
-            for rate in ([(r,) for r in p.rates] or [()])
+            for rate in ((r,) for r in p.rates or (f"{RATE}={self.config.optimizer.lr}",))
             for seed in _seeds(p, self.config.sweep.tune_seeds)
         }
         jobs = {overrides: composer.job(overrides, extra) for overrides, (_, extra) in listed.items()}

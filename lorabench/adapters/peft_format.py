@@ -1,7 +1,7 @@
 """A slice in PEFT's exchange format, written: a pure function to tensors and an `adapter_config` dict.
 
 Source: peft 0.21 (`tuners/lora/layer.py`, `utils/save_and_load.py`). Reading is in `peft_read.py`.
-Shapes: I in, O out, r rank, G groups of a Conv2d; our names are `<layer>.lora_A` and `<layer>.lora_B`.
+Shapes are PEFT's throughout: A [r, I], B [O, r]; Conv2d of G groups A [r, I, kh, kw], B [O, r/G, 1, 1].
 """
 
 from __future__ import annotations
@@ -12,7 +12,6 @@ from collections import Counter
 from collections.abc import Iterable, Mapping
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from lorabench.base import BaseInfo, LayerInfo
@@ -41,8 +40,7 @@ def to_peft(
 ) -> tuple[dict[str, Any], dict[str, Tensor]]:
     """A slice as (adapter_config, tensors), ready for `adapter_config.json` and `adapter_model.safetensors`.
 
-    Raises `ConfigError` where PEFT's LoRA has no such thing (no adapters, trained biases). An adapter on a grouped
-    Conv2d becomes one of rank G * r: PEFT's A sees all I channels, ours those of one group.
+    Raises `ConfigError` where PEFT's LoRA has no such thing (no adapters, trained biases).
     """
     if not representable(plan):
         what = "full" if plan.full else "a run without LoRA adapters, or with trained biases"
@@ -69,28 +67,16 @@ def representable(plan: SlicePlan) -> bool:
 
 def _layer_tensors(layer: LayerInfo, a: Tensor, b: Tensor) -> dict[str, Tensor]:
     keys = EMBEDDING_PARTS if layer.kind == "Embedding" else PARTS
-    if layer.kind == "Conv2d":
-        a, b = conv_to_peft(a, b, layer.groups)
+    if layer.kind == "Conv2d":  # A may come as [G, r/G, I, kh, kw], a view of the stack
+        a, b = a.reshape(-1, *a.shape[-3:]), b.reshape(*b.shape[:2], 1, 1)
     return {f"{PREFIX}{layer.name}.{keys['lora_A']}": a, f"{PREFIX}{layer.name}.{keys['lora_B']}": b}
-
-
-def conv_to_peft(a: Tensor, b: Tensor, groups: int) -> tuple[Tensor, Tensor]:
-    """A [r, I/G, kh, kw] -> [G*r, I, kh, kw], zero off its group; B [O, r] -> [O, r, 1, 1] (a grouped 1x1 convolution)."""
-    r, channels = a.shape[:2]
-    wide = a.new_zeros(groups, r, groups, *a.shape[1:])
-    wide[torch.arange(groups), :, torch.arange(groups)] = a
-    return wide.reshape(groups * r, groups * channels, *a.shape[2:]), b.reshape(-1, r, 1, 1)
 
 
 def _config(
     plan: SlicePlan, layers: Mapping[str, LayerInfo], info: BaseInfo, task_type: str | None, base_name: str | None
 ) -> dict[str, Any]:
     rslora, alphas = _alphas(plan.adapters)
-    ranks = {}
-    for name, spec in plan.adapters.items():
-        wide = layers[name].groups if layers[name].kind == "Conv2d" else 1
-        ranks[name] = spec.r * wide
-        alphas[name] *= math.sqrt(wide) if rslora else wide
+    ranks = {name: spec.r for name, spec in plan.adapters.items()}
     r, alpha = _commonest(ranks.values()), _commonest(alphas.values())
     return {
         "peft_type": "LORA", "task_type": _task_type(task_type, plan, info), "base_model_name_or_path": base_name, "revision": None,
@@ -141,8 +127,7 @@ def _task_type(task_type: str | None, plan: SlicePlan, info: BaseInfo) -> str | 
     heads = OWN_HEADS.get(task_type or "", ())
     for layer in info.layers:
         parts = layer.name.split(".")
-        prefixes = [".".join(parts[: i + 1]) for i in range(len(parts))]
-        wrapped = any(p.endswith(heads) for p in prefixes) if heads else False
-        if wrapped and not any(p in plan.modules for p in prefixes):
-            return None
+        for prefix in (".".join(parts[:i]) for i in range(1, len(parts) + 1)):
+            if prefix.endswith(heads) and not any(f"{prefix}.".startswith(f"{m}.") for m in plan.modules):
+                return None
     return task_type

@@ -12,10 +12,9 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-import torch
 from torch import Tensor
 
-from lorabench.adapters.peft_format import OWN_HEADS, PREFIX, conv_to_peft, scaling_of
+from lorabench.adapters.peft_format import OWN_HEADS, PREFIX, scaling_of
 from lorabench.plan import AdapterSpec, SlicePlan
 from lorabench.schema import ConfigError
 
@@ -104,17 +103,12 @@ def _read_layer(
     a, b = parts["A"], parts["B"]
     r = _pattern(config, "rank_pattern", "r", name, where)
     alpha = _pattern(config, "alpha_pattern", "lora_alpha", name, where)
-    conv = a.dim() == 4
-    if a.shape[:1] != (r,) or not (_conv_fits(a, b) if conv else a.dim() == b.dim() == 2 and b.shape[1] == r):
+    if a.shape[:1] != (r,) or not (_conv_fits(a, b) if a.dim() == 4 else a.dim() == b.dim() == 2 and b.shape[1] == r):
         shapes = f"lora_A {list(a.shape)}, lora_B {list(b.shape)}"
         raise ConfigError(where, f"{name}: {shapes}", f"shapes of rank {r:g}, which the config gives this layer")
     scaling = scaling_of(alpha, int(r), bool(config.get("use_rslora")))
     dropout = _number(config.get("lora_dropout", 0.0), f"{where}:lora_dropout", low=0.0)
-    if conv:
-        a, b = _conv_from_peft(a, b, f"{where} {name}")
-        wide = int(r) // a.shape[0]  # the rank PEFT needs for a grouped convolution, over ours
-        alpha /= math.sqrt(wide) if config.get("use_rslora") else wide
-    return AdapterSpec(r=a.shape[0], scaling=scaling, alpha=alpha, dropout=dropout), a, b
+    return AdapterSpec(r=int(r), scaling=scaling, alpha=alpha, dropout=dropout), a, b
 
 
 def _pattern(config: Mapping[str, Any], pattern_key: str, key: str, name: str, where: str) -> float:
@@ -148,17 +142,5 @@ def _names(config: Mapping[str, Any], key: str, where: str) -> list[str]:
 
 
 def _conv_fits(a: Tensor, b: Tensor) -> bool:
-    """A [G*r, I, kh, kw] and B [O, r, 1, 1] for some number of groups G."""
-    if b.dim() != 4 or b.shape[2:] != (1, 1) or not 0 < b.shape[1] <= a.shape[0] or a.shape[0] % b.shape[1]:
-        return False
-    return a.shape[1] % (a.shape[0] // b.shape[1]) == 0
-
-
-def _conv_from_peft(a: Tensor, b: Tensor, where: str) -> tuple[Tensor, Tensor]:
-    groups = a.shape[0] // b.shape[1]
-    r, channels = a.shape[0] // groups, a.shape[1] // groups
-    ours = a[:r, :channels].contiguous()
-    if groups > 1 and not torch.equal(conv_to_peft(ours, b, groups)[0], a):
-        allowed = "an adapter on a grouped Conv2d whose A stays inside its groups; this one mixes them"
-        raise ConfigError(where, "lora_A", allowed)
-    return ours, b.reshape(b.shape[0], r)
+    """A [r, I, kh, kw] and B [O, r/G, 1, 1] for some number of groups G."""
+    return b.dim() == 4 and b.shape[2:] == (1, 1) and b.shape[1] > 0 and a.shape[0] % b.shape[1] == 0

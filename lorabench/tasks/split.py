@@ -11,8 +11,10 @@ from typing import Any
 from lorabench.schema import ConfigError
 from lorabench.tasks.contract import SPLITS, Row
 
-SPACE, WORDLESS = re.compile(r"\s+"), re.compile(r"[^\w#]+")
+SPACE, WORDLESS = re.compile(r"\s+"), re.compile(r"[\W_]+")
 TWEET = re.compile(r"(?:https?://|www\.)\S+|(?<!\w)@\w+|^\W*rt\b(?=\s*@)")
+CUT_ADDRESS, QUOTED = re.compile(r" h(?:t(?:t(?:ps?)?)?)?$"), re.compile(r"\brt\b\W*@\w+")
+NEAR = 50  # characters that tell near-duplicate tweets from others
 TOP = 2**63
 
 
@@ -28,9 +30,17 @@ def plain_key(text: str) -> str:
 
 
 def tweet_key(text: str) -> str:
-    """As `plain_key`, also without addresses, @names, a leading RT and punctuation: a retweet equals its original."""
+    """As `plain_key`, also without addresses (cut ones too), @names, a leading RT and punctuation: a retweet equals its
+    original."""
     words = WORDLESS.sub(" ", TWEET.sub(" ", text.casefold())).strip()
-    return words or plain_key(text)
+    return CUT_ADDRESS.sub("", words) or plain_key(text)
+
+
+def tweet_group(text: str) -> str:
+    """What near-duplicates share: the first words of the tweet, or of the tweet it quotes (RT @name ...)."""
+    *_, quoted = QUOTED.split(text.casefold())
+    quoted = tweet_key(quoted)
+    return (quoted if len(quoted) >= NEAR else tweet_key(text))[:NEAR]
 
 
 def identify(rows: Iterable[Row], fields: Sequence[str]) -> list[Row]:

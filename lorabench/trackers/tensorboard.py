@@ -52,7 +52,7 @@ class TensorBoardTracker:
         writer = self.writers.pop(run_id)
         results = {f"final/{k}": float(v) for k, v in record.metrics.items() if isinstance(v, (int, float))}
         for summary in hparams(self.config.pop(run_id), results):
-            writer.file_writer.add_summary(summary)  # type: ignore[union-attr]
+            writer.file_writer.add_summary(summary)  # type: ignore[attr-defined]
         for name, value in results.items():
             writer.add_scalar(name, value, int(record.metrics.get("best_step") or 0))
         writer.close()

@@ -61,7 +61,9 @@ class WandbTracker:
         found = {"status": record.status, "role": record.role, "run_id": record.run_id, "error": record.error}
         resources = {f"resources/{key}": value for key, value in record.resources.items()}
         run.log({}, commit=True)  # the last row would else be written after the summary, and over it
-        run.summary.update({key: value for key, value in (found | record.metrics | resources).items() if value is not None})
+        run.summary.update(
+            {key: value for key, value in (found | record.metrics | resources).items() if value is not None}
+        )
         run.finish(exit_code=1 if record.status == "failed" else 0)
 
     def close(self) -> None:

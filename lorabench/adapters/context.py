@@ -1,0 +1,92 @@
+"""What every stacked layer of one model shares: which slices the rows belong to, and what keys the dropout masks.
+
+Shape letters: K slices, B batch, N = K * B rows of a batch, slice-major.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor
+
+
+class SlicesMix(RuntimeError):
+    """A layer of the base lets the slices of a pack see each other: its runs must train one by one."""
+
+    def __init__(self, layer: str, reason: str) -> None:
+        self.layer, self.reason = layer, reason
+        super().__init__(f"slices mix at layer {layer!r}: {reason}")
+
+
+def digest32(*parts: object) -> int:
+    """A signed 32-bit number from SHA-256 (Python's own hash differs between processes)."""
+    raw = hashlib.sha256("\0".join(map(str, parts)).encode()).digest()
+    return int.from_bytes(raw[:4], "little", signed=True)
+
+
+class Context:
+    """Shared by reference between a `Stack` and its layers.
+
+    active: the slices that the rows of the next batch belong to, in order.
+    """
+
+    def __init__(self, size: int) -> None:
+        self.size = size
+        self.active: tuple[int, ...] = tuple(range(size))
+        self.seeds: tuple[int, ...] = tuple(range(size))
+        self.step = 0
+        self.examples: Tensor | None = None  # int64 [N]
+        self._only: int | None = None
+
+    def set(self, *, seeds: Sequence[int], step: int, examples: Tensor) -> None:
+        """Before each micro-batch: what keys its dropout masks. seeds: one a slice; examples: the rows' own ids, [N]."""
+        assert len(seeds) == self.size, f"{len(seeds)} seeds for {self.size} slices"
+        assert examples.dim() == 1 and not examples.is_floating_point()
+        self.seeds, self.step, self.examples = tuple(seeds), step, examples
+
+    @property
+    def all_active(self) -> bool:
+        return self.active == tuple(range(self.size))
+
+    def pick(self, stacked: Tensor) -> Tensor:
+        """The active slices of a [K, ...] tensor; the tensor itself when all are active."""
+        return stacked if self.all_active else stacked[list(self.active)]
+
+    def split(self, x: Tensor, layer: str) -> Tensor:
+        """[K * M, ...] -> [K, M, ...] over the active slices. Raises `SlicesMix` where the rows do not divide."""
+        size = len(self.active)
+        if x.dim() == 0 or x.shape[0] % size:
+            raise SlicesMix(layer, f"its input {tuple(x.shape)} has no leading batch axis for {size} slices")
+        return x.reshape(size, x.shape[0] // size, *x.shape[1:])
+
+    @contextmanager
+    def only(self, position: int) -> Iterator[None]:
+        """Inside, the rows are those of one active slice: a module called once a slice."""
+        assert self._only is None
+        self._only = position
+        try:
+            yield
+        finally:
+            self._only = None
+
+    def members(self) -> tuple[int, ...]:
+        """The slices the rows at hand belong to, in order."""
+        return self.active if self._only is None else (self.active[self._only],)
+
+    def ids(self, rows: int, layer: str) -> Tensor:
+        """Example ids of the rows at hand, [K, B]. A lone run whose rows are not examples counts them instead.
+
+        rows: length of the leading axis, a multiple of the examples where the tokens are flattened into it.
+        """
+        assert self.examples is not None, "call stack.context.set(...) before a batch that draws dropout"
+        members, found = self.members(), self.examples.view(len(self.active), -1)
+        if self._only is not None:
+            found = found[self._only : self._only + 1]
+        if rows % found.numel() == 0:
+            return found
+        if self.size > 1:
+            raise SlicesMix(layer, f"dropout over {rows} rows where the batch holds {found.numel()} examples")
+        return torch.arange(rows, device=found.device).view(len(members), rows)

@@ -1,0 +1,122 @@
+"""From plans to a stack: wraps the planned layers of a base in place and freezes the rest."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from lorabench.adapters.draw import module_start
+from lorabench.adapters.dropout import key_base_dropout
+from lorabench.adapters.layers import LAYERS, Wrapped
+from lorabench.adapters.stack import Stack
+from lorabench.adapters.whole import StackedBias, StackedModule
+from lorabench.base import BaseInfo
+from lorabench.plan import SlicePlan
+
+_RUNNING = nn.modules.batchnorm._NormBase  # batch and instance normalisation with running statistics
+
+
+def inject(model: nn.Module, plans: Sequence[SlicePlan], *, info: BaseInfo) -> Stack:
+    """Put one slice a plan onto `model`, in place; `stack.remove()` undoes it.
+
+    Slices of one pack train the same modules and biases; `full` is a pack of one. Everything not trained is frozen,
+    normalisation statistics too. The base's own dropout is re-keyed (see `dropout`), which needs eager attention.
+    """
+    assert plans and (len(plans) == 1 or not any(p.full for p in plans)), "full fine-tuning is a pack of one"
+    assert len({(p.modules, p.biases) for p in plans}) == 1, "slices of a pack train the same modules and biases"
+    stack = Stack(model, plans)
+    _freeze(stack)
+    if plans[0].full:
+        _train_base(stack, info)
+    else:
+        _wrap_adapters(stack, info)
+        _wrap_biases(stack, info)
+        _wrap_modules(stack, info)
+    _freeze_statistics(stack)
+    key_base_dropout(model, stack.context, stack.undo)
+    return stack
+
+
+def _freeze(stack: Stack) -> None:
+    for p in stack.model.parameters():
+        stack.undo.callback(p.requires_grad_, p.requires_grad)
+        stack.undo.callback(setattr, p, "grad", None)
+        p.requires_grad_(False)
+
+
+def _train_base(stack: Stack, info: BaseInfo) -> None:
+    """The whole base trains; its head starts from the seed, like everybody's."""
+    for p in stack.model.parameters():
+        stack.undo.callback(_restore, p, p.detach().clone())
+        p.requires_grad_(True)
+    for name in info.head:
+        module = stack.model.get_submodule(name)
+        start = module_start(stack.model, module, stack.plans[0].seed, name)
+        with torch.no_grad():
+            for key, p in module.named_parameters():
+                p.copy_(start[key])
+    stack.own = dict(stack.model.named_parameters())
+
+
+def _restore(tensor: Tensor, value: Tensor) -> None:
+    with torch.no_grad():
+        tensor.copy_(value)
+
+
+def _wrap_adapters(stack: Stack, info: BaseInfo) -> None:
+    seeds = [plan.seed for plan in stack.plans]
+    for layer in info.layers:
+        specs = [plan.adapters.get(layer.name) for plan in stack.plans]
+        if any(spec and spec.r for spec in specs):
+            assert not _inside(layer.name, stack.plans[0].modules), f"{layer.name} is inside a module that trains whole"
+            base = stack.model.get_submodule(layer.name)
+            _replace(stack, LAYERS[layer.kind](base, layer, stack.context, specs, seeds))
+    known = info.by_name
+    unknown = [name for plan in stack.plans for name in plan.adapters if name not in known]
+    assert not unknown, f"not layers of this base: {unknown}"
+
+
+def _wrap_biases(stack: Stack, info: BaseInfo) -> None:
+    for name in stack.plans[0].biases:
+        if not _inside(name, stack.plans[0].modules):
+            base = stack.model.get_submodule(name)
+            _replace(stack, StackedBias(base, name, info.by_name[name].kind, stack.context))
+
+
+def _wrap_modules(stack: Stack, info: BaseInfo) -> None:
+    for name in stack.plans[0].modules:
+        module = stack.model.get_submodule(name)
+        new = _inside(name, info.head)
+        if new:
+            starts: list[Any] = [module_start(stack.model, module, plan.seed, name) for plan in stack.plans]
+        else:
+            starts = [{key: p.detach() for key, p in module.named_parameters()}] * stack.size
+        _replace(stack, StackedModule(module, name, stack.context, starts, new=new))
+
+
+def _replace(stack: Stack, layer: Wrapped) -> None:
+    parent_name, _, child = layer.name.rpartition(".")
+    parent = stack.model.get_submodule(parent_name)
+    stack.undo.callback(setattr, parent, child, layer.base)
+    setattr(parent, child, layer)
+    stack.layers.append(layer)
+
+
+def _freeze_statistics(stack: Stack) -> None:
+    """Normalisation uses its stored statistics whatever `model.train()` says, under `full` too: buffers count as frozen,
+    so that a slice is its parameters and methods compare on equal terms."""
+    for module in stack.model.modules():
+        if isinstance(module, _RUNNING) and module.track_running_stats:
+            stack.undo.callback(setattr, module, "training", module.training)
+            stack.undo.callback(module.register_forward_pre_hook(_stay_in_eval).remove)
+
+
+def _stay_in_eval(module: nn.Module, args: Any) -> None:
+    module.training = False
+
+
+def _inside(name: str, modules: Sequence[str]) -> bool:
+    return any(name == m or name.startswith(m + ".") for m in modules)

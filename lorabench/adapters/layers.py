@@ -1,0 +1,182 @@
+"""Stacked LoRA layers (Hu et al., arXiv 2106.09685): K adapters beside the one frozen weight.
+
+Shape letters: K slices, M rows of a slice times whatever lies between, I in, O out, R rank (the pack's largest on this
+layer), C channels, g groups. Activations are slice-major: [K * B, ...]. Rows of A and columns of B beyond a slice's own
+rank are zero and get zero gradients, so they stay zero under AdamW; a slice of rank 0 does not target the layer.
+Shapes, starts and semantics are PEFT 0.21's; adapters are float32 and cast to the activations' type where used.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from lorabench.adapters import draw
+from lorabench.adapters.context import Context
+from lorabench.adapters.dropout import keyed_dropout
+from lorabench.base import LayerInfo
+from lorabench.plan import AdapterSpec
+
+
+class Wrapped(nn.Module):
+    """Stands where a module of the base stood; the module itself lives on, untouched, as `base`."""
+
+    def __init__(self, base: nn.Module, name: str, context: Context) -> None:
+        super().__init__()
+        self.base, self.name, self.context = base, name, context
+        self.training = base.training
+
+    def __getattr__(self, key: str) -> Any:
+        """Models read `weight`, `in_features`, `embed_scale` and the like off their layers: they find the base's."""
+        try:
+            return super().__getattr__(key)
+        except AttributeError:
+            return getattr(super().__getattr__("base"), key)
+
+    def slice_state(self, k: int) -> dict[str, Tensor]:
+        """What slice k trains here, keyed without the layer's name; shares memory where it can."""
+        raise NotImplementedError
+
+    def load_slice(self, k: int, state: Mapping[str, Tensor]) -> None:
+        """The inverse of `slice_state`."""
+        raise NotImplementedError
+
+    def parts(self) -> dict[str, tuple[nn.Parameter, bool]]:
+        """Trainable [K, ...] parameters by short name, each with whether weight decay applies."""
+        raise NotImplementedError
+
+
+class StackedAdapter(Wrapped):
+    """K low-rank adapters on one layer.
+
+    lora_A [K, R, I, ...], lora_B [K, O, R, ...], scaling [K]. specs: one a slice, None where it does not target the
+    layer; seeds: one a slice.
+    """
+
+    lora_A: nn.Parameter
+    lora_B: nn.Parameter
+    scaling: Tensor
+    start = staticmethod(draw.adapter_start)
+
+    def __init__(
+        self, base: nn.Module, info: LayerInfo, context: Context, specs: Sequence[AdapterSpec | None], seeds: Sequence[int]
+    ) -> None:
+        super().__init__(base, info.name, context)
+        weight = base.weight
+        assert isinstance(weight, Tensor)
+        self.ranks = tuple(spec.r if spec else 0 for spec in specs)
+        self.drop = tuple(spec.dropout if spec else 0.0 for spec in specs)
+        make = {"device": weight.device, "dtype": torch.promote_types(weight.dtype, torch.float32)}
+        a, b = self.shapes(info, max(self.ranks))
+        self.lora_A = nn.Parameter(torch.zeros(len(specs), *a, **make))
+        self.lora_B = nn.Parameter(torch.zeros(len(specs), *b, **make))
+        self.register_buffer("scaling", torch.tensor([s.scaling if s else 0.0 for s in specs], **make))
+        with torch.no_grad():
+            for k, (spec, seed) in enumerate(zip(specs, seeds, strict=True)):
+                if spec and spec.r:
+                    a, b = self.start(spec, seed, info.name, *self.shapes(info, spec.r))
+                    self.load_slice(k, {"lora_A": a, "lora_B": b})
+
+    def shapes(self, info: LayerInfo, r: int) -> tuple[tuple[int, ...], tuple[int, ...]]:
+        """Of one slice's A and B at rank r, as PEFT stores them."""
+        return (r, info.in_features), (info.out_features, r)
+
+    def views(self, k: int) -> tuple[Tensor, Tensor]:
+        """The rows of A and the columns of B that slice k uses, writable."""
+        r = self.ranks[k]
+        return self.lora_A.detach()[k, :r], self.lora_B.detach()[k, :, :r]
+
+    def slice_state(self, k: int) -> dict[str, Tensor]:
+        if not self.ranks[k]:
+            return {}
+        a, b = self.views(k)
+        return {"lora_A": a.reshape(self.ranks[k], *self.lora_A.shape[2:]), "lora_B": b}
+
+    def load_slice(self, k: int, state: Mapping[str, Tensor]) -> None:
+        for own, key in zip(self.views(k), ("lora_A", "lora_B"), strict=True):
+            own.copy_(state[key].reshape(own.shape))
+
+    def parts(self) -> dict[str, tuple[nn.Parameter, bool]]:
+        return {"lora_A": (self.lora_A, True), "lora_B": (self.lora_B, True)}
+
+    def factors(self, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+        """A and scaling * B of the active slices, in the type of the activations."""
+        a, b, s = (self.context.pick(t) for t in (self.lora_A, self.lora_B, self.scaling))
+        return a.to(dtype), (b * s.view(-1, *[1] * (b.dim() - 1))).to(dtype)
+
+    def dropped(self, x: Tensor) -> Tensor:
+        """Adapter dropout of x [K * B, ...], with each slice's own probability."""
+        if not self.training or not any(self.drop):
+            return x
+        return keyed_dropout(x, [self.drop[k] for k in self.context.members()], self.context, f"{self.name}.lora_dropout")
+
+
+class StackedLinear(StackedAdapter):
+    """On nn.Linear or transformers' Conv1D: x [K * B, ..., I] -> [K * B, ..., O]."""
+
+    def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        y: Tensor = self.base(x, *args, **kwargs)
+        if not self.context.active:
+            return y
+        a, b = self.factors(y.dtype)
+        rows = self.context.split(self.dropped(x).to(y.dtype), self.name).flatten(1, -2)
+        low = torch.bmm(rows, a.transpose(1, 2))
+        return torch.baddbmm(y.reshape(*low.shape[:2], y.shape[-1]), low, b.transpose(1, 2)).view_as(y)
+
+
+class StackedEmbedding(StackedAdapter):
+    """On nn.Embedding: indices [K * B, ...] -> [K * B, ..., O]. No dropout, and A = 0 with B drawn, as in PEFT."""
+
+    start = staticmethod(draw.embedding_start)
+
+    def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        y: Tensor = self.base(x, *args, **kwargs)
+        if not self.context.active:
+            return y
+        a, b = self.factors(y.dtype)
+        rows = self.context.split(x, self.name).flatten(1)
+        padding = getattr(self.base, "padding_idx", None)
+        # one look-up a slice: [K, I, R] tables side by side would copy A every step
+        low = torch.stack([F.embedding(ids, table.T, padding) for ids, table in zip(rows, a, strict=True)])
+        low = low * getattr(self.base, "embed_scale", 1.0)
+        return torch.baddbmm(y.reshape(*low.shape[:2], y.shape[-1]), low, b.transpose(1, 2)).view_as(y)
+
+
+class StackedConv2d(StackedAdapter):
+    """On nn.Conv2d: x [K * B, C, H, W] -> [K * B, O, H', W'].
+
+    A is a convolution like the base's but without groups, B a 1x1 one with the base's groups: lora_A [K, R, C, kh, kw],
+    lora_B [K, O, R / g, 1, 1]. Each group owns R / g rows of A, of which a slice of rank r uses the first r / g.
+    """
+
+    base: nn.Conv2d
+
+    def shapes(self, info: LayerInfo, r: int) -> tuple[tuple[int, ...], tuple[int, ...]]:
+        return (r, info.in_features, *self.base.kernel_size), (info.out_features, r // info.groups, 1, 1)
+
+    def views(self, k: int) -> tuple[Tensor, Tensor]:
+        g, own = self.base.groups, self.ranks[k] // self.base.groups
+        return self.lora_A.detach()[k].unflatten(0, (g, -1))[:, :own], self.lora_B.detach()[k, :, :own]
+
+    def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        y: Tensor = self.base(x, *args, **kwargs)
+        if not self.context.active:
+            return y
+        conv, (a, b) = self.base, self.factors(y.dtype)
+        rows = self.context.split(self.dropped(x).to(y.dtype), self.name)
+        size, batch, g = len(rows), rows.shape[1], conv.groups
+        # slices become groups of one convolution: [B, K * C, H, W] -> [B, K * R, H', W']
+        low = F.conv2d(rows.transpose(0, 1).flatten(1, 2), a.flatten(0, 1), None, conv.stride, conv.padding, conv.dilation, size)
+        low = low.view(batch, size * g, -1, y.shape[2] * y.shape[3]).permute(1, 2, 0, 3).flatten(2)
+        up = torch.bmm(b.view(size * g, -1, low.shape[1]), low)
+        up = up.view(size, conv.out_channels, batch, -1).transpose(1, 2)
+        return y + up.reshape(y.shape)
+
+
+LAYERS: dict[str, type[StackedAdapter]] = {
+    "Linear": StackedLinear, "Conv1D": StackedLinear, "Embedding": StackedEmbedding, "Conv2d": StackedConv2d,
+}  # fmt: skip

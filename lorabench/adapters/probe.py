@@ -1,0 +1,113 @@
+"""Do slices see each other? Poison one with NaN, forward and backward, and look at the others.
+
+Names cannot tell: time-major activations, batch statistics, token routing and layers fed without a batch axis only
+show in what they compute. Shape letters: K slices, N = K * B rows.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves
+
+from lorabench.adapters.context import SlicesMix
+from lorabench.adapters.stack import Stack
+
+POISONED = 0  # the first slice: what leaks from earlier rows to later ones (scans, capacity limits) starts there
+
+
+def probe(model: nn.Module, stack: Stack, forward: Callable[[], Tensor]) -> None:
+    """Raise `SlicesMix` naming the first layer where the slices of a pack see each other; leave everything as it was.
+
+    forward: runs the model on a small batch of K * B rows and gives per-example losses [N]. It runs three times, in
+    training mode. On a CPU the other slices' losses and gradients must not change by one bit, elsewhere by rounding.
+    """
+    if stack.size == 1:
+        return
+    with _restored(model, stack):
+        model.train()
+        clean = _run(stack, forward)
+        for t in stack.named_trainables():
+            t.parameter.data[POISONED] = torch.nan
+        poisoned = _run(stack, forward)
+        if not _same(clean[0], poisoned[0]):
+            raise SlicesMix(_first_mixing(model, stack, forward, rows=stack.size * clean[0].shape[1]), "forward pass")
+        for name in reversed(clean[1]):
+            if not _same(clean[1][name], poisoned[1][name]):
+                raise SlicesMix(name.rpartition(".")[0], "backward pass")
+
+
+def _run(stack: Stack, forward: Callable[[], Tensor]) -> tuple[Tensor, dict[str, Tensor]]:
+    """Losses [K, B] and gradients [K, ...] by name."""
+    trainables = stack.named_trainables()
+    for t in trainables:
+        t.parameter.grad = None
+    losses = forward()
+    losses.sum().backward()
+    grads = {t.name: t.parameter.grad for t in trainables if t.parameter.grad is not None}
+    return losses.detach().view(stack.size, -1), grads
+
+
+def _same(clean: Tensor, poisoned: Tensor) -> bool:
+    """Whether the slices beside the poisoned one agree (leading axis K)."""
+    a, b = clean[POISONED + 1 :], poisoned[POISONED + 1 :]
+    if a.device.type == "cpu":
+        return torch.equal(a, b)
+    return bool(torch.allclose(a, b, rtol=1e-3, atol=1e-5 * float(a.abs().max())))
+
+
+@torch.no_grad()
+def _first_mixing(model: nn.Module, stack: Stack, forward: Callable[[], Tensor], rows: int) -> str:
+    """The first module, in the order of execution, whose output holds NaN outside the poisoned slice's rows."""
+    found: list[str] = []
+
+    def look(name: str) -> Callable[..., None]:
+        def hook(module: nn.Module, args: Any, output: Any) -> None:
+            if not found and any(_leaks(x, stack.size, rows) for x in tree_leaves(output) if isinstance(x, Tensor)):
+                found.append(name.removesuffix(".base"))
+
+        return hook
+
+    hooks = [module.register_forward_hook(look(name)) for name, module in model.named_modules()]
+    try:
+        forward()
+    finally:
+        for hook in hooks:
+            hook.remove()
+    return found[0] if found else "(the loss)"
+
+
+def _leaks(x: Tensor, size: int, rows: int) -> bool:
+    """Whether NaN stands outside the poisoned slice, or anywhere in a tensor whose leading axis is not the batch's."""
+    if x.dim() == 0 or not x.is_floating_point() or not bool(x.isnan().any()):
+        return False
+    if x.shape[0] == 0 or x.shape[0] % rows:
+        return True
+    return bool(x.view(size, -1)[POISONED + 1 :].isnan().any()) if x.is_contiguous() else bool(x.reshape(size, -1)[POISONED + 1 :].isnan().any())
+
+
+@contextmanager
+def _restored(model: nn.Module, stack: Stack) -> Iterator[None]:
+    """Parameters of the poisoned slice, gradients, buffers, training flags and the random state come back."""
+    trainables = stack.named_trainables()
+    slices = [t.parameter.detach()[POISONED].clone() for t in trainables]
+    grads = [t.parameter.grad for t in trainables]
+    buffers = [(b, b.detach().clone()) for b in model.buffers()]
+    modes: Mapping[nn.Module, bool] = {module: module.training for module in model.modules()}
+    devices = sorted({p.device.index for p in model.parameters() if p.device.type == "cuda"})
+    try:
+        with torch.random.fork_rng(devices=devices):
+            yield
+    finally:
+        with torch.no_grad():
+            for t, value, grad in zip(trainables, slices, grads, strict=True):
+                t.parameter.data[POISONED] = value
+                t.parameter.grad = grad
+            for buffer, value in buffers:
+                buffer.copy_(value)
+        for module, mode in modes.items():
+            module.training = mode

@@ -1,0 +1,84 @@
+"""The handle of a pack's trainable state: what trains, slice by slice, and how to take it off the base again."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from lorabench.adapters.context import Context
+from lorabench.adapters.layers import Wrapped
+from lorabench.plan import SlicePlan
+
+
+@dataclass(frozen=True)
+class Trainable:
+    """One tensor for the optimizer. stacked: [K, ...]; else a parameter of the base itself. decay: weight decay applies."""
+
+    name: str
+    parameter: nn.Parameter
+    stacked: bool
+    decay: bool
+
+
+class Stack:
+    """K slices on one base; made by `inject`. `context` keys dropout, `layers` are the wrapped modules by name."""
+
+    def __init__(self, model: nn.Module, plans: Sequence[SlicePlan]) -> None:
+        self.model, self.plans = model, tuple(plans)
+        self.context = Context(len(plans))
+        self.layers: list[Wrapped] = []
+        self.own: dict[str, nn.Parameter] = {}  # the base's own trainable parameters (full fine-tuning)
+        self.undo = ExitStack()
+
+    @property
+    def size(self) -> int:
+        """K"""
+        return len(self.plans)
+
+    def named_trainables(self) -> list[Trainable]:
+        """In the base's order. Names: `<layer>.lora_A`, `<layer>.bias`, `<module>.<parameter>`."""
+        found = [Trainable(name, p, stacked=False, decay=p.dim() > 1) for name, p in self.own.items()]
+        for layer in self.layers:
+            found += [Trainable(f"{layer.name}.{key}", p, True, decay) for key, (p, decay) in layer.parts().items()]
+        return found
+
+    def slice_state(self, k: int) -> dict[str, Tensor]:
+        """What slice k trains, without padding rows, in PEFT's shapes; may share memory with the model: clone to keep."""
+        state = {name: p.detach() for name, p in self.own.items()}
+        for layer in self.layers:
+            state |= {f"{layer.name}.{key}": value for key, value in layer.slice_state(k).items()}
+        return state
+
+    @torch.no_grad()
+    def load_slice(self, k: int, state: Mapping[str, Tensor]) -> None:
+        """Write what `slice_state` gave. Raises ValueError on a missing, unknown or misshapen tensor, before any write."""
+        own = self.slice_state(k)
+        wrong = sorted(own.keys() ^ state.keys())
+        wrong = wrong or sorted(name for name, value in state.items() if value.shape != own[name].shape)
+        if wrong:
+            raise ValueError(f"slice {k} does not fit the state given: {', '.join(wrong[:5])}")
+        for name, p in self.own.items():
+            p.copy_(state[name])
+        for layer in self.layers:
+            part = {key: state[f"{layer.name}.{key}"] for key in layer.slice_state(k)}
+            if part:
+                layer.load_slice(k, part)
+
+    @contextmanager
+    def active(self, slices: Sequence[int]) -> Iterator[None]:
+        """Inside, the rows of a batch belong to these slices, slice-major; to none of them: the plain base."""
+        assert all(0 <= k < self.size for k in slices), f"slices {slices} of a pack of {self.size}"
+        before, self.context.active = self.context.active, tuple(slices)
+        try:
+            yield
+        finally:
+            self.context.active = before
+
+    def remove(self) -> None:
+        """Give the base back as it was, bit for bit. The stacked tensors are gone with it."""
+        self.undo.close()
+        self.layers, self.own = [], {}

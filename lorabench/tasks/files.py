@@ -1,0 +1,97 @@
+"""Rows out of a user's own files: csv, tsv, json, jsonl, parquet and plain text, always UTF-8."""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from lorabench.schema import ConfigError
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+TABLES = (".csv", ".tsv", ".json", ".jsonl", ".ndjson", ".parquet")
+PLAIN = (".txt", ".text", ".md")
+
+
+def read_table(file: str, columns: Mapping[str, str], key: str) -> dict[str, list[str]]:
+    """Columns of a table, each value as text ("" where there is none).
+
+    columns: setting -> column, e.g. {"text_column": "text"}; the answer is setting -> values. key: the setting that
+    named the file. Raises `ConfigError`.
+    """
+    path = _existing(file, key)
+    if path.suffix.lower() not in TABLES:
+        raise ConfigError(key, file, f"a kind of file that is not read here; allowed: {', '.join(TABLES)}")
+    table = _parse(path, file, key)
+    for setting, column in columns.items():
+        if column not in table.columns:
+            names = ", ".join(map(str, table.columns))
+            raise ConfigError(f"{key.rpartition('.')[0]}.{setting}", column, f"no such column in {file}; allowed: {names}")
+    if not len(table):
+        raise ConfigError(key, file, "the file has columns but no rows")
+    return {setting: [_text(v) for v in table[column].tolist()] for setting, column in columns.items()}
+
+
+def read_texts(file: str, key: str) -> dict[str, str]:
+    """Plain texts by name: one file, or every text file of a folder and below. Raises `ConfigError`."""
+    root = Path(file).expanduser()
+    if root.is_dir():
+        paths = sorted(p for p in root.rglob("*") if p.suffix.lower() in PLAIN and p.is_file())
+        if not paths:
+            raise ConfigError(key, file, f"no text files in this folder; allowed: {', '.join(PLAIN)}")
+        return {str(p.relative_to(root)): decode(p, key) for p in paths}
+    path = _existing(file, key)
+    if path.suffix.lower() not in PLAIN:
+        raise ConfigError(key, file, f"a kind of file that is not read here; allowed: {', '.join(PLAIN)}, or a folder of them")
+    return {path.name: decode(path, key)}
+
+
+def decode(path: Path, key: str) -> str:
+    """A file's text. Raises `ConfigError` that says where it stops being UTF-8."""
+    raw = path.read_bytes()
+    try:
+        return raw.decode("utf-8-sig")
+    except UnicodeDecodeError as e:
+        line = raw.count(b"\n", 0, e.start) + 1
+        fix = f"convert it first, e.g. iconv -f WINDOWS-1252 -t UTF-8 {path.name} > utf8{path.suffix}"
+        raise ConfigError(key, str(path), f"not UTF-8 at byte {e.start} (line {line}); {fix}") from e
+
+
+def _existing(file: str, key: str) -> Path:
+    path = Path(file).expanduser()
+    if not path.is_file():
+        raise ConfigError(key, file, "a folder; name a file in it" if path.is_dir() else "no such file")
+    if path.stat().st_size == 0:
+        raise ConfigError(key, file, "the file is empty")
+    return path
+
+
+def _parse(path: Path, file: str, key: str) -> pd.DataFrame:
+    import pandas as pd
+
+    suffix = path.suffix.lower()
+    text = "" if suffix == ".parquet" else decode(path, key)
+    try:
+        if suffix == ".parquet":
+            return pd.read_parquet(path)
+        if suffix in (".csv", ".tsv"):  # every value stays the text it is: "NA", "007" and "1.0" too
+            separator = "," if suffix == ".csv" else "\t"
+            return pd.read_csv(io.StringIO(text), sep=separator, dtype=str, keep_default_na=False)
+        lines = suffix != ".json"
+        return pd.read_json(io.StringIO(text), lines=lines, dtype=False, convert_dates=False)  # type: ignore[call-overload]
+    except Exception as e:  # pandas and pyarrow raise many kinds of errors for a torn or foreign file
+        what = {".json": "a list of objects", ".jsonl": "one object a line", ".ndjson": "one object a line"}.get(suffix, "a table")
+        reason = (str(e).splitlines() or [type(e).__name__])[0]
+        raise ConfigError(key, file, f"cannot be read as {suffix[1:]} ({what}): {reason}") from e
+
+
+def _text(value: Any) -> str:
+    """A cell as text: nothing for a missing one, 1 for 1.0."""
+    if value is None or isinstance(value, float) and value != value:
+        return ""
+    if isinstance(value, float) and value.is_integer():
+        return str(int(value))
+    return str(value)

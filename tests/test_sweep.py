@@ -1,0 +1,195 @@
+"""Sweeps end to end on a tiny base: two phases, nothing done twice, failures recorded, launchers agree."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+from tiny import make_base, make_data, make_run
+
+from lorabench import __main__ as entry
+from lorabench.records import Store
+from lorabench.sweep import plan_packs
+
+
+@pytest.fixture(scope="module")
+def tiny(tmp_path_factory):
+    root = tmp_path_factory.mktemp("tiny")
+    base, data = make_base(root / "bert", "bert"), make_data(root / "data.csv")
+    return [
+        "model=hf", f"model.source={base}", "model.name=tiny", "task=text_file", f"task.file={data}", "task.max_length=32",
+        "trainer.max_steps=6", "trainer.batch_size=4", "trainer.precision=64", "trainer.accelerator=cpu",
+    ]  # fmt: skip
+
+
+GRID = ["-m", "method.r=1,4", "optimizer.lr=1e-3,2e-2", "sweep.name=s"]
+
+
+@pytest.fixture
+def cli(tmp_path, monkeypatch, capsys, tiny):
+    """Run a command in an empty folder; returns (exit code, output)."""
+    monkeypatch.chdir(tmp_path)
+
+    def run(*argv: str) -> tuple[int, str]:
+        monkeypatch.setattr("sys.argv", ["lorabench", *tiny, *argv])
+        try:
+            entry.main()
+            code = 0
+        except SystemExit as e:
+            code = int(e.code or 0)
+        out = capsys.readouterr()
+        return code, out.out + out.err
+
+    return run
+
+
+def stamps(name="s"):
+    return {p: p.stat().st_mtime_ns for p in Path("sweeps", name, "runs").glob("*/run.json")}
+
+
+def by_id(root):
+    return {r.run_id: r for r in Store(root).records()}
+
+
+def test_tune_then_confirm_and_only_confirmation_sees_test(cli):
+    code, out = cli(*GRID, "sweep.confirm_seeds=[7,8]")
+    assert code == 0, out
+    records = Store("sweeps/s").records()
+    tune, confirm = [r for r in records if r.role == "tune"], [r for r in records if r.role == "confirm"]
+    assert len(tune) == 4 and len(confirm) == 4
+    assert not any(k.startswith("test/") for r in tune for k in r.metrics)
+    assert all("test/accuracy" in r.metrics for r in confirm)
+    assert all(not (Store("sweeps/s").run_dir(r.run_id) / "test.npz").exists() for r in tune)
+    for r in (1, 4):
+        losses = {t.config["optimizer"]["lr"]: t.metrics["val/loss"] for t in tune if t.config["method"]["r"] == r}
+        chosen = {c.config["optimizer"]["lr"] for c in confirm if c.config["method"]["r"] == r}
+        assert chosen == {min(losses, key=losses.__getitem__)}
+    assert {c.config["seed"] for c in confirm} == {7, 8}
+    assert Path("reports/s/report.html").is_file()
+
+
+def test_the_second_time_nothing_is_trained(cli):
+    assert cli(*GRID, "sweep.confirm_seeds=[7,8]")[0] == 0
+    before = stamps()
+    code, out = cli(*GRID, "sweep.confirm_seeds=[7,8]")
+    assert code == 0
+    assert stamps() == before
+    assert "nothing to train" in out
+
+
+def test_more_rates_later_train_only_what_is_new(cli):
+    assert cli(*GRID)[0] == 0
+    before = stamps()
+    assert cli("-m", "method.r=1,4", "optimizer.lr=1e-3,2e-2,5e-3", "sweep.name=s")[0] == 0
+    after = stamps()
+    assert len(after) == 6
+    assert {p: t for p, t in after.items() if p in before} == before
+
+
+@pytest.mark.parametrize("launcher", ["basic", "joblib"])
+def test_hydras_own_launchers_give_the_same_records(cli, launcher, monkeypatch):
+    monkeypatch.setenv("JOBLIB_MULTIPROCESSING", "1")
+    assert cli(*GRID)[0] == 0
+    extra = ["hydra.launcher.n_jobs=2"] if launcher == "joblib" else []
+    code, out = cli(*[g.replace("name=s", "name=t") for g in GRID], f"hydra/launcher={launcher}", *extra)
+    assert code == 0, out
+    packed, other = by_id("sweeps/s"), by_id("sweeps/t")
+    assert packed.keys() == other.keys()
+    for i, record in packed.items():
+        assert record.config == other[i].config
+        assert record.metrics == pytest.approx(other[i].metrics, abs=1e-10)
+    cells = [json.loads(Path(f"sweeps/{n}/sweep.json").read_text())["cells"] for n in "st"]
+    assert cells[0] == cells[1]
+
+
+def test_a_run_in_two_cells_trains_once(cli):
+    code, out = cli("-m", "method.r=4", "method.alpha=8,2r", "sweep.name=s")
+    assert code == 0, out
+    assert len(stamps()) == 1
+    manifest = Store("sweeps/s").manifest()
+    assert len(manifest["cells"]) == 2
+    assert manifest["cells"][0]["runs"]["tune"] == manifest["cells"][1]["runs"]["tune"]
+
+
+def test_a_diverged_run_is_recorded_and_its_rate_not_chosen(cli):
+    code, out = cli("-m", "method.r=2", "method.alpha=1e300,4", "sweep.name=s", "sweep.confirm_seeds=[9]")
+    assert code == 0, out
+    status = {(r.config["method"]["alpha"], r.role): r.status for r in Store("sweeps/s").records()}
+    assert status == {(1e300, "tune"): "diverged", (4.0, "tune"): "completed", (4.0, "confirm"): "completed"}
+
+
+def test_failed_runs_are_recorded_the_command_exits_1_and_retries_when_asked(cli, monkeypatch):
+    from lorabench.tasks import text_classification
+
+    step = text_classification.Config.step
+
+    def fails(self, model, batch):
+        if any(p.shape[-1] == 3 for n, p in model.named_parameters() if n.endswith("lora_B")):
+            raise RuntimeError("the disk is on fire")
+        return step(self, model, batch)
+
+    monkeypatch.setattr(text_classification.Config, "step", fails)
+    argv = ["-m", "method.r=1,3", "sweep.max_pack=1", "sweep.name=s"]
+    code, out = cli(*argv)
+    assert code == 1, out
+    assert "the disk is on fire" in out and "sweep.retry_failed=true" in out
+    assert sorted(r.status for r in Store("sweeps/s").records()) == ["completed", "failed"]
+    monkeypatch.setattr(text_classification.Config, "step", step)
+    assert cli(*argv)[0] == 1, "a failed run is kept until a retry is asked for"
+    assert cli(*argv, "sweep.retry_failed=true")[0] == 0
+    assert [r.status for r in Store("sweeps/s").records()] == ["completed"] * 2
+
+
+def test_changed_data_under_the_same_runs_is_refused(cli, tiny, tmp_path):
+    data = make_data(tmp_path / "mine.csv", rows=120)
+    argv = [*GRID, f"task.file={data}"]
+    assert cli(*argv)[0] == 0
+    before = stamps()
+    make_data(data, rows=130)
+    from lorabench import prepare
+
+    prepare._data.clear(), prepare._prepared.clear()
+    code, out = cli(*argv)
+    assert code == 2
+    assert "the data files are not those" in out and "sweep.accept_drift=true" in out
+    assert stamps() == before
+    assert cli(*argv, "sweep.accept_drift=true")[0] == 0
+    assert stamps() == before
+
+
+def test_killed_in_the_middle_and_started_again_gives_the_same_records(tiny, tmp_path):
+    def command(folder, *argv):
+        folder.mkdir(exist_ok=True)
+        full = [sys.executable, "-m", "lorabench", *tiny, *GRID, "sweep.max_pack=1", "trainer.max_steps=40", *argv]
+        return subprocess.Popen(full, cwd=folder, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, start_new_session=True)
+
+    whole, cut = tmp_path / "whole", tmp_path / "cut"
+    assert command(whole).wait(300) == 0
+    victim = command(cut)
+    deadline = time.monotonic() + 120
+    while len(list(cut.glob("sweeps/s/runs/*/run.json"))) < 2 and time.monotonic() < deadline:
+        time.sleep(0.01)
+    os.killpg(victim.pid, signal.SIGKILL)
+    victim.wait()
+    done = {p: p.stat().st_mtime_ns for p in cut.glob("sweeps/s/runs/*/run.json")}
+    assert 2 <= len(done) < 4
+    assert command(cut).wait(300) == 0
+    assert {p: p.stat().st_mtime_ns for p in done} == done
+    want, got = by_id(whole / "sweeps/s"), by_id(cut / "sweeps/s")
+    assert want.keys() == got.keys()
+    for i in want:
+        assert want[i].metrics == got[i].metrics
+        assert Store(whole / "sweeps/s").history(i) == Store(cut / "sweeps/s").history(i)
+
+
+def test_packs_hold_runs_of_equal_rank_together(tiny, tmp_path):
+    base, data = make_base(tmp_path / "b", "bert"), make_data(tmp_path / "d.csv")
+    runs = [make_run(base, data, **{"method.r": r, "seed": s}) for s in (0, 1) for r in (1, 16)]
+    runs.append(make_run(base, data, **{"method.name": "full"}))
+    packs = plan_packs(runs, 2)
+    got = [[(getattr(r.method, "r", None), r.seed) for r in p.runs] for p in packs]
+    assert got == [[(1, 0), (1, 1)], [(16, 0), (16, 1)], [(None, 0)]]
