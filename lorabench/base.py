@@ -13,6 +13,8 @@ if TYPE_CHECKING:
     from torch import nn
 
 ADAPTABLE = ("Linear", "Conv1D", "Conv2d", "Embedding")
+CHANNELS_FIRST = ("Conv1d", "Conv2d", "BatchNorm1d", "BatchNorm2d", "GroupNorm")
+BIASED = ("Linear", "Conv1D", "LayerNorm", *CHANNELS_FIRST)  # kinds whose output is something plus their bias
 
 
 @dataclass(frozen=True)
@@ -109,11 +111,13 @@ def _shape(module: nn.Module) -> tuple[str, dict[str, int]]:
 
     kind = type(module).__name__
     weight = module._parameters.get("weight")
-    if kind == "Conv1D" and weight is not None and weight.dim() == 2:  # transformers.pytorch_utils.Conv1D: weight [I, O]
+    if kind == "Conv1D" and weight is not None and weight.dim() == 2:
+        # transformers.pytorch_utils.Conv1D: weight [I, O]
         return kind, {"in_features": weight.shape[0], "out_features": weight.shape[1]}
     if isinstance(module, nn.Linear) and kind != "NonDynamicallyQuantizableLinear":
         return "Linear", {"in_features": module.in_features, "out_features": module.out_features}
-    if isinstance(module, nn.Embedding) and (type(module).forward is nn.Embedding.forward or hasattr(module, "embed_scale")):
+    plain = type(module).forward is nn.Embedding.forward or hasattr(module, "embed_scale")
+    if isinstance(module, nn.Embedding) and plain:
         return "Embedding", {"in_features": module.num_embeddings, "out_features": module.embedding_dim}
     if isinstance(module, nn.Conv2d) and module.padding_mode == "zeros":
         kernel = module.kernel_size[0] * module.kernel_size[1]

@@ -136,6 +136,7 @@ def _session(
     module = PackModule(base.model, stack, task, pack.runs, total_steps=total, rows=rows)
     if first.trainer.gradient_checkpointing:
         _checkpoint_gradients(base.model)
+    module.train()  # dropout is on; the stack keeps frozen normalisation in eval
     trainer = _trainer(first, resolved, total, listener)
     return _Session(pack, store, prepared, resolved, base, plans, stack, module, trainer)
 

@@ -17,7 +17,9 @@ def key(seed: int, name: str, what: str) -> int:
     return int.from_bytes(raw[:8], "little") >> 1  # a torch seed: 63 bits
 
 
-def adapter_start(spec: AdapterSpec, seed: int, name: str, a: tuple[int, ...], b: tuple[int, ...]) -> tuple[Tensor, Tensor]:
+def adapter_start(
+    spec: AdapterSpec, seed: int, name: str, a: tuple[int, ...], b: tuple[int, ...]
+) -> tuple[Tensor, Tensor]:
     """(lora_A, lora_B) in float32 on the CPU, of shapes `a` [r, I, ...] and `b` [O, r, ...].
 
     PEFT's distributions: kaiming_uniform(a=sqrt 5), which is U(-1, 1) / sqrt(fan_in), and zeros; `gaussian`
@@ -44,7 +46,9 @@ def _orthogonal(a: tuple[int, ...], b: tuple[int, ...], generator: torch.Generat
     return start_a.contiguous(), start_b.contiguous()
 
 
-def embedding_start(spec: AdapterSpec, seed: int, name: str, a: tuple[int, ...], b: tuple[int, ...]) -> tuple[Tensor, Tensor]:
+def embedding_start(
+    spec: AdapterSpec, seed: int, name: str, a: tuple[int, ...], b: tuple[int, ...]
+) -> tuple[Tensor, Tensor]:
     """PEFT's start of an embedding's adapter, whatever `init` says: A zeros, B standard normal."""
     generator = torch.Generator().manual_seed(key(seed, name, "lora_B"))
     return torch.zeros(a), torch.empty(b).normal_(generator=generator)

@@ -18,10 +18,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
-from lorabench.adapters.context import Context, SlicesMix, digest32
+from lorabench.adapters.context import Context, digest32
 from lorabench.schema import ConfigError
-
-_ELEMENTWISE = (nn.Dropout, nn.AlphaDropout, nn.FeatureAlphaDropout)
 
 
 def _signed(value: int) -> int:
@@ -95,7 +93,9 @@ class _KeyedCalls(TorchFunctionMode):
             return self._dropout(*args, **kwargs)
         attention_p = kwargs.get("dropout_p", args[4] if len(args) > 4 else 0.0)
         if func is F.scaled_dot_product_attention and attention_p > 0:
-            raise ConfigError("model.dropout", attention_p, f"0: {self.layer} drops attention inside a fused kernel, unkeyed")
+            raise ConfigError(
+                "model.dropout", attention_p, f"0: {self.layer} drops attention inside a fused kernel, unkeyed"
+            )
         return func(*args, **kwargs)
 
     def _dropout(self, x: Tensor, p: float = 0.5, training: bool = True, inplace: bool = False) -> Tensor:
@@ -128,7 +128,11 @@ def key_base_dropout(model: nn.Module, context: Context, undo: ExitStack) -> Non
 
 def _probability(module: nn.Module) -> float:
     """The largest dropout probability a module holds itself or in an nn.Dropout it may hand to a function."""
-    own = [v for key, v in vars(module).items() if "drop" in key and isinstance(v, (int, float)) and not isinstance(v, bool)]
+    own = [
+        v
+        for key, v in vars(module).items()
+        if "drop" in key and isinstance(v, (int, float)) and not isinstance(v, bool)
+    ]
     if isinstance(module, nn.modules.dropout._DropoutNd):
         own.append(module.p)
     own += [child.p for child in module.children() if isinstance(child, nn.modules.dropout._DropoutNd)]
@@ -141,7 +145,9 @@ def _refuse(name: str, module: nn.Module) -> None:
     fused = isinstance(module, (nn.MultiheadAttention, nn.RNNBase)) or "DropPath" in kind
     channels = isinstance(module, nn.modules.dropout._DropoutNd) and not isinstance(module, nn.Dropout)
     if layerdrop or fused or channels:
-        raise ConfigError("model.dropout", p, f"0 for this base: the randomness of {name} ({kind}) cannot be keyed by example")
+        raise ConfigError(
+            "model.dropout", p, f"0 for this base: the randomness of {name} ({kind}) cannot be keyed by example"
+        )
 
 
 def _keyed(forward: Callable[..., Any], context: Context, name: str) -> Callable[..., Any]:

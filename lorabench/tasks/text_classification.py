@@ -35,7 +35,9 @@ class Config:
     pair_column: str | None = knob(None, help="column of the second text of a pair")
     label_column: str = knob("label", help="column of the label")
     max_length: int = knob(128, help="tokens an example is cut at", low=4)
-    train_examples: int | None = knob(None, help="null: all; chosen by content, a smaller set lies inside a larger", low=1)
+    train_examples: int | None = knob(
+        None, help="null: all; chosen by content, a smaller set lies inside a larger", low=1
+    )
     val_examples: int | None = knob(None, help="null: all", low=1)
     test_examples: int | None = knob(None, help="null: all", low=1)
     val_fraction: float = knob(0.1, help="share validated on where the source has no such split", above=0, high=0.5)
@@ -49,7 +51,9 @@ class Config:
 
     def validate(self, key: str) -> None:
         if self.source == "file" and not self.file:
-            raise ConfigError(f"{key}.file", self.file, f"a file with a text and a label column ({', '.join(files.TABLES)})")
+            raise ConfigError(
+                f"{key}.file", self.file, f"a file with a text and a label column ({', '.join(files.TABLES)})"
+            )
         if self.source == "glue" and self.subset not in sources.GLUE:
             raise ConfigError(f"{key}.subset", self.subset, f"allowed: {', '.join(sources.GLUE)}")
         w = self.class_weights
@@ -57,7 +61,9 @@ class Config:
         if not (w is None or w == "balanced" or numbers):
             raise ConfigError(f"{key}.class_weights", w, "allowed: null, balanced, or a list of numbers above 0")
         if self.val_fraction + self.test_fraction >= 1:
-            raise ConfigError(f"{key}.test_fraction", self.test_fraction, "with val_fraction it must leave rows to train on")
+            raise ConfigError(
+                f"{key}.test_fraction", self.test_fraction, "with val_fraction it must leave rows to train on"
+            )
         metrics.check_metrics(self.metric, self.OWN, self.extra_metrics, key)
 
     @property
@@ -79,9 +85,8 @@ class Config:
         names = names or label_order({r["label"] for r in rows})
         self._check_labels(names)
         splits = split.split_rows(rows, self._group, val_fraction=self.val_fraction, test_fraction=self.test_fraction)
-        limits = {"train": self.train_examples, "val": self.val_examples, "test": self.test_examples}
-        splits = {s: split.take(splits[s], limits[s], f"task.{s}_examples") for s in SPLITS}
-        self._check_splits(splits, names)
+        splits = split.limit(splits, self)
+        self._check_trained(splits, names)
         for s in SPLITS:
             counts = Counter(r["label"] for r in splits[s])
             notes[s] = {"examples": len(splits[s]), "labels": {name: counts[name] for name in names}}
@@ -102,7 +107,9 @@ class Config:
         columns = {"text_column": self.text_column, "label_column": self.label_column}
         columns |= {"pair_column": self.pair_column} if self.pair_column else {}
         table = files.read_table(file, columns, key)
-        rows = [{"text": t, "label": y.strip()} for t, y in zip(table["text_column"], table["label_column"], strict=True)]
+        rows = [
+            {"text": t, "label": y.strip()} for t, y in zip(table["text_column"], table["label_column"], strict=True)
+        ]
         for row, pair in zip(rows, table.get("pair_column", ()), strict=False):
             row["pair"] = pair
         return [row | {"split": split_name} for row in rows] if split_name else rows
@@ -120,16 +127,14 @@ class Config:
         if len(names) < 2:
             raise ConfigError(key, self.label_column, f"at least two labels are needed to classify; the data has {got}")
         if len(names) > MOST_LABELS:
-            raise ConfigError(key, self.label_column, f"at most {MOST_LABELS} labels; the data has {got}: is it a number or an id?")
+            raise ConfigError(
+                key, self.label_column, f"at most {MOST_LABELS} labels; the data has {got}: is it a number or an id?"
+            )
         if isinstance(w, (list, tuple)) and len(w) != len(names):
             raise ConfigError("task.class_weights", list(w), f"one number for each of: {', '.join(names)}")
 
-    def _check_splits(self, splits: dict[str, list[Row]], names: Sequence[str]) -> None:
+    def _check_trained(self, splits: dict[str, list[Row]], names: Sequence[str]) -> None:
         sizes = ", ".join(f"{s} {len(splits[s])}" for s in SPLITS)
-        for s in SPLITS:
-            if not splits[s]:
-                key = "train_examples" if s == "train" else f"{s}_fraction"
-                raise ConfigError(f"task.{key}", getattr(self, key), f"no examples are left for {s} ({sizes}); more rows are needed")
         trained = {r["label"] for r in splits["train"]}
         for name in names:
             if name not in trained:
@@ -158,7 +163,9 @@ class Config:
                 made |= {"label": label, "weight": weights[label], "example": row["example"]}
             splits[name], lengths[name] = tokens, [len(t["input_ids"]) for t in tokens]
             notes[name] = encoding.truncation(full, self.max_length)
-        return Encoded(splits, lengths, {"truncation": notes, "class_weights": weights if self.class_weights is not None else None})
+        return Encoded(
+            splits, lengths, {"truncation": notes, "class_weights": weights if self.class_weights is not None else None}
+        )
 
     def _weights(self, data: TaskData) -> list[float]:
         """One weight a label; balanced: n / (C * count) over the training split, as in scikit-learn."""

@@ -1,0 +1,175 @@
+"""`python -m lorabench.export <run dir> --out DIR`: a trained run as a PEFT folder, or merged as a plain checkpoint."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from lorabench.schema import ConfigError
+
+if TYPE_CHECKING:
+    from lorabench.saved import SavedRun
+
+BITS = {"float32": 24, "bfloat16": 8, "float16": 11}  # of the significand
+
+
+def parser() -> argparse.ArgumentParser:
+    p = argparse.ArgumentParser(
+        prog="python -m lorabench.export", description="Write a trained run in a format other software reads."
+    )
+    p.add_argument("run", type=Path, help="a run's directory, <sweep>/runs/<run_id>")
+    p.add_argument(
+        "--out", type=Path, required=True, help="where to: a folder that does not exist yet, or an empty one"
+    )
+    p.add_argument("--merged", action="store_true", help="a plain transformers checkpoint instead of a PEFT folder")
+    p.add_argument(
+        "--dtype", choices=BITS, help="type of the merged weights (default float32); merging is done in float32"
+    )
+    return p
+
+
+def export(run_dir: Path, out: Path, *, merged: bool = False, dtype: str | None = None) -> list[str]:
+    """Write `out`, whole or not at all, and return what there is to say about it.
+
+    Raises `ConfigError` for a directory that is no trained run, an `out` that holds files, and methods PEFT's LoRA
+    format cannot hold.
+    """
+    from lorabench.saved import open_run
+
+    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+        raise ConfigError("--out", str(out), "a folder that does not exist yet, or an empty one")
+    if dtype and not merged:
+        raise ConfigError("--dtype", dtype, "with --merged only; an adapter keeps the type it was trained in")
+    saved = open_run(run_dir)
+    return _merged(saved, out, dtype or "float32") if merged else _peft(saved, out)
+
+
+def _peft(saved: SavedRun, out: Path) -> list[str]:
+    from lorabench.adapters.files import write_peft, written_whole
+    from lorabench.adapters.peft_format import representable
+
+    state, plan = saved.weights()
+    if not representable(plan):
+        raise ConfigError("method.name", saved.run.method.name, "PEFT's format holds LoRA adapters only; add --merged")
+    info, processor = saved.run.model.info(saved.head), saved.run.model.processor()
+    with written_whole(out.resolve()) as tmp:
+        write_peft(tmp, state, plan, info=info, run=saved.run.to_dict(), head=saved.head)
+        processor.save_pretrained(tmp)
+        (tmp / "README.md").write_text(card(saved, merged=False, notes=[]), encoding="utf-8")
+    return [f"PEFT adapter in {out}: PeftModel.from_pretrained(base, {str(out)!r}) loads it"]
+
+
+def _merged(saved: SavedRun, out: Path, dtype: str) -> list[str]:
+    import torch
+
+    from lorabench.adapters.files import written_whole
+    from lorabench.adapters.merge import merge
+
+    state, plan = saved.weights()
+    base = saved.base(dtype="float32", dropout=False)
+    done = merge(base.model, state, plan)
+    notes = list(done.untied)
+    if done.layers:
+        notes.append(
+            f"adapters merged into {len(done.layers)} layers in float32, largest rounding error {done.max_error:.1e}"
+        )
+    if dtype != "float32":
+        base.model.to(getattr(torch, dtype))
+        notes.append(f"then rounded to {dtype}: {BITS[dtype]} significant bits a weight")
+    model: Any = base.model
+    with written_whole(out.resolve()) as tmp:
+        model.save_pretrained(tmp)
+        base.processor.save_pretrained(tmp)
+        (tmp / "README.md").write_text(card(saved, merged=True, notes=notes), encoding="utf-8")
+    return [f"transformers checkpoint in {out}: {saved.head.auto_class}.from_pretrained({str(out)!r}) loads it", *notes]
+
+
+def card(saved: SavedRun, *, merged: bool, notes: Sequence[str]) -> str:
+    """A model card: what it is, how to load it, what it scored, with which settings, from what."""
+    from lorabench.saved import metric_rows
+
+    record, model = saved.record, saved.run.model
+    source = _public(str(getattr(model, "source", model.name)))
+    front = {
+        "library_name": "transformers" if merged else "peft",
+        "base_model": source,
+        "tags": ["lorabench", saved.run.method.name],
+    }
+    lines = ["---", *(f"{key}: {json.dumps(value)}" for key, value in front.items()), "---", ""]
+    lines += [f"# {saved.label} on {model.name}, {saved.run.task.name}", "", _usage(saved, merged), ""]
+    lines += [*(f"- {note}" for note in notes), ""] if notes else []
+    rows = [(name, f"{value:.4g}") for name, value in metric_rows(record)]
+    kept = f"One run, seed {saved.run.seed}"
+    kept += (
+        "."
+        if record.role == "confirm"
+        else ", which took part in choosing the learning rate: its validation numbers flatter it."
+    )
+    lines += ["## Metrics", "", kept, "", *_table(("metric", "value"), rows), ""]
+    lines += ["## Settings", "", *_table(("setting", "value"), _flat(record.config)), ""]
+    facts = {
+        k: record.provenance.get(k)
+        for k in ("git", "packages", "data_fingerprint", "model_fingerprint", "model_notes", "precision")
+    }
+    lines += ["## Provenance", "", *_table(("what", "value"), [("run", record.run_id), *_flat(facts)]), ""]
+    return "\n".join(lines)
+
+
+def _usage(saved: SavedRun, merged: bool) -> str:
+    auto, labels = saved.head.auto_class, len(saved.head.label_names)
+    if merged:
+        return f'```python\nfrom transformers import {auto}\nmodel = {auto}.from_pretrained("<this folder>")\n```'
+    options = f", num_labels={labels}" if labels else ""
+    named = f"\n\nLabels in order: {', '.join(map(_cell, saved.head.label_names))}." if labels else ""
+    return (
+        f"```python\nfrom peft import PeftModel\nfrom transformers import {auto}\n"
+        f"base = {auto}.from_pretrained(\"<the base>\"{options})\n"
+        f"model = PeftModel.from_pretrained(base, \"<this folder>\")\n```{named}"
+    )  # fmt: skip
+
+
+def _table(header: tuple[str, str], rows: Sequence[tuple[str, Any]]) -> list[str]:
+    return [f"| {header[0]} | {header[1]} |", "|---|---|", *(f"| {_cell(a)} | {_cell(b)} |" for a, b in rows)]
+
+
+def _cell(value: Any) -> str:
+    """Text that stays inside its table cell and stays text."""
+    text = " ".join(str(value).split())
+    for char in "\\`*_[]<>|":
+        text = text.replace(char, "\\" + char)
+    return text
+
+
+def _public(value: Any) -> Any:
+    """A card travels: of the paths of this machine only the last part is kept."""
+    return Path(value).name if isinstance(value, str) and value.startswith(("/", "~", "./", "../")) else value
+
+
+def _flat(value: Mapping[str, Any], prefix: str = "") -> list[tuple[str, Any]]:
+    rows: list[tuple[str, Any]] = []
+    for key, inner in value.items():
+        if isinstance(inner, Mapping):
+            rows += _flat(inner, f"{prefix}{key}.")
+        elif inner is not None and inner != []:
+            rows.append((f"{prefix}{key}", _public(inner)))
+    return rows
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Exit 0: written; 2: bad input, nothing written."""
+    args = parser().parse_args(argv)
+    try:
+        for line in export(args.run, args.out, merged=args.merged, dtype=args.dtype):
+            print(line)
+    except (ConfigError, OSError) as e:
+        print(f"error: {e}", file=sys.stderr)
+        return 2
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,41 @@
+"""BitFit (Ben Zaken et al., arXiv 2106.10199): every bias trains, and a new head."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+from lorabench.base import BIASED, BaseInfo
+from lorabench.methods.targets import whole_modules, within
+from lorabench.plan import SlicePlan
+from lorabench.schema import ConfigError, knob
+
+
+@dataclass(frozen=True)
+class Config:
+    """All biases of the base."""
+
+    name: str = knob("bitfit", help="method")
+    modules_to_save: list[str] | None = knob(None, help="modules that train whole, beside a new head")
+
+    pack_group: ClassVar[str | None] = "bitfit"
+
+    def validate(self, key: str) -> None:
+        """Nothing beyond the types."""
+
+    def plan(self, base: BaseInfo, *, seed: int) -> SlicePlan:
+        modules = whole_modules(base, self.modules_to_save)
+        owners = [x for x in base.layers if x.bias_numel and not within(x.name, modules)]
+        if not owners:
+            raise ConfigError("method.name", self.name, "another method: this base has no biases")
+        for layer in owners:
+            if layer.kind not in BIASED:
+                raise ConfigError(
+                    "method.name",
+                    self.name,
+                    f"another method: {layer.name} is {layer.kind}, whose bias is not an added one",
+                )
+        return SlicePlan(seed=seed, biases=tuple(x.name for x in owners), modules=modules)
+
+    def label(self) -> dict[str, Any]:
+        return {"method": "BitFit", "r": None, "alpha": None, "targets": "biases"}

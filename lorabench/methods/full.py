@@ -1,0 +1,28 @@
+"""Full fine-tuning: the base itself trains, so a run has its base to itself."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+from lorabench.base import BaseInfo
+from lorabench.plan import SlicePlan
+from lorabench.schema import knob
+
+
+@dataclass(frozen=True)
+class Config:
+    """Every parameter trains."""
+
+    name: str = knob("full", help="method")
+
+    pack_group: ClassVar[str | None] = None
+
+    def validate(self, key: str) -> None:
+        """Nothing to check."""
+
+    def plan(self, base: BaseInfo, *, seed: int) -> SlicePlan:
+        return SlicePlan(seed=seed, full=True)
+
+    def label(self) -> dict[str, Any]:
+        return {"method": "full", "r": None, "alpha": None, "targets": "everything"}

