@@ -7,7 +7,7 @@ STAMP := $(VENV)/.installed
 EXPERIMENT ?= rank_sweep
 SWEEP ?= sweeps/$(EXPERIMENT)
 ARGS ?=
-PIP := $(PY) -m pip install --quiet --disable-pip-version-check --constraint constraints.txt
+PIP := $(PY) -m pip install -qq --disable-pip-version-check --constraint constraints.txt
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
@@ -19,6 +19,7 @@ help: ## Show this list
 	@echo "For sweep: EXPERIMENT=smoke, ARGS=\"method.r=2,8 sweep.dry_run=true\""
 
 install: $(STAMP) ## Create .venv and install the pinned versions, models and data (once)
+	@echo "install: $(VENV) is ready"
 
 # The stamp comes last: an install that was cut short is taken up again by the next command.
 $(STAMP): pyproject.toml constraints.txt assets.txt

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import re
 import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -14,6 +15,7 @@ from lorabench.schema import ConfigError
 if TYPE_CHECKING:
     from lorabench.saved import SavedRun
 
+HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
 BITS = {"float32": 24, "bfloat16": 8, "float16": 11}  # of the significand
 
 
@@ -68,6 +70,7 @@ def _merged(saved: SavedRun, out: Path, dtype: str) -> list[str]:
 
     from lorabench.adapters.files import written_whole
     from lorabench.adapters.merge import merge
+    from lorabench.models.build import quiet
 
     state, plan = saved.weights()
     base = saved.base(dtype="float32", dropout=False)
@@ -82,7 +85,8 @@ def _merged(saved: SavedRun, out: Path, dtype: str) -> list[str]:
         notes.append(f"then rounded to {dtype}: {BITS[dtype]} significant bits a weight")
     model: Any = base.model
     with written_whole(out.resolve()) as tmp:
-        model.save_pretrained(tmp)
+        with quiet():  # no progress bar for a copy
+            model.save_pretrained(tmp)
         base.processor.save_pretrained(tmp)
         (tmp / "README.md").write_text(card(saved, merged=True, notes=notes), encoding="utf-8")
     return [f"transformers checkpoint in {out}: {saved.head.auto_class}.from_pretrained({str(out)!r}) loads it", *notes]
@@ -93,12 +97,13 @@ def card(saved: SavedRun, *, merged: bool, notes: Sequence[str]) -> str:
     from lorabench.saved import metric_rows
 
     record, model = saved.record, saved.run.model
-    source = _public(str(getattr(model, "source", model.name)))
-    front = {
+    front: dict[str, Any] = {
         "library_name": "transformers" if merged else "peft",
-        "base_model": source,
         "tags": ["lorabench", saved.run.method.name],
     }
+    source = str(getattr(model, "source", ""))
+    if HUB_ID.fullmatch(source) and not Path(source).exists():
+        front["base_model"] = source
     lines = ["---", *(f"{key}: {json.dumps(value)}" for key, value in front.items()), "---", ""]
     lines += [f"# {saved.label} on {model.name}, {saved.run.task.name}", "", _usage(saved, merged), ""]
     lines += [*(f"- {note}" for note in notes), ""] if notes else []

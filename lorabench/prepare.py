@@ -35,7 +35,7 @@ class Resolved:
     device: str  # cpu, cuda, mps
     precision: str  # 32, bf16, 64, or one of Lightning's names
     base_dtype: str  # float32, bfloat16, float64: how the frozen weights are held
-    trainer_precision: str  # what the Trainer is told
+    trainer_precision: str  # what the Trainer is told: it casts nothing, except under autocast
     attention: str  # eager, sdpa
 
 
@@ -119,7 +119,7 @@ def resolve(run: RunConfig) -> Resolved:
     device = _device(run.trainer.accelerator)
     precision = _precision(run.trainer.precision, device)
     full = run.method.name == "full"
-    names = {"32": ("float32", "32-true"), "64": ("float64", "64-true"), "bf16-mixed": ("float32", "bf16-mixed")}
+    names = {"32": ("float32", "32-true"), "64": ("float64", "32-true"), "bf16-mixed": ("float32", "bf16-mixed")}
     dtype, trainer = names.get(precision, ("float32", "bf16-mixed") if full else ("bfloat16", "32-true"))
     attention = getattr(run.model, "attention", "auto")
     if attention == "auto":

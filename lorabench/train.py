@@ -213,11 +213,11 @@ def _eval_stream(s: _Session, split: str) -> EvalStream:
 
 
 def _probe(s: _Session) -> None:
-    """Two rows a slice through the base: refuses a base that would let slices see each other."""
+    """Two rows a slice, no two alike, through the base: refuses one that would let slices see each other."""
     if len(s.pack.runs) == 1:
         return
-    examples = s.prepared.encoded.splits["train"][:2]
-    batch = s.module.task.collate(examples * len(s.pack.runs))
+    examples = s.prepared.encoded.splits["train"]
+    batch = s.module.task.collate([examples[i % len(examples)] for i in range(2 * len(s.pack.runs))])
     device = next(s.base.model.parameters()).device
     batch = {name: value.to(device) for name, value in batch.items()}
     s.stack.context.set(seeds=[r.seed for r in s.pack.runs], step=0, examples=batch["example"])

@@ -6,12 +6,12 @@ import copy
 
 import pytest
 import torch
-from shaped import BASES, bert, conv, gpt2, gradients, losses, plan, repeat, shake, spec, token_batch
 from torch import nn
 
 from lorabench.adapters import SlicesMix, inject
 from lorabench.base import BaseInfo, LayerInfo, inventory
 from lorabench.plan import SlicePlan
+from shaped import BASES, bert, conv, gpt2, gradients, losses, plan, repeat, shake, spec, token_batch
 
 MIXED = {
     "bert": [(2, ["query", "value"]), (0, []), (5, ["query", "dense", "word_embeddings"]), (3, ["intermediate.dense"])],

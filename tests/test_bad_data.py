@@ -9,7 +9,6 @@ from typing import Any
 import pandas as pd
 import pytest
 from omegaconf import OmegaConf
-from tiny import minilm_folder
 
 from lorabench.config import _section
 from lorabench.models.build import load_tokenizer
@@ -17,6 +16,7 @@ from lorabench.schema import ConfigError
 from lorabench.tasks import files
 from lorabench.tasks.causal_lm import Config as LanguageModelling
 from lorabench.tasks.text_classification import Config as Classification
+from tiny import minilm_folder
 
 GOOD = [(f"sentence number {i}", "yes" if i % 2 else "no") for i in range(60)]
 
@@ -48,7 +48,9 @@ def test_a_missing_file(tmp_path: Path) -> None:
 def test_an_empty_file(tmp_path: Path) -> None:
     (tmp_path / "a.csv").write_text("")
     refused(Classification(file=str(tmp_path / "a.csv")), "task.file", "the file is empty")
-    refused(Classification(file=table(tmp_path / "b.csv", [])), "task.file", "columns but no rows")
+    refused(Classification(file=table(tmp_path / "b.csv", [])), "task.file", "the file has no rows")
+    (tmp_path / "a.json").write_text("[]")
+    refused(Classification(file=str(tmp_path / "a.json")), "task.file", "the file has no rows")
     (tmp_path / "a.txt").write_text("")
     refused(LanguageModelling(file=str(tmp_path / "a.txt")), "task.file", "the file is empty")
     refused(LanguageModelling(file=str(tmp_path / "empty")), "task.file", "no such file")

@@ -7,10 +7,10 @@ from pathlib import Path
 
 import pytest
 import torch
-from adapted import IDS, base, info_of, logits, make_plan, random_state
 from peft import LoraConfig, get_peft_model
 from torch import Tensor, nn
 
+from adapted import IDS, base, info_of, logits, make_plan, random_state
 from lorabench.adapters.bank import Bank
 from lorabench.adapters.files import save_slice
 from lorabench.adapters.merge import merge

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import pytest
 import torch
-from shaped import BASES, bert, losses, plan, token_batch
 from torch import nn
 from transformers import T5Config, T5ForConditionalGeneration, WhisperConfig, WhisperModel
 
@@ -13,6 +12,7 @@ from lorabench.adapters.dropout import keyed_dropout
 from lorabench.base import inventory
 from lorabench.plan import SlicePlan
 from lorabench.schema import ConfigError
+from shaped import BASES, bert, losses, plan, token_batch
 
 
 def context(seeds=(0,), examples=(1, 2, 3), step=0) -> Context:

@@ -16,7 +16,6 @@ import torch
 import transformers as tf
 from omegaconf import OmegaConf
 from peft import PeftModel
-from tiny import make_base, make_data
 from torch import Tensor, nn
 
 from lorabench import export, predict
@@ -25,6 +24,7 @@ from lorabench.adapters.files import save_slice
 from lorabench.config import RunConfig, parse_run
 from lorabench.records import Record, Store
 from lorabench.saved import open_run
+from tiny import make_base, make_data
 
 pytestmark = pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing`:FutureWarning")  # PEFT 0.21 asks for it
 TEXTS = ["the small dog runs south", "a big red house north of here", "cat"]
@@ -41,7 +41,7 @@ def run_of(base: Path, data: Path, method: dict[str, Any], *, reply: bool = Fals
     }
     if reply:
         task = {"kind": "causal_lm", "name": "talk", "source": "file", "file": str(data), "max_length": 32,
-                "prompt_column": "label", "response_column": "text"}  # fmt: skip
+                "prompt_column": "prompt", "response_column": "reply"}  # fmt: skip
     cfg = {
         "model": {"kind": "transformers", "name": "tiny", "source": str(base), "dropout": 0.0},
         "task": task,
@@ -77,7 +77,12 @@ def trained(sweep_dir: Path, tmp_path: Path, bases: Callable[..., Path]) -> Call
     def make(
         kind: str = "bert", method: dict[str, Any] | None = None, *, reply: bool = False, seed: int = 0
     ) -> tuple[Path, Tensor]:
-        run = run_of(bases(kind, reply), make_data(tmp_path / "data.csv"), method or LORA, reply=reply)
+        data = tmp_path / "data.csv"
+        if reply:
+            data.write_text("prompt,reply\n" + "".join(f"the dog {i},a cat {i}\n" for i in range(40)))
+        else:
+            make_data(data)
+        run = run_of(bases(kind, reply), data, method or LORA, reply=reply)
         head = run.task.head(run.task.load())
         base = run.model.load(head)
         plan = run.method.plan(base.info, seed=run.seed)

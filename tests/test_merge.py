@@ -8,9 +8,9 @@ from pathlib import Path
 import pytest
 import torch
 import transformers as tf
-from adapted import base, head_of, info_of, logits, make_plan, random_state
 from torch import Tensor, nn
 
+from adapted import base, head_of, info_of, logits, make_plan, random_state
 from lorabench.adapters import inject
 from lorabench.adapters.merge import merge
 from lorabench.plan import SlicePlan

@@ -10,7 +10,6 @@ import sys
 import pytest
 import torch
 from omegaconf import OmegaConf
-from shaped import bert, conv, gpt2, llama
 from torch import nn
 from transformers import (
     AutoModel,
@@ -31,6 +30,7 @@ from lorabench.base import BaseInfo, inventory
 from lorabench.config import _section, component
 from lorabench.methods import bitfit, full, head, lora
 from lorabench.schema import ConfigError
+from shaped import bert, conv, gpt2, llama
 
 
 def distilbert() -> tuple[nn.Module, BaseInfo]:
@@ -133,6 +133,7 @@ def test_portable_words_never_reach_the_head_or_the_pooler():
         ("bert", {"target_modules": ["query", "q_proj"]}, "'q_proj' matches no layer of this base; names that exist: "),
         ("bert", {"target_modules": ["q_proj"]}, "query, key, value, output.dense, intermediate.dense, pooler.dense"),
         ("bert", {"target_modules": "q_proj"}, r"method.target_modules=q_proj: 'q_proj' matches no layer"),
+        ("bert", {"target_modules": "query"}, "A string is a regex for the whole name; a list means suffixes: [query]"),
         ("bert", {"target_modules": ["classifier"]}, "'classifier' matches no layer"),
         ("bert", {"target_modules": ["LayerNorm"]}, "bert.embeddings.LayerNorm is LayerNorm"),
         ("gpt2", {"target_modules": "q+v"}, "method.target_modules=q+v: 'q' matches no layer of this base; names that exist: wte, wpe, c_attn, attn.c_proj, mlp.c_proj, c_fc, lm_head"),

@@ -27,6 +27,7 @@ def test_classification_metrics_equal_scikit_learns(seed: int, classes: int) -> 
     np.testing.assert_array_equal(metrics.confusion(label, prediction), reference.confusion_matrix(label, prediction))
 
 
+@pytest.mark.filterwarnings("ignore:A single label was found")
 @pytest.mark.parametrize(
     ("label", "prediction"),
     [

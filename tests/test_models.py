@@ -11,11 +11,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import tiny
 import torch
 import transformers as tf
 from omegaconf import OmegaConf
 
+import tiny
 from lorabench.base import HeadSpec, inventory
 from lorabench.config import component
 from lorabench.models import build, folder, gguf

@@ -10,17 +10,18 @@ from typing import Any
 
 import pytest
 import torch
-from adapted import ConvNet, base, head_of, info_of, logits, make_plan, random_state
 from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
 from torch import nn
 
+from adapted import ConvNet, base, head_of, info_of, logits, make_plan, random_state
 from lorabench.adapters.files import load_slice, read_peft, save_slice
 from lorabench.adapters.merge import merge
 from lorabench.adapters.peft_format import to_peft
 from lorabench.base import HeadSpec
 from lorabench.plan import SlicePlan
 from lorabench.schema import ConfigError
+from tiny import minilm_folder
 
 HEADS = {
     "bert": HeadSpec("AutoModelForSequenceClassification", ("a", "b", "c")),
@@ -161,6 +162,33 @@ def test_own_rank_and_alpha_of_every_layer_survive(tmp_path: Path, rslora: bool)
     assert load_slice(folder)[1] == plan
 
 
+def test_minilm_itself(tmp_path: Path) -> None:
+    """Real weights, all-linear, a head: written here, read by PEFT, merged; the same logits three times."""
+    import transformers as tf
+
+    def fresh() -> Any:
+        torch.manual_seed(0)
+        return tf.AutoModelForSequenceClassification.from_pretrained(minilm_folder(), num_labels=3).eval()
+
+    def said(model: nn.Module) -> torch.Tensor:
+        with torch.no_grad():
+            return model(
+                input_ids=torch.tensor([[101, 2023, 2003, 1037, 3231, 102], [101, 7592, 2088, 999, 1012, 102]])
+            ).logits
+
+    model = fresh()
+    info = info_of(model, "bert")
+    plan = make_plan(info, ["query", "key", "value", "dense"], r=8, alpha=2.0, modules=["classifier"], rslora=True)
+    plan = replace(plan, adapters={n: s for n, s in plan.adapters.items() if "pooler" not in n})
+    state = {k: t * 0.3 if ".lora_" in k else t for k, t in random_state(model, plan).items()}
+    save_slice(tmp_path / "adapter", state, plan, info=info, head=HEADS["bert"])
+    theirs = said(PeftModel.from_pretrained(fresh(), tmp_path / "adapter").eval())
+    before = said(model)
+    merge(model, *load_slice(tmp_path / "adapter"))
+    assert (said(model) - theirs).abs().max() < 1e-5
+    assert (before - theirs).abs().max() > 0.05
+
+
 def test_a_scaling_of_neither_rule_becomes_an_alpha_of_its_own(tmp_path: Path) -> None:
     plan = make_plan(info_of(base("llama")), ["q_proj"])
     plan = replace(plan, adapters={n: replace(s, scaling=0.3 + i) for i, (n, s) in enumerate(plan.adapters.items())})
@@ -250,6 +278,7 @@ class TestFiles:
         expected = random_state(base("bert"), plan)
         assert read == plan and set(state) == set(expected)
         assert all(torch.equal(state[k], expected[k]) for k in expected)
+        assert len({path.stat().st_mode for path in folder.iterdir()}) == 1  # all readable to whom the umask allows
 
     @pytest.mark.parametrize("kept", ["head", "bitfit", "full"])
     def test_what_peft_has_no_format_for(self, tmp_path: Path, kept: str) -> None:

@@ -10,12 +10,12 @@ import pytest
 import torch
 from peft import LoraConfig, get_peft_model
 from peft.tuners.lora import LoraLayer
-from shaped import BASES, conv, losses, plan, repeat, spec, token_batch
 from torch import Tensor, nn
 
 from lorabench.adapters import inject
 from lorabench.methods.lora import Config
 from lorabench.plan import SlicePlan
+from shaped import BASES, conv, losses, plan, repeat, spec, token_batch
 
 R, ALPHA = 4, 16
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import hashlib
 import math
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -62,18 +63,20 @@ def module_start(model: nn.Module, module: nn.Module, seed: int, name: str) -> d
     Raises RuntimeError for a parameter neither covers.
     """
     fresh = copy.deepcopy(module).to(device="cpu", dtype=torch.float32)
-    for part in [*fresh.modules(), *fresh.parameters()]:
-        part._is_hf_initialized = False  # type: ignore[assignment,union-attr] # else transformers 5 skips it
+    marked: list[Any] = [*fresh.modules(), *fresh.parameters()]
+    for part in marked:
+        part._is_hf_initialized = False  # else transformers 5 takes it for loaded and skips it
     for p in fresh.parameters():
         p.fill_(math.nan)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(key(seed, name, "module"))
-        if hasattr(model, "_init_weights"):
-            fresh.apply(model._init_weights)
+        initialise = getattr(model, "_init_weights", None)
+        if initialise is not None:
+            fresh.apply(initialise)
         for part in fresh.modules():
-            undrawn = any(bool(p.isnan().any()) for p in part.parameters(recurse=False))
-            if undrawn and hasattr(part, "reset_parameters"):
-                part.reset_parameters()
+            reset = getattr(part, "reset_parameters", None)
+            if reset is not None and any(bool(p.isnan().any()) for p in part.parameters(recurse=False)):
+                reset()
     for key_, p in fresh.named_parameters():
         if bool(p.isnan().any()):
             raise RuntimeError(f"no initialisation is known for {name}.{key_}: give its module a `reset_parameters`")

@@ -119,11 +119,11 @@ def key_base_dropout(model: nn.Module, context: Context, undo: ExitStack) -> Non
         _refuse(name, module)
         undo.callback(_restore_forward, module, module.__dict__.get("forward"))
         module.forward = _keyed(module.forward, context, name)
-    config = getattr(model, "config", None)
-    before = getattr(config, "_attn_implementation", None)
-    if before not in (None, "eager") and hasattr(model, "set_attn_implementation"):
-        undo.callback(model.set_attn_implementation, before)
-        model.set_attn_implementation("eager")
+    before = getattr(getattr(model, "config", None), "_attn_implementation", None)
+    switch: Callable[[str], None] | None = getattr(model, "set_attn_implementation", None)
+    if switch is not None and before not in (None, "eager"):
+        undo.callback(switch, before)
+        switch("eager")
 
 
 def _probability(module: nn.Module) -> float:

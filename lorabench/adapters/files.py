@@ -125,8 +125,12 @@ def written_whole(folder: Path) -> Iterator[Path]:
     tmp.mkdir()
     try:
         yield tmp
-        for path in [*tmp.rglob("*"), tmp]:
+        mode = tmp.stat().st_mode & 0o666  # what the user's umask allows; safetensors makes its files private
+        for path in tmp.rglob("*"):
+            if path.is_file():
+                path.chmod(mode)
             _fsync(path)
+        _fsync(tmp)
         _swap(tmp, folder)
     finally:
         shutil.rmtree(tmp, ignore_errors=True)

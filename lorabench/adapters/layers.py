@@ -75,11 +75,12 @@ class StackedAdapter(Wrapped):
         assert isinstance(weight, Tensor)
         self.ranks = tuple(spec.r if spec else 0 for spec in specs)
         self.drop = tuple(spec.dropout if spec else 0.0 for spec in specs)
-        make = {"device": weight.device, "dtype": torch.promote_types(weight.dtype, torch.float32)}
-        a, b = self.shapes(info, max(self.ranks))
-        self.lora_A = nn.Parameter(torch.zeros(len(specs), *a, **make))
-        self.lora_B = nn.Parameter(torch.zeros(len(specs), *b, **make))
-        self.register_buffer("scaling", torch.tensor([s.scaling if s else 0.0 for s in specs], **make))
+        device, dtype = weight.device, torch.promote_types(weight.dtype, torch.float32)
+        shape_a, shape_b = self.shapes(info, max(self.ranks))
+        self.lora_A = nn.Parameter(torch.zeros(len(specs), *shape_a, device=device, dtype=dtype))
+        self.lora_B = nn.Parameter(torch.zeros(len(specs), *shape_b, device=device, dtype=dtype))
+        scaling = torch.tensor([s.scaling if s else 0.0 for s in specs], device=device, dtype=dtype)
+        self.register_buffer("scaling", scaling)
         with torch.no_grad():
             for k, (spec, seed) in enumerate(zip(specs, seeds, strict=True)):
                 if spec and spec.r:

@@ -88,19 +88,17 @@ def _add(
         raise ConfigError("adapter", name, f"layers whose update has the weight's shape; {why}")
     left, right = _factors(layer, a.to(weight.device), b.to(weight.device))
     flat = weight.data.view(weight.shape[0], -1)
-    if left.shape[0] != flat.shape[0] or right.shape[1] != flat.shape[1]:
+    if (left.shape[0], right.shape[1]) != flat.shape:
         shapes = f"lora_A {list(a.shape)}, lora_B {list(b.shape)} for a weight {list(weight.shape)}"
         raise ConfigError("adapter", f"{name}: {shapes}", "an adapter that was trained on this base")
-    original = weight.data.clone() if keep else None
+    original = flat.clone() if keep else None
     written: list[slice] = []
 
     @torch.no_grad()
     def restore() -> None:
-        if original is not None:
-            weight.data.copy_(original)
-            return
         for rows in written:
-            flat[rows] = (flat[rows].double() - left[rows] @ right * scaling).to(weight.dtype)
+            plain = flat[rows].double() - left[rows] @ right * scaling if original is None else original[rows]
+            flat[rows] = plain.to(weight.dtype)
 
     undo.append(restore)
     worst, lost, size, largest = 0.0, 0.0, 0.0, 0.0

@@ -61,7 +61,9 @@ def _same(clean: Tensor, poisoned: Tensor) -> bool:
     """Whether the slices beside the poisoned one agree (leading axis K)."""
     a, b = clean[POISONED + 1 :], poisoned[POISONED + 1 :]
     if a.device.type == "cpu":
-        return torch.equal(a, b)
+        return torch.allclose(
+            a, b, rtol=0, atol=0, equal_nan=True
+        )  # a slice may overflow on its own, with a vast alpha
     return bool(torch.allclose(a, b, rtol=1e-3, atol=1e-5 * float(a.abs().max())))
 
 

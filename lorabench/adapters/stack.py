@@ -25,7 +25,7 @@ class Trainable:
 
 
 class Stack:
-    """K slices on one base; made by `inject`. `context` keys dropout, `layers` are the wrapped modules by name."""
+    """K slices on one base; made by `inject`. `context` keys dropout; `layers` are the wrappers now in the model."""
 
     def __init__(self, model: nn.Module, plans: Sequence[SlicePlan]) -> None:
         self.model, self.plans = model, tuple(plans)

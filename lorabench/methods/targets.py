@@ -101,7 +101,10 @@ def _of_blocks(found: list[LayerInfo], wanted: Sequence[int]) -> list[LayerInfo]
 
 
 def _unmatched(layers: list[LayerInfo], target: Any, part: str) -> ConfigError:
-    what = f"{part!r} matches no layer of this base; names that exist: {', '.join(suffixes(layers))}"
+    names = suffixes(layers)
+    what = f"{part!r} matches no layer of this base; names that exist: {', '.join(names)}"
+    if target in names:  # the common slip: a suffix as a string, which PEFT too takes for a regex
+        what += f". A string is a regex for the whole name; a list means suffixes: [{target}]"
     return ConfigError(KEY, target, what)
 
 

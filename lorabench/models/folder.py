@@ -98,6 +98,7 @@ def _in_package(source: str) -> Path:
     return path
 
 
+@lru_cache(maxsize=64)  # one commit a process, one question to the hub
 def _from_hub(source: str, revision: str | None) -> Path:
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import (

@@ -96,7 +96,7 @@ class Config:
             rows, found = split.deduplicate(rows, lambda r: "\x1f".join(split.plain_key(r[f]) for f in fields))
             notes["duplicates_removed"] = found["duplicates_removed"]
         splits = split.split_rows(
-            rows, lambda r: r["group"] or split.plain_key(r[fields[-1]]),
+            rows, lambda r: r["group"] or split.plain_key(r[fields[0]]),
             val_fraction=self.val_fraction, test_fraction=self.test_fraction,
         )  # fmt: skip
         if not self._blocks:  # blocks are counted once there are tokens

@@ -70,10 +70,9 @@ def collate_tokens(examples: Sequence[dict[str, Any]], processor: Any) -> dict[s
     """`input_ids`, `attention_mask`, where there are any `token_type_ids` [N, T], and `example` [N]."""
     import torch
 
-    batch = {
-        "input_ids": pad([e["input_ids"] for e in examples], processor.pad_token_id),
-        "attention_mask": pad([np.ones(len(e["input_ids"]), dtype=np.int8) for e in examples], 0),
-    }
+    batch = {"input_ids": pad([e["input_ids"] for e in examples], processor.pad_token_id)}
+    lengths = torch.tensor([len(e["input_ids"]) for e in examples])
+    batch["attention_mask"] = (torch.arange(batch["input_ids"].shape[1]) < lengths[:, None]).long()
     if "token_type_ids" in examples[0]:
         batch["token_type_ids"] = pad([e["token_type_ids"] for e in examples], 0)
     batch["example"] = torch.tensor([e["example"] for e in examples], dtype=torch.int64)

@@ -25,14 +25,14 @@ def read_table(file: str, columns: Mapping[str, str], key: str) -> dict[str, lis
     if path.suffix.lower() not in TABLES:
         raise ConfigError(key, file, f"a kind of file that is not read here; allowed: {', '.join(TABLES)}")
     table = _parse(path, file, key)
+    if not any(table.values()):
+        raise ConfigError(key, file, "the file has no rows")
     for setting, column in columns.items():
         if column not in table:
             names = ", ".join(table)
             raise ConfigError(
                 f"{key.rpartition('.')[0]}.{setting}", column, f"no such column in {file}; allowed: {names}"
             )
-    if not any(table.values()):
-        raise ConfigError(key, file, "the file has columns but no rows")
     return {setting: [_text(v) for v in table[column]] for setting, column in columns.items()}
 
 

@@ -11,7 +11,7 @@ from typing import Any
 from lorabench.schema import ConfigError
 from lorabench.tasks.contract import SPLITS, Row
 
-SPACE, WORDLESS = re.compile(r"\s+"), re.compile(r"[\W_]+")
+WORDLESS = re.compile(r"[\W_]+")
 TWEET = re.compile(r"(?:https?://|www\.)\S+|(?<!\w)@\w+|^\W*rt\b(?=\s*@)")
 CUT_ADDRESS, QUOTED = re.compile(r" h(?:t(?:t(?:ps?)?)?)?$"), re.compile(r"\brt\b\W*@\w+")
 NEAR = 50  # characters that tell near-duplicate tweets from others
@@ -26,7 +26,7 @@ def content_hash(*parts: str) -> int:
 
 def plain_key(text: str) -> str:
     """What two texts must share to be duplicates: everything but case and white space."""
-    return SPACE.sub(" ", text.casefold()).strip()
+    return " ".join(text.casefold().split())
 
 
 def tweet_key(text: str) -> str:
@@ -66,6 +66,9 @@ def deduplicate(rows: Sequence[Row], key: Callable[[Row], str]) -> tuple[list[Ro
         groups.setdefault(key(row), []).append(row)
     kept, conflicts = [], 0
     for group in groups.values():
+        if len(group) == 1:
+            kept.append(group[0])
+            continue
         official = [r for r in group if r.get("split") in ("val", "test")]
         labels = Counter(r.get("label") for r in group)
         conflicts += len(labels) > 1

@@ -1,0 +1,107 @@
+"""Numbers as a reader sees them, rounded before they are rendered. Missing numbers are a dash."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+DASH = "–"
+SHARES = {"accuracy", "macro_f1", "token_accuracy"}  # shown as per cent, their differences as points
+TITLES = {"macro_f1": "macro-F1", "mcc": "MCC", "token_accuracy": "token accuracy", "loss": "loss", "perplexity": "perplexity"}
+
+
+@dataclass(frozen=True)
+class Metric:
+    """How one metric is shown. decimals: of the shown, scaled number."""
+
+    name: str
+    lower_is_better: bool
+    decimals: int
+    scale: float = 1.0
+    unit: str = ""  # after a value
+    points: str = ""  # after a difference
+
+    @property
+    def title(self) -> str:
+        return TITLES.get(self.name, self.name.replace("_", " "))
+
+    @property
+    def axis(self) -> str:
+        return f"{self.title} (%)" if self.unit == "%" else f"{self.title} (nats)" if self.name == "loss" else self.title
+
+    def value(self, x: float | None, *, unit: bool = False) -> str:
+        return number(None if x is None else x * self.scale, self.decimals) + (f" {self.unit}" if unit and self.unit else "")
+
+    def difference(self, x: float | None, *, unit: bool = False) -> str:
+        text = number(None if x is None else x * self.scale, self.decimals, sign=True)
+        return text + (f" {self.points}" if unit and self.points else "")
+
+    def size(self, x: float, *, unit: bool = True) -> str:
+        """A width or a gap, without its sign."""
+        return number(abs(x) * self.scale, self.decimals) + (f" {self.points}" if unit and self.points else "")
+
+    def bounds(self, low: float, high: float) -> str:
+        return f"{self.difference(low)} to {self.difference(high)}"
+
+
+def metric(name: str, *, lower_is_better: bool, largest: float | None = None) -> Metric:
+    """The way to show a metric. largest: of its values, which sets the decimals of one without a fixed scale."""
+    if name in SHARES:
+        return Metric(name, lower_is_better, 1, 100.0, "%", "points")
+    if name == "perplexity" or (largest is not None and abs(largest) >= 100):
+        return Metric(name, lower_is_better, 2)
+    return Metric(name, lower_is_better, 3)
+
+
+def number(x: float | None, decimals: int, *, sign: bool = False) -> str:
+    """Fixed decimals, a true minus sign, no negative zero."""
+    if x is None or not math.isfinite(x):
+        return DASH
+    text = f"{abs(x):,.{decimals}f}"
+    zero = not text.strip("0.,")
+    return ("" if zero else "−" if x < 0 else "+" if sign else "") + text
+
+
+def rate(lr: float | None) -> str:
+    """A learning rate: 5e-4, 2.5e-5; 0.1 and above as they are."""
+    if lr is None or not math.isfinite(lr):
+        return DASH
+    if lr >= 0.1:
+        return f"{lr:g}"
+    mantissa, exponent = f"{lr:.3e}".split("e")
+    return f"{float(mantissa):g}e-{abs(int(exponent))}"
+
+
+def count(n: float | None) -> str:
+    return DASH if n is None else f"{int(n):,}"
+
+
+def share(part: float | None, whole: float | None) -> str:
+    """Per cent with two significant digits: .024 %, 1.3 %, 100 %."""
+    if not part or not whole:
+        return DASH
+    percent = 100 * part / whole
+    digits = 0 if percent >= 10 else 1 if percent >= 1 else 2 if percent >= 0.1 else 3
+    return f"{percent:.{digits}f} %"
+
+
+def seconds(s: float | None) -> str:
+    """As a table has them: one decimal below a hundred."""
+    return DASH if s is None else f"{s:,.1f}" if s < 100 else f"{s:,.0f}"
+
+
+def duration(s: float) -> str:
+    """In words."""
+    if s < 90:
+        return f"{s:.0f} s"
+    return f"{s / 60:.0f} min" if s < 5400 else f"{s / 3600:.1f} h"
+
+
+def memory(n: float | None) -> str:
+    if n is None:
+        return DASH
+    return f"{n / 2**20:,.0f} MiB" if n < 2**30 else f"{n / 2**30:,.1f} GiB"
+
+
+def plural(n: int, word: str) -> str:
+    return f"{n:,} {word}" + ("" if n == 1 else "s")

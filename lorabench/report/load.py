@@ -1,0 +1,240 @@
+"""A sweep directory as the report sees it: cells with their runs, records, and what the study declared."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+from lorabench.records import Record, Store
+from lorabench.report.select import Choice, choose
+from lorabench.schema import ConfigError
+
+MARGIN = 0.02  # of a sweep that declares none
+LABELLED = {"method.name", "method.r", "method.alpha", "method.target_modules", "method.use_rslora"}
+METHODS = {"lora": "LoRA", "full": "full", "head": "head only", "bitfit": "BitFit"}
+TARGETS = {"full": "everything", "head": "head", "bitfit": "biases"}
+ORDER = ("LoRA", "rsLoRA", "BitFit", "head only", "full")
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One thing compared, and the runs that are in it."""
+
+    id: str
+    method: str
+    r: int | None
+    alpha: float | None
+    alpha_rule: str | None
+    targets: str
+    extra: tuple[tuple[str, str], ...]  # other axes on which cells differ
+    trainable: int | None
+    tune: tuple[str, ...]
+    confirm: tuple[str, ...]
+
+    @property
+    def series(self) -> tuple[Any, ...]:
+        """What cells along one rank axis have in common."""
+        return (self.method, self.alpha_rule if self.r else None, self.targets, self.extra)
+
+    @property
+    def adapter(self) -> bool:
+        return self.r is not None
+
+
+@dataclass(frozen=True)
+class Sweep:
+    """Everything a report is made of."""
+
+    name: str
+    manifest: Mapping[str, Any]  # as stored; with cells made from the configs where it has none
+    cells: tuple[Cell, ...]  # in the order of tables
+    records: Mapping[str, Record]
+    store: Store
+
+    @cached_property
+    def choices(self) -> dict[str, Choice]:
+        return choose(self.manifest, self.records)
+
+    @cached_property
+    def names(self) -> dict[str, str]:
+        """A short name of every cell: its method and rank, and of the rest what differs between cells."""
+        return _names(self.cells)
+
+    @property
+    def study(self) -> Mapping[str, Any]:
+        return self.manifest.get("study") or {}
+
+    @property
+    def margin(self) -> float:
+        return float(self.study.get("margin") or MARGIN)
+
+    @property
+    def confirmed(self) -> bool:
+        """Whether any confirmation run has ended well: only then is there a test result."""
+        return any(self.done(c.confirm) for c in self.cells)
+
+    @property
+    def outside(self) -> list[Record]:
+        """Records of runs that no cell lists."""
+        inside = {i for c in self.cells for i in (*c.tune, *c.confirm)}
+        return [r for i, r in sorted(self.records.items()) if i not in inside]
+
+    @property
+    def planned(self) -> list[str]:
+        """Runs that cells list, each once."""
+        return sorted({i for c in self.cells for i in (*c.tune, *c.confirm)})
+
+    def ended(self, run_ids: Sequence[str]) -> list[Record]:
+        """Their records, by seed, then run_id."""
+        found = [self.records[i] for i in run_ids if i in self.records]
+        return sorted(found, key=lambda r: (r.config["seed"], r.run_id))
+
+    def done(self, run_ids: Sequence[str]) -> list[Record]:
+        return [r for r in self.ended(run_ids) if r.status == "completed"]
+
+    @cached_property
+    def metric(self) -> str:
+        """The primary metric, as the records name it; the most frequent where they differ."""
+        named = [str(r.metrics["primary"]) for r in self.records.values() if r.metrics.get("primary")]
+        return max(sorted(set(named)), key=named.count) if named else "loss"
+
+    @property
+    def lower_is_better(self) -> bool:
+        """Of the primary metric: as a record says, else by its name."""
+        said = [r.metrics["lower_is_better"] for r in self.records.values() if "lower_is_better" in r.metrics]
+        return bool(said[0]) if said else self.metric in ("loss", "perplexity")
+
+
+def load(sweep_dir: str | Path) -> Sweep:
+    """Read a sweep directory. Raises `ConfigError` where there is none or no run of it has finished."""
+    root = Path(sweep_dir)
+    if not root.is_dir():
+        raise ConfigError("sweep dir", str(sweep_dir), "an existing directory that `python -m lorabench` wrote")
+    store = Store(root)
+    store.check_foreign()
+    manifest, records = store.manifest(), {r.run_id: r for r in store.records()}
+    if not manifest and not records:
+        raise ConfigError("sweep dir", str(sweep_dir), "a sweep's directory; this one holds neither sweep.json nor runs")
+    if not any(r.status == "completed" for r in records.values()):
+        planned = len(manifest.get("runs", {}))
+        state = ", ".join(f"{n} {s}" for s, n in _statuses(records.values())) or "none has ended"
+        raise ConfigError("sweep dir", str(sweep_dir), f"a sweep with finished runs; of {planned or len(records)} runs: {state}")
+    if not manifest.get("cells"):
+        manifest = {**manifest, **_derived(records)}
+    cells = sorted((_cell(c, records) for c in manifest["cells"]), key=_order)
+    name = str(manifest.get("name") or root.resolve().name)
+    return Sweep(name, manifest, tuple(cells), records, store)
+
+
+def _statuses(records: Any) -> list[tuple[str, int]]:
+    statuses = [r.status for r in records]
+    return [(s, statuses.count(s)) for s in sorted(set(statuses))]
+
+
+def _cell(entry: Mapping[str, Any], records: Mapping[str, Record]) -> Cell:
+    label, runs = entry["label"], entry["runs"]
+    tune, confirm = tuple(runs.get("tune", ())), tuple(runs.get("confirm", ()))
+    counted = [records[i].resources.get("trainable_parameters") for i in (*tune, *confirm) if i in records]
+    trainable = next((int(n) for n in counted if n is not None), label.get("trainable"))
+    extra = tuple(sorted((str(k), _plain(v)) for k, v in (label.get("extra") or {}).items()))
+    return Cell(
+        entry["id"], str(label["method"]), label.get("r"), label.get("alpha"), label.get("alpha_rule"),
+        str(label.get("targets") or ""), extra, trainable, tune, confirm,
+    )  # fmt: skip
+
+
+def _order(cell: Cell) -> tuple[Any, ...]:
+    """Adapters first, by series and rank; then what else trains, from little to much."""
+    known = ORDER.index(cell.method) if cell.method in ORDER else len(ORDER)
+    series = (known, cell.method, str(cell.alpha_rule), cell.targets, cell.extra) if cell.adapter else ()
+    return (not cell.adapter, series, cell.r or 0, cell.trainable or 0, known, cell.id)
+
+
+# -- sweeps without a manifest: runs that were launched one by one -------------------------------------------------------
+
+
+def _derived(records: Mapping[str, Record]) -> dict[str, Any]:
+    """Cells from configs: one for each method, r, alpha, targets and value of any other field that differs."""
+    axes = _axes([r.config for r in records.values()])
+    cells: dict[str, dict[str, Any]] = {}
+    for run_id, record in sorted(records.items()):
+        label = _label(record.config, axes)
+        parts = [label["method"].lower().replace(" ", "")]
+        parts += [f"{a}{label[k]}" for a, k in (("r", "r"), ("a", "alpha_rule"), ("", "targets")) if label[k] is not None]
+        name = "-".join([*parts, *(f"{k}={v}" for k, v in sorted(label["extra"].items()))]).replace(" ", "")
+        cell = cells.setdefault(name, {"id": name, "label": label, "runs": {"tune": [], "confirm": []}})
+        cell["runs"]["confirm" if record.role == "confirm" else "tune"].append(run_id)
+    return {"cells": list(cells.values())}
+
+
+def _axes(configs: Sequence[Mapping[str, Any]]) -> list[str]:
+    """Dotted fields, beside those of the label, that have more than one value among the configs that have them."""
+    seen: dict[str, set[str]] = {}
+    for config in configs:
+        for key, value in flatten(config):
+            seen.setdefault(key, set()).add(_plain(value))
+    apart = LABELLED | {"seed", "role", "optimizer.lr"}
+    return sorted(key for key, values in seen.items() if len(values) > 1 and key not in apart)
+
+
+def flatten(config: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    for key, value in config.items():
+        if isinstance(value, Mapping) and value:
+            yield from flatten(value, f"{prefix}{key}.")
+        else:
+            yield f"{prefix}{key}", value
+
+
+def _label(config: Mapping[str, Any], axes: Sequence[str]) -> dict[str, Any]:
+    method = config["method"]
+    name, target, alpha = str(method["name"]), method.get("target_modules"), method.get("alpha")
+    shown = "rsLoRA" if method.get("use_rslora") else METHODS.get(name, name)
+    rule = None if alpha is None else _plain(alpha) + ("/sqrt(r)" if method.get("use_rslora") else "")
+    flat = dict(flatten(config))
+    return {
+        "method": shown, "r": method.get("r"), "alpha": alpha, "alpha_rule": rule,
+        "targets": _plain(target) if target is not None else TARGETS.get(name, ""),
+        "extra": {key: _plain(flat[key]) for key in axes if key in flat},
+    }  # fmt: skip
+
+
+def _plain(value: Any) -> str:
+    """A setting as text: 16 for 16.0, a+b for a list."""
+    if isinstance(value, (list, tuple)):
+        return "+".join(_plain(v) for v in value)
+    if isinstance(value, float) and not isinstance(value, bool):
+        return f"{value:g}"
+    return "none" if value is None else str(value)
+
+
+# -- names ---------------------------------------------------------------------------------------------------------------
+
+
+def _names(cells: Sequence[Cell]) -> dict[str, str]:
+    adapters = [c for c in cells if c.adapter]
+    rules = {m: len({c.alpha_rule for c in adapters if c.method == m}) > 1 for m in {c.method for c in adapters}}
+    targets = len({c.targets for c in adapters}) > 1
+    keys = {k for c in cells for k, _ in c.extra}
+    varied = {k for k in keys if len({dict(c.extra).get(k) for c in cells}) > 1}
+    names = {}
+    for c in cells:
+        parts = [f"{c.method} r = {c.r}" if c.adapter else {"full": "full fine-tuning"}.get(c.method, c.method)]
+        if c.adapter and rules[c.method]:
+            parts.append(f"α = {pretty_rule(c.alpha_rule)}")
+        if c.adapter and targets:
+            parts.append(short_targets(c.targets))
+        parts += [f"{k.split('.')[-1]} {v}" for k, v in c.extra if k in varied]
+        names[c.id] = ", ".join(parts)
+    return names
+
+
+def pretty_rule(rule: str | None) -> str:
+    return re.sub(r"(\d+\.\d{3})\d+", r"\1", rule or "")
+
+
+def short_targets(targets: str) -> str:
+    return targets if len(targets) <= 32 else targets[:31] + "…"

@@ -1,0 +1,107 @@
+"""Which learning rate a cell gets (tune, then confirm: docs/architecture.md). Pure: manifest and records in, choices out.
+
+Rule: inside a cell the rate with the best mean validation loss (at the step kept) over the tuning seeds. A rate at
+which any seed diverged or failed is out, ties go to the smaller rate, and a best rate at an end of its grid is a
+warning, not a result.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from statistics import fmean
+from typing import Any, Literal
+
+from lorabench.records import Record
+
+
+@dataclass(frozen=True)
+class Rate:
+    """One learning rate of a cell over its tuning seeds."""
+
+    lr: float
+    losses: tuple[float, ...]  # validation loss of each completed seed, in seed order
+    failures: int = 0  # seeds that diverged or failed
+    missing: int = 0  # seeds that were pruned or have not ended yet
+
+    @property
+    def eligible(self) -> bool:
+        return bool(self.losses) and not self.failures and not self.missing
+
+    @property
+    def seeds(self) -> int:
+        return len(self.losses) + self.failures + self.missing
+
+    @property
+    def mean(self) -> float:
+        return fmean(self.losses) if self.losses else math.nan
+
+
+@dataclass(frozen=True)
+class Choice:
+    """The rate with the best mean validation loss over the tuning seeds; `lr` is None where no rate is eligible."""
+
+    lr: float | None
+    rates: tuple[Rate, ...] = field(default=())  # ascending
+    side: Literal["low", "high"] | None = None  # the end of its grid on which the best rate lies
+
+    @property
+    def edge(self) -> bool:
+        """The best rate lies at an end of its grid: the best may lie beyond. One lone rate is not a grid."""
+        return self.side is not None
+
+    @property
+    def loss(self) -> float:
+        return next((r.mean for r in self.rates if r.lr == self.lr), math.nan)
+
+    @property
+    def ineligible(self) -> dict[float, int]:
+        """Rates that are out because seeds diverged or failed, and how many did."""
+        return {r.lr: r.failures for r in self.rates if r.failures}
+
+
+def choose(manifest: Mapping[str, Any], records: Mapping[str, Record]) -> dict[str, Choice]:
+    """For every cell of the manifest its chosen rate. records: by run_id; runs without one count as not ended."""
+    listed = manifest.get("runs", {})
+    return {c["id"]: _choose(c["runs"].get("tune", ()), listed, records) for c in manifest.get("cells", ())}
+
+
+def _choose(run_ids: Sequence[str], listed: Mapping[str, Any], records: Mapping[str, Record]) -> Choice:
+    by_rate: dict[float, list[tuple[int, str]]] = {}
+    for run_id in run_ids:
+        record = records.get(run_id)
+        found = (record.config["optimizer"]["lr"], record.config["seed"]) if record else _listed(listed.get(run_id))
+        if found is not None:
+            by_rate.setdefault(float(found[0]), []).append((int(found[1]), run_id))
+    rates = tuple(_rate(lr, [records.get(i) for _, i in sorted(by_rate[lr])]) for lr in sorted(by_rate))
+    eligible = [r for r in rates if r.eligible]
+    if not eligible:
+        return Choice(None, rates)
+    best = min(eligible, key=lambda r: (r.mean, r.lr))
+    return Choice(best.lr, rates, _side(best, rates))
+
+
+def _listed(entry: Mapping[str, Any] | None) -> tuple[float, int] | None:
+    """Rate and seed of a run that has no record yet, from the manifest."""
+    return (entry["lr"], entry["seed"]) if entry else None
+
+
+def _rate(lr: float, runs: Sequence[Record | None]) -> Rate:
+    losses, failures, missing = [], 0, 0
+    for r in runs:
+        loss = r.metrics.get("val/loss") if r and r.status == "completed" else None
+        if loss is not None and math.isfinite(loss):
+            losses.append(float(loss))
+        elif r is None or r.status == "pruned":
+            missing += 1
+        else:
+            failures += 1  # diverged, failed, or completed without a finite loss
+    return Rate(lr, tuple(losses), failures, missing)
+
+
+def _side(best: Rate, rates: Sequence[Rate]) -> Literal["low", "high"] | None:
+    """A neighbour that diverged bounds the grid as well as one that lost."""
+    if len(rates) == 1:
+        return None
+    return "low" if best is rates[0] else "high" if best is rates[-1] else None
