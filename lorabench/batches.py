@@ -6,6 +6,7 @@ all seeds, so that slices of different seeds meet batches of one length and litt
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
@@ -34,7 +35,7 @@ def epoch_order(lengths: Sequence[int], batch_size: int, seed: int, epoch: int) 
 
 def steps_per_epoch(examples: int, batch_size: int, accumulate: int) -> int:
     """Optimizer steps of one pass over the data."""
-    return -(-(-(-examples // batch_size)) // accumulate)
+    return math.ceil(math.ceil(examples / batch_size) / accumulate)
 
 
 class PackStream:

@@ -25,7 +25,6 @@ from omegaconf.errors import OmegaConfBaseException
 
 from lorabench.schema import ConfigError, check_ranges, field_dict, knob
 
-SCHEMA_VERSION = 1
 ROLES = ("tune", "confirm")
 
 
@@ -35,7 +34,9 @@ class OptimizerConfig:
 
     name: str = knob("adamw", help="optimizer", choices=("adamw",))
     lr: float = knob(1e-3, help="peak learning rate", above=0, high=10, varies=True)
-    weight_decay: float = knob(0.0, help="decoupled decay of weights; biases and norms are spared", low=0, high=1, varies=True)
+    weight_decay: float = knob(
+        0.0, help="decoupled decay of weights; biases and norms are spared", low=0, high=1, varies=True
+    )
     beta1: float = knob(0.9, help="AdamW beta1", low=0, high=0.9999)
     beta2: float = knob(0.999, help="AdamW beta2", low=0, high=0.999999)
     eps: float = knob(1e-8, help="AdamW epsilon", above=0, high=1)
@@ -73,7 +74,9 @@ class TrackerConfig:
     name: str = knob("none", help="mirror", choices=("none", "wandb", "tensorboard", "csv"))
     project: str = knob("lorabench", help="W&B project")
     entity: str | None = knob(None, help="W&B entity")
-    mode: str = knob("auto", help="auto: online when a key is there, else offline", choices=("auto", "online", "offline"))
+    mode: str = knob(
+        "auto", help="auto: online when a key is there, else offline", choices=("auto", "online", "offline")
+    )
 
 
 @dataclass(frozen=True)
@@ -84,11 +87,14 @@ class SweepConfig:
     dir: str = knob("sweeps/${sweep.name}", help="where the records go")
     role: str = knob("tune", help="tune: validation only; confirm: test too", choices=ROLES)
     tune_seeds: list[int] = knob([0], help="seeds that choose the rate")
-    confirm_seeds: list[int] = knob([], help="fresh seeds that train at the chosen rate and alone see test; []: tuning only")
+    confirm_seeds: list[int] = knob(
+        [], help="fresh seeds that train at the chosen rate and alone see test; []: tuning only"
+    )
     max_pack: int = knob(8, help="slices a pack at most", low=1)
     dry_run: bool = knob(False, help="print runs, packs, parameters and memory; write nothing")
     accept_drift: bool = knob(False, help="reuse records although data, model or code changed")
     retry_failed: bool = knob(False, help="train runs again whose record says failed")
+    measure_solo: bool = knob(True, help="time a few steps of each cell alone: the seconds and memory that tables show")
     progress: bool = knob(True, help="live progress on the terminal")
 
 
@@ -148,7 +154,9 @@ class RunConfig:
     @classmethod
     def from_dict(cls, data: Mapping[str, Any]) -> RunConfig:
         """Rebuild a run from `to_dict()` (a record's `config`)."""
-        return parse_run(OmegaConf.create({k: v for k, v in data.items() if k != "role"}), role=data.get("role", "tune"))
+        return parse_run(
+            OmegaConf.create({k: v for k, v in data.items() if k != "role"}), role=data.get("role", "tune")
+        )
 
 
 @dataclass(frozen=True)

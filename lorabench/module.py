@@ -44,7 +44,14 @@ class PackModule(pl.LightningModule):
     automatic_optimization = False
 
     def __init__(
-        self, model: torch.nn.Module, stack: Stack, task: Any, runs: Sequence[RunConfig], *, total_steps: int, rows: Rows
+        self,
+        model: torch.nn.Module,
+        stack: Stack,
+        task: Any,
+        runs: Sequence[RunConfig],
+        *,
+        total_steps: int,
+        rows: Rows,
     ) -> None:
         super().__init__()
         self.model, self.stack, self.task, self.runs = model, stack, task, list(runs)

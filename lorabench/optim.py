@@ -99,7 +99,10 @@ def grad_norms(parameters: Sequence[tuple[nn.Parameter, bool]], slices: int) -> 
     for p, stacked in parameters:
         if p.grad is not None:
             flat = p.grad.flatten(1) if stacked else p.grad.reshape(1, -1)
-            total += torch.linalg.vector_norm(flat, dim=1, dtype=torch.promote_types(p.dtype, torch.float32)).double().cpu() ** 2
+            total += (
+                torch.linalg.vector_norm(flat, dim=1, dtype=torch.promote_types(p.dtype, torch.float32)).double().cpu()
+                ** 2
+            )
     return total.sqrt()
 
 

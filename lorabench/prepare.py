@@ -18,6 +18,18 @@ from lorabench.schema import ConfigError
 
 
 @dataclass(frozen=True)
+class Pack:
+    """Runs that train together, slice k being run k."""
+
+    id: str
+    runs: tuple[RunConfig, ...]
+
+    @property
+    def run_ids(self) -> list[str]:
+        return [r.run_id for r in self.runs]
+
+
+@dataclass(frozen=True)
 class Prepared:
     """A task's data for one base: raw, encoded, and what the task asks of the base."""
 
@@ -91,6 +103,7 @@ def plan(run: RunConfig, info: BaseInfo) -> SlicePlan:
 def check(run: RunConfig) -> SlicePlan:
     """Raise `ConfigError` for anything that would stop this run, before anything is written."""
     resolve(run)
+    prepare(run)
     return plan(run, layers(run))
 
 
@@ -141,7 +154,15 @@ def _device(accelerator: str) -> str:
 
 
 def _precision(name: str, device: str) -> str:
-    known = {"32": "32", "32-true": "32", "64": "64", "64-true": "64", "bf16": "bf16", "bf16-true": "bf16", "bf16-mixed": "bf16-mixed"}
+    known = {
+        "32": "32",
+        "32-true": "32",
+        "64": "64",
+        "64-true": "64",
+        "bf16": "bf16",
+        "bf16-true": "bf16",
+        "bf16-mixed": "bf16-mixed",
+    }
     if name == "auto":
         return "bf16" if fast_bf16(device) else "32"
     if name not in known:

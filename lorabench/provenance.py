@@ -32,10 +32,15 @@ def git_state() -> dict[str, Any]:
         return {}
 
     def git(*args: str) -> str:
-        return subprocess.run(["git", "-C", str(root), *args], capture_output=True, text=True, check=True, timeout=20).stdout
+        return subprocess.run(
+            ["git", "-C", str(root), *args], capture_output=True, text=True, check=True, timeout=20
+        ).stdout
 
     try:
-        return {"revision": git("rev-parse", "HEAD").strip(), "dirty": bool(git("status", "--porcelain", "-uno").strip())}
+        return {
+            "revision": git("rev-parse", "HEAD").strip(),
+            "dirty": bool(git("status", "--porcelain", "-uno").strip()),
+        }
     except (OSError, subprocess.SubprocessError):
         return {}
 
@@ -64,4 +69,10 @@ def _cpu_model() -> str:
 @cache
 def machine() -> dict[str, Any]:
     cpus = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-    return {"host": platform.node(), "system": platform.system(), "cpu": _cpu_model(), "cpus": cpus, "python": platform.python_version()}
+    return {
+        "host": platform.node(),
+        "system": platform.system(),
+        "cpu": _cpu_model(),
+        "cpus": cpus,
+        "python": platform.python_version(),
+    }

@@ -1,10 +1,10 @@
 """The store: one atomic `run.json` a run, an append-only history, a manifest a sweep. No torch.
 
-    <sweep dir>/sweep.json                       the manifest: cells, runs, pack plans (versions append)
-    <sweep dir>/runs/<run_id>/run.json           the record, written once, when the run has ended
-    <sweep dir>/runs/<run_id>/history.jsonl      rows {"step": int, "train/loss": ..., "val/accuracy": ...}
-    <sweep dir>/runs/<run_id>/test.npz           per-example test results (confirm role): example, loss, weight, ...
-    <sweep dir>/runs/<run_id>/adapter/           trained weights, PEFT's format where it has one
+<sweep dir>/sweep.json                       the manifest: cells, runs, pack plans (versions append)
+<sweep dir>/runs/<run_id>/run.json           the record, written once, when the run has ended
+<sweep dir>/runs/<run_id>/history.jsonl      rows {"step": int, "train/loss": ..., "val/accuracy": ...}
+<sweep dir>/runs/<run_id>/test.npz           per-example test results (confirm role): example, loss, weight, ...
+<sweep dir>/runs/<run_id>/adapter/           trained weights, PEFT's format where it has one
 """
 
 from __future__ import annotations
@@ -41,7 +41,9 @@ class Record:
     role: str
     status: str
     config: dict[str, Any]
-    metrics: dict[str, Any] = field(default_factory=dict)  # {"val/loss": .., "test/accuracy": .., "primary": "accuracy"}
+    metrics: dict[str, Any] = field(
+        default_factory=dict
+    )  # {"val/loss": .., "test/accuracy": .., "primary": "accuracy"}
     resources: dict[str, Any] = field(default_factory=dict)
     provenance: dict[str, Any] = field(default_factory=dict)
     error: str | None = None

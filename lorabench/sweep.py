@@ -2,36 +2,30 @@
 
 from __future__ import annotations
 
-import math
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 from rich.console import Console
 
-from lorabench import __version__
 from lorabench import prepare as prep
-from lorabench.config import RunConfig, Settings, digest
+from lorabench.config import RunConfig, Settings
 from lorabench.plan import SlicePlan
+from lorabench.planning import Job, cell_id, label_of, plan_packs, planned_packs, replan, write_cells
+from lorabench.prepare import Pack
 from lorabench.records import Record, Store
 from lorabench.schema import ConfigError, ExistingWork
 from lorabench.terminal import Progress, dry_run_table
-from lorabench.train import Listener, Pack, SlicesMix, train
+from lorabench.train import Listener, SlicesMix, measure, train
 
 Executor = Callable[[Callable[[Pack], list[Record]], Sequence[Pack]], Iterable[list[Record]]]
 
 
+__all__ = ["Job", "Outcome", "SweepFailed", "cell_id", "declare", "execute", "finish", "label_of", "measure_cells"]
+
+
 class SweepFailed(Exception):
     """Some runs of a sweep failed; the others are done and recorded. Exit code 1."""
-
-
-@dataclass(frozen=True)
-class Job:
-    """One listed run: the run, everything else of its config, and what it is called in comparisons."""
-
-    run: RunConfig
-    settings: Settings
-    label: Mapping[str, Any]
 
 
 @dataclass(frozen=True)
@@ -47,42 +41,9 @@ class Outcome:
         return [r for r in self.records if r is not None and r.status == "failed"]
 
 
-def label_of(run: RunConfig, *, alpha_rule: str | None = None, extra: Mapping[str, Any] | None = None) -> dict[str, Any]:
-    """What a run's cell is called: method, r, alpha and its rule, targets, other axes."""
-    label = dict(run.method.label())
-    alpha = label.get("alpha")
-    rule = alpha_rule if alpha is not None and alpha_rule else None if alpha is None else f"{alpha:g}"
-    return {**label, "alpha_rule": rule, "extra": dict(extra or {})}
-
-
-def cell_id(label: Mapping[str, Any]) -> str:
-    """A readable, stable name of a cell."""
-    parts = [str(label["method"]).lower().replace(" ", "")]
-    for letter, key in (("r", "r"), ("a", "alpha_rule"), ("", "targets")):
-        if label.get(key) is not None:
-            parts.append(f"{letter}{label[key]}")
-    parts += [f"{k}={v}" for k, v in sorted(label["extra"].items())]
-    return "-".join(part.replace(" ", "") for part in parts)
-
-
 def check_all(jobs: Sequence[Job]) -> dict[str, SlicePlan]:
     """Check every listed run before anything is written. Raises `ConfigError` for the first bad one."""
     return {job.run.run_id: prep.check(job.run) for job in jobs}
-
-
-def plan_packs(runs: Sequence[RunConfig], max_pack: int, start: int = 0) -> list[Pack]:
-    """Group runs that can share a base, most alike first: equal rank (unused rows cost time), then equal seed."""
-    groups: dict[str, list[RunConfig]] = {}
-    for run in runs:
-        groups.setdefault(run.pack_key, []).append(run)
-    packs: list[Pack] = []
-    for group in groups.values():
-        group.sort(key=lambda r: (getattr(r.method, "r", 0), r.seed, r.optimizer.lr, r.run_id))
-        count = math.ceil(len(group) / max_pack)
-        size = math.ceil(len(group) / count)
-        for i in range(0, len(group), size):
-            packs.append(Pack(f"p{start + len(packs)}", tuple(group[i : i + size])))
-    return packs
 
 
 def execute(jobs: Sequence[Job], *, executor: Executor = map, console: Console | None = None) -> Outcome:
@@ -96,9 +57,9 @@ def execute(jobs: Sequence[Job], *, executor: Executor = map, console: Console |
         unique = list({j.run.run_id: j for j in jobs}.values())
         console.print(dry_run_table(plan_packs([j.run for j in unique], settings.sweep.max_pack), unique, plans))
         return Outcome([None] * len(jobs), 0, len(unique))
-    _write_cells(store, jobs, plans, only_new=True)
+    write_cells(store, jobs, plans, only_new=True)
     with store.locked():
-        packs = _planned(store, jobs)
+        packs = planned_packs(store, jobs)
     finished = _finished(store, jobs)
     todo = [p for p in packs if any(i not in finished for i in p.run_ids)]
     if not todo and settings.sweep.progress:
@@ -124,7 +85,7 @@ def _run(
         except SlicesMix as e:
             progress.say(f"{e}; its runs train one by one")
             alone = [Pack(f"{pack.id}.{k}", (run,)) for k, run in enumerate(pack.runs)]
-            _replan(store, pack, alone)
+            replan(store, pack, alone)
             return [r for p in alone for r in train(p, store, _listener(progress, p, tracker), keep=finished)]
 
     try:
@@ -183,27 +144,7 @@ def declare(jobs: Sequence[Job]) -> None:
     store = Store(jobs[0].settings.sweep.dir)
     store.check_foreign()
     if not jobs[0].settings.sweep.dry_run:
-        _write_cells(store, jobs, plans, only_new=False)
-
-
-def _write_cells(store: Store, jobs: Sequence[Job], plans: Mapping[str, SlicePlan], *, only_new: bool) -> None:
-    """Put jobs and the cells they belong to into the manifest. only_new: leave alone what a sweeper declared before."""
-    with store.locked():
-        manifest = store.manifest() or new_manifest(jobs[0].settings)
-        cells, known = {c["id"]: c for c in manifest["cells"]}, set(manifest["runs"])
-        for job in jobs:
-            run, name = job.run, cell_id(job.label)
-            if only_new and run.run_id in known:
-                continue
-            trainable = plans[run.run_id].trainable(prep.layers(run))
-            fresh = {"id": name, "label": {**job.label, "trainable": trainable}, "runs": {"tune": [], "confirm": []}}
-            cell = cells.setdefault(name, fresh)
-            if run.run_id not in cell["runs"][run.role]:
-                cell["runs"][run.role].append(run.run_id)
-            entry = {"role": run.role, "lr": run.optimizer.lr, "seed": run.seed, "config": run.to_dict()}
-            manifest["runs"].setdefault(run.run_id, entry)
-        manifest["cells"] = list(cells.values())
-        store.write_manifest(manifest)
+        write_cells(store, jobs, plans, only_new=False)
 
 
 def chosen_rates(settings: Settings) -> dict[str, float]:
@@ -215,58 +156,23 @@ def chosen_rates(settings: Settings) -> dict[str, float]:
     return {name: c.lr for name, c in choices.items() if c.lr is not None}
 
 
-def new_manifest(settings: Settings) -> dict[str, Any]:
-    return {
-        "schema": 1, "name": settings.sweep.name, "lorabench": __version__, "study": asdict(settings.study),
-        "study_hash": digest(asdict(settings.study))[:12], "cells": [], "runs": {}, "packs": [],
-    }  # fmt: skip
-
-
-def _planned(store: Store, jobs: Sequence[Job]) -> list[Pack]:
-    """The packs that hold the jobs: those of the manifest where they stand, new ones for what is new."""
-    manifest = store.manifest()
-    runs = {j.run.run_id: j.run for j in jobs}
-    current = _current_packs(manifest)
-    known: list[Pack] = []
-    for entry in current:
-        if not any(i in runs for i in entry["runs"]):
+def measure_cells(settings: Settings, jobs: Sequence[Job]) -> None:
+    """A few steps of each cell alone, for the seconds and the memory that tables show; once a cell."""
+    if not settings.sweep.measure_solo or settings.sweep.dry_run:
+        return
+    store = Store(settings.sweep.dir)
+    measured = {c["id"] for c in store.manifest()["cells"] if "solo" in c}
+    first = {cell_id(job.label): job for job in reversed(list(jobs))}
+    for name, job in first.items():
+        if name in measured:
             continue
-        if any(i not in runs for i in entry["runs"]):  # asked for less than was planned: its members train together all the same
-            runs_of = [runs.get(i) or _run_from_manifest(manifest, i) for i in entry["runs"]]
-        else:
-            runs_of = [runs[i] for i in entry["runs"]]
-        known.append(Pack(entry["id"], tuple(r for r in runs_of if r is not None)))
-    planned = {i for p in known for i in p.run_ids}
-    fresh = plan_packs([r for i, r in runs.items() if i not in planned], jobs[0].settings.sweep.max_pack, len(manifest["packs"]))
-    for pack in fresh:
-        resolved = asdict(prep.resolve(pack.runs[0]))
-        manifest["packs"].append({"id": pack.id, "version": 1, "role": pack.runs[0].role, "runs": pack.run_ids, "resolved": resolved})
-    store.write_manifest(manifest)
-    return known + fresh
-
-
-def _current_packs(manifest: Mapping[str, Any]) -> list[dict[str, Any]]:
-    """The plan in force: a pack that was split stands no more, its parts do."""
-    return [p for p in manifest["packs"] if not p.get("replaced")]
-
-
-def _run_from_manifest(manifest: Mapping[str, Any], run_id: str) -> RunConfig:
-    run = RunConfig.from_dict(manifest["runs"][run_id]["config"])
-    assert run.run_id == run_id, "a manifest's config no longer gives its run_id"
-    return run
-
-
-def _replan(store: Store, pack: Pack, parts: Sequence[Pack]) -> None:
-    """Append a new version of the plan in which `parts` stand for `pack`."""
-    with store.locked():
-        manifest = store.manifest()
-        for entry in manifest["packs"]:
-            if entry["id"] == pack.id:
-                entry["replaced"] = [p.id for p in parts]
-        for part in parts:
-            resolved = asdict(prep.resolve(part.runs[0]))
-            manifest["packs"].append({"id": part.id, "version": 2, "role": part.runs[0].role, "runs": part.run_ids, "resolved": resolved})
-        store.write_manifest(manifest)
+        found = measure(job.run, store)
+        with store.locked():
+            manifest = store.manifest()
+            for cell in manifest["cells"]:
+                if cell["id"] == name:
+                    cell["solo"] = found
+            store.write_manifest(manifest)
 
 
 def finish(settings: Settings, *, console: Console | None = None) -> None:
@@ -294,4 +200,6 @@ def require_fresh(settings: Settings) -> None:
     """Confirmation seeds must not have chosen the rate."""
     shared = sorted(set(settings.sweep.tune_seeds) & set(settings.sweep.confirm_seeds))
     if shared:
-        raise ConfigError("sweep.confirm_seeds", settings.sweep.confirm_seeds, f"fresh seeds: {shared} are tuning seeds too")
+        raise ConfigError(
+            "sweep.confirm_seeds", settings.sweep.confirm_seeds, f"fresh seeds: {shared} are tuning seeds too"
+        )

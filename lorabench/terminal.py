@@ -4,19 +4,18 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress as Bars, SpinnerColumn, TextColumn, TimeElapsedColumn
+from rich.progress import BarColumn, MofNCompleteColumn, SpinnerColumn, TextColumn, TimeElapsedColumn
+from rich.progress import Progress as Bars
 from rich.table import Table
 
 from lorabench import prepare as prep
 from lorabench.memory import estimate
 from lorabench.plan import SlicePlan
+from lorabench.prepare import Pack
 from lorabench.records import Record
-
-if TYPE_CHECKING:
-    from lorabench.train import Pack
 
 
 class Progress:
@@ -57,7 +56,9 @@ class Progress:
             if step >= total:
                 self.bars.remove_task(task)
                 if self.verbose and not self.live:
-                    self.say(f"{pack.id}: {describe(pack)}: {total} steps in {time.monotonic() - began:.0f} s{self._left(', ')}")
+                    self.say(
+                        f"{pack.id}: {describe(pack)}: {total} steps in {time.monotonic() - began:.0f} s{self._left(', ')}"
+                    )
 
         return heard
 
@@ -89,9 +90,13 @@ def describe(pack: Pack) -> str:
 def dry_run_table(packs: Sequence[Pack], jobs: Sequence[Any], plans: Mapping[str, SlicePlan]) -> Table:
     """Runs, packs, trainable parameters and estimated memory. Nothing was loaded, nothing written."""
     found = f"{len(jobs)} runs in {len(packs)} packs"
-    table = Table(title=f"dry run: {found}", caption="memory is an upper estimate at full-length batches; nothing was written")
+    table = Table(
+        title=f"dry run: {found}", caption="memory is an upper estimate at full-length batches; nothing was written"
+    )
     for name in ("pack", "run", "role", "cell", "lr", "seed", "trainable", "steps", "pack memory"):
-        table.add_column(name, justify="right" if name in ("lr", "seed", "trainable", "steps", "pack memory") else "left")
+        table.add_column(
+            name, justify="right" if name in ("lr", "seed", "trainable", "steps", "pack memory") else "left"
+        )
     cells = {j.run.run_id: j.label for j in jobs}
     for pack in packs:
         info = prep.layers(pack.runs[0])

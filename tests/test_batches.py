@@ -14,7 +14,9 @@ def _collate(examples):
 
 def _stream(seeds, accumulate=1, total=70, n=997):
     examples = [{"id": i} for i in range(n)]
-    return PackStream(examples, LENGTHS[:n], seeds, batch_size=32, accumulate=accumulate, total_steps=total, collate=_collate)
+    return PackStream(
+        examples, LENGTHS[:n], seeds, batch_size=32, accumulate=accumulate, total_steps=total, collate=_collate
+    )
 
 
 def test_an_epoch_holds_every_example_once():
@@ -58,7 +60,9 @@ def test_accumulation_cuts_the_same_examples_into_micro_batches():
     assert np.array_equal(first, np.concatenate([one[i][0]["example"] for i in range(4)]))
 
 
-@pytest.mark.parametrize(("n", "batch", "acc", "want"), [(997, 32, 1, 32), (997, 32, 4, 8), (31, 32, 1, 1), (64, 32, 1, 2)])
+@pytest.mark.parametrize(
+    ("n", "batch", "acc", "want"), [(997, 32, 1, 32), (997, 32, 4, 8), (31, 32, 1, 1), (64, 32, 1, 2)]
+)
 def test_steps_per_epoch(n, batch, acc, want):
     assert steps_per_epoch(n, batch, acc) == want
 

@@ -9,7 +9,13 @@ import pytest
 from lorabench import __main__ as entry
 from lorabench.records import Store
 
-FAST = ["task.train_examples=64", "task.val_examples=32", "task.test_examples=32", "trainer.max_steps=2", "trainer.batch_size=8"]
+FAST = [
+    "task.train_examples=64",
+    "task.val_examples=32",
+    "task.test_examples=32",
+    "trainer.max_steps=2",
+    "trainer.batch_size=8",
+]
 
 
 @pytest.fixture

@@ -1,8 +1,8 @@
 """Grids and what a command line does to them."""
 
 import pytest
-from hydra_plugins.lorabench._grid import expand
 
+from hydra_plugins.lorabench._grid import expand
 from lorabench.schema import ConfigError
 
 GRIDS = {
@@ -17,7 +17,11 @@ def cells(points):
 
 def test_a_sweep_is_the_union_of_products():
     points = expand(GRIDS, {}, ["+experiment=x"])
-    assert cells(points) == [{"method": "lora", "method.r": "1"}, {"method": "lora", "method.r": "4"}, {"method": "head"}]
+    assert cells(points) == [
+        {"method": "lora", "method.r": "1"},
+        {"method": "lora", "method.r": "4"},
+        {"method": "head"},
+    ]
     assert points[0].rates == ("optimizer.lr=0.001", "optimizer.lr=0.002")
     assert points[2].rates == ("optimizer.lr=0.01", "optimizer.lr=0.03")
     assert all(p.fixed[0] == "+experiment=x" for p in points)

@@ -26,7 +26,19 @@ KNOWN_TO = {
     "peft": set(),  # its format is read and written here; its code is what the tests compare with
 }
 # Everything else is there before torch is: `--help`, `--cfg job`, bad input and reports start in under a second.
-NEEDS_TORCH = {"adapters", "optim", "batches", "prepare", "module", "train", "terminal", "sweep", "export", "predict"}
+NEEDS_TORCH = {
+    "adapters",
+    "optim",
+    "batches",
+    "prepare",
+    "module",
+    "outcome",
+    "train",
+    "terminal",
+    "sweep",
+    "export",
+    "predict",
+}
 LINES, FUNCTION_LINES = 300, 60  # about 250 and about 40, with room
 
 

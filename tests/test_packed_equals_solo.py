@@ -6,12 +6,12 @@ import pytest
 import torch
 from safetensors.torch import load_file
 from torch.overrides import TorchFunctionMode
-from tiny import make_base, make_data, make_run
 
 from lorabench import prepare
 from lorabench.config import RunConfig
 from lorabench.records import Store
 from lorabench.train import Pack, train
+from tiny import make_base, make_data, make_run
 
 # r, alpha, lr, weight decay, seed, targets: all mixed, with dropout 0
 MIXED = [
@@ -119,12 +119,17 @@ def test_a_slice_that_diverges_costs_the_others_nothing(places, tmp_path):
 @pytest.mark.parametrize("method", ["head", "bitfit"])
 def test_other_methods_pack_too(places, tmp_path, method):
     base, data = places["bert"]
-    runs = [make_run(base, data, **{"method.name": method, "optimizer.lr": lr, "seed": s}) for s, lr in enumerate((1e-3, 1e-2, 3e-3))]
+    runs = [
+        make_run(base, data, **{"method.name": method, "optimizer.lr": lr, "seed": s})
+        for s, lr in enumerate((1e-3, 1e-2, 3e-3))
+    ]
     assert_equal(both(tmp_path, runs), 1e-10)
 
 
 def test_float32_stable_runs_agree_to_1e5(places, tmp_path):
-    runs = runs_of(places, "bert", **{"trainer.precision": "32", "method.target_modules": "all-linear", "optimizer.lr": 1e-3})
+    runs = runs_of(
+        places, "bert", **{"trainer.precision": "32", "method.target_modules": "all-linear", "optimizer.lr": 1e-3}
+    )
     for packed, solo in both(tmp_path, runs):
         for a, b in zip(packed[1], solo[1], strict=True):
             assert a["train/loss" if "train/loss" in a else "val/loss"] == pytest.approx(
@@ -140,7 +145,9 @@ def test_bf16_law(places, tmp_path):
         store = Store(tmp_path / f"{precision}-{packed}")
         for i, pack in enumerate([runs] if packed else [[r] for r in runs]):
             train(Pack(f"p{i}", tuple(pack)), store)
-        return torch.tensor([[row["train/loss"] for row in store.history(r.run_id) if "train/loss" in row] for r in runs])
+        return torch.tensor(
+            [[row["train/loss"] for row in store.history(r.run_id) if "train/loss" in row] for r in runs]
+        )
 
     exact = losses("32", False)
     packed, solo = ((losses("bf16", p) - exact).norm() for p in (True, False))

@@ -73,7 +73,9 @@ def test_history_appends_and_drops_a_torn_last_line(tmp_path):
 
 def test_per_example_arrays_come_back(tmp_path):
     store = Store(tmp_path)
-    store.write_arrays(ID, "test", {"example": np.arange(3, dtype=np.uint64), "correct": np.array([1, 0, 1], dtype=np.uint8)})
+    store.write_arrays(
+        ID, "test", {"example": np.arange(3, dtype=np.uint64), "correct": np.array([1, 0, 1], dtype=np.uint8)}
+    )
     got = store.arrays(ID, "test")
     assert got is not None
     assert got["correct"].tolist() == [1, 0, 1]
@@ -102,7 +104,10 @@ def test_a_manifest_that_is_not_ours_is_an_error_with_the_key(tmp_path, text):
 
 
 def test_json_never_holds_nan():
-    assert json.loads(dump_json({"a": float("inf"), "b": [np.float32("nan"), np.int64(3)]})) == {"a": None, "b": [None, 3]}
+    assert json.loads(dump_json({"a": float("inf"), "b": [np.float32("nan"), np.int64(3)]})) == {
+        "a": None,
+        "b": [None, 3],
+    }
 
 
 def test_frame_has_one_dotted_row_a_record():

@@ -9,11 +9,11 @@ import time
 from pathlib import Path
 
 import pytest
-from tiny import make_base, make_data, make_run
 
 from lorabench import __main__ as entry
 from lorabench.records import Store
 from lorabench.sweep import plan_packs
+from tiny import make_base, make_data, make_run
 
 
 @pytest.fixture(scope="module")
@@ -35,7 +35,8 @@ def cli(tmp_path, monkeypatch, capsys, tiny):
     monkeypatch.chdir(tmp_path)
 
     def run(*argv: str) -> tuple[int, str]:
-        monkeypatch.setattr("sys.argv", ["lorabench", *tiny, *argv])
+        flags = [a for a in argv if a == "-m"]
+        monkeypatch.setattr("sys.argv", ["lorabench", *flags, *tiny, *[a for a in argv if a != "-m"]])
         try:
             entry.main()
             code = 0
@@ -164,8 +165,20 @@ def test_changed_data_under_the_same_runs_is_refused(cli, tiny, tmp_path):
 def test_killed_in_the_middle_and_started_again_gives_the_same_records(tiny, tmp_path):
     def command(folder, *argv):
         folder.mkdir(exist_ok=True)
-        full = [sys.executable, "-m", "lorabench", *tiny, *GRID, "sweep.max_pack=1", "trainer.max_steps=40", *argv]
-        return subprocess.Popen(full, cwd=folder, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, start_new_session=True)
+        full = [
+            sys.executable,
+            "-m",
+            "lorabench",
+            "-m",
+            *tiny,
+            *GRID[1:],
+            "sweep.max_pack=1",
+            "trainer.max_steps=40",
+            *argv,
+        ]
+        return subprocess.Popen(
+            full, cwd=folder, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, start_new_session=True
+        )
 
     whole, cut = tmp_path / "whole", tmp_path / "cut"
     assert command(whole).wait(300) == 0

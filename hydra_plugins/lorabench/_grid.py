@@ -102,7 +102,9 @@ def _replace(table: list[list[Axis]], key: str, texts: Axis) -> None:
     for i, bundle in enumerate(table):
         if any(_key(a[0]) == key for a in bundle):
             if len(bundle) > 1:
-                raise ConfigError(key, ",".join(texts), "this axis is zipped with others here; change it in the experiment's file")
+                raise ConfigError(
+                    key, ",".join(texts), "this axis is zipped with others here; change it in the experiment's file"
+                )
             table[i] = [texts]
 
 

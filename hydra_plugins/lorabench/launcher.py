@@ -38,12 +38,12 @@ class PackedLauncher(Launcher):
 
         jobs = Composer.of(self.context, self.config).jobs(job_overrides)
         outcome = execute(jobs)
-        return [self._returned(o, record, primary(record)) for o, record in zip(job_overrides, outcome.records, strict=True)]
+        return [
+            self._returned(o, record, primary(record)) for o, record in zip(job_overrides, outcome.records, strict=True)
+        ]
 
     @staticmethod
     def _returned(overrides: Sequence[str], record: Any, value: float) -> JobReturn:
         ret = JobReturn(overrides=overrides, status=JobStatus.COMPLETED)
         ret.return_value = value
         return ret
-
-

@@ -7,7 +7,13 @@ from dataclasses import dataclass
 
 DASH = "–"
 SHARES = {"accuracy", "macro_f1", "token_accuracy"}  # shown as per cent, their differences as points
-TITLES = {"macro_f1": "macro-F1", "mcc": "MCC", "token_accuracy": "token accuracy", "loss": "loss", "perplexity": "perplexity"}
+TITLES = {
+    "macro_f1": "macro-F1",
+    "mcc": "MCC",
+    "token_accuracy": "token accuracy",
+    "loss": "loss",
+    "perplexity": "perplexity",
+}
 
 
 @dataclass(frozen=True)
@@ -27,10 +33,14 @@ class Metric:
 
     @property
     def axis(self) -> str:
-        return f"{self.title} (%)" if self.unit == "%" else f"{self.title} (nats)" if self.name == "loss" else self.title
+        return (
+            f"{self.title} (%)" if self.unit == "%" else f"{self.title} (nats)" if self.name == "loss" else self.title
+        )
 
     def value(self, x: float | None, *, unit: bool = False) -> str:
-        return number(None if x is None else x * self.scale, self.decimals) + (f" {self.unit}" if unit and self.unit else "")
+        return number(None if x is None else x * self.scale, self.decimals) + (
+            f" {self.unit}" if unit and self.unit else ""
+        )
 
     def difference(self, x: float | None, *, unit: bool = False) -> str:
         text = number(None if x is None else x * self.scale, self.decimals, sign=True)

@@ -115,14 +115,17 @@ def load(sweep_dir: str | Path) -> Sweep:
     if not root.is_dir():
         raise ConfigError("sweep dir", str(sweep_dir), "an existing directory that `python -m lorabench` wrote")
     store = Store(root)
-    store.check_foreign()
     manifest, records = store.manifest(), {r.run_id: r for r in store.records()}
     if not manifest and not records:
-        raise ConfigError("sweep dir", str(sweep_dir), "a sweep's directory; this one holds neither sweep.json nor runs")
+        raise ConfigError(
+            "sweep dir", str(sweep_dir), "a sweep's directory; this one holds neither sweep.json nor runs"
+        )
     if not any(r.status == "completed" for r in records.values()):
         planned = len(manifest.get("runs", {}))
         state = ", ".join(f"{n} {s}" for s, n in _statuses(records.values())) or "none has ended"
-        raise ConfigError("sweep dir", str(sweep_dir), f"a sweep with finished runs; of {planned or len(records)} runs: {state}")
+        raise ConfigError(
+            "sweep dir", str(sweep_dir), f"a sweep with finished runs; of {planned or len(records)} runs: {state}"
+        )
     if not manifest.get("cells"):
         manifest = {**manifest, **_derived(records)}
     cells = sorted((_cell(c, records) for c in manifest["cells"]), key=_order)
@@ -164,7 +167,9 @@ def _derived(records: Mapping[str, Record]) -> dict[str, Any]:
     for run_id, record in sorted(records.items()):
         label = _label(record.config, axes)
         parts = [label["method"].lower().replace(" ", "")]
-        parts += [f"{a}{label[k]}" for a, k in (("r", "r"), ("a", "alpha_rule"), ("", "targets")) if label[k] is not None]
+        parts += [
+            f"{a}{label[k]}" for a, k in (("r", "r"), ("a", "alpha_rule"), ("", "targets")) if label[k] is not None
+        ]
         name = "-".join([*parts, *(f"{k}={v}" for k, v in sorted(label["extra"].items()))]).replace(" ", "")
         cell = cells.setdefault(name, {"id": name, "label": label, "runs": {"tune": [], "confirm": []}})
         cell["runs"]["confirm" if record.role == "confirm" else "tune"].append(run_id)

@@ -119,7 +119,9 @@ def crossed(x: np.ndarray, *, pooled: tuple[float, float] | None = None) -> Esti
     return _estimate(rows, example, interaction, N, pooled)
 
 
-def crossed_bootstrap(values: np.ndarray, draws: np.ndarray, *, examples: int, pooled: tuple[float, float] | None = None) -> Estimate:
+def crossed_bootstrap(
+    values: np.ndarray, draws: np.ndarray, *, examples: int, pooled: tuple[float, float] | None = None
+) -> Estimate:
     """The same for a statistic that does not decompose over examples, such as macro-F1.
 
     values: [S], the statistic of each seed. draws: [R, S], of R resamples of the examples, each drawn once for all
@@ -148,9 +150,12 @@ def _estimate(
     return Estimate(float(seeds.mean()), variance / S, example, interaction, df, rest, rest * (S - 1), S, examples)
 
 
-def draw_counts(rng: np.random.Generator, examples: int, draws: int) -> np.ndarray:
-    """[R, N]: how often each example occurs in each of R resamples of N."""
-    return rng.multinomial(examples, np.full(examples, 1 / examples), size=draws)
+def resample(statistic: Statistic, examples: int, draws: int, rng: np.random.Generator) -> np.ndarray:
+    """[R, S]: the statistic of R resamples of N examples. It is given counts [r, N], how often each example occurs."""
+    share = np.full(examples, 1 / examples)
+    rows = max(1, 2**24 // examples)  # 128 MiB of counts at once
+    parts = (rng.multinomial(examples, share, size=min(rows, draws - i)) for i in range(0, draws, rows))
+    return np.concatenate([statistic(counts) for counts in parts])
 
 
 def pool(values: np.ndarray) -> Pooled:

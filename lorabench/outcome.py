@@ -1,0 +1,127 @@
+"""What a pack in training consists of, and what it leaves: one record a slice, its weights, its test results."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import torch
+
+from lorabench import provenance
+from lorabench.adapters import Stack
+from lorabench.adapters.files import save_slice
+from lorabench.base import Base
+from lorabench.config import RunConfig
+from lorabench.module import PackModule
+from lorabench.plan import SlicePlan
+from lorabench.prepare import Pack, Prepared, Resolved
+from lorabench.records import Record, Store
+
+
+@dataclass
+class Session:
+    """The parts of one pack in training."""
+
+    pack: Pack
+    store: Store
+    prepared: Prepared
+    resolved: Resolved
+    base: Base
+    plans: list[SlicePlan]
+    stack: Stack
+    module: PackModule
+    trainer: Any  # Lightning's
+    seconds: dict[str, float] = field(default_factory=lambda: {"train": 0.0, "eval": 0.0})
+    peak_memory: int | None = None
+
+
+def records_of(s: Session) -> list[Record]:
+    """One record a slice, and beside it what the slice trained and its per-example test results."""
+    records = []
+    for k, (run, state) in enumerate(zip(s.pack.runs, s.module.slices, strict=True)):
+        s.module.flush(k)
+        status = "diverged" if state.status == "diverged" else "completed"
+        metrics = _metrics(s, k, run, status)
+        if run.trainer.save_weights and status == "completed":
+            folder = s.store.run_dir(run.run_id) / "adapter"
+            save_slice(
+                folder, s.stack.slice_state(k), s.plans[k], info=s.base.info, run=run.to_dict(), head=s.prepared.head
+            )
+        error = state.reason if status == "diverged" else None
+        records.append(
+            Record(run.run_id, run.role, status, run.to_dict(), metrics, _resources(s, k), _provenance(s, state), error)
+        )
+    return records
+
+
+def _metrics(s: Session, k: int, run: RunConfig, status: str) -> dict[str, Any]:
+    state = s.module.slices[k]
+    found = state.best_metrics if status == "completed" else state.last_metrics
+    metrics: dict[str, Any] = {f"val/{name}": value for name, value in found.items()}
+    metrics |= {"primary": run.task.metric, "best_step": state.best_step}
+    if run.role == "confirm" and status == "completed":
+        rows = s.module.results[k]
+        metrics |= {f"test/{name}": value for name, value in run.task.metrics(rows).items()}
+        s.store.write_arrays(run.run_id, "test", _kept(rows))
+    return metrics
+
+
+def _kept(rows: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
+    """What later statistics need of each example, in small types; `loss` is the loss per unit of weight."""
+    loss = rows["loss_sum"] / np.maximum(rows["weight"], 1e-12)
+    kept = {
+        "example": rows["example"].astype(np.uint64),
+        "loss": loss.astype(np.float32),
+        "weight": rows["weight"].astype(np.float32),
+    }
+    for name, column in rows.items():
+        if name not in ("example", "loss_sum", "weight"):
+            kept[name] = _small(column)
+    return kept
+
+
+def _small(column: np.ndarray) -> np.ndarray:
+    if column.dtype.kind == "f":
+        return column.astype(np.float32)
+    low, high = (int(column.min()), int(column.max())) if column.size else (0, 0)
+    return column.astype(np.uint8 if low >= 0 and high < 256 else np.int32)
+
+
+def _resources(s: Session, k: int) -> dict[str, Any]:
+    size, run = len(s.pack.runs), s.pack.runs[k]
+    steps = s.module.steps_done
+    examples = steps * run.trainer.batch_size * run.trainer.accumulate_grad_batches
+    found = {
+        "train_seconds": s.seconds["train"] / size, "eval_seconds": s.seconds["eval"] / size, "pack_seconds": sum(s.seconds.values()),
+        "pack_size": size, "peak_memory_bytes": s.peak_memory, "trainable_parameters": s.plans[k].trainable(s.base.info),
+        "total_parameters": s.base.info.parameters, "steps": steps, "examples": examples,
+        "train_examples": len(s.prepared.encoded.splits["train"]), "val_examples": len(s.prepared.encoded.splits["val"]),
+        "test_examples": len(s.prepared.encoded.splits["test"]),
+    }  # fmt: skip
+    if s.module.tokens:
+        found |= {
+            "tokens": s.module.tokens // size,
+            "tokens_per_second": s.module.tokens / max(s.seconds["train"], 1e-9),
+        }
+    return {key: round(value, 3) if isinstance(value, float) else value for key, value in found.items()}
+
+
+def _provenance(s: Session, state: Any) -> dict[str, Any]:
+    return {
+        "code": provenance.code_fingerprint(), "git": provenance.git_state(), "packages": provenance.packages(),
+        "machine": provenance.machine(), "device": s.resolved.device, "threads": torch.get_num_threads(),
+        "precision": s.resolved.precision, "base_dtype": s.resolved.base_dtype, "attention": s.resolved.attention,
+        "data_fingerprint": s.prepared.data.fingerprint, "model_fingerprint": s.base.fingerprint, "model_notes": s.base.notes,
+        "data_notes": {**s.prepared.data.notes, **s.prepared.encoded.notes}, "pack": s.pack.id, "pack_runs": s.pack.run_ids,
+        "head": {"auto_class": s.prepared.head.auto_class, "label_names": list(s.prepared.head.label_names)},
+        "stopped": state.reason if state.status == "stopped" else None,
+    }  # fmt: skip
+
+
+def failed(run: RunConfig, error: str, trace: str) -> Record:
+    """The record of a run whose pack raised."""
+    made = provenance.packages(), provenance.machine(), provenance.git_state()
+    where = dict(zip(("packages", "machine", "git"), made, strict=True))
+    return Record(run.run_id, run.role, "failed", run.to_dict(), error=error, provenance={**where, "trace": trace})
