@@ -57,7 +57,7 @@ test-all: $(STAMP) ## All tests, with those marked slow
 
 check: $(STAMP) ## Lint, format and types
 	@$(PY) -m ruff check .
-	@$(PY) -m ruff format --check --quiet . || { echo "make format puts this right" >&2; exit 1; }
+	@$(PY) -m ruff format --check --output-format concise . || { echo "make format puts this right" >&2; exit 1; }
 	@$(PY) -m mypy lorabench hydra_plugins
 
 format: $(STAMP) ## Put format and imports right

@@ -162,7 +162,8 @@ def measure_cells(settings: Settings, jobs: Sequence[Job]) -> None:
         return
     store = Store(settings.sweep.dir)
     measured = {c["id"] for c in store.manifest()["cells"] if "solo" in c}
-    first = {cell_id(job.label): job for job in reversed(list(jobs))}
+    done = {r.run_id for r in store.records() if r.status == "completed"}
+    first = {cell_id(job.label): job for job in reversed(list(jobs)) if job.run.run_id in done}
     for name, job in first.items():
         if name in measured:
             continue

@@ -77,9 +77,9 @@ def measure(run: RunConfig, store: Store, *, steps: int = 10) -> dict[str, Any]:
     marks: list[tuple[float, int]] = []
     with _opened(Pack("solo", (replace(run, trainer=trainer),)), store, Listener()) as s:
         listener = Listener(step=lambda step, total: marks.append((time.perf_counter(), s.module.tokens)))
-        s.trainer.callbacks.append(_Progress(listener, steps))  # type: ignore[attr-defined]
+        s.trainer.callbacks.append(_Progress(listener, steps))
         with PeakMemory(s.resolved.device) as memory, _quiet():
-            s.trainer.fit(s.module, _train_stream(s))
+            s.trainer.fit(s.module, _train_stream(s), _eval_stream(s, "val"))  # never reached: eval_interval
             peak = memory.peak()
     (start, before), (end, after) = marks[min(1, len(marks) - 1)], marks[-1]
     return {
@@ -169,7 +169,7 @@ def _fit(s: Session) -> None:
     s.trainer.fit(s.module, _train_stream(s), _eval_stream(s, "val"))
     if s.module.evaluated_at != s.module.steps_done:
         s.trainer.validate(s.module, _eval_stream(s, "val"), verbose=False)
-    progress = next(c for c in s.trainer.callbacks if isinstance(c, _Progress))  # type: ignore[attr-defined]
+    progress = next(c for c in s.trainer.callbacks if isinstance(c, _Progress))
     s.seconds = {"train": time.perf_counter() - start - progress.evaluating, "eval": progress.evaluating}
     for k, state in enumerate(s.module.slices):
         if state.best_weights is not None:
