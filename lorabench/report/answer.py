@@ -1,0 +1,247 @@
+"""The findings in words: the answer, what supports it, and what a reader must not overlook."""
+
+from __future__ import annotations
+
+import shlex
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from lorabench.report import formats
+from lorabench.report import statistics as st
+from lorabench.report.findings import Comparison, Findings, Result
+from lorabench.report.formats import plural
+
+
+@dataclass(frozen=True)
+class Answer:
+    lead: str
+    points: tuple[tuple[str, str], ...]  # (what it is about, sentence)
+    command: str | None  # trains the recommended adapter
+
+
+def answer(f: Findings) -> Answer:
+    if not f.confirmed:
+        return Answer(_unconfirmed(f), tuple(_validation(f)), None)
+    command = _command(f, f.recommendation.cell) if f.recommendation and f.recommendation.cell else None
+    return Answer(_lead(f), tuple(_points(f)), command)
+
+
+# -- confirmed sweeps ----------------------------------------------------------------------------------------------------
+
+
+def _lead(f: Findings) -> str:
+    rec, m = f.recommendation, f.metric
+    margin = m.size(f.sweep.margin)
+    if rec is None or rec.cell is None:
+        best = _leader(f)
+        text = f"{_cap(best.name)} has the best validation loss and reaches {_score(f, best)} on test."
+        if rec is not None:
+            text += f" No adapter was shown to be within {margin} of {f.results[rec.reference].name}."
+        return text
+    r, ref = f.results[rec.cell], f.results[rec.reference]
+    if rec.cell != rec.reference:
+        text = f"{_cap(r.name)} is enough: {_score(f, r)}, shown to fall short of {ref.name} by less than {margin}"
+        return text + f", with {_fraction(r, ref)} of its trainable parameters."
+    if rec.stopped is None:
+        return f"{_cap(r.name)} reaches {_score(f, r)}; there is no smaller adapter here to set against it."
+    text = f"Not resolved how small an adapter can be: none below {r.name} was shown to be within {margin} of it, so it is the one to keep"
+    return f"{text} ({_score(f, r)})."
+
+
+def _points(f: Findings) -> Iterator[tuple[str, str]]:
+    for method, about in (("head only", "Against head-only"), ("full", "Against full fine-tuning")):
+        if made := f.controls.get(method):
+            name, other = f.results[made.cell].name, f.results[made.other].name
+            text = f"The best adapter on validation loss, {name}, is {difference(f, made)} than {other}" if made.direction != "not resolved" else (
+                f"The best adapter on validation loss, {name}, and {other} are not told apart: {difference(f, made)}")  # fmt: skip
+            yield about, f"{text}; {margin_words(f, made)}."
+    yield from _how_small(f)
+    if not f.controls and f.reference:
+        for made in f.versus.values():
+            name, other = f.results[made.cell].name, f.results[made.other].name
+            verb = "is" if made.direction != "not resolved" else "against"
+            yield name, f"{_cap(name)} {verb} {difference(f, made)}{' than' if verb == 'is' else ':'} {other}; {margin_words(f, made)}."
+
+
+def _how_small(f: Findings) -> Iterator[tuple[str, str]]:
+    rec = f.recommendation
+    if rec is None or rec.cell is None:
+        return
+    steps = [c for c in rec.passed if c != rec.reference]
+    said = []
+    if steps:
+        made = f.versus[steps[-1]]
+        low, high = made.estimate.interval(0.90)
+        names = " and ".join(f.results[c].name for c in steps)
+        said.append(f"Tested from {f.results[rec.reference].name} down, {names} passed (last: {f.metric.difference(made.estimate.mean, unit=True)}, "
+                    f"90 % interval {f.metric.bounds(low, high)})")  # fmt: skip
+    if rec.stopped:
+        e = rec.stopped.estimate
+        low, high = e.interval(0.90)
+        why = rec.stopped.blocked or (
+            f"{f.metric.difference(e.mean, unit=True)}, 90 % interval {f.metric.bounds(low, high)}{settle(f, rec.stopped)}"
+        )
+        said.append(f"{f.results[rec.stopped.cell].name} was the first not shown to be within the margin ({why}), and the test stops there")
+    if said:
+        yield "How small", "; ".join(said) + "."
+
+
+def difference(f: Findings, made: Comparison) -> str:
+    """`1.2 points worse (95 % interval −2.1 to −0.3)`, or the signed number where the direction is open."""
+    bounds = f"95 % interval {f.metric.bounds(*made.estimate.interval())}"
+    if made.direction == "not resolved":
+        return f"{f.metric.difference(made.estimate.mean, unit=True)} ({bounds})"
+    return f"{f.metric.size(made.estimate.mean)} {made.direction} ({bounds})"
+
+
+def margin_words(f: Findings, made: Comparison) -> str:
+    margin = f.metric.size(f.sweep.margin)
+    if made.blocked:
+        return f"no verdict: {made.blocked}"
+    if made.size == "not resolved":
+        return f"whether that is within the margin of {margin} is not resolved{settle(f, made)}"
+    return f"{'within' if made.size == 'within' else 'more than'} the margin of {margin}"
+
+
+def settle(f: Findings, made: Comparison) -> str:
+    """What it would take to place an unresolved difference against the margin."""
+    gap = abs(f.sweep.margin - abs(made.estimate.mean))
+    if made.blocked or made.size != "not resolved" or gap < 1e-9:
+        return ""
+    seeds = st.seeds_needed(made.estimate, gap)
+    if seeds is None:
+        return ", and no number of seeds alone would settle it: it takes more test examples"
+    return f"; if the difference stays as it is, about {plural(seeds, 'confirmation seed')} would settle it" if seeds > made.estimate.seeds else ""
+
+
+def _score(f: Findings, r: Result) -> str:
+    if r.test is None:
+        return f"{f.metric.value(r.val, unit=True)} {f.metric.title} on validation"
+    half = f" ± {f.metric.size(r.test.half_width(), unit=False)}" if r.test.seeds > 1 else ""
+    return f"{f.metric.value(r.test.mean)}{half}{' %' if f.metric.unit == '%' else ''} {f.metric.title}"
+
+
+def _leader(f: Findings) -> Result:
+    """The adapter, else the cell, with the best validation loss."""
+    if f.best:
+        return f.results[f.best]
+    found = [r for r in f.results.values() if r.test is not None and r.val_loss is not None]
+    return min(found or f.results.values(), key=lambda r: (r.val_loss if r.val_loss is not None else float("inf"), r.id))
+
+
+def _fraction(small: Result, large: Result) -> str:
+    a, b = small.cell.trainable, large.cell.trainable
+    return formats.share(a, b) if a and b else "fewer"
+
+
+# -- sweeps without a test result ----------------------------------------------------------------------------------------
+
+
+def _unconfirmed(f: Findings) -> str:
+    done = [r for r in f.results.values() if r.runs]
+    if sum(len(f.sweep.done(r.cell.tune)) for r in f.results.values()) == 1 and len(done) == 1:
+        r = done[0]
+        return f"One run: {r.name} at {formats.rate(r.lr)} reaches {f.metric.value(r.val, unit=True)} {f.metric.title} on validation. One run compares nothing."
+    return "Tuning only: no confirmation run has finished, so every number here is from validation and none is a test result."
+
+
+def _validation(f: Findings) -> Iterator[tuple[str, str]]:
+    named = [(f.best, "Best adapter")]
+    named += [(next((r.id for r in f.results.values() if r.cell.method == m and r.runs), None), a)
+              for m, a in (("head only", "Head-only"), ("full", "Full fine-tuning"))]  # fmt: skip
+    said = [f"{about.lower()} {f.results[i].name} at {formats.rate(f.results[i].lr)}: {f.metric.value(f.results[i].val, unit=True)}"
+            if about == "Best adapter" else f"{f.results[i].name}: {f.metric.value(f.results[i].val, unit=True)}"
+            for i, about in named if i]  # fmt: skip
+    if len(said) > 1:
+        text = f"{_cap('; '.join(said))} {f.metric.title}. The seeds that chose these rates measured them, so they flatter, most where more rates were tried."
+        yield "On validation", text
+    yield "To confirm", "Run the same command with fresh seeds, e.g. sweep.confirm_seeds=[100,101,102]: they train at the chosen rates, and they alone see test."
+
+
+# -- what must not be overlooked ----------------------------------------------------------------------------------------
+
+
+def warnings(f: Findings) -> list[str]:
+    """One line each, most serious first."""
+    return [*_gaps(f), *_rates(f), *_conditions(f)]
+
+
+def _gaps(f: Findings) -> Iterator[str]:
+    sweep, results = f.sweep, f.results.values()
+    open_runs = [i for i in sweep.planned if i not in sweep.records]
+    if open_runs:
+        yield f"{plural(len(open_runs), 'run')} of {len(sweep.planned)} have not ended yet; this is a report of the others."
+    if f.confirmed and (bare := [r.name for r in results if r.test is None]):
+        yield f"Without a test result: {', '.join(bare)}."
+    for r in results:
+        if r.lost:
+            yield f"{r.name}: {plural(r.lost, 'confirmation run')} of {r.lost + len(r.runs)} diverged or failed; its mean is of the survivors and gets no verdict."
+        if r.stale:
+            yield f"{r.name}: {plural(r.stale, 'confirmation run')} at a rate that is no longer the chosen one; not used."
+    few = sorted({r.test.seeds for r in results if r.test is not None and r.test.seeds < 3})
+    if few:
+        yield f"{plural(few[0], 'confirmation seed')} in some cells: an interval, but no verdict. Three are the least."
+    if f.confirmed and any(r.test is not None and r.test.examples is None for r in results):
+        yield "Some intervals are over seeds alone, for want of per-example results: they leave out the luck of the test set and are too narrow."
+    leaked = [r.run_id for r in sweep.records.values() if r.role == "tune" and any(k.startswith("test/") for k in r.metrics)]
+    if leaked:
+        yield f"{plural(len(leaked), 'tuning record')} hold test numbers; they are not used."
+
+
+def _rates(f: Findings) -> Iterator[str]:
+    for r in f.results.values():
+        rates = r.choice.rates
+        if r.choice.side:
+            end = "largest" if r.choice.side == "high" else "smallest"
+            yield f"{r.name}: the best rate, {formats.rate(r.lr)}, is the {end} of its grid. The true best may lie beyond: widen the grid."
+        elif r.choice.lr is None and rates:
+            yield f"{r.name}: no learning rate is eligible; at every one a seed diverged, failed or has not ended."
+        elif len(rates) == 1:
+            yield f"{r.name}: one learning rate only ({formats.rate(r.lr)}), so it is not tuned."
+        elif not rates and r.runs:
+            yield f"{r.name}: confirmed at {formats.rate(r.lr)} without tuning."
+
+
+def _conditions(f: Findings) -> Iterator[str]:
+    runs = [r for x in f.results.values() for r in x.runs]
+    for key, what in (("precision", "precisions"), ("data_fingerprint", "versions of the data"), ("model_fingerprint", "versions of the base")):
+        found = sorted({str(r.provenance[key]) for r in runs if r.provenance.get(key)})
+        if len(found) > 1:
+            yield f"Cells compared here differ in {what}: {', '.join(found)}."
+    tasks = sorted({str(r.metrics["primary"]) for r in f.sweep.records.values() if r.metrics.get("primary")})
+    if len(tasks) > 1:
+        yield f"Records name different primary metrics ({', '.join(tasks)}); this report shows {f.sweep.metric}."
+    if f.sweep.study.get("reference") and f.sweep.study["reference"] not in f.results:
+        yield f"The declared reference, {f.sweep.study['reference']}, is not a cell of this sweep; {f.results[f.reference].name if f.reference else 'none'} stands in."
+
+
+# -- the command ---------------------------------------------------------------------------------------------------------
+
+
+def _command(f: Findings, cell: str) -> str:
+    """Hydra overrides that train this cell at its chosen rate."""
+    r = f.results[cell]
+    config: Mapping[str, Any] = r.runs[0].config
+    method = config["method"]
+    experiment = f.sweep.manifest.get("experiment")
+    words = ["python", "-m", "lorabench"]
+    if experiment:
+        words += [f"+experiment={experiment}", "hydra.mode=RUN", f"sweep.name={f.sweep.name}-chosen"]
+    words.append(f"method={method['name']}")
+    words += [f"method.{key}={_hydra(method[key])}" for key in ("r", "alpha", "target_modules", "use_rslora") if method.get(key) not in (None, False)]
+    words += [f"{key}={value}" for key, value in r.cell.extra if not key.startswith("method.") or key.split(".")[1] not in method]
+    words.append(f"optimizer.lr={formats.rate(r.lr)}")
+    return " ".join(shlex.quote(w) for w in words)
+
+
+def _hydra(value: Any) -> str:
+    if isinstance(value, (list, tuple)):
+        return "[" + ",".join(map(str, value)) + "]"
+    if isinstance(value, bool):
+        return str(value).lower()
+    return f"{value:g}" if isinstance(value, float) else str(value)
+
+
+def _cap(text: str) -> str:
+    return text[:1].upper() + text[1:]
