@@ -6,6 +6,7 @@ import os
 import sys
 
 import hydra
+import yaml
 from hydra.errors import HydraException
 from omegaconf.errors import OmegaConfBaseException
 
@@ -17,7 +18,7 @@ def main() -> None:
     os.environ.setdefault("HYDRA_FULL_ERROR", "1")  # errors reach us whole; what a user sees is decided here
     try:
         hydra.main(version_base="1.3", config_path=config_dir(), config_name="config")(task)()
-    except (ConfigError, HydraException, OmegaConfBaseException) as e:
+    except (ConfigError, HydraException, OmegaConfBaseException, yaml.YAMLError) as e:
         print(f"error: {e}", file=sys.stderr)
         sys.exit(2)
     except KeyboardInterrupt:

@@ -27,15 +27,15 @@ def sweep_name(overrides: Sequence[str], experiment: str | None) -> str:
 
 
 def job(cfg: DictConfig, *, name: str, extra: Mapping[str, Any] | None = None) -> Any:
-    """Parse a composed config into a `sweep.Job`. Raises `ConfigError`."""
-    from lorabench.sweep import Job, label_of
-
+    """Parse a composed config into a `planning.Job`. Raises `ConfigError`, before torch is imported."""
     cfg = cfg.copy()
     with open_dict(cfg):
         cfg.pop("hydra", None)
         if OmegaConf.select(cfg, "sweep.name") is None and OmegaConf.select(cfg, "sweep") is not None:
             cfg.sweep.name = name
     run, settings = parse(cfg)
+    from lorabench.planning import Job, label_of
+
     return Job(run, settings, label_of(run, alpha_rule=alpha_rule(cfg), extra=extra))
 
 
@@ -50,11 +50,11 @@ def alpha_rule(cfg: DictConfig) -> str | None:
 
 def task(cfg: DictConfig) -> float:
     """Hydra's task function: one run. Returns its primary validation metric, NaN if it failed; never raises for it."""
-    from lorabench.sweep import execute, finish
-
     hydra = HydraConfig.get()
     alone = hydra.mode is None or hydra.mode.name == "RUN"
     made = job(cfg, name=sweep_name(hydra.overrides.task, hydra.runtime.choices.get("experiment")))
+    from lorabench.sweep import execute, finish
+
     outcome = execute([made])
     if alone:
         finish(made.settings)

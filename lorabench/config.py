@@ -180,7 +180,8 @@ def parse(cfg: DictConfig) -> tuple[RunConfig, Settings]:
     known = {*RunConfig.SECTIONS, "seed", "sweep", "report", "tracker", "study"}
     for key in cfg:
         if key not in known:
-            raise ConfigError(str(key), cfg.get(key), f"unknown key; allowed: {', '.join(sorted(known))}")
+            hint = "; an experiment's file starts with `# @package _global_`" if key == "experiment" else ""
+            raise ConfigError(str(key), cfg.get(key), f"unknown key; allowed: {', '.join(sorted(known))}{hint}")
     settings = Settings(
         sweep=_section(SweepConfig, cfg, "sweep"),
         report=_section(ReportConfig, cfg, "report"),

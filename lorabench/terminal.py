@@ -7,6 +7,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from rich.console import Console
+from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, SpinnerColumn, TextColumn, TimeElapsedColumn
 from rich.progress import Progress as Bars
 from rich.table import Table
@@ -88,27 +89,28 @@ def describe(pack: Pack) -> str:
 
 
 def dry_run_table(packs: Sequence[Pack], jobs: Sequence[Any], plans: Mapping[str, SlicePlan]) -> Table:
-    """Runs, packs, trainable parameters and estimated memory. Nothing was loaded, nothing written."""
-    found = f"{len(jobs)} runs in {len(packs)} packs"
-    table = Table(
-        title=f"dry run: {found}", caption="memory is an upper estimate at full-length batches; nothing was written"
-    )
-    for name in ("pack", "run", "role", "cell", "lr", "seed", "trainable", "steps", "pack memory"):
-        table.add_column(
-            name, justify="right" if name in ("lr", "seed", "trainable", "steps", "pack memory") else "left"
-        )
-    cells = {j.run.run_id: j.label for j in jobs}
+    """Runs, packs, trainable parameters and estimated memory. No weights were loaded, nothing was written."""
+    caption = "memory: an upper estimate, at full-length batches; nothing was written"
+    table = Table(title=f"dry run: {len(jobs)} runs in {len(packs)} packs", caption=caption)
+    for name in ("run", "cell", "lr", "seed", "trainable"):
+        table.add_column(name, justify="left" if name in ("run", "cell") else "right", no_wrap=name != "cell")
+    labels = {j.run.run_id: j.label for j in jobs}
     for pack in packs:
-        info = prep.layers(pack.runs[0])
-        resolved = prep.resolve(pack.runs[0])
-        size = estimate(info, [plans[i] for i in pack.run_ids], pack.runs[0], resolved.base_dtype)
-        for n, run in enumerate(pack.runs):
-            label = cells[run.run_id]
-            name = " ".join(str(label[k]) for k in ("method", "r", "targets") if label.get(k) is not None)
-            steps = prep.total_steps(run, len(prep.load_data(run.task).splits["train"]))
+        first, info = pack.runs[0], prep.layers(pack.runs[0])
+        size = estimate(info, [plans[i] for i in pack.run_ids], first, prep.resolve(first).base_dtype)
+        steps = prep.total_steps(first, len(prep.load_data(first.task).splits["train"]))
+        table.add_row(f"[bold]{pack.id}[/]", f"[bold]{first.role}, {steps} steps, {size / 2**30:.1f} GiB[/]")
+        for run in pack.runs:
+            name = _cell_name(labels[run.run_id])
             table.add_row(
-                pack.id if n == 0 else "", run.run_id, run.role, name, f"{run.optimizer.lr:g}", str(run.seed),
-                f"{plans[run.run_id].trainable(info):,}", str(steps), f"{size / 2**30:.1f} GiB" if n == 0 else "",
-                end_section=n == len(pack.runs) - 1,
-            )  # fmt: skip
+                run.run_id, name, f"{run.optimizer.lr:g}", str(run.seed), f"{plans[run.run_id].trainable(info):,}"
+            )
+        table.add_section()
     return table
+
+
+def _cell_name(label: Mapping[str, Any]) -> str:
+    parts = [str(label["method"])] + [
+        f"{k}={label[v]}" for k, v in (("r", "r"), ("alpha", "alpha_rule")) if label.get(v)
+    ]
+    return escape(" ".join(parts + [str(label["targets"])] * bool(label.get("r"))))

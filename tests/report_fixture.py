@@ -14,7 +14,11 @@ import numpy as np
 from lorabench.records import Record, Store
 from lorabench.report.select import choose
 
-PER_RANK, HEAD, BASE = 42_240, 1_155, 22_713_216  # parameters of MiniLM-L6: all linear layers a rank, 3-label head, base
+PER_RANK, HEAD, BASE = (
+    42_240,
+    1_155,
+    22_713_216,
+)  # parameters of MiniLM-L6: all linear layers a rank, 3-label head, base
 
 
 @dataclass(frozen=True)
@@ -75,7 +79,10 @@ def build(
         chosen = choose({"cells": entries[-1:]}, made)[entries[-1]["id"]].lr
         for seed in confirm if chosen or not tune else ():
             add(cell, "confirm", chosen or cell.best, seed)
-    runs = {i: {"role": r.role, "lr": r.config["optimizer"]["lr"], "seed": r.config["seed"], "config": r.config} for i, r in made.items()}
+    runs = {
+        i: {"role": r.role, "lr": r.config["optimizer"]["lr"], "seed": r.config["seed"], "config": r.config}
+        for i, r in made.items()
+    }
     if manifest:
         store.write_manifest({
             "schema": 1, "name": name, "experiment": "rank_sweep", "cells": entries, "runs": runs, "packs": [], "study_hash": "0" * 12,
@@ -85,7 +92,11 @@ def build(
 
 
 def _label(cell: Planted) -> dict[str, Any]:
-    shown = "rsLoRA" if cell.rslora else {"lora": "LoRA", "head": "head only", "bitfit": "BitFit"}.get(cell.method, cell.method)
+    shown = (
+        "rsLoRA"
+        if cell.rslora
+        else {"lora": "LoRA", "head": "head only", "bitfit": "BitFit"}.get(cell.method, cell.method)
+    )
     targets = cell.targets if isinstance(cell.targets, str) else "+".join(cell.targets)
     other = {"full": "everything", "head": "head", "bitfit": "biases"}
     return {
@@ -103,7 +114,13 @@ def _cell_id(cell: Planted) -> str:
 def config(cell: Planted, role: str, lr: float, seed: int, metric: str) -> dict[str, Any]:
     method: dict[str, Any] = {"name": cell.method}
     if cell.r:
-        method |= {"r": cell.r, "alpha": cell.alpha, "dropout": 0.0, "target_modules": cell.targets, "use_rslora": cell.rslora}
+        method |= {
+            "r": cell.r,
+            "alpha": cell.alpha,
+            "dropout": 0.0,
+            "target_modules": cell.targets,
+            "use_rslora": cell.rslora,
+        }
     out: dict[str, Any] = {
         "model": {"kind": "transformers", "name": "MiniLM-L6", "source": "package:synthetic", "dropout": 0.0},
         "task": {"kind": "text_classification", "name": "tweets", "metric": metric, "max_length": 64, "train_examples": 3200},
@@ -157,10 +174,18 @@ def _record(
 
 
 def _scores(loss: float, accuracy: float) -> dict[str, float]:
-    return {"loss": loss, "perplexity": math.exp(loss), "accuracy": accuracy, "macro_f1": accuracy - 0.02, "mcc": 1.5 * accuracy - 0.5}
+    return {
+        "loss": loss,
+        "perplexity": math.exp(loss),
+        "accuracy": accuracy,
+        "macro_f1": accuracy - 0.02,
+        "mcc": 1.5 * accuracy - 0.5,
+    }
 
 
-def _write_test(store: Store, run_id: str, rng: np.random.Generator, truth: float, test: dict[str, np.ndarray]) -> dict[str, float]:
+def _write_test(
+    store: Store, run_id: str, rng: np.random.Generator, truth: float, test: dict[str, np.ndarray]
+) -> dict[str, float]:
     """Right where a mix of the example's own difficulty and this run's luck stays below the truth."""
     n = len(test["label"])
     luck = np.where(rng.random(n) < 0.85, test["hard"], rng.random(n))
@@ -172,9 +197,17 @@ def _write_test(store: Store, run_id: str, rng: np.random.Generator, truth: floa
     columns = {"example": test["example"], "loss": loss.astype(np.float32), "weight": weight, "label": test["label"].astype(np.uint8),
                "prediction": prediction.astype(np.uint8), "correct": correct.astype(np.uint8)}  # fmt: skip
     store.write_arrays(run_id, "test", {k: v[order] for k, v in columns.items()})
-    f1 = [2 * np.sum(correct & (test["label"] == c)) / (np.sum(test["label"] == c) + np.sum(prediction == c)) for c in range(3)]
+    f1 = [
+        2 * np.sum(correct & (test["label"] == c)) / (np.sum(test["label"] == c) + np.sum(prediction == c))
+        for c in range(3)
+    ]
     mean = float(np.mean(loss.astype(np.float32), dtype=np.float64))
-    return {"accuracy": float(np.mean(correct)), "macro_f1": float(np.mean(f1)), "loss": mean, "perplexity": math.exp(mean)}
+    return {
+        "accuracy": float(np.mean(correct)),
+        "macro_f1": float(np.mean(f1)),
+        "loss": mean,
+        "perplexity": math.exp(mean),
+    }
 
 
 def _history(

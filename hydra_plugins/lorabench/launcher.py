@@ -30,13 +30,13 @@ class PackedLauncher(Launcher):
         self.context, self.config = hydra_context, config
 
     def launch(self, job_overrides: Sequence[Sequence[str]], initial_job_idx: int) -> Sequence[JobReturn]:
+        from hydra_plugins.lorabench._compose import Composer
         from lorabench.app import primary
-        from lorabench.sweep import execute
 
         setup_globals()
-        from hydra_plugins.lorabench._compose import Composer
-
         jobs = Composer.of(self.context, self.config).jobs(job_overrides)
+        from lorabench.sweep import execute
+
         outcome = execute(jobs)
         return [
             self._returned(o, record, primary(record)) for o, record in zip(job_overrides, outcome.records, strict=True)

@@ -43,7 +43,6 @@ class GridSweeper(Sweeper):
 
     def sweep(self, arguments: list[str]) -> Any:
         from hydra_plugins.lorabench._compose import Composer
-        from lorabench import sweep
 
         assert self.config is not None and self.launcher is not None
         composer = Composer.of(self.context, self.config)
@@ -59,6 +58,8 @@ class GridSweeper(Sweeper):
         }
         jobs = {overrides: composer.job(overrides, extra) for overrides, (_, extra) in listed.items()}
         settings = next(iter(jobs.values())).settings
+        from lorabench import sweep
+
         sweep.require_fresh(settings)
         sweep.declare(list(jobs.values()))
         returned = self.launcher.launch(_once(jobs), 0)

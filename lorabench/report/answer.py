@@ -61,7 +61,10 @@ def _points(f: Findings) -> Iterator[tuple[str, str]]:
         for made in f.versus.values():
             name, other = f.results[made.cell].name, f.results[made.other].name
             verb = "is" if made.direction != "not resolved" else "against"
-            yield name, f"{_cap(name)} {verb} {difference(f, made)}{' than' if verb == 'is' else ':'} {other}; {margin_words(f, made)}."
+            yield (
+                name,
+                f"{_cap(name)} {verb} {difference(f, made)}{' than' if verb == 'is' else ':'} {other}; {margin_words(f, made)}.",
+            )
 
 
 def _how_small(f: Findings) -> Iterator[tuple[str, str]]:
@@ -82,7 +85,9 @@ def _how_small(f: Findings) -> Iterator[tuple[str, str]]:
         why = rec.stopped.blocked or (
             f"{f.metric.difference(e.mean, unit=True)}, 90 % interval {f.metric.bounds(low, high)}{settle(f, rec.stopped)}"
         )
-        said.append(f"{f.results[rec.stopped.cell].name} was the first not shown to be within the margin ({why}), and the test stops there")
+        said.append(
+            f"{f.results[rec.stopped.cell].name} was the first not shown to be within the margin ({why}), and the test stops there"
+        )
     if said:
         yield "How small", "; ".join(said) + "."
 
@@ -112,7 +117,11 @@ def settle(f: Findings, made: Comparison) -> str:
     seeds = st.seeds_needed(made.estimate, gap)
     if seeds is None:
         return ", and no number of seeds alone would settle it: it takes more test examples"
-    return f"; if the difference stays as it is, about {plural(seeds, 'confirmation seed')} would settle it" if seeds > made.estimate.seeds else ""
+    return (
+        f"; if the difference stays as it is, about {plural(seeds, 'confirmation seed')} would settle it"
+        if seeds > made.estimate.seeds
+        else ""
+    )
 
 
 def _score(f: Findings, r: Result) -> str:
@@ -127,7 +136,9 @@ def _leader(f: Findings) -> Result:
     if f.best:
         return f.results[f.best]
     found = [r for r in f.results.values() if r.test is not None and r.val_loss is not None]
-    return min(found or f.results.values(), key=lambda r: (r.val_loss if r.val_loss is not None else float("inf"), r.id))
+    return min(
+        found or f.results.values(), key=lambda r: (r.val_loss if r.val_loss is not None else float("inf"), r.id)
+    )
 
 
 def _fraction(small: Result, large: Result) -> str:
@@ -156,7 +167,10 @@ def _validation(f: Findings) -> Iterator[tuple[str, str]]:
     if len(said) > 1:
         text = f"{_cap('; '.join(said))} {f.metric.title}. The seeds that chose these rates measured them, so they flatter, most where more rates were tried."
         yield "On validation", text
-    yield "To confirm", "Run the same command with fresh seeds, e.g. sweep.confirm_seeds=[100,101,102]: they train at the chosen rates, and they alone see test."
+    yield (
+        "To confirm",
+        "Run the same command with fresh seeds, e.g. sweep.confirm_seeds=[100,101,102]: they train at the chosen rates, and they alone see test.",
+    )
 
 
 # -- what must not be overlooked ----------------------------------------------------------------------------------------
@@ -184,7 +198,9 @@ def _gaps(f: Findings) -> Iterator[str]:
         yield f"{plural(few[0], 'confirmation seed')} in some cells: an interval, but no verdict. Three are the least."
     if f.confirmed and any(r.test is not None and r.test.examples is None for r in results):
         yield "Some intervals are over seeds alone, for want of per-example results: they leave out the luck of the test set and are too narrow."
-    leaked = [r.run_id for r in sweep.records.values() if r.role == "tune" and any(k.startswith("test/") for k in r.metrics)]
+    leaked = [
+        r.run_id for r in sweep.records.values() if r.role == "tune" and any(k.startswith("test/") for k in r.metrics)
+    ]
     if leaked:
         yield f"{plural(len(leaked), 'tuning record')} hold test numbers; they are not used."
 
@@ -205,7 +221,11 @@ def _rates(f: Findings) -> Iterator[str]:
 
 def _conditions(f: Findings) -> Iterator[str]:
     runs = [r for x in f.results.values() for r in x.runs]
-    for key, what in (("precision", "precisions"), ("data_fingerprint", "versions of the data"), ("model_fingerprint", "versions of the base")):
+    for key, what in (
+        ("precision", "precisions"),
+        ("data_fingerprint", "versions of the data"),
+        ("model_fingerprint", "versions of the base"),
+    ):
         found = sorted({str(r.provenance[key]) for r in runs if r.provenance.get(key)})
         if len(found) > 1:
             yield f"Cells compared here differ in {what}: {', '.join(found)}."
@@ -229,8 +249,16 @@ def _command(f: Findings, cell: str) -> str:
     if experiment:
         words += [f"+experiment={experiment}", "hydra.mode=RUN", f"sweep.name={f.sweep.name}-chosen"]
     words.append(f"method={method['name']}")
-    words += [f"method.{key}={_hydra(method[key])}" for key in ("r", "alpha", "target_modules", "use_rslora") if method.get(key) not in (None, False)]
-    words += [f"{key}={value}" for key, value in r.cell.extra if not key.startswith("method.") or key.split(".")[1] not in method]
+    words += [
+        f"method.{key}={_hydra(method[key])}"
+        for key in ("r", "alpha", "target_modules", "use_rslora")
+        if method.get(key) not in (None, False)
+    ]
+    words += [
+        f"{key}={value}"
+        for key, value in r.cell.extra
+        if not key.startswith("method.") or key.split(".")[1] not in method
+    ]
     words.append(f"optimizer.lr={formats.rate(r.lr)}")
     return " ".join(shlex.quote(w) for w in words)
 

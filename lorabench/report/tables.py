@@ -63,7 +63,15 @@ def comparison(f: Findings) -> Table:
     test = [Column("test", f"test {m.title}{unit}", "right"), Column("seeds", "seeds", "right")] if f.confirmed else []
     against = f.results[f.reference].name if f.reference else ""
     margin = m.size(f.sweep.margin)
-    versus = [Column("difference", f"− {against}, 95 %", "right"), Column("direction", "direction"), Column("size", f"margin ± {margin}")] if f.versus else []
+    versus = (
+        [
+            Column("difference", f"− {against}, 95 %", "right"),
+            Column("direction", "direction"),
+            Column("size", f"margin ± {margin}"),
+        ]
+        if f.versus
+        else []
+    )
     columns = (
         Column("method", "method"), Column("r", "r", "right"), Column("alpha", "α", "right"), Column("targets", "targets"),
         *(Column(k, k.split(".")[-1]) for k in extra), Column("lr", "best lr", "right"), *test, Column("val", f"val {m.title}{unit}", "right"),
@@ -132,7 +140,9 @@ def _comparison_notes(f: Findings) -> Iterable[str]:
         sd = f.metric.size(f.pooled.within**0.5)
         yield f"Seed variance is pooled over the {f.pooled.cells} adapter cells (a seed's standard deviation: {sd}; Bartlett p = {f.pooled.p:.2f})."
     if f.versus and f.reference:
-        declared = "declared" if f.sweep.study.get("reference") == f.reference else "the largest rank, as none was declared"
+        declared = (
+            "declared" if f.sweep.study.get("reference") == f.reference else "the largest rank, as none was declared"
+        )
         yield (f"Direction: Holm-adjusted within the {len(f.versus)} comparisons with {f.results[f.reference].name} ({declared}). "
                f"Margin: two one-sided tests at 5 %, apart from the direction. “Not resolved” is not “equal”.")  # fmt: skip
     if any(not r.solo for r in f.results.values() if r.runs):
@@ -158,12 +168,21 @@ def rates(f: Findings) -> Table:
             loss = formats.number(x.mean, 4)
             texts = (r.name, formats.rate(x.lr), loss, f"{len(x.losses)} of {x.seeds}", str(x.failures or ""), mark)
             rows.append(Row(texts, mark="chosen" if chosen else "lost" if x.failures else ""))
-    return Table("rates", "Learning rates", columns, tuple(rows), ("A rate at which any seed diverged or failed is not eligible. Ties go to the smaller rate.",))
+    return Table(
+        "rates",
+        "Learning rates",
+        columns,
+        tuple(rows),
+        ("A rate at which any seed diverged or failed is not eligible. Ties go to the smaller rate.",),
+    )
 
 
 def lost(f: Findings) -> Table:
     """Runs that failed, diverged or were pruned."""
-    columns = tuple(Column(k, k, "right" if k in ("lr", "seed") else "left") for k in ("cell", "role", "lr", "seed", "status", "why", "run"))
+    columns = tuple(
+        Column(k, k, "right" if k in ("lr", "seed") else "left")
+        for k in ("cell", "role", "lr", "seed", "status", "why", "run")
+    )
     rows = [
         Row((r.name, x.role, formats.rate(x.config["optimizer"]["lr"]), str(x.config["seed"]), x.status, reason(x.error), x.run_id), (x.run_id,), "lost")
         for r in f.results.values()
@@ -174,12 +193,21 @@ def lost(f: Findings) -> Table:
 
 
 def outside(f: Findings) -> Table:
-    columns = tuple(Column(k, k, "right" if k in ("lr", "seed") else "left") for k in ("run", "method", "role", "lr", "seed", "status"))
+    columns = tuple(
+        Column(k, k, "right" if k in ("lr", "seed") else "left")
+        for k in ("run", "method", "role", "lr", "seed", "status")
+    )
     rows = [
         Row((x.run_id, str(x.config["method"]["name"]), x.role, formats.rate(x.config["optimizer"]["lr"]), str(x.config["seed"]), x.status), (x.run_id,))
         for x in f.sweep.outside
     ]  # fmt: skip
-    return Table("outside", "Records outside the manifest", columns, tuple(rows), ("They are in the sweep's directory, but no cell lists them: no number above uses them.",))
+    return Table(
+        "outside",
+        "Records outside the manifest",
+        columns,
+        tuple(rows),
+        ("They are in the sweep's directory, but no cell lists them: no number above uses them.",),
+    )
 
 
 def reason(error: str | None) -> str:
@@ -197,7 +225,10 @@ def markdown(table: Table) -> str:
         return "| " + " | ".join(escape_markdown(t) for t in texts) + " |"
 
     rule = "|" + "|".join("---:" if c.align == "right" else "---" for c in table.columns) + "|"
-    bold = [tuple(f"**{escape_markdown(t)}**" if r.mark == "recommended" and t else escape_markdown(t) for t in r.texts) for r in table.rows]
+    bold = [
+        tuple(f"**{escape_markdown(t)}**" if r.mark == "recommended" and t else escape_markdown(t) for t in r.texts)
+        for r in table.rows
+    ]
     return "\n".join([line(c.title for c in table.columns), rule, *("| " + " | ".join(b) + " |" for b in bold)])
 
 
@@ -268,7 +299,20 @@ def runs_csv(f: Findings) -> str:
     resources = [k for k in CSV_RESOURCES if any(k in x.resources for _, x in listed)]
     out = io.StringIO()
     writer = csv.writer(out, lineterminator="\n")
-    head = ("cell", "run_id", "role", "status", "method", "r", "alpha", "targets", "lr", "seed", "precision", "best_step")
+    head = (
+        "cell",
+        "run_id",
+        "role",
+        "status",
+        "method",
+        "r",
+        "alpha",
+        "targets",
+        "lr",
+        "seed",
+        "precision",
+        "best_step",
+    )
     writer.writerow([*head, *metrics, *resources, "error"])
     for cell, x in listed:
         config = dict(flatten(x.config))

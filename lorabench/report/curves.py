@@ -1,0 +1,188 @@
+"""Curves: validation loss over the learning rates tried, and how the chosen runs trained."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+
+import numpy as np
+from matplotlib.axes import Axes
+
+from lorabench.records import Record
+from lorabench.report import formats, style
+from lorabench.report.findings import Findings, Result
+from lorabench.report.style import FAINT, Drawing, Look
+
+MOST = 8  # cells in one picture of training curves
+POINTS = 160  # of one training curve
+
+# -- learning rates ------------------------------------------------------------------------------------------------------
+
+
+def learning_rates(f: Findings, looks: Mapping[str, Look]) -> Drawing | None:
+    """Mean validation loss over the tuning seeds against the rate; one panel a family of adapters, the others in each."""
+    tuned = [r for r in f.results.values() if sum(bool(x.losses) for x in r.choice.rates) > 1]
+    if not tuned:
+        return None
+    families = list(dict.fromkeys(_family(r) for r in tuned if r.cell.adapter)) or [()]
+    wide = min(len(families), 2)
+    tall = math.ceil(len(families) / wide)
+    with style.canvas(6.2 if wide == 1 else 8.6, 0.5 + 3.3 * tall) as figure:
+        axes = figure.subplots(tall, wide, sharex=True, sharey=True, squeeze=False)
+        rates = [x.lr for r in tuned for x in r.choice.rates]
+        losses = [x.mean for r in tuned for x in r.choice.rates if x.losses]
+        top = max(losses) + 0.06 * (max(losses) - min(losses))
+        for i, ax in enumerate(axes.flat):
+            if i >= len(families):
+                ax.set_visible(False)
+                continue
+            here = [r for r in tuned if not r.cell.adapter or _family(r) == families[i]]
+            style.rate_axis(ax, rates)
+            for r in here:
+                _rate_curve(ax, r, looks[r.id], top)
+            style.tidy(ax, x="learning rate (log scale)", y="validation loss (nats)" if i % wide == 0 else "")
+            ax.set_title(_family_title(families[i]) if len(families) > 1 else "")
+            _point_labels(ax, here, looks, short=_shortened(here))
+        caption = "Mean over tuning seeds (small dots: single seeds). Filled: the chosen rate."
+        if any(r.choice.ineligible for r in tuned):
+            caption += " Crosses at the top: a seed diverged or failed, so the rate is out."
+        return style.drawing("learning_rates", "Validation loss against the learning rate", caption, _rates_alt(tuned), figure)
+
+
+def _family(r: Result) -> tuple[str, ...]:
+    return (r.cell.method, str(r.cell.alpha_rule), *(f"{k.split('.')[-1]} {v}" for k, v in r.cell.extra))
+
+
+def _family_title(family: Sequence[str]) -> str:
+    method, rule, *extra = family
+    return ", ".join([f"{method}, α = {rule}", *extra])
+
+
+def _shortened(here: Sequence[Result]) -> bool:
+    """Whether a rank alone names the adapters of a panel."""
+    adapters = [r.cell for r in here if r.cell.adapter]
+    return len({c.r for c in adapters}) == len(adapters) > 1
+
+
+def _rate_curve(ax: Axes, r: Result, look: Look, top: float) -> None:
+    good = [x for x in r.choice.rates if x.losses]
+    ax.plot([x.lr for x in good], [x.mean for x in good], color=look.colour, linestyle=look.dashes, zorder=3)
+    for x in r.choice.rates:
+        if len(x.losses) > 1:
+            ax.plot([x.lr] * len(x.losses), x.losses, ".", color=look.colour, markersize=3.5, alpha=0.6, zorder=3)
+        if x.losses:
+            chosen = x.lr == r.choice.lr
+            ax.plot(x.lr, x.mean, marker=look.marker, markersize=8.5 if chosen else 5, color=look.colour,
+                    markerfacecolor=look.colour if chosen else "white", markeredgewidth=1.3, zorder=5 if chosen else 4)  # fmt: skip
+        if x.failures:
+            ax.plot(x.lr, top, marker="x", markersize=7, markeredgewidth=2, color=look.colour, zorder=5, clip_on=False)
+
+
+def _point_labels(ax: Axes, here: Sequence[Result], looks: Mapping[str, Look], *, short: bool) -> None:
+    """Each curve's name at its right end, moved apart within columns of neighbours."""
+    ends: dict[float, list[tuple[float, str, str]]] = {}
+    for r in here:
+        last = [x for x in r.choice.rates if x.losses][-1]
+        name = f"r = {r.cell.r}" if short and r.cell.adapter else r.name
+        ends.setdefault(last.lr, []).append((last.mean, name, looks[r.id].colour))
+    low, high = ax.get_ylim()
+    gap = (high - low) * 0.058
+    for lr, labels in ends.items():
+        labels.sort()
+        for y, (_, name, colour) in zip(style.spread([y for y, _, _ in labels], gap), labels, strict=True):
+            text = ax.annotate(name, (lr, y), xytext=(8, 0), textcoords="offset points", va="center", color=colour, fontsize=9.5, zorder=6)
+            text.set_path_effects(style.halo())
+
+
+def _rates_alt(tuned: Sequence[Result]) -> str:
+    said = []
+    for r in tuned:
+        grid = f"{formats.rate(r.choice.rates[0].lr)} to {formats.rate(r.choice.rates[-1].lr)}"
+        best = f"lowest at {formats.rate(r.choice.lr)} ({formats.number(r.choice.loss, 3)})" if r.choice.lr else "no rate eligible"
+        out = f", out: {', '.join(formats.rate(lr) for lr in r.choice.ineligible)}" if r.choice.ineligible else ""
+        said.append(f"{r.name} over {grid}, {best}{out}")
+    return "Validation loss against the learning rate: " + "; ".join(said) + "."
+
+
+# -- training curves -----------------------------------------------------------------------------------------------------
+
+Curve = tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]  # steps, mean, lowest and highest over runs
+
+
+def training(f: Findings, looks: Mapping[str, Look]) -> Drawing | None:
+    """Training loss (smoothed) and the validation metric over steps, for the runs behind each cell's numbers."""
+    shown = _telling(f)
+    name = f"val/{f.sweep.metric}"
+    losses = {r.id: c for r in shown if (c := _curve(f, r.runs, "train/loss", smooth=True))}
+    scores = {r.id: c for r in shown if (c := _curve(f, r.runs, name))}
+    if not losses and not scores:
+        return None
+    with style.canvas(8.6, 3.5) as figure:
+        left, right = figure.subplots(1, 2)
+        for r in shown:
+            for ax, made in ((left, losses.get(r.id)), (right, scores.get(r.id))):
+                if made:
+                    _training_curve(ax, made, looks[r.id], marked=ax is right)
+        style.tidy(left, x="optimizer step", y="training loss (nats)")
+        style.tidy(right, x="optimizer step", y=f"validation {f.metric.axis}")
+        style.per_metric(right, f.metric)
+        ends = scores or losses
+        style.end_labels(right if scores else left, [(float(ends[r.id][1][-1]), r.name, looks[r.id].colour) for r in shown if r.id in ends], size=9)
+        roles = "confirmation" if f.confirmed else "tuning"
+        caption = (f"{roles.capitalize()} runs at the chosen rate, mean over seeds; bands span the seeds. "
+                   "The training loss is smoothed (exponential, over a twentieth of the steps).")  # fmt: skip
+        if len(shown) < len([r for r in f.results.values() if r.runs]):
+            caption += f" {len(shown)} of {len(f.results)} cells."
+        said = "; ".join(f"{r.name} ends at {f.metric.value(float(scores[r.id][1][-1]))}" for r in shown if r.id in scores)
+        alt = f"Training loss and validation {f.metric.axis} against the optimizer step" + (f": {said}." if said else ".")
+        return style.drawing("training", "How the chosen runs trained", caption, alt, figure)
+
+
+def _telling(f: Findings) -> list[Result]:
+    """All cells while they are few; else those the answer names, the controls, and the ends of the ladder."""
+    have = [r for r in f.results.values() if r.runs]
+    if len(have) <= MOST:
+        return have
+    named = [f.best, f.reference, f.recommendation.cell if f.recommendation else None, *(c.other for c in f.controls.values())]
+    first = [r for r in have if r.id in named]
+    adapters = [r for r in have if r.cell.adapter and r.id not in named]
+    spread = [adapters[round(i * (len(adapters) - 1) / max(1, MOST - len(first) - 1))] for i in range(MOST - len(first))] if adapters else []
+    return [r for r in have if r in first or r in spread]
+
+
+def _curve(f: Findings, runs: Sequence[Record], name: str, *, smooth: bool = False) -> Curve | None:
+    """Over the steps that every run has. Shapes: runs [n, steps] -> [steps] each."""
+    series = []
+    for r in runs:
+        rows = {row["step"]: row[name] for row in f.sweep.store.history(r.run_id) if row.get(name) is not None}
+        if rows:
+            series.append(rows)
+    steps = sorted(set.intersection(*(set(s) for s in series))) if series else []
+    if not steps:
+        return None
+    y = np.array([[s[t] for t in steps] for s in series], dtype=np.float64)
+    if smooth:
+        y = _smooth(y, span=max(1, len(steps) // 20))
+    keep = np.unique(np.linspace(0, len(steps) - 1, min(POINTS, len(steps))).round().astype(int))
+    y = y[:, keep]
+    return np.array(steps)[keep], y.mean(0), y.min(0), y.max(0)
+
+
+def _smooth(y: np.ndarray, *, span: int) -> np.ndarray:
+    """Exponential moving average of [n, steps] along steps with its start corrected (Kingma & Ba 2015, section 3)."""
+    decay = 1 - 2 / (span + 1)
+    out, total, weight = np.empty_like(y), np.zeros(len(y)), 0.0
+    for t in range(y.shape[1]):
+        total, weight = decay * total + y[:, t], decay * weight + 1
+        out[:, t] = total / weight
+    return out
+
+
+def _training_curve(ax: Axes, made: Curve, look: Look, *, marked: bool) -> None:
+    steps, mean, low, high = made
+    if len(steps) == 1:
+        ax.plot(steps, mean, marker=look.marker, color=look.colour)
+        return
+    ax.fill_between(steps, low, high, color=look.colour, alpha=0.13, linewidth=0)
+    ax.plot(steps, mean, color=look.colour, linestyle=look.dashes, linewidth=1.6, marker=look.marker if marked and len(steps) <= 12 else None,
+            markersize=4, markeredgecolor="white", markeredgewidth=0.5)  # fmt: skip

@@ -1,0 +1,197 @@
+"""How pictures look: one hue a method (Okabe & Ito's colours, safe for colour-blind readers), lighter for smaller ranks."""
+
+from __future__ import annotations
+
+import io
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import matplotlib as mpl
+import numpy as np
+import seaborn as sns
+from matplotlib import patheffects
+from matplotlib.axes import Axes
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.colors import to_hex
+from matplotlib.figure import Figure
+from matplotlib.ticker import FuncFormatter, NullFormatter
+
+from lorabench.report import formats
+from lorabench.report.load import Cell
+
+HUES = {"LoRA": "#0072B2", "rsLoRA": "#D55E00", "BitFit": "#009E73", "head only": "#6E6E6E", "full": "#1A1A1A", "DoRA": "#B8588F"}
+OTHERS = ("#8C6D00", "#5B4FA2", "#A0522D", "#3E8E9C", "#7A8B1F")
+DASHES: tuple[Any, ...] = ("-", (0, (5, 2)), (0, (1, 1.4)), (0, (6, 2, 1, 2)))
+MARKERS = "osD^vP"
+INK, FAINT, GRID = "#222222", "#666666", "#E3E3E3"
+RC = {
+    "font.family": "DejaVu Sans", "font.size": 10.5, "axes.labelsize": 10.5, "axes.titlesize": 11, "xtick.labelsize": 9.5,
+    "ytick.labelsize": 9.5, "axes.edgecolor": FAINT, "axes.labelcolor": INK, "text.color": INK, "xtick.color": FAINT,
+    "ytick.color": FAINT, "xtick.labelcolor": INK, "ytick.labelcolor": INK, "axes.grid": True, "grid.color": GRID, "grid.linewidth": 0.8,
+    "axes.axisbelow": True, "axes.titlelocation": "left", "lines.linewidth": 1.8, "svg.hashsalt": "lorabench", "svg.fonttype": "path",
+    "path.simplify": False, "figure.dpi": 100, "savefig.dpi": 200, "axes.unicode_minus": True,
+}  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Drawing:
+    """One figure in both formats, with the words that stand for it."""
+
+    key: str
+    title: str
+    caption: str
+    alt: str
+    svg: str
+    png: bytes
+
+
+@dataclass(frozen=True)
+class Look:
+    colour: str
+    marker: str
+    dashes: Any
+
+
+def looks(cells: Sequence[Cell]) -> dict[str, Look]:
+    """By cell id. Hue: method; lightness: rank (or the order of cells of one rank); dashes and marker: series."""
+    methods = sorted({c.method for c in cells})
+    unknown = [m for m in methods if m not in HUES]
+    hues = {**HUES, **{m: OTHERS[i % len(OTHERS)] for i, m in enumerate(unknown)}}
+    out = {}
+    for method in methods:
+        mine = [c for c in cells if c.method == method]
+        series = list(dict.fromkeys(c.series for c in mine))
+        steps = sorted({c.r or 0 for c in mine}) if len({c.r for c in mine}) > 1 else [c.id for c in mine]
+        shades = _shades(hues[method], len(steps)) if mine[0].adapter or len(mine) > 1 else [hues[method]]
+        for c in mine:
+            at = steps.index(c.r or 0) if isinstance(steps[0], int) else steps.index(c.id)  # type: ignore[arg-type]
+            i = series.index(c.series)
+            out[c.id] = Look(shades[at], MARKERS[i % len(MARKERS)], DASHES[i % len(DASHES)])
+    return out
+
+
+def hue(cell: Cell, found: Mapping[str, Look]) -> str:
+    """The method's own colour, for what stands for a whole series."""
+    return HUES.get(cell.method, found[cell.id].colour)
+
+
+def _shades(colour: str, n: int) -> list[str]:
+    """Light to dark around one hue; the lightest keeps a contrast of 2.5 and more to white."""
+    if n == 1:
+        return [colour]
+    light, dark = sns.light_palette(colour, 10)[6], sns.dark_palette(colour, 10)[3]
+    return [to_hex(c) for c in sns.blend_palette([light, colour, dark], n)]
+
+
+@contextmanager
+def canvas(width: float, height: float) -> Iterator[Figure]:
+    """An empty figure, width and height in inches, under the report's settings and no others."""
+    with mpl.rc_context():
+        mpl.rcdefaults()
+        mpl.rcParams.update(RC)
+        figure = Figure(figsize=(width, height), layout="constrained")
+        FigureCanvasAgg(figure)
+        yield figure
+
+
+def drawing(key: str, title: str, caption: str, alt: str, figure: Figure) -> Drawing:
+    """Render inside `canvas`. No date, no version, no random id: equal figures give equal bytes."""
+    svg, png = io.StringIO(), io.BytesIO()
+    figure.savefig(svg, format="svg", bbox_inches="tight", pad_inches=0.06, metadata={"Date": None, "Creator": None, "Title": title})
+    figure.savefig(png, format="png", bbox_inches="tight", pad_inches=0.06, metadata={"Software": None})
+    return Drawing(key, title, caption, alt, svg.getvalue(), png.getvalue())
+
+
+def inline(d: Drawing) -> str:
+    """The SVG element for a page: ids made unique to the figure, size left to the page, the alt text inside."""
+    svg = d.svg[d.svg.index("<svg") :]
+    svg = re.sub(r"<metadata>.*?</metadata>", "", svg, flags=re.S)
+    svg = re.sub(r'\bid="([^"]+)"', rf'id="{d.key}-\1"', svg)
+    svg = re.sub(r'(xlink:href="#|url\(#)', rf"\1{d.key}-", svg)
+    head, rest = svg.split(">", 1)
+    box = re.search(r'viewBox="[^"]+"', head)
+    assert box
+    label = f'aria-labelledby="{d.key}-alt"'
+    rest = re.sub(r"<title>.*?</title>", "", rest, flags=re.S)
+    text = d.alt.replace("&", "&amp;").replace("<", "&lt;").replace(">", "&gt;")
+    opening = f'<svg xmlns="http://www.w3.org/2000/svg" xmlns:xlink="http://www.w3.org/1999/xlink" role="img" {label} {box[0]}>'
+    return f'{opening}<title id="{d.key}-alt">{text}</title>{rest.strip()}'
+
+
+# -- parts of pictures ---------------------------------------------------------------------------------------------------
+
+
+def tidy(ax: Axes, *, x: str, y: str, grid: str = "y") -> None:
+    """Axis titles with units, one direction of grid lines, no box."""
+    ax.set_xlabel(x)
+    ax.set_ylabel(y)
+    ax.grid(False)
+    ax.grid(True, axis=grid)  # type: ignore[arg-type]
+    sns.despine(ax=ax)
+
+
+def rank_axis(ax: Axes, ranks: Sequence[int]) -> None:
+    """log2, a tick at every rank that was run."""
+    ax.set_xscale("log", base=2)
+    ax.set_xticks(ranks, [str(r) for r in ranks])
+    ax.xaxis.set_minor_formatter(NullFormatter())
+    ax.minorticks_off()
+
+
+def rate_axis(ax: Axes, rates: Sequence[float]) -> None:
+    """log10 with ticks at 1, 2 and 5 of each decade while they are few."""
+    ax.set_xscale("log")
+    low, high = min(rates), max(rates)
+    decades = range(int(np.floor(np.log10(low))), int(np.ceil(np.log10(high))) + 1)
+    steps = (1, 2, 5) if high / low < 300 else (1,)
+    ticks = [s * 10.0**d for d in decades for s in steps if low / 1.5 <= s * 10.0**d <= high * 1.5]
+    ax.set_xticks(ticks, [formats.rate(t) for t in ticks])
+    ax.minorticks_off()
+    ax.set_xlim(low / 1.6, high * 1.6)
+
+
+def per_metric(ax: Axes, metric: formats.Metric, axis: str = "y") -> None:
+    """Tick labels in the metric's shown unit; the data stay in their own."""
+    which = ax.yaxis if axis == "y" else ax.xaxis
+    which.set_major_formatter(FuncFormatter(lambda v, _: f"{v * metric.scale:.6g}".replace("-", "−")))
+
+
+def end_labels(ax: Axes, labels: Sequence[tuple[float, str, str]], *, size: float = 9.5) -> None:
+    """Names at the right edge: (y in data, text, colour), moved apart where they would overlap, each tied to its y."""
+    if not labels:
+        return
+    low, high = ax.get_ylim()
+    figure = ax.get_figure()
+    assert figure is not None
+    inches = ax.get_position().height * figure.get_figheight() * 0.85  # the axes before the layout has settled
+    gap = size * 1.25 / 72 / inches
+    order = sorted(range(len(labels)), key=lambda i: (labels[i][0], labels[i][1]))
+    wanted = [(labels[i][0] - low) / (high - low) for i in order]
+    for at, i, y in zip(spread(wanted, gap), order, wanted, strict=True):
+        _, text, colour = labels[i]
+        ax.annotate(
+            text, xy=(1.0, y), xytext=(1.035, at), xycoords="axes fraction", textcoords="axes fraction", color=colour, fontsize=size,
+            va="center", ha="left", annotation_clip=False,
+            arrowprops={"arrowstyle": "-", "color": colour, "lw": 0.7, "shrinkA": 1, "shrinkB": 0, "relpos": (0, 0.5)},
+        )  # fmt: skip
+
+
+def halo() -> list[patheffects.AbstractPathEffect]:
+    """A white rim that keeps a label readable over a line."""
+    return [patheffects.withStroke(linewidth=2.5, foreground="white")]
+
+
+def spread(wanted: Sequence[float], gap: float) -> list[float]:
+    """Positions at least `gap` apart and as near as that allows to ascending `wanted` (pool adjacent violators)."""
+    blocks: list[tuple[float, int]] = []  # (sum of wanted - i * gap, count)
+    for i, y in enumerate(wanted):
+        total, n = y - i * gap, 1
+        while blocks and blocks[-1][0] / blocks[-1][1] > total / n:
+            last = blocks.pop()
+            total, n = total + last[0], n + last[1]
+        blocks.append((total, n))
+    flat = [total / n for total, n in blocks for _ in range(n)]
+    return [y + i * gap for i, y in enumerate(flat)]
