@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.optim.adamw import adamw
 
 
 def per_slice(values: Tensor, like: Tensor, *, stacked: bool) -> Tensor:
@@ -23,8 +24,9 @@ def per_slice(values: Tensor, like: Tensor, *, stacked: bool) -> Tensor:
 class PackedAdamW(torch.optim.Optimizer):
     """AdamW whose peak rate and decay are vectors over the slices of a pack.
 
-    group["lr"] stays the scalar factor of the schedule, so that torch's schedulers work as they are; the per-slice
-    rates stand beside it. A frozen slice gets no update at all, whatever its gradients are.
+    Each slice is stepped by torch's own fused AdamW on its views of the stacked tensors, so a slice's numbers are
+    those of torch.optim.AdamW. group["lr"] stays the scalar factor of the schedule, so that torch's schedulers work as
+    they are; the per-slice rates stand beside it. A frozen slice gets no update at all, whatever its gradients are.
 
     groups: dicts with "params", "stacked" (tensors are [K, ...]) and "decay" (weight decay applies).
     lr, weight_decay: one number a slice.
@@ -53,12 +55,6 @@ class PackedAdamW(torch.optim.Optimizer):
         for group in self.param_groups:
             group["slice_lr"][slices.cpu()] = 0.0
 
-    @property
-    def frozen(self) -> Tensor:
-        """bool [K]"""
-        frozen: Tensor = self.param_groups[0]["slice_lr"] == 0
-        return frozen
-
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
         loss = None
@@ -66,31 +62,33 @@ class PackedAdamW(torch.optim.Optimizer):
             with torch.enable_grad():
                 loss = closure()
         for group in self.param_groups:
-            lr = group["lr"] * group["slice_lr"]
-            for p in group["params"]:
-                if p.grad is not None:
-                    self._update(p, group, lr)
+            for k, lr in enumerate(group["slice_lr"].tolist()):
+                if lr > 0:
+                    self._step_slice(group, k, lr * group["lr"])
         return loss
 
-    def _update(self, p: Tensor, group: dict[str, Any], lr: Tensor) -> None:
-        beta1, beta2 = group["betas"]
-        stacked = group["stacked"]
-        state = self.state[p]
-        if not state:
-            state["step"] = 0
-            state["exp_avg"], state["exp_avg_sq"] = torch.zeros_like(p), torch.zeros_like(p)
-        state["step"] += 1
-        assert p.grad is not None
-        grad, exp_avg, exp_avg_sq = p.grad, state["exp_avg"], state["exp_avg_sq"]
-        frozen = group["slice_lr"] == 0
-        if bool(frozen.any()):
-            grad = torch.where(per_slice(frozen, grad, stacked=stacked).bool(), torch.zeros_like(grad), grad)
-        exp_avg.lerp_(grad, 1 - beta1)
-        exp_avg_sq.mul_(beta2).addcmul_(grad, grad, value=1 - beta2)
-        correction1, correction2 = 1 - beta1 ** state["step"], 1 - beta2 ** state["step"]
-        denom = (exp_avg_sq.sqrt() / math.sqrt(correction2)).add_(group["eps"])
-        p.mul_(per_slice(1 - lr * group["slice_decay"], p, stacked=stacked))
-        p.add_(per_slice(-lr / correction1, p, stacked=stacked) * exp_avg / denom)
+    def _step_slice(self, group: dict[str, Any], k: int, lr: float) -> None:
+        """torch's AdamW on slice k of every tensor of a group that has a gradient."""
+        lists: tuple[list[Tensor], ...] = ([], [], [], [], [])
+        for p in group["params"]:
+            if p.grad is None:
+                continue
+            state = self.state[p]
+            if not state:
+                slices = len(group["slice_lr"])
+                state["exp_avg"], state["exp_avg_sq"] = torch.zeros_like(p), torch.zeros_like(p)
+                state["steps"] = torch.zeros(slices, device=p.device)
+            own = (p, p.grad, state["exp_avg"], state["exp_avg_sq"])
+            views = (*(t[k] if group["stacked"] else t for t in own), state["steps"][k])
+            for into, tensor in zip(lists, views, strict=True):
+                into.append(tensor)
+        params, grads, avgs, squares, steps = lists
+        if params:
+            beta1, beta2 = group["betas"]
+            adamw(
+                params, grads, avgs, squares, [], steps, fused=True, amsgrad=False, beta1=beta1, beta2=beta2, lr=lr,
+                weight_decay=float(group["slice_decay"][k]), eps=group["eps"], maximize=False,
+            )  # fmt: skip
 
 
 def grad_norms(parameters: Sequence[tuple[nn.Parameter, bool]], slices: int) -> Tensor:

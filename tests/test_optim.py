@@ -17,7 +17,7 @@ def _problem(k: int, dtype: torch.dtype) -> list[list[torch.Tensor]]:
 def _reference(grads, k, *, lr, decay, clip, dtype, total=40):
     """Slice k alone, through torch.optim.AdamW and clip_grad_norm_."""
     params = [torch.nn.Parameter(torch.full(s, 0.5, dtype=dtype)) for s in SHAPES]
-    opt = torch.optim.AdamW(params, lr=lr, weight_decay=decay, foreach=False)
+    opt = torch.optim.AdamW(params, lr=lr, weight_decay=decay, foreach=False, fused=False)
     sched = torch.optim.lr_scheduler.LambdaLR(opt, schedule("cosine", total, 0.1))
     for step in grads:
         for p, g in zip(params, step, strict=True):

@@ -11,7 +11,8 @@ from matplotlib.axes import Axes
 from lorabench.records import Record
 from lorabench.report import formats, style
 from lorabench.report.findings import Findings, Result
-from lorabench.report.style import FAINT, Drawing, Look
+from lorabench.report.load import pretty_rule
+from lorabench.report.style import Drawing, Look
 
 MOST = 8  # cells in one picture of training curves
 POINTS = 160  # of one training curve
@@ -20,48 +21,61 @@ POINTS = 160  # of one training curve
 
 
 def learning_rates(f: Findings, looks: Mapping[str, Look]) -> Drawing | None:
-    """Mean validation loss over the tuning seeds against the rate; one panel a family of adapters, the others in each."""
+    """Mean validation loss over the tuning seeds against the rate: a panel a family of adapters, one for the others."""
     tuned = [r for r in f.results.values() if sum(bool(x.losses) for x in r.choice.rates) > 1]
     if not tuned:
         return None
-    families = list(dict.fromkeys(_family(r) for r in tuned if r.cell.adapter)) or [()]
-    wide = min(len(families), 2)
-    tall = math.ceil(len(families) / wide)
-    with style.canvas(6.2 if wide == 1 else 8.6, 0.5 + 3.3 * tall) as figure:
-        axes = figure.subplots(tall, wide, sharex=True, sharey=True, squeeze=False)
-        rates = [x.lr for r in tuned for x in r.choice.rates]
-        losses = [x.mean for r in tuned for x in r.choice.rates if x.losses]
-        top = max(losses) + 0.06 * (max(losses) - min(losses))
-        for i, ax in enumerate(axes.flat):
-            if i >= len(families):
-                ax.set_visible(False)
-                continue
-            here = [r for r in tuned if not r.cell.adapter or _family(r) == families[i]]
-            style.rate_axis(ax, rates)
-            for r in here:
-                _rate_curve(ax, r, looks[r.id], top)
-            style.tidy(ax, x="learning rate (log scale)", y="validation loss (nats)" if i % wide == 0 else "")
-            ax.set_title(_family_title(families[i]) if len(families) > 1 else "")
-            _point_labels(ax, here, looks, short=_shortened(here))
-        caption = "Mean over tuning seeds (small dots: single seeds). Filled: the chosen rate."
+    panels: dict[str, list[Result]] = {}
+    for r in tuned:
+        panels.setdefault(_family(r), []).append(r)
+    wide = min(len(panels), 2)
+    tall = math.ceil(len(panels) / wide)
+    with style.canvas(6.2 if wide == 1 else 9.0, 0.4 + 3.2 * tall) as figure:
+        axes = [figure.add_subplot(tall, wide, i + 1) for i in range(len(panels))]
+        ranges = [_ends(here) for name, here in panels.items() if name != OTHERS]
+        for ax, (name, here) in zip(axes, panels.items(), strict=True):
+            low, high = _ends(here) if name == OTHERS else (min(a for a, _ in ranges), max(b for _, b in ranges))
+            _rate_panel(ax, here, looks, low, high)
+            ax.set_title(name if len(panels) > 1 else "")
+        caption = "Mean over the tuning seeds; small dots are single seeds, a filled point is the chosen rate."
         if any(r.choice.ineligible for r in tuned):
-            caption += " Crosses at the top: a seed diverged or failed, so the rate is out."
+            caption += " A cross at the top: a seed diverged or failed there, so the rate is out."
+        if len(panels) > 1:
+            caption += " Panels of adapters share their vertical axis." if len(ranges) > 1 else " Each panel has axes of its own."
         return style.drawing("learning_rates", "Validation loss against the learning rate", caption, _rates_alt(tuned), figure)
 
 
-def _family(r: Result) -> tuple[str, ...]:
-    return (r.cell.method, str(r.cell.alpha_rule), *(f"{k.split('.')[-1]} {v}" for k, v in r.cell.extra))
+OTHERS = "without adapters"
 
 
-def _family_title(family: Sequence[str]) -> str:
-    method, rule, *extra = family
-    return ", ".join([f"{method}, α = {rule}", *extra])
+def _family(r: Result) -> str:
+    if not r.cell.adapter:
+        return OTHERS
+    rule = pretty_rule(r.cell.alpha_rule)
+    return ", ".join([r.cell.method, f"α = {rule}", *(f"{k.split('.')[-1]} {v}" for k, v in r.cell.extra)])
+
+
+def _ends(here: Sequence[Result]) -> tuple[float, float]:
+    losses = [x for r in here for rate in r.choice.rates for x in rate.losses]
+    return min(losses), max(losses)
+
+
+def _rate_panel(ax: Axes, here: Sequence[Result], looks: Mapping[str, Look], low: float, high: float) -> None:
+    room = 0.08 * (high - low or 1.0)
+    style.rate_axis(ax, [x.lr for r in here for x in r.choice.rates])
+    for r in here:
+        _rate_curve(ax, r, looks[r.id], high + room)
+    ax.set_ylim(low - room, high + 1.6 * room)
+    style.tidy(ax, x="learning rate (log scale)", y="validation loss (nats)")
+    short = _shortened(here)
+    ends = [(r, [x for x in r.choice.rates if x.losses][-1]) for r in here]
+    names = [(x.lr, x.mean, f"r = {r.cell.r}" if short else r.name, looks[r.id].colour) for r, x in ends]
+    style.end_labels(ax, names)
 
 
 def _shortened(here: Sequence[Result]) -> bool:
-    """Whether a rank alone names the adapters of a panel."""
-    adapters = [r.cell for r in here if r.cell.adapter]
-    return len({c.r for c in adapters}) == len(adapters) > 1
+    """Whether a rank alone names the cells of a panel."""
+    return all(r.cell.adapter for r in here) and len({r.cell.r for r in here}) == len(here) > 1
 
 
 def _rate_curve(ax: Axes, r: Result, look: Look, top: float) -> None:
@@ -76,22 +90,6 @@ def _rate_curve(ax: Axes, r: Result, look: Look, top: float) -> None:
                     markerfacecolor=look.colour if chosen else "white", markeredgewidth=1.3, zorder=5 if chosen else 4)  # fmt: skip
         if x.failures:
             ax.plot(x.lr, top, marker="x", markersize=7, markeredgewidth=2, color=look.colour, zorder=5, clip_on=False)
-
-
-def _point_labels(ax: Axes, here: Sequence[Result], looks: Mapping[str, Look], *, short: bool) -> None:
-    """Each curve's name at its right end, moved apart within columns of neighbours."""
-    ends: dict[float, list[tuple[float, str, str]]] = {}
-    for r in here:
-        last = [x for x in r.choice.rates if x.losses][-1]
-        name = f"r = {r.cell.r}" if short and r.cell.adapter else r.name
-        ends.setdefault(last.lr, []).append((last.mean, name, looks[r.id].colour))
-    low, high = ax.get_ylim()
-    gap = (high - low) * 0.058
-    for lr, labels in ends.items():
-        labels.sort()
-        for y, (_, name, colour) in zip(style.spread([y for y, _, _ in labels], gap), labels, strict=True):
-            text = ax.annotate(name, (lr, y), xytext=(8, 0), textcoords="offset points", va="center", color=colour, fontsize=9.5, zorder=6)
-            text.set_path_effects(style.halo())
 
 
 def _rates_alt(tuned: Sequence[Result]) -> str:
@@ -127,7 +125,7 @@ def training(f: Findings, looks: Mapping[str, Look]) -> Drawing | None:
         style.tidy(right, x="optimizer step", y=f"validation {f.metric.axis}")
         style.per_metric(right, f.metric)
         ends = scores or losses
-        style.end_labels(right if scores else left, [(float(ends[r.id][1][-1]), r.name, looks[r.id].colour) for r in shown if r.id in ends], size=9)
+        style.end_labels(right if scores else left, [_end(ends[r.id], r, looks[r.id]) for r in shown if r.id in ends], size=9)
         roles = "confirmation" if f.confirmed else "tuning"
         caption = (f"{roles.capitalize()} runs at the chosen rate, mean over seeds; bands span the seeds. "
                    "The training loss is smoothed (exponential, over a twentieth of the steps).")  # fmt: skip
@@ -136,6 +134,10 @@ def training(f: Findings, looks: Mapping[str, Look]) -> Drawing | None:
         said = "; ".join(f"{r.name} ends at {f.metric.value(float(scores[r.id][1][-1]))}" for r in shown if r.id in scores)
         alt = f"Training loss and validation {f.metric.axis} against the optimizer step" + (f": {said}." if said else ".")
         return style.drawing("training", "How the chosen runs trained", caption, alt, figure)
+
+
+def _end(made: Curve, r: Result, look: Look) -> style.Label:
+    return float(made[0][-1]), float(made[1][-1]), r.name, look.colour
 
 
 def _telling(f: Findings) -> list[Result]:

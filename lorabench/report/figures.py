@@ -65,7 +65,7 @@ def metric_by_rank(f: Findings, found: dict[str, style.Look]) -> Drawing:
         return style.drawing("metric_by_rank", title, _caption(f) + _ring(f), _alt(f, "against rank"), figure)
 
 
-def _line(ax: Axes, f: Findings, mine: Sequence[Result], found: dict[str, style.Look], *, shift: float, several: bool) -> tuple[float, str, str]:
+def _line(ax: Axes, f: Findings, mine: Sequence[Result], found: dict[str, style.Look], *, shift: float, several: bool) -> style.Label:
     """One series with its intervals, points shaded by rank; answers with its label."""
     colour, look = style.hue(mine[0].cell, found), found[mine[0].id]
     points = [(r, (r.cell.r or 0) * shift, score(f, r)) for r in mine]
@@ -78,10 +78,10 @@ def _line(ax: Axes, f: Findings, mine: Sequence[Result], found: dict[str, style.
         if f.recommendation and f.recommendation.cell == r.id:
             ax.plot(x, s[1], marker="o", markersize=13, markerfacecolor="none", markeredgecolor="#B35900", markeredgewidth=1.6, zorder=5)
     name = mine[-1].name.replace(f" r = {mine[-1].cell.r}", "") if several else mine[-1].cell.method
-    return ys[-1], name, colour
+    return None, ys[-1], name, colour
 
 
-def _band(ax: Axes, f: Findings, r: Result, found: dict[str, style.Look]) -> list[tuple[float, str, str]]:
+def _band(ax: Axes, f: Findings, r: Result, found: dict[str, style.Look]) -> list[style.Label]:
     """A method without a rank: a line across, with its interval as a band."""
     s = score(f, r)
     if s is None:
@@ -89,10 +89,10 @@ def _band(ax: Axes, f: Findings, r: Result, found: dict[str, style.Look]) -> lis
     colour = found[r.id].colour
     ax.axhspan(s[0], s[2], color=colour, alpha=0.10, linewidth=0, zorder=1)
     ax.axhline(s[1], color=colour, linewidth=1.3, linestyle=(0, (4, 2)), zorder=2)
-    return [(s[1], r.name, colour)]
+    return [(None, s[1], r.name, colour)]
 
 
-def _margin_line(ax: Axes, f: Findings) -> list[tuple[float, str, str]]:
+def _margin_line(ax: Axes, f: Findings) -> list[style.Label]:
     """Where a cell would fall short of the reference by the margin."""
     reference = f.results[f.reference] if f.reference else None
     if reference is None or reference.test is None or not f.versus:
@@ -101,7 +101,7 @@ def _margin_line(ax: Axes, f: Findings) -> list[tuple[float, str, str]]:
     ax.axhline(y, color=FAINT, linewidth=1.0, linestyle=(0, (1, 2)), zorder=1)
     sign = "+" if f.metric.lower_is_better else "−"
     name = f"r = {reference.cell.r}" if reference.cell.adapter else reference.name
-    return [(y, f"{name} {sign} margin", FAINT)]
+    return [(None, y, f"{name} {sign} margin", FAINT)]
 
 
 def _ring(f: Findings) -> str:

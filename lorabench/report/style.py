@@ -12,10 +12,9 @@ from typing import Any
 import matplotlib as mpl
 import numpy as np
 import seaborn as sns
-from matplotlib import patheffects
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
-from matplotlib.colors import to_hex
+from matplotlib.colors import to_hex, to_rgb
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, NullFormatter
 
@@ -79,11 +78,24 @@ def hue(cell: Cell, found: Mapping[str, Look]) -> str:
 
 
 def _shades(colour: str, n: int) -> list[str]:
-    """Light to dark around one hue; the lightest keeps a contrast of 2.5 and more to white."""
+    """Light to dark around one hue."""
     if n == 1:
         return [colour]
-    light, dark = sns.light_palette(colour, 10)[6], sns.dark_palette(colour, 10)[3]
+    light, dark = sns.light_palette(colour, 10)[5], sns.dark_palette(colour, 10)[2]
     return [to_hex(c) for c in sns.blend_palette([light, colour, dark], n)]
+
+
+def readable(colour: str) -> str:
+    """The colour, darkened until text in it has a contrast of 4.5 to white (WCAG 2.2, 1.4.3)."""
+    rgb = np.array(to_rgb(colour))
+    while 1.05 / (_luminance(rgb) + 0.05) < 4.5:
+        rgb = rgb * 0.95
+    return to_hex(rgb)
+
+
+def _luminance(rgb: np.ndarray) -> float:
+    linear = np.where(rgb <= 0.04045, rgb / 12.92, ((rgb + 0.055) / 1.055) ** 2.4)
+    return float(linear @ [0.2126, 0.7152, 0.0722])
 
 
 @contextmanager
@@ -159,29 +171,25 @@ def per_metric(ax: Axes, metric: formats.Metric, axis: str = "y") -> None:
     which.set_major_formatter(FuncFormatter(lambda v, _: f"{v * metric.scale:.6g}".replace("-", "−")))
 
 
-def end_labels(ax: Axes, labels: Sequence[tuple[float, str, str]], *, size: float = 9.5) -> None:
-    """Names at the right edge: (y in data, text, colour), moved apart where they would overlap, each tied to its y."""
-    if not labels:
-        return
+Label = tuple[float | None, float, str, str]  # x and y in data (x None: the right edge), text, colour
+
+
+def end_labels(ax: Axes, labels: Sequence[Label], *, size: float = 9.5) -> None:
+    """Names at the right edge, moved apart where they would overlap, each tied to its point."""
     low, high = ax.get_ylim()
     figure = ax.get_figure()
     assert figure is not None
-    inches = ax.get_position().height * figure.get_figheight() * 0.85  # the axes before the layout has settled
-    gap = size * 1.25 / 72 / inches
-    order = sorted(range(len(labels)), key=lambda i: (labels[i][0], labels[i][1]))
-    wanted = [(labels[i][0] - low) / (high - low) for i in order]
-    for at, i, y in zip(spread(wanted, gap), order, wanted, strict=True):
-        _, text, colour = labels[i]
+    inches = ax.get_position().height * figure.get_figheight() * 0.9  # the layout settles later; near enough for a gap
+    gap = size * 1.3 / 72 / inches
+    ordered = sorted(labels, key=lambda label: (label[1], label[2]))
+    wanted = [(y - low) / (high - low) for _, y, _, _ in ordered]
+    for at, (x, y, text, colour) in zip(spread(wanted, gap), ordered, strict=True):
+        xy, coords = ((1.0, y), ax.get_yaxis_transform()) if x is None else ((x, y), ax.transData)
         ax.annotate(
-            text, xy=(1.0, y), xytext=(1.035, at), xycoords="axes fraction", textcoords="axes fraction", color=colour, fontsize=size,
+            text, xy=xy, xycoords=coords, xytext=(1.04, at), textcoords="axes fraction", color=readable(colour), fontsize=size,
             va="center", ha="left", annotation_clip=False,
-            arrowprops={"arrowstyle": "-", "color": colour, "lw": 0.7, "shrinkA": 1, "shrinkB": 0, "relpos": (0, 0.5)},
+            arrowprops={"arrowstyle": "-", "color": colour, "lw": 0.7, "alpha": 0.8, "shrinkA": 1, "shrinkB": 4 if x else 0, "relpos": (0, 0.5)},
         )  # fmt: skip
-
-
-def halo() -> list[patheffects.AbstractPathEffect]:
-    """A white rim that keeps a label readable over a line."""
-    return [patheffects.withStroke(linewidth=2.5, foreground="white")]
 
 
 def spread(wanted: Sequence[float], gap: float) -> list[float]:
