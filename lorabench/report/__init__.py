@@ -1,9 +1,50 @@
-"""The report: statistics, tables, figures and page, a pure function of records."""
+"""The report of a sweep: statistics, tables, figures and page, a pure function of its records. No torch.
+
+`render` writes the report's directory, `terminal_table` is the comparison for a terminal. Both import what they need
+when they are called: the rest of lorabench imports this package for nothing.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from rich.table import Table
+
+__all__ = ["Summary", "render", "terminal_table"]
 
 
-def render(sweep_dir, out_dir, *, title=None):
-    return None
+@dataclass(frozen=True)
+class Summary:
+    """What a report says at its top, and where it is."""
+
+    out: Path
+    lead: str
+    warnings: tuple[str, ...]
+    confirmed: bool
 
 
-def terminal_table(sweep_dir):
-    return "(table)"
+def render(sweep_dir: str | Path, out_dir: str | Path, *, title: str | None = None) -> Summary:
+    """Write the report of a sweep. Raises `ConfigError` for a directory that is no sweep, has no finished run, or for
+    an `out_dir` that holds files of someone else. What was there before stays until the new report is complete."""
+    from lorabench.report import answer, directory, page
+    from lorabench.report.findings import find
+    from lorabench.report.load import load
+
+    out = Path(out_dir)
+    directory.check(out)
+    findings = find(load(sweep_dir))
+    directory.replace(out, page.files(findings, title))
+    return Summary(out, answer.answer(findings).lead, tuple(answer.warnings(findings)), findings.confirmed)
+
+
+def terminal_table(sweep_dir: str | Path) -> Table:
+    """The comparison as a rich table, the answer below it. Raises `ConfigError` as `render` does."""
+    from lorabench.report import answer, tables
+    from lorabench.report.findings import find
+    from lorabench.report.load import load
+
+    findings = find(load(sweep_dir))
+    return tables.terminal(findings, answer.answer(findings).lead)

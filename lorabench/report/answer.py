@@ -52,19 +52,22 @@ def _lead(f: Findings) -> str:
 def _points(f: Findings) -> Iterator[tuple[str, str]]:
     for method, about in (("head only", "Against head-only"), ("full", "Against full fine-tuning")):
         if made := f.controls.get(method):
-            name, other = f.results[made.cell].name, f.results[made.other].name
-            text = f"The best adapter on validation loss, {name}, is {difference(f, made)} than {other}" if made.direction != "not resolved" else (
-                f"The best adapter on validation loss, {name}, and {other} are not told apart: {difference(f, made)}")  # fmt: skip
-            yield about, f"{text}; {margin_words(f, made)}."
+            yield about, _sentence(f, made, "the best adapter on validation loss, ")
     yield from _how_small(f)
-    if not f.controls and f.reference:
-        for made in f.versus.values():
-            name, other = f.results[made.cell].name, f.results[made.other].name
-            verb = "is" if made.direction != "not resolved" else "against"
-            yield (
-                name,
-                f"{_cap(name)} {verb} {difference(f, made)}{' than' if verb == 'is' else ':'} {other}; {margin_words(f, made)}.",
-            )
+    if not f.controls:
+        yield from ((_cap(f.results[made.cell].name), _sentence(f, made)) for made in f.versus.values())
+
+
+def _sentence(f: Findings, made: Comparison, prefix: str = "") -> str:
+    """Direction and size of one difference, apart from each other."""
+    name, other = f.results[made.cell].name, f.results[made.other].name
+    bounds = f"95 % interval {f.metric.bounds(*made.estimate.interval())}"
+    if made.direction == "not resolved":
+        text = f"{prefix}{name}, and {other} are not told apart: {f.metric.difference(made.estimate.mean, unit=True)} ({bounds})"
+        text = text if prefix else text.replace(f"{name}, and", f"{name} and", 1)
+    else:
+        text = f"{prefix}{name}{',' if prefix else ''} is {f.metric.size(made.estimate.mean)} {made.direction} than {other} ({bounds})"
+    return f"{_cap(text)}; {_margin_words(f, made)}."
 
 
 def _how_small(f: Findings) -> Iterator[tuple[str, str]]:
@@ -83,7 +86,7 @@ def _how_small(f: Findings) -> Iterator[tuple[str, str]]:
         e = rec.stopped.estimate
         low, high = e.interval(0.90)
         why = rec.stopped.blocked or (
-            f"{f.metric.difference(e.mean, unit=True)}, 90 % interval {f.metric.bounds(low, high)}{settle(f, rec.stopped)}"
+            f"{f.metric.difference(e.mean, unit=True)}, 90 % interval {f.metric.bounds(low, high)}{_settle(f, rec.stopped)}"
         )
         said.append(
             f"{f.results[rec.stopped.cell].name} was the first not shown to be within the margin ({why}), and the test stops there"
@@ -92,24 +95,16 @@ def _how_small(f: Findings) -> Iterator[tuple[str, str]]:
         yield "How small", "; ".join(said) + "."
 
 
-def difference(f: Findings, made: Comparison) -> str:
-    """`1.2 points worse (95 % interval −2.1 to −0.3)`, or the signed number where the direction is open."""
-    bounds = f"95 % interval {f.metric.bounds(*made.estimate.interval())}"
-    if made.direction == "not resolved":
-        return f"{f.metric.difference(made.estimate.mean, unit=True)} ({bounds})"
-    return f"{f.metric.size(made.estimate.mean)} {made.direction} ({bounds})"
-
-
-def margin_words(f: Findings, made: Comparison) -> str:
+def _margin_words(f: Findings, made: Comparison) -> str:
     margin = f.metric.size(f.sweep.margin)
     if made.blocked:
         return f"no verdict: {made.blocked}"
     if made.size == "not resolved":
-        return f"whether that is within the margin of {margin} is not resolved{settle(f, made)}"
-    return f"{'within' if made.size == 'within' else 'more than'} the margin of {margin}"
+        return f"whether that is within the margin of {margin} is not resolved{_settle(f, made)}"
+    return f"that is {'within' if made.size == 'within' else 'more than'} the margin of {margin}"
 
 
-def settle(f: Findings, made: Comparison) -> str:
+def _settle(f: Findings, made: Comparison) -> str:
     """What it would take to place an unresolved difference against the margin."""
     gap = abs(f.sweep.margin - abs(made.estimate.mean))
     if made.blocked or made.size != "not resolved" or gap < 1e-9:
@@ -171,69 +166,6 @@ def _validation(f: Findings) -> Iterator[tuple[str, str]]:
         "To confirm",
         "Run the same command with fresh seeds, e.g. sweep.confirm_seeds=[100,101,102]: they train at the chosen rates, and they alone see test.",
     )
-
-
-# -- what must not be overlooked ----------------------------------------------------------------------------------------
-
-
-def warnings(f: Findings) -> list[str]:
-    """One line each, most serious first."""
-    return [*_gaps(f), *_rates(f), *_conditions(f)]
-
-
-def _gaps(f: Findings) -> Iterator[str]:
-    sweep, results = f.sweep, f.results.values()
-    open_runs = [i for i in sweep.planned if i not in sweep.records]
-    if open_runs:
-        yield f"{plural(len(open_runs), 'run')} of {len(sweep.planned)} have not ended yet; this is a report of the others."
-    if f.confirmed and (bare := [r.name for r in results if r.test is None]):
-        yield f"Without a test result: {', '.join(bare)}."
-    for r in results:
-        if r.lost:
-            yield f"{r.name}: {plural(r.lost, 'confirmation run')} of {r.lost + len(r.runs)} diverged or failed; its mean is of the survivors and gets no verdict."
-        if r.stale:
-            yield f"{r.name}: {plural(r.stale, 'confirmation run')} at a rate that is no longer the chosen one; not used."
-    few = sorted({r.test.seeds for r in results if r.test is not None and r.test.seeds < 3})
-    if few:
-        yield f"{plural(few[0], 'confirmation seed')} in some cells: an interval, but no verdict. Three are the least."
-    if f.confirmed and any(r.test is not None and r.test.examples is None for r in results):
-        yield "Some intervals are over seeds alone, for want of per-example results: they leave out the luck of the test set and are too narrow."
-    leaked = [
-        r.run_id for r in sweep.records.values() if r.role == "tune" and any(k.startswith("test/") for k in r.metrics)
-    ]
-    if leaked:
-        yield f"{plural(len(leaked), 'tuning record')} hold test numbers; they are not used."
-
-
-def _rates(f: Findings) -> Iterator[str]:
-    for r in f.results.values():
-        rates = r.choice.rates
-        if r.choice.side:
-            end = "largest" if r.choice.side == "high" else "smallest"
-            yield f"{r.name}: the best rate, {formats.rate(r.lr)}, is the {end} of its grid. The true best may lie beyond: widen the grid."
-        elif r.choice.lr is None and rates:
-            yield f"{r.name}: no learning rate is eligible; at every one a seed diverged, failed or has not ended."
-        elif len(rates) == 1:
-            yield f"{r.name}: one learning rate only ({formats.rate(r.lr)}), so it is not tuned."
-        elif not rates and r.runs:
-            yield f"{r.name}: confirmed at {formats.rate(r.lr)} without tuning."
-
-
-def _conditions(f: Findings) -> Iterator[str]:
-    runs = [r for x in f.results.values() for r in x.runs]
-    for key, what in (
-        ("precision", "precisions"),
-        ("data_fingerprint", "versions of the data"),
-        ("model_fingerprint", "versions of the base"),
-    ):
-        found = sorted({str(r.provenance[key]) for r in runs if r.provenance.get(key)})
-        if len(found) > 1:
-            yield f"Cells compared here differ in {what}: {', '.join(found)}."
-    tasks = sorted({str(r.metrics["primary"]) for r in f.sweep.records.values() if r.metrics.get("primary")})
-    if len(tasks) > 1:
-        yield f"Records name different primary metrics ({', '.join(tasks)}); this report shows {f.sweep.metric}."
-    if f.sweep.study.get("reference") and f.sweep.study["reference"] not in f.results:
-        yield f"The declared reference, {f.sweep.study['reference']}, is not a cell of this sweep; {f.results[f.reference].name if f.reference else 'none'} stands in."
 
 
 # -- the command ---------------------------------------------------------------------------------------------------------

@@ -35,14 +35,19 @@ def learning_rates(f: Findings, looks: Mapping[str, Look]) -> Drawing | None:
         ranges = [_ends(here) for name, here in panels.items() if name != OTHERS]
         for ax, (name, here) in zip(axes, panels.items(), strict=True):
             low, high = _ends(here) if name == OTHERS else (min(a for a, _ in ranges), max(b for _, b in ranges))
-            _rate_panel(ax, here, looks, low, high)
-            ax.set_title(name if len(panels) > 1 else "")
+            _rate_panel(ax, here, looks, low, high, name if len(panels) > 1 else "")
         caption = "Mean over the tuning seeds; small dots are single seeds, a filled point is the chosen rate."
         if any(r.choice.ineligible for r in tuned):
             caption += " A cross at the top: a seed diverged or failed there, so the rate is out."
         if len(panels) > 1:
-            caption += " Panels of adapters share their vertical axis." if len(ranges) > 1 else " Each panel has axes of its own."
-        return style.drawing("learning_rates", "Validation loss against the learning rate", caption, _rates_alt(tuned), figure)
+            caption += (
+                " Panels of adapters share their vertical axis."
+                if len(ranges) > 1
+                else " Each panel has axes of its own."
+            )
+        return style.drawing(
+            "learning_rates", "Validation loss against the learning rate", caption, _rates_alt(tuned), figure
+        )
 
 
 OTHERS = "without adapters"
@@ -60,22 +65,21 @@ def _ends(here: Sequence[Result]) -> tuple[float, float]:
     return min(losses), max(losses)
 
 
-def _rate_panel(ax: Axes, here: Sequence[Result], looks: Mapping[str, Look], low: float, high: float) -> None:
+def _rate_panel(
+    ax: Axes, here: Sequence[Result], looks: Mapping[str, Look], low: float, high: float, title: str
+) -> None:
     room = 0.08 * (high - low or 1.0)
     style.rate_axis(ax, [x.lr for r in here for x in r.choice.rates])
     for r in here:
         _rate_curve(ax, r, looks[r.id], high + room)
     ax.set_ylim(low - room, high + 1.6 * room)
     style.tidy(ax, x="learning rate (log scale)", y="validation loss (nats)")
-    short = _shortened(here)
+    ax.set_title(title)
+    # Under a panel's title a rank alone names a cell, unless two cells have it.
+    short = bool(title) and all(r.cell.adapter for r in here) and len({r.cell.r for r in here}) == len(here)
     ends = [(r, [x for x in r.choice.rates if x.losses][-1]) for r in here]
     names = [(x.lr, x.mean, f"r = {r.cell.r}" if short else r.name, looks[r.id].colour) for r, x in ends]
     style.end_labels(ax, names)
-
-
-def _shortened(here: Sequence[Result]) -> bool:
-    """Whether a rank alone names the cells of a panel."""
-    return all(r.cell.adapter for r in here) and len({r.cell.r for r in here}) == len(here) > 1
 
 
 def _rate_curve(ax: Axes, r: Result, look: Look, top: float) -> None:
@@ -96,7 +100,11 @@ def _rates_alt(tuned: Sequence[Result]) -> str:
     said = []
     for r in tuned:
         grid = f"{formats.rate(r.choice.rates[0].lr)} to {formats.rate(r.choice.rates[-1].lr)}"
-        best = f"lowest at {formats.rate(r.choice.lr)} ({formats.number(r.choice.loss, 3)})" if r.choice.lr else "no rate eligible"
+        best = (
+            f"lowest at {formats.rate(r.choice.lr)} ({formats.number(r.choice.loss, 3)})"
+            if r.choice.lr
+            else "no rate eligible"
+        )
         out = f", out: {', '.join(formats.rate(lr) for lr in r.choice.ineligible)}" if r.choice.ineligible else ""
         said.append(f"{r.name} over {grid}, {best}{out}")
     return "Validation loss against the learning rate: " + "; ".join(said) + "."
@@ -125,14 +133,20 @@ def training(f: Findings, looks: Mapping[str, Look]) -> Drawing | None:
         style.tidy(right, x="optimizer step", y=f"validation {f.metric.axis}")
         style.per_metric(right, f.metric)
         ends = scores or losses
-        style.end_labels(right if scores else left, [_end(ends[r.id], r, looks[r.id]) for r in shown if r.id in ends], size=9)
+        style.end_labels(
+            right if scores else left, [_end(ends[r.id], r, looks[r.id]) for r in shown if r.id in ends], size=9
+        )
         roles = "confirmation" if f.confirmed else "tuning"
         caption = (f"{roles.capitalize()} runs at the chosen rate, mean over seeds; bands span the seeds. "
                    "The training loss is smoothed (exponential, over a twentieth of the steps).")  # fmt: skip
         if len(shown) < len([r for r in f.results.values() if r.runs]):
             caption += f" {len(shown)} of {len(f.results)} cells."
-        said = "; ".join(f"{r.name} ends at {f.metric.value(float(scores[r.id][1][-1]))}" for r in shown if r.id in scores)
-        alt = f"Training loss and validation {f.metric.axis} against the optimizer step" + (f": {said}." if said else ".")
+        said = "; ".join(
+            f"{r.name} ends at {f.metric.value(float(scores[r.id][1][-1]))}" for r in shown if r.id in scores
+        )
+        alt = f"Training loss and validation {f.metric.axis} against the optimizer step" + (
+            f": {said}." if said else "."
+        )
         return style.drawing("training", "How the chosen runs trained", caption, alt, figure)
 
 
@@ -145,10 +159,19 @@ def _telling(f: Findings) -> list[Result]:
     have = [r for r in f.results.values() if r.runs]
     if len(have) <= MOST:
         return have
-    named = [f.best, f.reference, f.recommendation.cell if f.recommendation else None, *(c.other for c in f.controls.values())]
+    named = [
+        f.best,
+        f.reference,
+        f.recommendation.cell if f.recommendation else None,
+        *(c.other for c in f.controls.values()),
+    ]
     first = [r for r in have if r.id in named]
     adapters = [r for r in have if r.cell.adapter and r.id not in named]
-    spread = [adapters[round(i * (len(adapters) - 1) / max(1, MOST - len(first) - 1))] for i in range(MOST - len(first))] if adapters else []
+    spread = (
+        [adapters[round(i * (len(adapters) - 1) / max(1, MOST - len(first) - 1))] for i in range(MOST - len(first))]
+        if adapters
+        else []
+    )
     return [r for r in have if r in first or r in spread]
 
 

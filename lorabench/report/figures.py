@@ -14,7 +14,8 @@ from lorabench.report.style import FAINT, Drawing
 def draw(f: Findings) -> list[Drawing]:
     """The figures this sweep has the data for, the most telling first."""
     found = style.looks(f.sweep.cells)
-    main = metric_by_rank(f, found) if by_rank(f) else metric_by_cell(f, found)
+    shown = [r for r in f.results.values() if score(f, r)]
+    main = None if len(shown) < 2 else metric_by_rank(f, found) if by_rank(f) else metric_by_cell(f, found)
     return [d for d in (main, curves.learning_rates(f, found), curves.training(f, found)) if d is not None]
 
 
@@ -41,7 +42,9 @@ def _what(f: Findings) -> str:
 
 def _caption(f: Findings) -> str:
     if not f.confirmed:
-        return "Validation at each cell's chosen rate, measured on the seeds that chose it: no interval, no test result."
+        return (
+            "Validation at each cell's chosen rate, measured on the seeds that chose it: no interval, no test result."
+        )
     return "Mean over confirmation seeds at each cell's chosen rate; bars and bands are 95 % intervals over seeds and test examples."
 
 
@@ -55,7 +58,9 @@ def metric_by_rank(f: Findings, found: dict[str, style.Look]) -> Drawing:
         labels = [label for r in f.results.values() if not r.cell.adapter for label in _band(ax, f, r, found)]
         for i, key in enumerate(series):
             mine = sorted((r for r in cells if r.cell.series == key), key=lambda r: r.cell.r or 0)
-            labels.append(_line(ax, f, mine, found, shift=2 ** (0.10 * (i - (len(series) - 1) / 2)), several=len(series) > 1))
+            labels.append(
+                _line(ax, f, mine, found, shift=2 ** (0.10 * (i - (len(series) - 1) / 2)), several=len(series) > 1)
+            )
         ax.set_xlim(ranks[0] / 1.35, ranks[-1] * 1.35)
         style.tidy(ax, x="rank r (log scale)", y=_what(f))
         style.per_metric(ax, f.metric)
@@ -65,7 +70,9 @@ def metric_by_rank(f: Findings, found: dict[str, style.Look]) -> Drawing:
         return style.drawing("metric_by_rank", title, _caption(f) + _ring(f), _alt(f, "against rank"), figure)
 
 
-def _line(ax: Axes, f: Findings, mine: Sequence[Result], found: dict[str, style.Look], *, shift: float, several: bool) -> style.Label:
+def _line(
+    ax: Axes, f: Findings, mine: Sequence[Result], found: dict[str, style.Look], *, shift: float, several: bool
+) -> style.Label:
     """One series with its intervals, points shaded by rank; answers with its label."""
     colour, look = style.hue(mine[0].cell, found), found[mine[0].id]
     points = [(r, (r.cell.r or 0) * shift, score(f, r)) for r in mine]
@@ -74,9 +81,27 @@ def _line(ax: Axes, f: Findings, mine: Sequence[Result], found: dict[str, style.
     for r, x, s in points:
         assert s is not None
         ax.vlines(x, s[0], s[2], color=found[r.id].colour, linewidth=2.6, alpha=0.55, zorder=3)
-        ax.plot(x, s[1], marker=look.marker, color=found[r.id].colour, markersize=6.5, markeredgecolor="white", markeredgewidth=0.8, zorder=4)
+        ax.plot(
+            x,
+            s[1],
+            marker=look.marker,
+            color=found[r.id].colour,
+            markersize=6.5,
+            markeredgecolor="white",
+            markeredgewidth=0.8,
+            zorder=4,
+        )
         if f.recommendation and f.recommendation.cell == r.id:
-            ax.plot(x, s[1], marker="o", markersize=13, markerfacecolor="none", markeredgecolor="#B35900", markeredgewidth=1.6, zorder=5)
+            ax.plot(
+                x,
+                s[1],
+                marker="o",
+                markersize=13,
+                markerfacecolor="none",
+                markeredgecolor="#B35900",
+                markeredgewidth=1.6,
+                zorder=5,
+            )
     name = mine[-1].name.replace(f" r = {mine[-1].cell.r}", "") if several else mine[-1].cell.method
     return None, ys[-1], name, colour
 
@@ -126,21 +151,43 @@ def metric_by_cell(f: Findings, found: dict[str, style.Look]) -> Drawing:
         ax = figure.add_subplot()
         reference = f.results[f.reference].test if f.reference and f.versus else None
         if reference is not None:
-            ax.axvspan(reference.mean - f.sweep.margin, reference.mean + f.sweep.margin, color=FAINT, alpha=0.10, linewidth=0)
+            ax.axvspan(
+                reference.mean - f.sweep.margin, reference.mean + f.sweep.margin, color=FAINT, alpha=0.10, linewidth=0
+            )
             ax.axvline(reference.mean, color=FAINT, linewidth=1.0, linestyle=(0, (1, 2)))
         for y, r in enumerate(shown):
             s, look = score(f, r), found[r.id]
             assert s is not None
             ax.hlines(y, s[0], s[2], color=look.colour, linewidth=2.8, alpha=0.55)
-            ax.plot(s[1], y, marker=look.marker, color=look.colour, markersize=7, markeredgecolor="white", markeredgewidth=0.8)
+            ax.plot(
+                s[1],
+                y,
+                marker=look.marker,
+                color=look.colour,
+                markersize=7,
+                markeredgecolor="white",
+                markeredgewidth=0.8,
+            )
             if f.recommendation and f.recommendation.cell == r.id:
-                ax.plot(s[1], y, marker="o", markersize=13, markerfacecolor="none", markeredgecolor="#B35900", markeredgewidth=1.6)
+                ax.plot(
+                    s[1],
+                    y,
+                    marker="o",
+                    markersize=13,
+                    markerfacecolor="none",
+                    markeredgecolor="#B35900",
+                    markeredgewidth=1.6,
+                )
         ax.set_yticks(range(len(shown)), [r.name for r in shown])
         ax.set_ylim(len(shown) - 0.4, -0.6)
         style.tidy(ax, x=_what(f), y="", grid="x")
         style.per_metric(ax, f.metric, "x")
         ax.tick_params(axis="y", length=0)
         title = f"{f.metric.title[:1].upper() + f.metric.title[1:]} by cell"
-        band = f" The grey band is one margin around {f.results[f.reference].name}." if reference is not None and f.reference else ""
+        band = (
+            f" The grey band is one margin around {f.results[f.reference].name}."
+            if reference is not None and f.reference
+            else ""
+        )
         ring = " The ring marks the recommended adapter." if f.recommendation and f.recommendation.cell else ""
         return style.drawing("metric_by_cell", title, _caption(f) + band + ring, _alt(f, "by cell"), figure)

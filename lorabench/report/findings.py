@@ -226,7 +226,7 @@ def _reference(sweep: Sweep, results: Mapping[str, Result]) -> str | None:
     have = [r for r in results.values() if r.runs]
     adapters = [r for r in have if r.cell.adapter]
     if adapters:
-        return max(adapters, key=lambda r: (r.cell.r or 0, r.cell.trainable or 0, r.id)).id
+        return max(adapters, key=lambda r: (r.cell.r or 0, r.cell.trainable or 0)).id  # the first of equals
     full = [r.id for r in have if r.cell.method == "full"]
     return full[0] if full else have[0].id if have else None
 

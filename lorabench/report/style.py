@@ -21,7 +21,14 @@ from matplotlib.ticker import FuncFormatter, NullFormatter
 from lorabench.report import formats
 from lorabench.report.load import Cell
 
-HUES = {"LoRA": "#0072B2", "rsLoRA": "#D55E00", "BitFit": "#009E73", "head only": "#6E6E6E", "full": "#1A1A1A", "DoRA": "#B8588F"}
+HUES = {
+    "LoRA": "#0072B2",
+    "rsLoRA": "#D55E00",
+    "BitFit": "#009E73",
+    "head only": "#6E6E6E",
+    "full": "#1A1A1A",
+    "DoRA": "#B8588F",
+}
 OTHERS = ("#8C6D00", "#5B4FA2", "#A0522D", "#3E8E9C", "#7A8B1F")
 DASHES: tuple[Any, ...] = ("-", (0, (5, 2)), (0, (1, 1.4)), (0, (6, 2, 1, 2)))
 MARKERS = "osD^vP"
@@ -63,12 +70,13 @@ def looks(cells: Sequence[Cell]) -> dict[str, Look]:
     for method in methods:
         mine = [c for c in cells if c.method == method]
         series = list(dict.fromkeys(c.series for c in mine))
-        steps = sorted({c.r or 0 for c in mine}) if len({c.r for c in mine}) > 1 else [c.id for c in mine]
-        shades = _shades(hues[method], len(steps)) if mine[0].adapter or len(mine) > 1 else [hues[method]]
-        for c in mine:
-            at = steps.index(c.r or 0) if isinstance(steps[0], int) else steps.index(c.id)  # type: ignore[arg-type]
+        ladder = len({(c.series, c.r) for c in mine}) > len(series)  # some series has several ranks
+        keys = [(c.r or 0, "") if ladder else (0, c.id) for c in mine]
+        steps = sorted(set(keys)) if ladder else keys
+        shades = _shades(hues[method], len(steps))
+        for c, key in zip(mine, keys, strict=True):
             i = series.index(c.series)
-            out[c.id] = Look(shades[at], MARKERS[i % len(MARKERS)], DASHES[i % len(DASHES)])
+            out[c.id] = Look(shades[steps.index(key)], MARKERS[i % len(MARKERS)], DASHES[i % len(DASHES)])
     return out
 
 
@@ -112,7 +120,13 @@ def canvas(width: float, height: float) -> Iterator[Figure]:
 def drawing(key: str, title: str, caption: str, alt: str, figure: Figure) -> Drawing:
     """Render inside `canvas`. No date, no version, no random id: equal figures give equal bytes."""
     svg, png = io.StringIO(), io.BytesIO()
-    figure.savefig(svg, format="svg", bbox_inches="tight", pad_inches=0.06, metadata={"Date": None, "Creator": None, "Title": title})
+    figure.savefig(
+        svg,
+        format="svg",
+        bbox_inches="tight",
+        pad_inches=0.06,
+        metadata={"Date": None, "Creator": None, "Title": title},
+    )
     figure.savefig(png, format="png", bbox_inches="tight", pad_inches=0.06, metadata={"Software": None})
     return Drawing(key, title, caption, alt, svg.getvalue(), png.getvalue())
 
@@ -166,9 +180,15 @@ def rate_axis(ax: Axes, rates: Sequence[float]) -> None:
 
 
 def per_metric(ax: Axes, metric: formats.Metric, axis: str = "y") -> None:
-    """Tick labels in the metric's shown unit; the data stay in their own."""
+    """Tick labels in the metric's shown unit, all with the same decimals; the data stay in their own."""
     which = ax.yaxis if axis == "y" else ax.xaxis
-    which.set_major_formatter(FuncFormatter(lambda v, _: f"{v * metric.scale:.6g}".replace("-", "−")))
+
+    def text(value: float, _: int | None) -> str:
+        shown = (f"{v * metric.scale:.6g}" for v in which.get_majorticklocs())
+        decimals = max((len(t.partition(".")[2]) for t in shown if "e" not in t), default=0)
+        return formats.number(value * metric.scale, decimals)
+
+    which.set_major_formatter(FuncFormatter(text))
 
 
 Label = tuple[float | None, float, str, str]  # x and y in data (x None: the right edge), text, colour

@@ -5,7 +5,7 @@ from __future__ import annotations
 import csv
 import io
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -56,42 +56,43 @@ def every(f: Findings) -> dict[str, Table]:
 
 
 def comparison(f: Findings) -> Table:
-    """One row a cell: what it is, how well it does, what it costs, and how it stands to the reference."""
-    m, solo = f.metric, all(r.solo for r in f.results.values() if r.runs)
-    extra = sorted({k for r in f.results.values() for k, _ in r.cell.extra})
-    unit = f" ({m.unit})" if m.unit else ""
-    test = [Column("test", f"test {m.title}{unit}", "right"), Column("seeds", "seeds", "right")] if f.confirmed else []
-    against = f.results[f.reference].name if f.reference else ""
-    margin = m.size(f.sweep.margin)
-    versus = (
-        [
-            Column("difference", f"− {against}, 95 %", "right"),
-            Column("direction", "direction"),
-            Column("size", f"margin ± {margin}"),
-        ]
-        if f.versus
-        else []
-    )
+    """One row a cell: what it is, how well it does, how it stands to the reference, and what it costs."""
+    solo = all(r.solo for r in f.results.values() if r.runs)
     columns = (
         Column("method", "method"), Column("r", "r", "right"), Column("alpha", "α", "right"), Column("targets", "targets"),
-        *(Column(k, k.split(".")[-1]) for k in extra), Column("lr", "best lr", "right"), *test, Column("val", f"val {m.title}{unit}", "right"),
-        Column("trainable", "trainable", "right"), Column("share", "of base", "right"),
+        *(Column(k, k.split(".")[-1]) for k in sorted({k for r in f.results.values() for k, _ in r.cell.extra})),
+        Column("lr", "best lr", "right"), *_outcomes(f), Column("trainable", "trainable (of base)", "right"),
         Column("seconds", "train s, solo" if solo else "train s, share of pack", "right"),
-        Column("memory", "peak memory, solo" if solo else "peak memory, pack", "right"), *versus,
+        Column("memory", "peak memory, solo" if solo else "peak memory, pack", "right"),
     )  # fmt: skip
     rows = tuple(_comparison_row(f, r, [c.key for c in columns], solo) for r in f.results.values())
     return Table("comparison", "Comparison", columns, rows, tuple(_comparison_notes(f)))
 
 
+def _outcomes(f: Findings) -> Iterator[Column]:
+    unit = f" ({f.metric.unit})" if f.metric.unit else ""
+    if f.confirmed:
+        seeds = {r.test.seeds for r in f.results.values() if r.test}
+        said = f", {formats.plural(next(iter(seeds)), 'seed')}" if len(seeds) == 1 else ""
+        yield Column("test", f"test {f.metric.title}{unit}{said}", "right")
+        if len(seeds) > 1:
+            yield Column("seeds", "seeds", "right")
+    if f.versus and f.reference:
+        yield Column("difference", f"Δ to {f.results[f.reference].name} (95 %)", "right")
+        yield Column("direction", "direction")
+        yield Column("size", f"vs margin ± {f.metric.size(f.sweep.margin)}")
+    yield Column("val", f"val {f.metric.title}{unit}", "right")
+
+
 def _comparison_row(f: Findings, r: Result, keys: Sequence[str], solo: bool) -> Row:
     c, m, e = r.cell, f.metric, r.test
     mixed = "" if solo or not r.solo else " solo"
+    share = formats.share(c.trainable, r.resource("total_parameters"))
     texts = {
         "method": c.method, "r": str(c.r) if c.adapter else formats.DASH, "alpha": _alpha(r), "targets": c.targets or formats.DASH,
         "lr": formats.rate(r.lr) + (" ⚠" if r.choice.edge else ""), "seeds": str(e.seeds) if e else formats.DASH,
-        "test": _plus_minus(f, r), "val": m.value(r.val), "trainable": formats.count(c.trainable),
-        "share": formats.share(c.trainable, r.resource("total_parameters")), "seconds": formats.seconds(r.seconds) + mixed,
-        "memory": formats.memory(r.memory) + mixed, **dict(c.extra), **_versus(f, r),
+        "test": _plus_minus(f, r), "val": m.value(r.val), "trainable": f"{formats.count(c.trainable)} ({share})",
+        "seconds": formats.seconds(r.seconds) + mixed, "memory": formats.memory(r.memory) + mixed, **dict(c.extra), **_versus(f, r),
     }  # fmt: skip
     recommended = f.recommendation is not None and f.recommendation.cell == r.id
     mark = "recommended" if recommended else "reference" if r.id == f.reference and f.versus else ""
@@ -215,122 +216,3 @@ def reason(error: str | None) -> str:
     first = (error or "").strip().splitlines()[:1]
     text = re.sub(r"(?:[A-Za-z]:)?(?:[\\/][^\s'\"\\/:,]+)+[\\/]([^\s'\"\\/:,]+)", r"…/\1", first[0] if first else "")
     return text if len(text) <= 160 else text[:159] + "…"
-
-
-# -- faces ---------------------------------------------------------------------------------------------------------------
-
-
-def markdown(table: Table) -> str:
-    def line(texts: Iterable[str]) -> str:
-        return "| " + " | ".join(escape_markdown(t) for t in texts) + " |"
-
-    rule = "|" + "|".join("---:" if c.align == "right" else "---" for c in table.columns) + "|"
-    bold = [
-        tuple(f"**{escape_markdown(t)}**" if r.mark == "recommended" and t else escape_markdown(t) for t in r.texts)
-        for r in table.rows
-    ]
-    return "\n".join([line(c.title for c in table.columns), rule, *("| " + " | ".join(b) + " |" for b in bold)])
-
-
-def escape_markdown(text: str) -> str:
-    """Text that stays text: nothing in it starts a cell, a tag, a link or emphasis."""
-    return re.sub(r"([\\`*_\[\]<>|#])", r"\\\1", " ".join(text.split()))
-
-
-TEX = {
-    "\\": r"\textbackslash{}", "&": r"\&", "%": r"\%", "$": r"\$", "#": r"\#", "_": r"\_", "{": r"\{", "}": r"\}", "~": r"\textasciitilde{}",
-    "^": r"\textasciicircum{}", "<": r"\textless{}", ">": r"\textgreater{}", "|": r"\textbar{}", "±": r"$\pm$", "−": "$-$", "α": r"$\alpha$",
-    "–": "--", "…": r"\ldots{}", "⚠": r"$\dagger$", "×": r"$\times$", "“": "``", "”": "''", "→": r"$\rightarrow$",
-}  # fmt: skip
-
-
-def escape_tex(text: str) -> str:
-    """LaTeX text. Characters outside Latin-1 that have no name here become `?`: pdfTeX would stop at them."""
-    return "".join(TEX.get(ch, ch if ord(ch) < 256 and ch.isprintable() else "?") for ch in " ".join(text.split()))
-
-
-def latex(table: Table) -> str:
-    """A `tabular` with booktabs' rules, to be \\input."""
-    spec = "".join("r" if c.align == "right" else "l" for c in table.columns)
-    lines = ["% needs \\usepackage{booktabs}", f"\\begin{{tabular}}{{{spec}}}", "\\toprule"]
-    lines += [" & ".join(escape_tex(c.title) for c in table.columns) + r" \\", r"\midrule"]
-    for row in table.rows:
-        cells = [escape_tex(t) for t in row.texts]
-        lines.append(" & ".join(f"\\textbf{{{t}}}" if row.mark == "recommended" and t else t for t in cells) + r" \\")
-    lines += [r"\bottomrule", r"\end{tabular}", *(f"% {' '.join(note.split())}" for note in table.notes)]
-    return "\n".join(lines) + "\n"
-
-
-TERMINAL = ("name", "lr", "test", "val", "trainable", "seconds", "difference", "direction", "size")
-
-
-def terminal(f: Findings, caption: str) -> RichTable:
-    """The comparison at the width of a terminal: one name a cell, and what decides."""
-    from rich.markup import escape
-    from rich.table import Table as RichTable
-
-    table = comparison(f)
-    where = {c.key: i for i, c in enumerate(table.columns)}
-    shown = [k for k in TERMINAL if k == "name" or k in where]
-    out = RichTable(title=escape(f.sweep.name), caption=escape(caption), caption_justify="left")
-    for key in shown:
-        column = Column("name", "cell") if key == "name" else table.columns[where[key]]
-        out.add_column(escape(column.title), justify=column.align)
-    for row, result in zip(table.rows, f.results.values(), strict=True):
-        texts = [result.name if k == "name" else row.texts[where[k]] for k in shown]
-        out.add_row(*(escape(t) for t in texts), style="bold" if row.mark == "recommended" else None)
-    return out
-
-
-# -- every run -----------------------------------------------------------------------------------------------------------
-
-CSV_RESOURCES = ("train_seconds", "eval_seconds", "pack_seconds", "pack_size", "solo_seconds", "peak_memory_bytes", "solo_peak_memory_bytes",
-                 "trainable_parameters", "total_parameters", "steps", "examples", "tokens")  # fmt: skip
-
-
-def runs_csv(f: Findings) -> str:
-    """A row a run of a cell, by cell, then run_id; then the runs outside. A run in two cells has two rows."""
-    listed: list[tuple[str, Record]] = []
-    for r in f.results.values():
-        found = sorted(f.sweep.ended((*r.cell.tune, *r.cell.confirm)), key=lambda x: x.run_id)
-        listed += [(r.id, x) for x in found]
-    listed += [("", x) for x in f.sweep.outside]
-    metrics = sorted({k for _, x in listed for k, v in x.metrics.items() if "/" in k and not isinstance(v, str)})
-    resources = [k for k in CSV_RESOURCES if any(k in x.resources for _, x in listed)]
-    out = io.StringIO()
-    writer = csv.writer(out, lineterminator="\n")
-    head = (
-        "cell",
-        "run_id",
-        "role",
-        "status",
-        "method",
-        "r",
-        "alpha",
-        "targets",
-        "lr",
-        "seed",
-        "precision",
-        "best_step",
-    )
-    writer.writerow([*head, *metrics, *resources, "error"])
-    for cell, x in listed:
-        config = dict(flatten(x.config))
-        targets = config.get("method.target_modules")
-        row: list[Any] = [
-            cell, x.run_id, x.role, x.status, config.get("method.name"), config.get("method.r"), config.get("method.alpha"),
-            "+".join(targets) if isinstance(targets, list) else targets, config.get("optimizer.lr"), config.get("seed"),
-            x.provenance.get("precision"), x.metrics.get("best_step"), *(x.metrics.get(k) for k in metrics),
-            *(x.resources.get(k) for k in resources), reason(x.error),
-        ]  # fmt: skip
-        writer.writerow([_csv(v) for v in row])
-    return out.getvalue()
-
-
-def _csv(value: Any) -> Any:
-    """Text that a spreadsheet would run as a formula gets an apostrophe in front; floats get nine digits."""
-    if isinstance(value, float):
-        return f"{value:.9g}"
-    if isinstance(value, str) and value.lstrip()[:1] in ("=", "+", "-", "@", "\t", "\r", "|", "%"):
-        return "'" + value
-    return "" if value is None else value

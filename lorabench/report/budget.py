@@ -1,0 +1,109 @@
+"""What the numbers cost and where they come from: no table without its budget."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator
+from typing import Any
+
+from lorabench.records import Record
+from lorabench.report import formats
+from lorabench.report.findings import Findings
+from lorabench.report.formats import plural
+
+
+def budget(f: Findings) -> list[tuple[str, str]]:
+    """Name and value: steps, examples, seeds, time, precision, hardware, versions. No host, no path, no clock."""
+    return [(name, value) for name, value in (*_study(f), *_training(f), *_origin(f)) if value]
+
+
+def _study(f: Findings) -> Iterator[tuple[str, str]]:
+    sweep, runs = f.sweep, list(f.sweep.records.values())
+    yield "Base", _each(runs, lambda r: r.config.get("model", {}).get("name"))
+    yield "Task", _each(runs, lambda r: r.config.get("task", {}).get("name"))
+    declared = "declared" if sweep.study.get("margin") else "default"
+    yield (
+        "Primary metric",
+        f"{f.metric.title}, {'lower' if f.metric.lower_is_better else 'higher'} is better; rates chosen on validation loss",
+    )
+    yield "Margin", f"{f.metric.size(sweep.margin)} ({declared})"
+    yield "Reference", f.results[f.reference].name if f.reference and f.versus else ""
+    yield "Study hash", str(sweep.manifest.get("study_hash") or "")
+
+
+def _training(f: Findings) -> Iterator[tuple[str, str]]:
+    sweep = f.sweep
+    runs = [sweep.records[i] for i in sweep.planned if i in sweep.records]
+    done = [r for r in runs if r.status == "completed"]
+    sizes = (("train", "train_examples"), ("validation", "val_examples"), ("test", "test_examples"))
+    yield (
+        "Examples",
+        ", ".join(
+            f"{text} {name}"
+            for name, key in sizes
+            if (text := _each(done, lambda r, k=key: _count(r.resources.get(k))))
+        ),
+    )
+    yield "Optimizer steps", _each(done, lambda r: _count(r.resources.get("steps")))
+    yield "Batch size", _each(done, _batch)
+    for role, name in (("tune", "Tuning seeds"), ("confirm", "Confirmation seeds")):
+        seeds = sorted({int(r.config["seed"]) for r in runs if r.role == role})
+        yield name, f"{len(seeds)} ({', '.join(map(str, seeds))})" if seeds else "none"
+    counts = [
+        f"{n} {s}" for s in ("completed", "diverged", "failed", "pruned") if (n := sum(r.status == s for r in runs))
+    ]
+    open_runs = len(sweep.planned) - len(runs)
+    yield (
+        "Runs",
+        f"{plural(len(sweep.planned), 'run')}: {', '.join(counts)}" + (f", {open_runs} not ended" if open_runs else ""),
+    )
+    spent = sum(float(r.resources.get(k) or 0) for r in runs for k in ("train_seconds", "eval_seconds"))
+    yield "Time", f"{formats.duration(spent)} of training and evaluation in all" if spent else ""
+    yield "Precision", _each(done, lambda r: r.provenance.get("precision"))
+
+
+def _origin(f: Findings) -> Iterator[tuple[str, str]]:
+    runs = [r for r in f.sweep.records.values() if r.status == "completed"]
+    yield "Hardware", _each(runs, _hardware)
+    yield (
+        "Software",
+        _each(runs, lambda r: ", ".join(f"{k} {v}" for k, v in sorted((r.provenance.get("packages") or {}).items()))),
+    )
+    yield "Code", _each(runs, _revision)
+    yield "Data fingerprint", _each(runs, lambda r: r.provenance.get("data_fingerprint"))
+    yield "Base fingerprint", _each(runs, lambda r: r.provenance.get("model_fingerprint"))
+
+
+def _each(runs: Iterable[Record], of: Callable[[Record], Any]) -> str:
+    """The distinct values, in a fixed order."""
+    return "; ".join(sorted({str(v) for r in runs if (v := of(r)) not in (None, "")}))
+
+
+def _count(n: Any) -> str | None:
+    return None if n is None else formats.count(n)
+
+
+def _batch(r: Record) -> str:
+    trainer = r.config.get("trainer", {})
+    size, accumulate = trainer.get("batch_size"), trainer.get("accumulate_grad_batches") or 1
+    return "" if size is None else f"{size}" if accumulate == 1 else f"{size} × {accumulate} accumulated"
+
+
+def _hardware(r: Record) -> str:
+    machine, p = r.provenance.get("machine") or {}, r.provenance
+    device = str(p.get("device") or "")
+    cpus = f"{machine['cpus']} cores" if machine.get("cpus") else ""
+    threads = plural(int(p["threads"]), "thread") if p.get("threads") else ""
+    return ", ".join(
+        x for x in (device, str(machine.get("cpu") or ""), cpus, threads, str(machine.get("system") or "")) if x
+    )
+
+
+def _revision(r: Record) -> str:
+    git = r.provenance.get("git") or {}
+    revision = (
+        f"git {git['revision'][:12]}{', with uncommitted changes' if git.get('dirty') else ''}"
+        if git.get("revision")
+        else ""
+    )
+    code = f"source {r.provenance['code']}" if r.provenance.get("code") else ""
+    return ", ".join(x for x in (revision, code) if x)

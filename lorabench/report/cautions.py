@@ -1,0 +1,71 @@
+"""What a reader must not overlook: gaps, grids that were too small, conditions that differ."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from lorabench.report import formats
+from lorabench.report.findings import Findings
+from lorabench.report.formats import plural
+
+DIFFER = {"precision": "precision", "data_fingerprint": "version of the data", "model_fingerprint": "version of the base"}
+
+
+def warnings(f: Findings) -> list[str]:
+    """One line each, most serious first."""
+    return [*_gaps(f), *_rates(f), *_conditions(f)]
+
+
+def _gaps(f: Findings) -> Iterator[str]:
+    sweep, results = f.sweep, f.results.values()
+    open_runs = [i for i in sweep.planned if i not in sweep.records]
+    if open_runs:
+        yield f"{plural(len(open_runs), 'run')} of {len(sweep.planned)} have not ended yet; this is a report of the others."
+    if f.confirmed and (bare := [r.name for r in results if r.test is None]):
+        yield f"Without a test result: {', '.join(bare)}."
+    for r in results:
+        if r.lost:
+            yield f"{r.name}: {plural(r.lost, 'confirmation run')} of {r.lost + len(r.runs)} diverged or failed; its mean is of the survivors and gets no verdict."
+        if r.stale:
+            yield f"{r.name}: {plural(r.stale, 'confirmation run')} at a rate that is no longer the chosen one; not used."
+    few = sorted({r.test.seeds for r in results if r.test is not None and r.test.seeds < 3})
+    if few:
+        yield f"{plural(few[0], 'confirmation seed')} in some cells: an interval, but no verdict. Three are the least."
+    if f.confirmed and any(r.test is not None and r.test.examples is None for r in results):
+        yield "Some intervals are over seeds alone, for want of per-example results: they leave out the luck of the test set and are too narrow."
+    leaked = [
+        r.run_id for r in sweep.records.values() if r.role == "tune" and any(k.startswith("test/") for k in r.metrics)
+    ]
+    if leaked:
+        yield f"{plural(len(leaked), 'tuning record')} hold test numbers; they are not used."
+
+
+def _rates(f: Findings) -> Iterator[str]:
+    for r in f.results.values():
+        rates = r.choice.rates
+        if r.choice.side:
+            end = "largest" if r.choice.side == "high" else "smallest"
+            yield f"{r.name}: the best rate, {formats.rate(r.lr)}, is the {end} of its grid. The true best may lie beyond: widen the grid."
+        elif r.choice.lr is None and rates:
+            yield f"{r.name}: no learning rate is eligible; at every one a seed diverged, failed or has not ended."
+        elif len(rates) == 1:
+            yield f"{r.name}: one learning rate only ({formats.rate(r.lr)}), so it is not tuned."
+        elif not rates and r.runs:
+            yield f"{r.name}: confirmed at {formats.rate(r.lr)} without tuning."
+
+
+def _conditions(f: Findings) -> Iterator[str]:
+    for key, what in DIFFER.items():
+        found: dict[str, list[str]] = {}
+        for x in f.results.values():
+            for value in sorted({str(r.provenance[key]) for r in x.runs if r.provenance.get(key)}):
+                found.setdefault(value, []).append(x.name)
+        if len(found) > 1:
+            groups = sorted(found.items(), key=lambda item: (-len(item[1]), item[0]))
+            rest = "; ".join(f"{value} for {', '.join(names)}" for value, names in groups[1:])
+            yield f"Cells compared here differ in {what}: {groups[0][0]}, but {rest}."
+    tasks = sorted({str(r.metrics["primary"]) for r in f.sweep.records.values() if r.metrics.get("primary")})
+    if len(tasks) > 1:
+        yield f"Records name different primary metrics ({', '.join(tasks)}); this report shows {f.sweep.metric}."
+    if f.sweep.study.get("reference") and f.sweep.study["reference"] not in f.results:
+        yield f"The declared reference, {f.sweep.study['reference']}, is not a cell of this sweep; {f.results[f.reference].name if f.reference else 'none'} stands in."

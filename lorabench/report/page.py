@@ -1,0 +1,96 @@
+"""One set of findings -> the files of a report, as text and bytes. Nothing is written here, nothing is looked up."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from jinja2 import Environment, PackageLoader, StrictUndefined
+from markupsafe import Markup
+
+from lorabench.report import answer, figures, style, tables
+from lorabench.report.budget import budget
+from lorabench.report.findings import Findings
+from lorabench.report.style import Drawing
+from lorabench.report.tables import Table
+
+HOW_TO_READ = (
+    ("Tune, then confirm", "Inside each cell the learning rate with the best mean validation loss over the tuning seeds is chosen; a rate at which any "
+     "seed diverged or failed is out. Fresh seeds then train at that rate only, and they alone are tested."),
+    ("Intervals", "Seeds and test examples are crossed: the variance of a mean is that of seeds plus that of examples minus their interaction, with "
+     "Student's t at Satterthwaite's degrees of freedom. For metrics that are no mean over examples the examples' part comes from a bootstrap "
+     "that draws the same examples for all seeds."),
+    ("Two verdicts, kept apart", "Direction says better, worse or not resolved (95 %). The margin says whether the difference is within what would "
+     "matter, beyond it, or not resolved (two one-sided tests, 90 % interval). “Not resolved” never means equal."),
+    ("Recommendation", "From the largest adapter down, each is tested for falling short of the reference by less than the margin; the first that is "
+     "not shown to do so stops the sequence. The last that passed is recommended."),
+    ("Exploratory", "Comparisons with anything but the reference are exploratory: their intervals are not adjusted for their number."),
+)  # fmt: skip
+
+
+def files(f: Findings, title: str | None) -> dict[str, str | bytes]:
+    """Every file of the report by its relative name. Equal findings give equal bytes."""
+    drawings, made = figures.draw(f), tables.every(f)
+    words = {
+        "title": title or f.sweep.name, "question": f.sweep.study.get("question") or "", "confirmed": f.confirmed, "answer": answer.answer(f),
+        "warnings": answer.warnings(f), "budget": budget(f), "how": HOW_TO_READ, "tables": made, "drawings": {d.key: d for d in drawings},
+        "main": next((d for d in drawings if d.key.startswith("metric")), None), "traces": _traces(f),
+    }  # fmt: skip
+    out: dict[str, str | bytes] = {
+        "report.md": _markdown(words),
+        "report.html": _html(f, words),
+        "runs.csv": tables.runs_csv(f),
+    }
+    for d in drawings:
+        out |= {f"figures/{d.key}.svg": d.svg, f"figures/{d.key}.png": d.png}
+    out |= {f"tables/{key}.tex": tables.latex(t) for key, t in made.items()}
+    return out
+
+
+def _traces(f: Findings) -> list[tuple[str, str, str]]:
+    """(cell, role, run_ids): the runs behind every number of a cell."""
+    return [(r.name, r.role, " ".join(x.run_id for x in r.runs)) for r in f.results.values() if r.runs]
+
+
+def _environment(*, autoescape: bool) -> Environment:
+    env = Environment(
+        loader=PackageLoader("lorabench.report"), autoescape=autoescape, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True,
+        keep_trailing_newline=True,
+    )  # fmt: skip
+    env.filters |= {"md": tables.escape_markdown, "md_table": tables.markdown}
+    return env
+
+
+def _markdown(words: Mapping[str, Any]) -> str:
+    return _environment(autoescape=False).get_template("report.md.j2").render(words)
+
+
+def _html(f: Findings, words: Mapping[str, Any]) -> str:
+    env = _environment(autoescape=True)
+    assert env.loader is not None
+    css = Markup(env.loader.get_source(env, "page.css")[0])  # ours, not the user's
+    drawn = {
+        key: Markup(style.inline(d)) for key, d in words["drawings"].items()
+    }  # made from numbers; its alt text is escaped there
+    return env.get_template("report.html.j2").render(
+        words, css=css, svg=drawn, forest=_forest(f, words["tables"].get("comparison"))
+    )
+
+
+WIDTH, INSET = 150.0, 6.0  # of an interval drawn in a table's row, in its own units
+
+
+def _forest(f: Findings, table: Table | None) -> Sequence[dict[str, float] | None]:
+    """For each row of the comparison the x positions of its interval, its mean and the reference, all on one scale."""
+    intervals = [r.interval for r in table.rows] if table else []
+    ends = [x for i in intervals if i for x in i]
+    if not ends or min(ends) == max(ends):
+        return []
+    low, high = min(ends), max(ends)
+
+    def x(value: float) -> float:
+        return round(INSET + (value - low) / (high - low) * (WIDTH - 2 * INSET), 1)
+
+    reference = f.results[f.reference].test if f.reference else None
+    at = x(min(max(reference.mean, low), high)) if reference else -10.0
+    return [{"low": x(i[0]), "mean": x(i[1]), "high": x(i[2]), "reference": at} if i else None for i in intervals]
