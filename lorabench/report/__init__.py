@@ -29,7 +29,7 @@ class Summary:
 def render(sweep_dir: str | Path, out_dir: str | Path, *, title: str | None = None) -> Summary:
     """Write the report of a sweep. Raises `ConfigError` for a directory that is no sweep, has no finished run, or for
     an `out_dir` that holds files of someone else. What was there before stays until the new report is complete."""
-    from lorabench.report import answer, directory, page
+    from lorabench.report import answer, cautions, directory, page
     from lorabench.report.findings import find
     from lorabench.report.load import load
 
@@ -37,14 +37,14 @@ def render(sweep_dir: str | Path, out_dir: str | Path, *, title: str | None = No
     directory.check(out)
     findings = find(load(sweep_dir))
     directory.replace(out, page.files(findings, title))
-    return Summary(out, answer.answer(findings).lead, tuple(answer.warnings(findings)), findings.confirmed)
+    return Summary(out, answer.answer(findings).lead, tuple(cautions.warnings(findings)), findings.confirmed)
 
 
 def terminal_table(sweep_dir: str | Path) -> Table:
     """The comparison as a rich table, the answer below it. Raises `ConfigError` as `render` does."""
-    from lorabench.report import answer, tables
+    from lorabench.report import answer, faces
     from lorabench.report.findings import find
     from lorabench.report.load import load
 
     findings = find(load(sweep_dir))
-    return tables.terminal(findings, answer.answer(findings).lead)
+    return faces.terminal(findings, answer.answer(findings).lead)

@@ -9,8 +9,9 @@ from typing import Any
 
 from lorabench.report import formats
 from lorabench.report import statistics as st
-from lorabench.report.findings import Comparison, Findings, Result
+from lorabench.report.findings import Comparison, Findings
 from lorabench.report.formats import plural
+from lorabench.report.results import Result
 
 
 @dataclass(frozen=True)

@@ -16,6 +16,14 @@ def budget(f: Findings) -> list[tuple[str, str]]:
     return [(name, value) for name, value in (*_study(f), *_training(f), *_origin(f)) if value]
 
 
+def about(f: Findings) -> str:
+    """The sweep in a line: base, task, size."""
+    facts = dict(budget(f))
+    what = " on ".join(facts[k] for k in ("Base", "Task") if k in facts)
+    size = (plural(len(f.results), "cell"), facts["Runs"].split(":")[0], facts.get("Time", ""))
+    return ", ".join(x for x in (what, *size) if x)
+
+
 def _study(f: Findings) -> Iterator[tuple[str, str]]:
     sweep, runs = f.sweep, list(f.sweep.records.values())
     yield "Base", _each(runs, lambda r: r.config.get("model", {}).get("name"))

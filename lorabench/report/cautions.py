@@ -8,7 +8,11 @@ from lorabench.report import formats
 from lorabench.report.findings import Findings
 from lorabench.report.formats import plural
 
-DIFFER = {"precision": "precision", "data_fingerprint": "version of the data", "model_fingerprint": "version of the base"}
+DIFFER = {
+    "precision": "precision",
+    "data_fingerprint": "version of the data",
+    "model_fingerprint": "version of the base",
+}
 
 
 def warnings(f: Findings) -> list[str]:

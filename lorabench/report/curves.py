@@ -10,8 +10,9 @@ from matplotlib.axes import Axes
 
 from lorabench.records import Record
 from lorabench.report import formats, style
-from lorabench.report.findings import Findings, Result
+from lorabench.report.findings import Findings
 from lorabench.report.load import pretty_rule
+from lorabench.report.results import Result
 from lorabench.report.style import Drawing, Look
 
 MOST = 8  # cells in one picture of training curves

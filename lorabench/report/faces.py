@@ -6,8 +6,9 @@ import re
 from collections.abc import Iterable
 from typing import TYPE_CHECKING
 
+from lorabench.report import formats
 from lorabench.report.findings import Findings
-from lorabench.report.tables import Table, comparison
+from lorabench.report.tables import Table, comparison, plus_minus
 
 if TYPE_CHECKING:
     from rich.table import Table as RichTable
@@ -54,27 +55,43 @@ def latex(table: Table) -> str:
     return "\n".join(lines) + "\n"
 
 
-TERMINAL = ("name", "lr", "test", "val", "trainable", "seconds", "difference", "verdict")
-
-
 def terminal(f: Findings, caption: str) -> RichTable:
-    """The comparison at the width of a terminal: one name a cell, and what decides."""
+    """The comparison at the width of a terminal: one name a cell, what decides, what it costs."""
     from rich import box
     from rich.markup import escape
     from rich.table import Table as RichTable
 
-    table = comparison(f)
-    where = {c.key: i for i, c in enumerate(table.columns)}
-    shown = [k for k in TERMINAL if k in where or k == "name" or (k == "verdict" and f.versus)]
-    titles = {"name": "cell", "verdict": f"against ± {f.metric.size(f.sweep.margin)}", "seconds": "train s"}
     out = RichTable(
         title=escape(f.sweep.name), caption=escape(caption), caption_justify="left", box=box.SIMPLE_HEAD, pad_edge=False
     )
-    for key in shown:
-        title = titles.get(key) or table.columns[where[key]].title
-        out.add_column(escape(title), justify="left" if key in ("name", "verdict") else "right")
-    for row, result in zip(table.rows, f.results.values(), strict=True):
-        texts = {k: row.texts[i] for k, i in where.items()} | {"name": result.name}
-        texts["verdict"] = ", ".join(dict.fromkeys(t for t in (texts.get("direction"), texts.get("size")) if t))
-        out.add_row(*(escape(texts[k]) for k in shown), style="bold" if row.mark == "recommended" else None)
+    unit = f" {f.metric.unit}" if f.metric.unit else ""
+    head = [
+        ("cell", "left"),
+        ("best lr", "right"),
+        (f"{'test' if f.confirmed else 'val'} {f.metric.title}{unit}", "right"),
+    ]
+    if f.versus and f.reference:
+        head += [
+            (f"Δ to {f.results[f.reference].name}", "right"),
+            (f"within ± {f.metric.size(f.sweep.margin, unit=False)}", "left"),
+        ]
+    for title, justify in [*head, ("trainable", "right"), ("train s", "right")]:
+        out.add_column(escape(title), justify="left" if justify == "left" else "right", no_wrap=title != "cell")
+    for row, r in zip(comparison(f).rows, f.results.values(), strict=True):
+        score = plus_minus(f, r) if f.confirmed else f.metric.value(r.val)
+        texts = [r.name, formats.rate(r.lr), score, *(_terminal_verdict(f, r.id) if f.versus else ())]
+        texts += [formats.count(r.cell.trainable), formats.seconds(r.seconds)]
+        out.add_row(*map(escape, texts), style="bold" if row.mark == "recommended" else None)
     return out
+
+
+def _terminal_verdict(f: Findings, cell: str) -> tuple[str, str]:
+    """`-1.6 worse`, `beyond`; a question mark where the direction is open."""
+    made = f.versus.get(cell)
+    if made is None:
+        return "reference" if cell == f.reference else "", ""
+    said = "no verdict" if made.blocked else "?" if made.direction == "not resolved" else made.direction
+    return (
+        f"{f.metric.difference(made.estimate.mean)} {said}",
+        "?" if made.blocked or made.size == "not resolved" else made.size,
+    )

@@ -7,7 +7,8 @@ from collections.abc import Sequence
 from matplotlib.axes import Axes
 
 from lorabench.report import curves, style
-from lorabench.report.findings import Findings, Result
+from lorabench.report.findings import Findings
+from lorabench.report.results import Result
 from lorabench.report.style import FAINT, Drawing
 
 

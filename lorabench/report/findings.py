@@ -1,4 +1,4 @@
-"""What the records say: one result a cell, comparisons with the reference, and the smallest adapter that will do.
+"""What the records say: comparisons with the reference, and the smallest adapter that will do.
 
 Which rate: `select`. How sure: `statistics`. Confirmation runs at the chosen rate alone give test results; the best
 adapter is the one with the best validation loss, never the best on test.
@@ -8,58 +8,14 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from statistics import fmean
 
-import numpy as np
-
-from lorabench.records import Record
 from lorabench.report import formats, measure
 from lorabench.report import statistics as st
 from lorabench.report.load import Cell, Sweep
-from lorabench.report.select import Choice
+from lorabench.report.results import Result, Results
+from lorabench.report.results import results as measure_cells
 
-POOL_FROM = 3  # cells; two would gain no degree of freedom
-HOMOGENEOUS = 0.10  # Bartlett's p below which seed variances are not pooled
-
-
-@dataclass(frozen=True)
-class Result:
-    """One cell: the runs its numbers come from, and the numbers."""
-
-    cell: Cell
-    name: str
-    choice: Choice
-    lr: float | None
-    role: str  # of `runs`: confirm, or tune where nothing is confirmed
-    runs: tuple[Record, ...]  # completed, at `lr`
-    lost: int  # confirmation runs at `lr` that diverged or failed
-    stale: int  # confirmation runs at a rate that is no longer the chosen one
-    sample: measure.Sample | None
-    test: st.Estimate | None
-    val: float | None  # primary metric on validation, mean over `runs`
-    val_loss: float | None
-
-    @property
-    def id(self) -> str:
-        return self.cell.id
-
-    def resource(self, name: str) -> float | None:
-        """Mean over the runs that recorded it."""
-        found = [float(r.resources[name]) for r in self.runs if r.resources.get(name) is not None]
-        return fmean(found) if found else None
-
-    @property
-    def solo(self) -> bool:
-        """Whether time and memory are of this cell alone: measured so, or its runs had their base to themselves."""
-        return self.resource("solo_seconds") is not None or all(r.resources.get("pack_size") == 1 for r in self.runs)
-
-    @property
-    def seconds(self) -> float | None:
-        return self.resource("solo_seconds") or self.resource("train_seconds")
-
-    @property
-    def memory(self) -> float | None:
-        return self.resource("solo_peak_memory_bytes") or self.resource("peak_memory_bytes")
+Compare = Callable[[str, str], "Comparison | None"]
 
 
 @dataclass(frozen=True)
@@ -103,12 +59,11 @@ class Findings:
 
 
 def find(sweep: Sweep) -> Findings:
-    results = {c.id: _result(sweep, c) for c in sweep.cells}
-    pooled, seeds = _pool(list(results.values()))
-    results = {i: _with_test(r, pooled, seeds) for i, r in results.items()}
+    measured = measure_cells(sweep)
+    results, pooled = measured.by_cell, measured.pooled
     shown = [abs(r.val) for r in results.values() if r.val is not None]
     metric = formats.metric(sweep.metric, lower_is_better=sweep.lower_is_better, largest=max(shown, default=None))
-    compare = _comparer(results, pooled, seeds, sweep)
+    compare = _comparer(measured, sweep)
     reference = _reference(sweep, results)
     versus = _family(compare, reference, list(results)) if reference else {}
     best = _best([r for r in results.values() if r.cell.adapter])
@@ -121,63 +76,9 @@ def find(sweep: Sweep) -> Findings:
     return Findings(sweep, metric, results, pooled, reference, versus, best, controls, recommendation)
 
 
-# -- one cell ------------------------------------------------------------------------------------------------------------
+def _comparer(measured: Results, sweep: Sweep) -> Compare:
+    results, pooled = measured.by_cell, measured.pooled
 
-
-def _result(sweep: Sweep, cell: Cell) -> Result:
-    choice = sweep.choices[cell.id]
-    confirm = sweep.ended(cell.confirm)
-    lr = choice.lr if choice.rates else _commonest_rate(confirm)
-    here = [r for r in confirm if r.config["optimizer"]["lr"] == lr]
-    done = [r for r in here if r.status == "completed"]
-    role = "confirm" if done else "tune"
-    if not done:
-        done = [r for r in sweep.done(cell.tune) if r.config["optimizer"]["lr"] == lr]
-    return Result(
-        cell, sweep.names[cell.id], choice, lr, role, tuple(done), sum(r.status in ("failed", "diverged") for r in here),
-        len(confirm) - len(here), measure.sample(done, sweep.store, sweep.metric) if role == "confirm" else None, None,
-        _mean(done, f"val/{sweep.metric}"), _mean(done, "val/loss"),
-    )  # fmt: skip
-
-
-def _commonest_rate(records: Sequence[Record]) -> float | None:
-    """The rate of confirmation runs that no tuning preceded."""
-    rates = [float(r.config["optimizer"]["lr"]) for r in records]
-    return max(sorted(set(rates)), key=rates.count) if rates else None
-
-
-def _mean(records: Sequence[Record], name: str) -> float | None:
-    values = [float(r.metrics[name]) for r in records if r.metrics.get(name) is not None]
-    return fmean(values) if values else None
-
-
-def _with_test(r: Result, pooled: st.Pooled | None, seeds: tuple[int, ...]) -> Result:
-    if r.sample is None:
-        return r
-    shared = (pooled.within, pooled.df) if pooled and r.cell.adapter and r.sample.seeds == seeds else None
-    return replace(r, test=r.sample.estimate(shared))
-
-
-def _pool(results: Sequence[Result]) -> tuple[st.Pooled | None, tuple[int, ...]]:
-    """Seed variance over the adapter cells that share the commonest set of seeds, if it looks the same in all of them."""
-    samples = [r.sample for r in results if r.cell.adapter and r.sample is not None and len(r.sample.seeds) > 1]
-    sets = [s.seeds for s in samples]
-    if not sets:
-        return None, ()
-    seeds = max(sorted(set(sets)), key=sets.count)
-    scores = [s.scores for s in samples if s.seeds == seeds]
-    if len(scores) < POOL_FROM:
-        return None, seeds
-    pooled = st.pool(np.stack(scores))
-    return (pooled if pooled.p >= HOMOGENEOUS else None), seeds
-
-
-# -- comparisons ---------------------------------------------------------------------------------------------------------
-
-Compare = Callable[[str, str], Comparison | None]
-
-
-def _comparer(results: Mapping[str, Result], pooled: st.Pooled | None, seeds: tuple[int, ...], sweep: Sweep) -> Compare:
     def compare(cell: str, other: str) -> Comparison | None:
         a, b = results[cell], results[other]
         if a.sample is None or b.sample is None or cell == other:
@@ -186,7 +87,7 @@ def _comparer(results: Mapping[str, Result], pooled: st.Pooled | None, seeds: tu
         if made is None:
             return None
         # Methods may differ in their seed noise, so the pooled variance serves adapter against adapter only.
-        shared = pooled and a.cell.adapter and b.cell.adapter and made.seeds == seeds
+        shared = pooled and a.cell.adapter and b.cell.adapter and made.seeds == measured.seeds
         e = made.estimate((pooled.difference, pooled.df) if pooled and shared else None)
         blocked = _blocked(a, b, e)
         p = e.p_value()
@@ -223,7 +124,7 @@ def _reference(sweep: Sweep, results: Mapping[str, Result]) -> str | None:
     declared = sweep.study.get("reference")
     if declared in results:
         return str(declared)
-    have = [r for r in results.values() if r.runs]
+    have = [r for r in results.values() if r.test is not None] or [r for r in results.values() if r.runs]
     adapters = [r for r in have if r.cell.adapter]
     if adapters:
         return max(adapters, key=lambda r: (r.cell.r or 0, r.cell.trainable or 0)).id  # the first of equals

@@ -8,10 +8,9 @@ from typing import Any
 from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
 
-from lorabench.report import answer, figures, style, tables
-from lorabench.report.budget import budget
+from lorabench.report import answer, cautions, faces, figures, runs, style, tables
+from lorabench.report.budget import about, budget
 from lorabench.report.findings import Findings
-from lorabench.report.style import Drawing
 from lorabench.report.tables import Table
 
 HOW_TO_READ = (
@@ -32,18 +31,19 @@ def files(f: Findings, title: str | None) -> dict[str, str | bytes]:
     """Every file of the report by its relative name. Equal findings give equal bytes."""
     drawings, made = figures.draw(f), tables.every(f)
     words = {
-        "title": title or f.sweep.name, "question": f.sweep.study.get("question") or "", "confirmed": f.confirmed, "answer": answer.answer(f),
-        "warnings": answer.warnings(f), "budget": budget(f), "how": HOW_TO_READ, "tables": made, "drawings": {d.key: d for d in drawings},
+        "title": title or f.sweep.name,
+        "about": about(f), "question": f.sweep.study.get("question") or "", "confirmed": f.confirmed, "answer": answer.answer(f),
+        "warnings": cautions.warnings(f), "budget": budget(f), "how": HOW_TO_READ, "tables": made, "drawings": {d.key: d for d in drawings},
         "main": next((d for d in drawings if d.key.startswith("metric")), None), "traces": _traces(f),
     }  # fmt: skip
     out: dict[str, str | bytes] = {
         "report.md": _markdown(words),
         "report.html": _html(f, words),
-        "runs.csv": tables.runs_csv(f),
+        "runs.csv": runs.runs_csv(f),
     }
     for d in drawings:
         out |= {f"figures/{d.key}.svg": d.svg, f"figures/{d.key}.png": d.png}
-    out |= {f"tables/{key}.tex": tables.latex(t) for key, t in made.items()}
+    out |= {f"tables/{key}.tex": faces.latex(t) for key, t in made.items()}
     return out
 
 
@@ -57,7 +57,7 @@ def _environment(*, autoescape: bool) -> Environment:
         loader=PackageLoader("lorabench.report"), autoescape=autoescape, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True,
         keep_trailing_newline=True,
     )  # fmt: skip
-    env.filters |= {"md": tables.escape_markdown, "md_table": tables.markdown}
+    env.filters |= {"md": faces.escape_markdown, "md_table": faces.markdown}
     return env
 
 

@@ -2,20 +2,17 @@
 
 from __future__ import annotations
 
-import csv
-import io
 import re
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Literal
 
-from lorabench.records import Record
 from lorabench.report import formats
-from lorabench.report.findings import Comparison, Findings, Result
-from lorabench.report.load import flatten
+from lorabench.report.findings import Comparison, Findings
+from lorabench.report.results import Result
 
 if TYPE_CHECKING:
-    from rich.table import Table as RichTable
+    pass
 
 Align = Literal["left", "right"]
 
@@ -91,7 +88,7 @@ def _comparison_row(f: Findings, r: Result, keys: Sequence[str], solo: bool) -> 
     texts = {
         "method": c.method, "r": str(c.r) if c.adapter else formats.DASH, "alpha": _alpha(r), "targets": c.targets or formats.DASH,
         "lr": formats.rate(r.lr) + (" ⚠" if r.choice.edge else ""), "seeds": str(e.seeds) if e else formats.DASH,
-        "test": _plus_minus(f, r), "val": m.value(r.val), "trainable": f"{formats.count(c.trainable)} ({share})",
+        "test": plus_minus(f, r), "val": m.value(r.val), "trainable": f"{formats.count(c.trainable)} ({share})",
         "seconds": formats.seconds(r.seconds) + mixed, "memory": formats.memory(r.memory) + mixed, **dict(c.extra), **_versus(f, r),
     }  # fmt: skip
     recommended = f.recommendation is not None and f.recommendation.cell == r.id
@@ -100,7 +97,8 @@ def _comparison_row(f: Findings, r: Result, keys: Sequence[str], solo: bool) -> 
     return Row(tuple(texts.get(k, formats.DASH) for k in keys), tuple(x.run_id for x in r.runs), mark, interval)
 
 
-def _plus_minus(f: Findings, r: Result) -> str:
+def plus_minus(f: Findings, r: Result) -> str:
+    """The test metric with half its 95 % interval."""
     if r.test is None:
         return formats.DASH
     half = f" ± {f.metric.size(r.test.half_width(), unit=False)}" if r.test.seeds > 1 else ""

@@ -1,0 +1,121 @@
+"""One result a cell: the runs its numbers come from, and the numbers."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from statistics import fmean
+
+import numpy as np
+
+from lorabench.records import Record
+from lorabench.report import measure
+from lorabench.report import statistics as st
+from lorabench.report.load import Cell, Sweep
+from lorabench.report.select import Choice
+
+POOL_FROM = 3  # cells; two would gain no degree of freedom
+HOMOGENEOUS = 0.10  # Bartlett's p below which seed variances are not pooled
+
+
+@dataclass(frozen=True)
+class Result:
+    """One cell: the runs its numbers come from, and the numbers."""
+
+    cell: Cell
+    name: str
+    choice: Choice
+    lr: float | None
+    role: str  # of `runs`: confirm, or tune where nothing is confirmed
+    runs: tuple[Record, ...]  # completed, at `lr`
+    lost: int  # confirmation runs at `lr` that diverged or failed
+    stale: int  # confirmation runs at a rate that is no longer the chosen one
+    sample: measure.Sample | None
+    test: st.Estimate | None
+    val: float | None  # primary metric on validation, mean over `runs`
+    val_loss: float | None
+
+    @property
+    def id(self) -> str:
+        return self.cell.id
+
+    def resource(self, name: str) -> float | None:
+        """Mean over the runs that recorded it."""
+        found = [float(r.resources[name]) for r in self.runs if r.resources.get(name) is not None]
+        return fmean(found) if found else None
+
+    @property
+    def solo(self) -> bool:
+        """Whether time and memory are of this cell alone: measured so, or its runs had their base to themselves."""
+        return self.resource("solo_seconds") is not None or all(r.resources.get("pack_size") == 1 for r in self.runs)
+
+    @property
+    def seconds(self) -> float | None:
+        return self.resource("solo_seconds") or self.resource("train_seconds")
+
+    @property
+    def memory(self) -> float | None:
+        return self.resource("solo_peak_memory_bytes") or self.resource("peak_memory_bytes")
+
+
+@dataclass(frozen=True)
+class Results:
+    """All cells, in the order of tables, and the seed variance that adapter cells with these seeds share, if any."""
+
+    by_cell: dict[str, Result]
+    pooled: st.Pooled | None
+    seeds: tuple[int, ...]
+
+
+def results(sweep: Sweep) -> Results:
+    found = {c.id: _result(sweep, c) for c in sweep.cells}
+    pooled, seeds = _pool(list(found.values()))
+    return Results({i: _with_test(r, pooled, seeds) for i, r in found.items()}, pooled, seeds)
+
+
+def _result(sweep: Sweep, cell: Cell) -> Result:
+    choice = sweep.choices[cell.id]
+    confirm = sweep.ended(cell.confirm)
+    lr = choice.lr if choice.rates else _commonest_rate(confirm)
+    here = [r for r in confirm if r.config["optimizer"]["lr"] == lr]
+    done = [r for r in here if r.status == "completed"]
+    role = "confirm" if done else "tune"
+    if not done:
+        done = [r for r in sweep.done(cell.tune) if r.config["optimizer"]["lr"] == lr]
+    return Result(
+        cell, sweep.names[cell.id], choice, lr, role, tuple(done), sum(r.status in ("failed", "diverged") for r in here),
+        len(confirm) - len(here), measure.sample(done, sweep.store, sweep.metric) if role == "confirm" else None, None,
+        _mean(done, f"val/{sweep.metric}"), _mean(done, "val/loss"),
+    )  # fmt: skip
+
+
+def _commonest_rate(records: Sequence[Record]) -> float | None:
+    """The rate of confirmation runs that no tuning preceded."""
+    rates = [float(r.config["optimizer"]["lr"]) for r in records]
+    return max(sorted(set(rates)), key=rates.count) if rates else None
+
+
+def _mean(records: Sequence[Record], name: str) -> float | None:
+    values = [float(r.metrics[name]) for r in records if r.metrics.get(name) is not None]
+    return fmean(values) if values else None
+
+
+def _with_test(r: Result, pooled: st.Pooled | None, seeds: tuple[int, ...]) -> Result:
+    if r.sample is None:
+        return r
+    shared = (pooled.within, pooled.df) if pooled and r.cell.adapter and r.sample.seeds == seeds else None
+    return replace(r, test=r.sample.estimate(shared))
+
+
+def _pool(results: Sequence[Result]) -> tuple[st.Pooled | None, tuple[int, ...]]:
+    """Seed variance over the adapter cells that share the commonest set of seeds, if it looks the same in all of them."""
+    samples = [r.sample for r in results if r.cell.adapter and r.sample is not None and len(r.sample.seeds) > 1]
+    sets = [s.seeds for s in samples]
+    if not sets:
+        return None, ()
+    seeds = max(sorted(set(sets)), key=sets.count)
+    scores = [s.scores for s in samples if s.seeds == seeds]
+    if len(scores) < POOL_FROM:
+        return None, seeds
+    pooled = st.pool(np.stack(scores))
+    return (pooled if pooled.p >= HOMOGENEOUS else None), seeds
