@@ -21,9 +21,11 @@ def main() -> None:
     except (ConfigError, HydraException, OmegaConfBaseException, yaml.YAMLError) as e:
         print(f"error: {e}", file=sys.stderr)
         sys.exit(2)
-    except KeyboardInterrupt:
-        print("stopped; the same command goes on from here", file=sys.stderr)
-        sys.exit(130)
+    except (KeyboardInterrupt, SystemExit) as e:
+        code = 130 if isinstance(e, KeyboardInterrupt) else e.code
+        if code in (130, 143):  # Ctrl-C, SIGTERM
+            print("stopped; the same command goes on from here", file=sys.stderr)
+        sys.exit(code)
     except Exception as e:
         if type(e).__name__ != "SweepFailed":  # by name: importing it here would import torch
             raise

@@ -26,13 +26,15 @@ def sweep_name(overrides: Sequence[str], experiment: str | None) -> str:
     return f"run-{digest(asked)[:8]}"
 
 
-def job(cfg: DictConfig, *, name: str, extra: Mapping[str, Any] | None = None) -> Any:
+def job(cfg: DictConfig, *, name: str, experiment: str | None, extra: Mapping[str, Any] | None = None) -> Any:
     """Parse a composed config into a `planning.Job`. Raises `ConfigError`, before torch is imported."""
     cfg = cfg.copy()
     with open_dict(cfg):
         cfg.pop("hydra", None)
         if OmegaConf.select(cfg, "sweep.name") is None and OmegaConf.select(cfg, "sweep") is not None:
             cfg.sweep.name = name
+        if experiment and OmegaConf.select(cfg, "sweep") is not None:
+            cfg.sweep.experiment = experiment
     run, settings = parse(cfg)
     from lorabench.planning import Job, label_of
 
@@ -52,7 +54,8 @@ def task(cfg: DictConfig) -> float:
     """Hydra's task function: one run. Returns its primary validation metric, NaN if it failed; never raises for it."""
     hydra = HydraConfig.get()
     alone = hydra.mode is None or hydra.mode.name == "RUN"
-    made = job(cfg, name=sweep_name(hydra.overrides.task, hydra.runtime.choices.get("experiment")))
+    experiment = hydra.runtime.choices.get("experiment")
+    made = job(cfg, name=sweep_name(hydra.overrides.task, experiment), experiment=experiment)
     from lorabench.sweep import execute, finish
 
     outcome = execute([made])

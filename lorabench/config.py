@@ -79,6 +79,7 @@ class SweepConfig:
     """The sweep a run belongs to."""
 
     name: str | None = knob(None, help="null: the experiment's name, else a short hash of the overrides")
+    experiment: str | None = knob(None, help="filled in: the experiment file this came from")
     dir: str = knob("sweeps/${sweep.name}", help="where the records go")
     role: str = knob("tune", help="tune: validation only; confirm: test too", choices=ROLES)
     tune_seeds: list[int] = knob([0], help="seeds that choose the rate")

@@ -63,6 +63,7 @@ def write_cells(store: Store, jobs: Sequence[Job], plans: Mapping[str, SlicePlan
     """Put jobs and the cells they belong to into the manifest. only_new: leave alone what a sweeper declared before."""
     with store.locked():
         manifest = store.manifest() or new_manifest(jobs[0].settings)
+        manifest["experiment"] = jobs[0].settings.sweep.experiment or manifest.get("experiment")
         cells, known = {c["id"]: c for c in manifest["cells"]}, set(manifest["runs"])
         for job in jobs:
             run, name = job.run, cell_id(job.label)
@@ -81,7 +82,7 @@ def write_cells(store: Store, jobs: Sequence[Job], plans: Mapping[str, SlicePlan
 
 def new_manifest(settings: Settings) -> dict[str, Any]:
     return {
-        "schema": 1, "name": settings.sweep.name, "lorabench": __version__, "study": asdict(settings.study),
+        "schema": 1, "name": settings.sweep.name, "experiment": settings.sweep.experiment, "lorabench": __version__, "study": asdict(settings.study),
         "study_hash": digest(asdict(settings.study))[:12], "cells": [], "runs": {}, "packs": [],
     }  # fmt: skip
 

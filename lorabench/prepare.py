@@ -12,7 +12,7 @@ from typing import Any
 
 from lorabench.base import Base, BaseInfo, HeadSpec
 from lorabench.batches import steps_per_epoch
-from lorabench.config import RunConfig, digest
+from lorabench.config import RunConfig, TrainerConfig, digest
 from lorabench.plan import SlicePlan
 from lorabench.schema import ConfigError
 
@@ -129,7 +129,7 @@ def resolve(run: RunConfig) -> Resolved:
     are held in bf16 with float32 adapters; a base that trains keeps float32 master weights under autocast.
     Attention: plain products for short sequences on a CPU (there SDPA's backward costs a third of the step), else SDPA.
     """
-    device = _device(run.trainer.accelerator)
+    device = _device(run.trainer)
     precision = _precision(run.trainer.precision, device)
     full = run.method.name == "full"
     names = {"32": ("float32", "32-true"), "64": ("float64", "32-true"), "bf16-mixed": ("float32", "bf16-mixed")}
@@ -141,9 +141,18 @@ def resolve(run: RunConfig) -> Resolved:
     return Resolved(device, precision, dtype, trainer, attention)
 
 
-def _device(accelerator: str) -> str:
+def _device(trainer: TrainerConfig) -> str:
+    """The one device a pack trains on. Several devices for one run need rank-aware batches, which are not built yet."""
     import torch
 
+    accelerator = trainer.accelerator
+    several = trainer.devices not in (1, "1") and not (isinstance(trainer.devices, list) and len(trainer.devices) == 1)
+    for key, value, bad in (
+        ("devices", trainer.devices, several),
+        ("num_nodes", trainer.num_nodes, trainer.num_nodes != 1),
+    ):
+        if bad:
+            raise ConfigError(f"trainer.{key}", value, "one device a pack: 1, or a list of one index such as [0]")
     if accelerator in ("cuda", "gpu") and not torch.cuda.is_available():
         raise ConfigError("trainer.accelerator", accelerator, "no such device here; allowed here: auto, cpu")
     if accelerator not in ("auto", "cpu", "cuda", "gpu", "mps"):

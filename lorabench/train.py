@@ -166,7 +166,12 @@ class _Progress(pl.Callback):
 def _fit(s: Session) -> None:
     """Train, evaluate at the last step, load each slice's best weights, and test where the role allows it."""
     start = time.perf_counter()
-    s.trainer.fit(s.module, _train_stream(s), _eval_stream(s, "val"))
+    try:
+        s.trainer.fit(s.module, _train_stream(s), _eval_stream(s, "val"))
+    except SystemExit as e:  # how Lightning passes on SIGTERM (with code 0) and Ctrl-C (with code 1)
+        raise SystemExit(143 if s.trainer.received_sigterm else 130) from e
+    if s.module.steps_done < s.module.total_steps and any(x.status == "running" for x in s.module.slices):
+        raise RuntimeError(f"training ended at step {s.module.steps_done} of {s.module.total_steps}")
     if s.module.evaluated_at != s.module.steps_done:
         s.trainer.validate(s.module, _eval_stream(s, "val"), verbose=False)
     progress = next(c for c in s.trainer.callbacks if isinstance(c, _Progress))

@@ -162,7 +162,8 @@ def test_changed_data_under_the_same_runs_is_refused(cli, tiny, tmp_path):
     assert stamps() == before
 
 
-def test_killed_in_the_middle_and_started_again_gives_the_same_records(tiny, tmp_path):
+@pytest.mark.parametrize(("name", "code"), [("SIGKILL", -9), ("SIGTERM", 143), ("SIGINT", 130)])
+def test_stopped_in_the_middle_and_started_again_gives_the_same_records(tiny, tmp_path, name, code):
     def command(folder, *argv):
         folder.mkdir(exist_ok=True)
         full = [
@@ -186,8 +187,9 @@ def test_killed_in_the_middle_and_started_again_gives_the_same_records(tiny, tmp
     deadline = time.monotonic() + 120
     while len(list(cut.glob("sweeps/s/runs/*/run.json"))) < 2 and time.monotonic() < deadline:
         time.sleep(0.01)
-    os.killpg(victim.pid, signal.SIGKILL)
-    victim.wait()
+    time.sleep(0.1)  # into the next pack's training
+    os.killpg(victim.pid, getattr(signal, name))
+    assert victim.wait(60) == code
     done = {p: p.stat().st_mtime_ns for p in cut.glob("sweeps/s/runs/*/run.json")}
     assert 2 <= len(done) < 4
     assert command(cut).wait(300) == 0

@@ -83,5 +83,5 @@ def make_run(base: Path, data: Path, *, role: str = "tune", **changes: Any) -> R
     for key, value in changes.items():
         if key == "method.name":
             cfg.method = {}
-        OmegaConf.update(cfg, key, value, force_add=True)
+        OmegaConf.update(cfg, key, value, force_add=True, merge=False)
     return parse_run(cfg, role=role)

@@ -21,10 +21,9 @@ class Composer:
 
     def __init__(self, context: HydraContext, config: DictConfig) -> None:
         self.loader, self.config = context.config_loader, config
-        choices = config.hydra.runtime.choices
-        self.name = sweep_name(config.hydra.overrides.task, choices.get("experiment"))
+        self.experiment = config.hydra.runtime.choices.get("experiment")
+        self.name = sweep_name(config.hydra.overrides.task, self.experiment)
         self._kept: dict[tuple[str, ...], Job] = {}
-        self.extras: Mapping[tuple[str, ...], Mapping[str, Any]] = {}
 
     @classmethod
     def of(cls, context: HydraContext, config: DictConfig) -> Composer:
@@ -37,7 +36,7 @@ class Composer:
         key = tuple(overrides)
         if key not in self._kept:
             cfg = self.loader.load_sweep_config(self.config, list(overrides))
-            self._kept[key] = job(cfg, name=self.name, extra=extra)
+            self._kept[key] = job(cfg, name=self.name, experiment=self.experiment, extra=extra)
         return self._kept[key]
 
     def jobs(self, override_sets: Sequence[Sequence[str]]) -> list[Job]:

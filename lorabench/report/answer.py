@@ -46,6 +46,8 @@ def _lead(f: Findings) -> str:
         return text + f", with {_fraction(r, ref)} of its trainable parameters."
     if rec.stopped is None:
         return f"{_cap(r.name)} reaches {_score(f, r)}; there is no smaller adapter here to set against it."
+    if rec.stopped.blocked:
+        return f"{_cap(r.name)} reaches {_score(f, r)}; whether a smaller adapter would do gets no verdict ({rec.stopped.blocked})."
     text = f"Not resolved how small an adapter can be: none below {r.name} was shown to be within {margin} of it, so it is the one to keep"
     return f"{text} ({_score(f, r)})."
 
@@ -56,13 +58,25 @@ def _points(f: Findings) -> Iterator[tuple[str, str]]:
             yield about, _sentence(f, made, "the best adapter on validation loss, ")
     yield from _how_small(f)
     if not f.controls:
+        yield from _against_reference(f)
+
+
+def _against_reference(f: Findings) -> Iterator[tuple[str, str]]:
+    """Every cell in a sentence while they are few, else in groups."""
+    if len(f.versus) <= 3:
         yield from ((_cap(f.results[made.cell].name), _sentence(f, made)) for made in f.versus.values())
+        return
+    ways = {"better": "better", "worse": "worse", "not resolved": "not told apart from it"}
+    groups = {way: [f.results[c].name for c, made in f.versus.items() if made.direction == way] for way in ways}
+    text = "; ".join(f"{ways[way]}: {', '.join(names)}" for way, names in groups.items() if names)
+    yield f"Against {f.results[f.reference].name if f.reference else ''}", f"{_cap(text)}."
 
 
 def _sentence(f: Findings, made: Comparison, prefix: str = "") -> str:
     """Direction and size of one difference, apart from each other."""
     name, other = f.results[made.cell].name, f.results[made.other].name
-    bounds = f"95 % interval {f.metric.bounds(*made.estimate.interval())}"
+    adjusted = "adjusted " if made.level > 0.95 else ""
+    bounds = f"{adjusted}95 % interval {f.metric.bounds(*made.interval)}"
     if made.direction == "not resolved":
         text = f"{prefix}{name}, and {other} are not told apart: {f.metric.difference(made.estimate.mean, unit=True)} ({bounds})"
         text = text if prefix else text.replace(f"{name}, and", f"{name} and", 1)

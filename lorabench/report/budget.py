@@ -42,15 +42,11 @@ def _training(f: Findings) -> Iterator[tuple[str, str]]:
     sweep = f.sweep
     runs = [sweep.records[i] for i in sweep.planned if i in sweep.records]
     done = [r for r in runs if r.status == "completed"]
-    sizes = (("train", "train_examples"), ("validation", "val_examples"), ("test", "test_examples"))
-    yield (
-        "Examples",
-        ", ".join(
-            f"{text} {name}"
-            for name, key in sizes
-            if (text := _each(done, lambda r, k=key: _count(r.resources.get(k))))
-        ),
-    )
+    sizes = {"train": "train_examples", "validation": "val_examples", "test": "test_examples"}
+    said = {
+        name: sorted({formats.count(n) for r in done if (n := r.resources.get(key))}) for name, key in sizes.items()
+    }
+    yield "Examples", ", ".join(f"{' or '.join(counts)} {name}" for name, counts in said.items() if counts)
     yield "Optimizer steps", _each(done, lambda r: _count(r.resources.get("steps")))
     yield "Batch size", _each(done, _batch)
     for role, name in (("tune", "Tuning seeds"), ("confirm", "Confirmation seeds")):

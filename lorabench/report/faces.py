@@ -62,25 +62,30 @@ def terminal(f: Findings, caption: str) -> RichTable:
     from rich.table import Table as RichTable
 
     out = RichTable(
-        title=escape(f.sweep.name), caption=escape(caption), caption_justify="left", box=box.SIMPLE_HEAD, pad_edge=False
+        title=escape(f.sweep.name),
+        caption=escape(caption),
+        caption_justify="left",
+        box=box.SIMPLE_HEAD,
+        pad_edge=False,
+        padding=(0, 1, 0, 0),
     )
     unit = f" {f.metric.unit}" if f.metric.unit else ""
-    head = [
-        ("cell", "left"),
-        ("best lr", "right"),
-        (f"{'test' if f.confirmed else 'val'} {f.metric.title}{unit}", "right"),
-    ]
+    head = ["cell", "best\nlr", f"{'test' if f.confirmed else 'val'}\n{f.metric.title}{unit}"]
     if f.versus and f.reference:
-        head += [
-            (f"Δ to {f.results[f.reference].name}", "right"),
-            (f"within ± {f.metric.size(f.sweep.margin, unit=False)}", "left"),
-        ]
-    for title, justify in [*head, ("trainable", "right"), ("train s", "right")]:
-        out.add_column(escape(title), justify="left" if justify == "left" else "right", no_wrap=title != "cell")
+        head += ["Δ to the\nreference", f"within\n± {f.metric.size(f.sweep.margin, unit=False)}"]
+    for title in [*head, "trainable", "train\ns"]:
+        left = title == "cell" or title.startswith("within")
+        out.add_column(
+            escape(title),
+            justify="left" if left else "right",
+            vertical="bottom",
+            no_wrap=title == "cell",
+            min_width=16 if title == "cell" else None,
+        )
     for row, r in zip(comparison(f).rows, f.results.values(), strict=True):
         score = plus_minus(f, r) if f.confirmed else f.metric.value(r.val)
         texts = [r.name, formats.rate(r.lr), score, *(_terminal_verdict(f, r.id) if f.versus else ())]
-        texts += [formats.count(r.cell.trainable), formats.seconds(r.seconds)]
+        texts += [formats.compact(r.cell.trainable), formats.seconds(r.seconds)]
         out.add_row(*map(escape, texts), style="bold" if row.mark == "recommended" else None)
     return out
 

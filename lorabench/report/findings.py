@@ -29,6 +29,11 @@ class Comparison:
     direction: st.Direction
     size: st.Size
     blocked: str | None  # why there is no verdict
+    level: float = 0.95  # of the interval shown: higher within a family, by Holm's steps
+
+    @property
+    def interval(self) -> tuple[float, float]:
+        return self.estimate.interval(self.level)
 
 
 @dataclass(frozen=True)
@@ -113,9 +118,10 @@ def _family(compare: Compare, reference: str, cells: Sequence[str]) -> dict[str,
     """Every cell against the one reference; directions by Holm's adjusted p."""
     found = {c: made for c in cells if (made := compare(c, reference))}
     judged = [c for c, made in found.items() if not made.blocked]
-    for cell, p in zip(judged, st.holm([found[c].p for c in judged]), strict=True):
+    ps = [found[c].p for c in judged]
+    for cell, p, level in zip(judged, st.holm(ps), st.holm_levels(ps), strict=True):
         way: st.Direction = found[cell].direction if p < 0.05 else "not resolved"
-        found[cell] = replace(found[cell], p=p, direction=way)
+        found[cell] = replace(found[cell], p=p, direction=way, level=level)
     return found
 
 

@@ -86,6 +86,14 @@ def count(n: float | None) -> str:
     return DASH if n is None else f"{int(n):,}"
 
 
+def compact(n: float | None) -> str:
+    """Three digits: 1,155, 43.4 k, 22.7 M."""
+    if n is None or n < 10_000:
+        return count(n)
+    scaled, letter = (n / 1e6, "M") if n >= 999_500 else (n / 1e3, "k")
+    return f"{scaled:.{0 if scaled >= 99.95 else 1}f} {letter}"
+
+
 def share(part: float | None, whole: float | None) -> str:
     """Per cent with two significant digits: .024 %, 1.3 %, 100 %."""
     if not part or not whole:

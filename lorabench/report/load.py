@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -34,6 +34,9 @@ class Cell:
     trainable: int | None
     tune: tuple[str, ...]
     confirm: tuple[str, ...]
+    solo: Mapping[str, Any] = field(
+        default_factory=dict
+    )  # seconds, tokens, steps, peak_memory_bytes of a few steps alone
 
     @property
     def series(self) -> tuple[Any, ...]:
@@ -146,7 +149,7 @@ def _cell(entry: Mapping[str, Any], records: Mapping[str, Record]) -> Cell:
     extra = tuple(sorted((str(k), _plain(v)) for k, v in (label.get("extra") or {}).items()))
     return Cell(
         entry["id"], str(label["method"]), label.get("r"), label.get("alpha"), label.get("alpha_rule"),
-        str(label.get("targets") or ""), extra, trainable, tune, confirm,
+        str(label.get("targets") or ""), extra, trainable, tune, confirm, entry.get("solo") or {},
     )  # fmt: skip
 
 
@@ -221,19 +224,20 @@ def _plain(value: Any) -> str:
 
 def _names(cells: Sequence[Cell]) -> dict[str, str]:
     adapters = [c for c in cells if c.adapter]
-    rules = {m: len({c.alpha_rule for c in adapters if c.method == m}) > 1 for m in {c.method for c in adapters}}
     targets = len({c.targets for c in adapters}) > 1
-    keys = {k for c in cells for k, _ in c.extra}
-    varied = {k for k in keys if len({dict(c.extra).get(k) for c in cells}) > 1}
+    varied = {k for c in cells for k, v in c.extra if any(dict(o.extra).get(k) != v for o in cells)}
+    without_rule = [(c.method, c.r, c.targets, c.extra) for c in adapters]
+    ruled = {
+        key[0] for key in without_rule if without_rule.count(key) > 1
+    }  # methods whose cells only alpha tells apart
     names = {}
     for c in cells:
-        parts = [f"{c.method} r = {c.r}" if c.adapter else {"full": "full fine-tuning"}.get(c.method, c.method)]
-        if c.adapter and rules[c.method]:
-            parts.append(f"α = {pretty_rule(c.alpha_rule)}")
+        name = f"{c.method} r = {c.r}" if c.adapter else {"full": "full fine-tuning"}.get(c.method, c.method)
         if c.adapter and targets:
-            parts.append(short_targets(c.targets))
-        parts += [f"{k.split('.')[-1]} {v}" for k, v in c.extra if k in varied]
-        names[c.id] = ", ".join(parts)
+            name += f" on {short(c.targets)}"
+        apart = [f"α = {pretty_rule(c.alpha_rule)}"] if c.adapter and c.method in ruled else []
+        apart += [f"{k.split('.')[-1]} {short(v)}" for k, v in c.extra if k in varied]
+        names[c.id] = f"{name} ({', '.join(apart)})" if apart else name
     return names
 
 
@@ -241,5 +245,5 @@ def pretty_rule(rule: str | None) -> str:
     return re.sub(r"(\d+\.\d{3})\d+", r"\1", rule or "")
 
 
-def short_targets(targets: str) -> str:
-    return targets if len(targets) <= 32 else targets[:31] + "…"
+def short(text: str) -> str:
+    return text if len(text) <= 32 else text[:31] + "…"

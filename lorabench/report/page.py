@@ -57,8 +57,17 @@ def _environment(*, autoescape: bool) -> Environment:
         loader=PackageLoader("lorabench.report"), autoescape=autoescape, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True,
         keep_trailing_newline=True,
     )  # fmt: skip
+    if autoescape:
+        env.finalize = _unbroken
     env.filters |= {"md": faces.escape_markdown, "md_table": faces.markdown}
     return env
+
+
+def _unbroken(value: Any) -> Any:
+    """Plain text with the spaces inside `95 %`, `r = 16` and `± 1.7` kept on one line. Markup and others pass."""
+    if type(value) is not str:
+        return value
+    return value.replace(" %", "\u00a0%").replace(" = ", "\u00a0=\u00a0").replace(" ± ", "\u00a0±\u00a0")
 
 
 def _markdown(words: Mapping[str, Any]) -> str:

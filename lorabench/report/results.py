@@ -47,15 +47,28 @@ class Result:
     @property
     def solo(self) -> bool:
         """Whether time and memory are of this cell alone: measured so, or its runs had their base to themselves."""
-        return self.resource("solo_seconds") is not None or all(r.resources.get("pack_size") == 1 for r in self.runs)
+        alone = bool(self.cell.solo) or self.resource("solo_seconds") is not None
+        return alone or all(r.resources.get("pack_size") == 1 for r in self.runs)
 
     @property
     def seconds(self) -> float | None:
-        return self.resource("solo_seconds") or self.resource("train_seconds")
+        """Training time of a run: alone, from a few steps scaled by tokens (steps where none are counted); else its share."""
+        own, timed = self.resource("solo_seconds"), self.cell.solo
+        if own is not None or not timed.get("seconds"):
+            return own if own is not None else self.resource("train_seconds")
+        for unit in ("tokens", "steps"):
+            whole, part = self.resource(unit), timed.get(unit)
+            if whole and part:
+                return float(timed["seconds"]) * whole / part
+        return self.resource("train_seconds")
 
     @property
     def memory(self) -> float | None:
-        return self.resource("solo_peak_memory_bytes") or self.resource("peak_memory_bytes")
+        return (
+            self.cell.solo.get("peak_memory_bytes")
+            or self.resource("solo_peak_memory_bytes")
+            or self.resource("peak_memory_bytes")
+        )
 
 
 @dataclass(frozen=True)

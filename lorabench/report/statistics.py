@@ -49,7 +49,7 @@ class Estimate:
         """Satterthwaite: V^2 / sum(V_k^2 / df_k)."""
         parts = ((self.seed, self.seed_df), (self.example, self.example_df), (self.interaction, self.interaction_df))
         below = sum(v * v / df for v, df in parts if v > 0 and df > 0)
-        return self.variance**2 / below if below > 0 else math.inf
+        return self.variance**2 / below if below > 0 and self.variance > 0 else math.inf
 
     def half_width(self, level: float = 0.95) -> float:
         return quantile((1 + level) / 2, self.df) * math.sqrt(self.variance)
@@ -189,6 +189,18 @@ def holm(p: Sequence[float]) -> list[float]:
         highest = max(highest, min(1.0, (len(p) - rank) * p[i]))
         adjusted[i] = highest
     return adjusted
+
+
+def holm_levels(p: Sequence[float], alpha: float = 0.05) -> list[float]:
+    """Levels of intervals that agree with Holm's verdicts: 1 - alpha / (tests left) at each p's step, where the
+    sequence stops that step's for all that follow. An interval leaves out zero where, and only where, Holm rejects."""
+    order = sorted(range(len(p)), key=lambda i: p[i])
+    levels, left, stopped = [0.0] * len(p), len(p), False
+    for i in order:
+        levels[i] = 1 - alpha / left
+        stopped = stopped or p[i] * left >= alpha
+        left -= not stopped
+    return levels
 
 
 def direction(e: Estimate, *, p: float, lower_is_better: bool, alpha: float = 0.05) -> Direction:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import re
+import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -38,7 +39,7 @@ RC = {
     "ytick.labelsize": 9.5, "axes.edgecolor": FAINT, "axes.labelcolor": INK, "text.color": INK, "xtick.color": FAINT,
     "ytick.color": FAINT, "xtick.labelcolor": INK, "ytick.labelcolor": INK, "axes.grid": True, "grid.color": GRID, "grid.linewidth": 0.8,
     "axes.axisbelow": True, "axes.titlelocation": "left", "lines.linewidth": 1.8, "svg.hashsalt": "lorabench", "svg.fonttype": "path",
-    "path.simplify": False, "figure.dpi": 100, "savefig.dpi": 200, "axes.unicode_minus": True,
+    "path.simplify": False, "figure.dpi": 100, "savefig.dpi": 200, "text.parse_math": False, "axes.unicode_minus": True,
 }  # fmt: skip
 
 
@@ -98,7 +99,7 @@ def readable(colour: str) -> str:
     rgb = np.array(to_rgb(colour))
     while 1.05 / (_luminance(rgb) + 0.05) < 4.5:
         rgb = rgb * 0.95
-    return to_hex(rgb)
+    return str(to_hex(tuple(rgb)))
 
 
 def _luminance(rgb: np.ndarray) -> float:
@@ -111,7 +112,7 @@ def canvas(width: float, height: float) -> Iterator[Figure]:
     """An empty figure, width and height in inches, under the report's settings and no others."""
     with mpl.rc_context():
         mpl.rcdefaults()
-        mpl.rcParams.update(RC)
+        mpl.rcParams.update(RC)  # type: ignore[arg-type]
         figure = Figure(figsize=(width, height), layout="constrained")
         FigureCanvasAgg(figure)
         yield figure
@@ -120,14 +121,11 @@ def canvas(width: float, height: float) -> Iterator[Figure]:
 def drawing(key: str, title: str, caption: str, alt: str, figure: Figure) -> Drawing:
     """Render inside `canvas`. No date, no version, no random id: equal figures give equal bytes."""
     svg, png = io.StringIO(), io.BytesIO()
-    figure.savefig(
-        svg,
-        format="svg",
-        bbox_inches="tight",
-        pad_inches=0.06,
-        metadata={"Date": None, "Creator": None, "Title": title},
-    )
-    figure.savefig(png, format="png", bbox_inches="tight", pad_inches=0.06, metadata={"Software": None})
+    meta = {"Date": None, "Creator": None, "Title": title}
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="Glyph .* missing from font")  # a user's name in another script
+        figure.savefig(svg, format="svg", bbox_inches="tight", pad_inches=0.06, metadata=meta)
+        figure.savefig(png, format="png", bbox_inches="tight", pad_inches=0.06, metadata={"Software": None})
     return Drawing(key, title, caption, alt, svg.getvalue(), png.getvalue())
 
 
@@ -197,7 +195,7 @@ Label = tuple[float | None, float, str, str]  # x and y in data (x None: the rig
 def end_labels(ax: Axes, labels: Sequence[Label], *, size: float = 9.5) -> None:
     """Names at the right edge, moved apart where they would overlap, each tied to its point."""
     low, high = ax.get_ylim()
-    figure = ax.get_figure()
+    figure = ax.get_figure(root=True)
     assert figure is not None
     inches = ax.get_position().height * figure.get_figheight() * 0.9  # the layout settles later; near enough for a gap
     gap = size * 1.3 / 72 / inches

@@ -59,8 +59,8 @@ def comparison(f: Findings) -> Table:
         Column("method", "method"), Column("r", "r", "right"), Column("alpha", "α", "right"), Column("targets", "targets"),
         *(Column(k, k.split(".")[-1]) for k in sorted({k for r in f.results.values() for k, _ in r.cell.extra})),
         Column("lr", "best lr", "right"), *_outcomes(f), Column("trainable", "trainable (of base)", "right"),
-        Column("seconds", "train s, solo" if solo else "train s, share of pack", "right"),
-        Column("memory", "peak memory, solo" if solo else "peak memory, pack", "right"),
+        Column("seconds", "train s (solo)" if solo else "train s (pack share)", "right"),
+        Column("memory", "memory (solo peak)" if solo else "memory (pack peak)", "right"),
     )  # fmt: skip
     rows = tuple(_comparison_row(f, r, [c.key for c in columns], solo) for r in f.results.values())
     return Table("comparison", "Comparison", columns, rows, tuple(_comparison_notes(f)))
@@ -75,9 +75,9 @@ def _outcomes(f: Findings) -> Iterator[Column]:
         if len(seeds) > 1:
             yield Column("seeds", "seeds", "right")
     if f.versus and f.reference:
-        yield Column("difference", f"Δ to {f.results[f.reference].name} (95 %)", "right")
+        yield Column("difference", "Δ to reference (95 %)", "right")
         yield Column("direction", "direction")
-        yield Column("size", f"vs margin ± {f.metric.size(f.sweep.margin)}")
+        yield Column("size", f"margin ± {f.metric.size(f.sweep.margin)}")
     yield Column("val", f"val {f.metric.title}{unit}", "right")
 
 
@@ -106,11 +106,12 @@ def plus_minus(f: Findings, r: Result) -> str:
 
 
 def _alpha(r: Result) -> str:
+    """The number, and the rule it came from where that is not the number itself."""
     c = r.cell
     if not c.adapter or c.alpha is None:
         return formats.DASH
-    value = f"{c.alpha:.4g}"
-    return f"{value} ({c.alpha_rule})" if c.alpha_rule and not c.alpha_rule.startswith(value[:4]) else value
+    value, rule = f"{c.alpha:.4g}", str(c.alpha_rule or "").removesuffix("/sqrt(r)")  # rsLoRA's name says that part
+    return f"{value} ({rule})" if rule.endswith("r") else value
 
 
 def _versus(f: Findings, r: Result) -> dict[str, str]:
@@ -119,7 +120,7 @@ def _versus(f: Findings, r: Result) -> dict[str, str]:
     made = f.versus.get(r.id)
     if made is None:
         return {}
-    bounds = f.metric.bounds(*made.estimate.interval())
+    bounds = f.metric.bounds(*made.interval)
     text = f"{f.metric.difference(made.estimate.mean)} ({bounds})"
     return {"difference": text, "direction": _verdict(made, made.direction), "size": _verdict(made, made.size)}
 
@@ -142,8 +143,10 @@ def _comparison_notes(f: Findings) -> Iterable[str]:
         declared = (
             "declared" if f.sweep.study.get("reference") == f.reference else "the largest rank, as none was declared"
         )
-        yield (f"Direction: Holm-adjusted within the {len(f.versus)} comparisons with {f.results[f.reference].name} ({declared}). "
+        yield (f"Direction and its interval are adjusted by Holm's steps within the {len(f.versus)} comparisons with {f.results[f.reference].name} ({declared}). "
                f"Margin: two one-sided tests at 5 %, apart from the direction. “Not resolved” is not “equal”.")  # fmt: skip
+    if any(r.cell.solo.get("seconds") for r in f.results.values()):
+        yield "Solo: a few steps of the cell alone on the base, their time scaled to the tokens of a run; pack totals stand in the budget."
     if any(not r.solo for r in f.results.values() if r.runs):
         yield "Time is the pack's divided by its runs, memory the pack's peak: runs trained side by side on one base, so neither is a cell's own."
     if any(r.choice.edge for r in f.results.values()):

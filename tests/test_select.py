@@ -1,0 +1,103 @@
+"""Which rate a cell gets: the best mean validation loss over tuning seeds, among rates at which nothing went wrong."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from typing import Any
+
+import pytest
+
+from lorabench.records import Record
+from lorabench.report.select import Choice, choose
+
+Losses = Mapping[float, list[Any]]  # rate -> validation loss of each seed, or a status, or None for a run not ended
+
+
+def sweep(*cells: Losses) -> tuple[dict[str, Any], dict[str, Record]]:
+    manifest: dict[str, Any] = {"cells": [], "runs": {}}
+    records: dict[str, Record] = {}
+    for n, cell in enumerate(cells):
+        ids = []
+        for lr, outcomes in cell.items():
+            for seed, outcome in enumerate(outcomes):
+                run_id = f"{len(manifest['runs']):012x}"
+                ids.append(run_id)
+                manifest["runs"][run_id] = {"role": "tune", "lr": lr, "seed": seed}
+                config = {"optimizer": {"lr": lr}, "seed": seed}
+                if isinstance(outcome, str):
+                    records[run_id] = Record(run_id, "tune", outcome, config)
+                elif outcome is not None:
+                    records[run_id] = Record(run_id, "tune", "completed", config, {"val/loss": outcome})
+        manifest["cells"].append({"id": f"c{n}", "runs": {"tune": ids, "confirm": []}})
+    return manifest, records
+
+
+def pick(cell: Losses) -> Choice:
+    return choose(*sweep(cell))["c0"]
+
+
+def test_best_mean_over_seeds() -> None:
+    choice = pick({1e-3: [0.5, 0.9], 2e-3: [0.6, 0.7], 4e-3: [0.8, 0.8]})
+    assert choice.lr == 2e-3
+    assert choice.loss == pytest.approx(0.65)
+    assert not choice.edge
+    assert [r.lr for r in choice.rates] == [1e-3, 2e-3, 4e-3]
+    assert choice.rates[0].losses == (0.5, 0.9)
+
+
+@pytest.mark.parametrize("lost", ["diverged", "failed", math.nan, math.inf])
+def test_a_rate_that_lost_a_seed_is_out(lost: Any) -> None:
+    choice = pick({1e-3: [0.9, 0.9], 2e-3: [0.8, 0.8], 4e-3: [0.1, lost]})
+    assert choice.lr == 2e-3
+    assert choice.ineligible == {4e-3: 1}
+    assert choice.rates[2].mean == 0.1
+
+
+@pytest.mark.parametrize("missing", [None, "pruned"])
+def test_a_rate_with_a_seed_missing_waits(missing: Any) -> None:
+    choice = pick({1e-3: [0.9, 0.9], 2e-3: [0.1, missing]})
+    assert choice.lr == 1e-3
+    assert choice.ineligible == {}
+    assert choice.rates[1].missing == 1
+    assert choice.rates[1].seeds == 2
+
+
+def test_a_tie_goes_to_the_smaller_rate() -> None:
+    assert pick({4e-3: [0.5], 1e-3: [0.5], 2e-3: [0.6]}).lr == 1e-3
+
+
+@pytest.mark.parametrize(
+    ("cell", "side"),
+    [
+        ({1e-3: [0.1], 2e-3: [0.2], 4e-3: [0.3]}, "low"),
+        ({1e-3: [0.3], 2e-3: [0.2], 4e-3: [0.1]}, "high"),
+        ({1e-3: [0.3], 2e-3: [0.1], 4e-3: ["diverged"]}, None),  # bounded by the rate that diverged
+        ({1e-3: [0.3]}, None),  # one rate is not a grid
+    ],
+)
+def test_the_edge_of_the_grid(cell: Losses, side: str | None) -> None:
+    choice = pick(cell)
+    assert choice.side == side
+    assert choice.edge == (side is not None)
+
+
+def test_no_eligible_rate() -> None:
+    choice = pick({1e-3: ["diverged"], 2e-3: [None]})
+    assert choice.lr is None
+    assert math.isnan(choice.loss)
+    assert not choice.edge
+
+
+def test_a_run_of_two_cells_counts_in_both() -> None:
+    manifest, records = sweep({1e-3: [0.3], 2e-3: [0.2]}, {1e-3: [0.1], 4e-3: [0.5]})
+    shared = manifest["cells"][0]["runs"]["tune"][1]
+    manifest["cells"][1]["runs"]["tune"].append(shared)
+    found = choose(manifest, records)
+    assert found["c0"].lr == 2e-3
+    assert [r.lr for r in found["c1"].rates] == [1e-3, 2e-3, 4e-3]
+
+
+def test_nothing_to_choose_from() -> None:
+    assert choose({}, {}) == {}
+    assert pick({}) == Choice(None)
