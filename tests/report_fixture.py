@@ -157,7 +157,7 @@ def _record(
     found = {
         "train_seconds": 21.0 if full else 4.2 + (cell.r or 0) / 40, "eval_seconds": 1.1, "pack_size": shared,
         "pack_seconds": 22.1 if full else 8 * 5.3, "peak_memory_bytes": 900 << 20 if full else 720 << 20,
-        "trainable_parameters": cell.trainable, "total_parameters": BASE + HEAD + (cell.r or 0) * PER_RANK, "steps": 100,
+        "trainable_parameters": cell.trainable, "total_parameters": BASE + HEAD, "steps": 100,
         "examples": 3200, "train_examples": 3200, "val_examples": 600, "test_examples": examples,
     } | resources  # fmt: skip
     provenance = {

@@ -133,11 +133,11 @@ class Config:
 def test_a_users_own_file_is_checked_like_ours(tmp_path):
     path = tmp_path / "mine.py"
     path.write_text(LOCAL)
-    assert run(**{"task": {"kind": "local", "file": str(path), "size": 5}}).task.size == 5
+    assert run(task={"kind": "local", "file": str(path), "size": 5}).task.size == 5
     with pytest.raises(ConfigError, match=r"task\.size=0: must be at least 1"):
-        run(**{"task": {"kind": "local", "file": str(path), "size": 0}})
+        run(task={"kind": "local", "file": str(path), "size": 0})
     with pytest.raises(ConfigError, match=r"task\.file=.*absent\.py"):
-        run(**{"task": {"kind": "local", "file": "absent.py"}})
+        run(task={"kind": "local", "file": "absent.py"})
     path.write_text("1 / 0")
     with pytest.raises(ConfigError, match="does not import: ZeroDivisionError"):
-        run(**{"task": {"kind": "local", "file": str(path)}})
+        run(task={"kind": "local", "file": str(path)})

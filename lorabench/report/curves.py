@@ -11,7 +11,7 @@ from matplotlib.axes import Axes
 from lorabench.records import Record
 from lorabench.report import formats, style
 from lorabench.report.findings import Findings
-from lorabench.report.load import pretty_rule
+from lorabench.report.load import pretty_rule, short
 from lorabench.report.results import Result
 from lorabench.report.style import Drawing, Look
 
@@ -75,7 +75,7 @@ def _rate_panel(
         _rate_curve(ax, r, looks[r.id], high + room)
     ax.set_ylim(low - room, high + 1.6 * room)
     style.tidy(ax, x="learning rate (log scale)", y="validation loss (nats)")
-    ax.set_title(title)
+    ax.set_title(short(title, style.MOST))
     # Under a panel's title a rank alone names a cell, unless two cells have it.
     short = bool(title) and all(r.cell.adapter for r in here) and len({r.cell.r for r in here}) == len(here)
     ends = [(r, [x for x in r.choice.rates if x.losses][-1]) for r in here]

@@ -8,6 +8,7 @@ from matplotlib.axes import Axes
 
 from lorabench.report import curves, style
 from lorabench.report.findings import Findings
+from lorabench.report.load import short
 from lorabench.report.results import Result
 from lorabench.report.style import FAINT, Drawing
 
@@ -179,7 +180,7 @@ def metric_by_cell(f: Findings, found: dict[str, style.Look]) -> Drawing:
                     markeredgecolor="#B35900",
                     markeredgewidth=1.6,
                 )
-        ax.set_yticks(range(len(shown)), [r.name for r in shown])
+        ax.set_yticks(range(len(shown)), [short(r.name, style.MOST) for r in shown])
         ax.set_ylim(len(shown) - 0.4, -0.6)
         style.tidy(ax, x=_what(f), y="", grid="x")
         style.per_metric(ax, f.metric, "x")

@@ -245,5 +245,5 @@ def pretty_rule(rule: str | None) -> str:
     return re.sub(r"(\d+\.\d{3})\d+", r"\1", rule or "")
 
 
-def short(text: str) -> str:
-    return text if len(text) <= 32 else text[:31] + "…"
+def short(text: str, most: int = 32) -> str:
+    return text if len(text) <= most else text[: most - 1] + "…"

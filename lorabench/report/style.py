@@ -20,7 +20,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, NullFormatter
 
 from lorabench.report import formats
-from lorabench.report.load import Cell
+from lorabench.report.load import Cell, short
 
 HUES = {
     "LoRA": "#0072B2",
@@ -33,6 +33,7 @@ HUES = {
 OTHERS = ("#8C6D00", "#5B4FA2", "#A0522D", "#3E8E9C", "#7A8B1F")
 DASHES: tuple[Any, ...] = ("-", (0, (5, 2)), (0, (1, 1.4)), (0, (6, 2, 1, 2)))
 MARKERS = "osD^vP"
+MOST = 40  # characters of a name inside a picture
 INK, FAINT, GRID = "#222222", "#666666", "#E3E3E3"
 RC = {
     "font.family": "DejaVu Sans", "font.size": 10.5, "axes.labelsize": 10.5, "axes.titlesize": 11, "xtick.labelsize": 9.5,
@@ -204,7 +205,7 @@ def end_labels(ax: Axes, labels: Sequence[Label], *, size: float = 9.5) -> None:
     for at, (x, y, text, colour) in zip(spread(wanted, gap), ordered, strict=True):
         xy, coords = ((1.0, y), ax.get_yaxis_transform()) if x is None else ((x, y), ax.transData)
         ax.annotate(
-            text, xy=xy, xycoords=coords, xytext=(1.04, at), textcoords="axes fraction", color=readable(colour), fontsize=size,
+            short(text, MOST), xy=xy, xycoords=coords, xytext=(1.04, at), textcoords="axes fraction", color=readable(colour), fontsize=size,
             va="center", ha="left", annotation_clip=False,
             arrowprops={"arrowstyle": "-", "color": colour, "lw": 0.7, "alpha": 0.8, "shrinkA": 1, "shrinkB": 4 if x else 0, "relpos": (0, 0.5)},
         )  # fmt: skip

@@ -140,9 +140,10 @@ def _comparison_notes(f: Findings) -> Iterable[str]:
         sd = f.metric.size(f.pooled.within**0.5)
         yield f"Seed variance is pooled over the {f.pooled.cells} adapter cells (a seed's standard deviation: {sd}; Bartlett p = {f.pooled.p:.2f})."
     if f.versus and f.reference:
-        declared = (
-            "declared" if f.sweep.study.get("reference") == f.reference else "the largest rank, as none was declared"
+        by_default = (
+            "the largest rank, none being declared" if f.results[f.reference].cell.adapter else "none being declared"
         )
+        declared = "declared" if f.sweep.study.get("reference") == f.reference else by_default
         yield (f"Direction and its interval are adjusted by Holm's steps within the {len(f.versus)} comparisons with {f.results[f.reference].name} ({declared}). "
                f"Margin: two one-sided tests at 5 %, apart from the direction. “Not resolved” is not “equal”.")  # fmt: skip
     if any(r.cell.solo.get("seconds") for r in f.results.values()):
