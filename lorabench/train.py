@@ -9,6 +9,8 @@ import warnings
 from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from itertools import pairwise
+from statistics import median
 from typing import Any
 
 import pytorch_lightning as pl
@@ -72,7 +74,10 @@ def _train(pack: Pack, store: Store, listener: Listener) -> list[Record]:
 
 
 def measure(run: RunConfig, store: Store, *, steps: int = 10) -> dict[str, Any]:
-    """Seconds, tokens and peak memory of a few training steps of one run alone, the first two left out of the clock."""
+    """Seconds, tokens and peak memory of a few training steps of one run alone, the first two left out of the clock.
+
+    The seconds are the median pace, seconds a token, over the tokens: a machine that was busy for a moment does not show.
+    """
     trainer = replace(run.trainer, max_steps=steps, eval_interval=steps + 1)
     marks: list[tuple[float, int]] = []
     with _opened(Pack("solo", (replace(run, trainer=trainer),)), store, Listener()) as s:
@@ -81,11 +86,13 @@ def measure(run: RunConfig, store: Store, *, steps: int = 10) -> dict[str, Any]:
         with PeakMemory(s.resolved.device) as memory, _quiet():
             s.trainer.fit(s.module, _train_stream(s), _eval_stream(s, "val"))  # never reached: eval_interval
             peak = memory.peak()
-    (start, before), (end, after) = marks[min(1, len(marks) - 1)], marks[-1]
+    counted = list(pairwise(marks[1:]))
+    pace = median((end - start) / max(1, after - before) for (start, before), (end, after) in counted)
+    tokens = marks[-1][1] - marks[1][1]
     return {
-        "seconds": round(end - start, 4),
-        "tokens": after - before,
-        "steps": len(marks) - 2,
+        "seconds": round(pace * max(1, tokens), 4),
+        "tokens": tokens,
+        "steps": len(counted),
         "peak_memory_bytes": peak,
     }
 

@@ -117,7 +117,7 @@ document.title=f.scrollWidth+' '+f.clientWidth})</script>"
     frame = f'<iframe src="out/report.html" style="width:{width}px;height:800px;border:0"></iframe>'
     (tmp_path / "frame.html").write_text(frame + probe, encoding="utf-8")
     flags = ["--headless", "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run", "--disable-background-networking",
-             "--disable-component-update", "--disable-sync", "--allow-file-access-from-files", f"--user-data-dir={tmp_path / 'profile'}"]  # fmt: skip
+             "--disable-component-update", "--disable-sync", "--hide-scrollbars", "--allow-file-access-from-files", f"--user-data-dir={tmp_path / 'profile'}"]  # fmt: skip
     assert BROWSER is not None
     done = subprocess.run(
         [BROWSER, *flags, "--virtual-time-budget=3000", "--window-size=1400,1000", "--dump-dom", f"file://{tmp_path}/frame.html"],

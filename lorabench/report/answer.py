@@ -11,6 +11,7 @@ from lorabench.report import formats
 from lorabench.report import statistics as st
 from lorabench.report.findings import Comparison, Findings
 from lorabench.report.formats import plural
+from lorabench.report.load import flatten
 from lorabench.report.results import Result
 
 
@@ -34,6 +35,9 @@ def answer(f: Findings) -> Answer:
 def _lead(f: Findings) -> str:
     rec, m = f.recommendation, f.metric
     margin = m.size(f.sweep.margin)
+    if rec and rec.cell is None and rec.passed and rec.stopped:
+        best = f.results[rec.reference]
+        return f"{_cap(best.name)} reaches {_score(f, best)}; whether a smaller adapter would do gets no verdict ({rec.stopped.blocked})."
     if rec is None or rec.cell is None:
         best = _leader(f)
         text = f"{_cap(best.name)} has the best validation loss and reaches {_score(f, best)} on test."
@@ -46,8 +50,6 @@ def _lead(f: Findings) -> str:
         return text + f", with {_fraction(r, ref)} of its trainable parameters."
     if rec.stopped is None:
         return f"{_cap(r.name)} reaches {_score(f, r)}; there is no smaller adapter here to set against it."
-    if rec.stopped.blocked:
-        return f"{_cap(r.name)} reaches {_score(f, r)}; whether a smaller adapter would do gets no verdict ({rec.stopped.blocked})."
     text = f"Not resolved how small an adapter can be: none below {r.name} was shown to be within {margin} of it, so it is the one to keep"
     return f"{text} ({_score(f, r)})."
 
@@ -75,13 +77,15 @@ def _against_reference(f: Findings) -> Iterator[tuple[str, str]]:
 def _sentence(f: Findings, made: Comparison, prefix: str = "") -> str:
     """Direction and size of one difference, apart from each other."""
     name, other = f.results[made.cell].name, f.results[made.other].name
+    subject = f"{prefix}{name}," if prefix else name
     adjusted = "adjusted " if made.level > 0.95 else ""
-    bounds = f"{adjusted}95 % interval {f.metric.bounds(*made.interval)}"
+    bounds = f"({adjusted}95 % interval {f.metric.bounds(*made.interval)})"
+    signed = f"{f.metric.difference(made.estimate.mean, unit=True)} {bounds}"
+    if made.blocked:
+        return f"{_cap(subject)} against {other}: {signed}; no verdict ({made.blocked})."
     if made.direction == "not resolved":
-        text = f"{prefix}{name}, and {other} are not told apart: {f.metric.difference(made.estimate.mean, unit=True)} ({bounds})"
-        text = text if prefix else text.replace(f"{name}, and", f"{name} and", 1)
-    else:
-        text = f"{prefix}{name}{',' if prefix else ''} is {f.metric.size(made.estimate.mean)} {made.direction} than {other} ({bounds})"
+        return f"{_cap(subject)} and {other} are not told apart: {signed}; {_margin_words(f, made)}."
+    text = f"{subject} is {f.metric.size(made.estimate.mean)} {made.direction} than {other} {bounds}"
     return f"{_cap(text)}; {_margin_words(f, made)}."
 
 
@@ -112,8 +116,6 @@ def _how_small(f: Findings) -> Iterator[tuple[str, str]]:
 
 def _margin_words(f: Findings, made: Comparison) -> str:
     margin = f.metric.size(f.sweep.margin)
-    if made.blocked:
-        return f"no verdict: {made.blocked}"
     if made.size == "not resolved":
         return f"whether that is within the margin of {margin} is not resolved{_settle(f, made)}"
     return f"that is {'within' if made.size == 'within' else 'more than'} the margin of {margin}"
@@ -195,27 +197,27 @@ def _command(f: Findings, cell: str) -> str:
     words = ["python", "-m", "lorabench"]
     if experiment:
         words += [f"+experiment={experiment}", "hydra.mode=RUN", f"sweep.name={f.sweep.name}-chosen"]
-    words.append(f"method={method['name']}")
-    words += [
-        f"method.{key}={_hydra(method[key])}"
-        for key in ("r", "alpha", "target_modules", "use_rslora")
-        if method.get(key) not in (None, False)
-    ]
-    words += [
-        f"{key}={value}"
-        for key, value in r.cell.extra
-        if not key.startswith("method.") or key.split(".")[1] not in method
-    ]
-    words.append(f"optimizer.lr={formats.rate(r.lr)}")
+    settings = {"method": method["name"]}
+    settings |= {
+        f"method.{k}": method[k]
+        for k in ("r", "alpha", "target_modules", "use_rslora")
+        if method.get(k) not in (None, False)
+    }
+    flat = dict(flatten(config))
+    settings |= {k: flat[k] for k, _ in r.cell.extra if k in flat and k not in settings}
+    words += [f"{k}={_hydra(v)}" for k, v in {**settings, "optimizer.lr": r.lr}.items()]
     return " ".join(shlex.quote(w) for w in words)
 
 
 def _hydra(value: Any) -> str:
+    """A value in Hydra's grammar, to the last digit."""
     if isinstance(value, (list, tuple)):
-        return "[" + ",".join(map(str, value)) + "]"
-    if isinstance(value, bool):
-        return str(value).lower()
-    return f"{value:g}" if isinstance(value, float) else str(value)
+        return "[" + ",".join(map(_hydra, value)) + "]"
+    if value is None or isinstance(value, bool):
+        return "null" if value is None else str(value).lower()
+    if isinstance(value, float):
+        return f"{value:g}" if float(f"{value:g}") == value else repr(value)
+    return str(value)
 
 
 def _cap(text: str) -> str:

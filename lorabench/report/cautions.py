@@ -24,7 +24,7 @@ def _gaps(f: Findings) -> Iterator[str]:
     sweep, results = f.sweep, f.results.values()
     open_runs = [i for i in sweep.planned if i not in sweep.records]
     if open_runs:
-        yield f"{plural(len(open_runs), 'run')} of {len(sweep.planned)} have not ended yet; this is a report of the others."
+        yield f"{plural(len(open_runs), 'run')} of {len(sweep.planned)} had not ended; this is a report of the others."
     if f.confirmed and (bare := [r.name for r in results if r.test is None]):
         yield f"Without a test result: {', '.join(bare)}."
     for r in results:

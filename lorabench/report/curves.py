@@ -77,9 +77,9 @@ def _rate_panel(
     style.tidy(ax, x="learning rate (log scale)", y="validation loss (nats)")
     ax.set_title(short(title, style.MOST))
     # Under a panel's title a rank alone names a cell, unless two cells have it.
-    short = bool(title) and all(r.cell.adapter for r in here) and len({r.cell.r for r in here}) == len(here)
+    ranks_do = bool(title) and all(r.cell.adapter for r in here) and len({r.cell.r for r in here}) == len(here)
     ends = [(r, [x for x in r.choice.rates if x.losses][-1]) for r in here]
-    names = [(x.lr, x.mean, f"r = {r.cell.r}" if short else r.name, looks[r.id].colour) for r, x in ends]
+    names = [(x.lr, x.mean, f"r = {r.cell.r}" if ranks_do else r.name, looks[r.id].colour) for r, x in ends]
     style.end_labels(ax, names)
 
 

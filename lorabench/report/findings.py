@@ -40,7 +40,7 @@ class Comparison:
 class Recommendation:
     """Fixed sequence: from the largest adapter down, non-inferior to the reference at each step, first failure stops."""
 
-    cell: str | None
+    cell: str | None  # None where no adapter passed, or where the first step had too few runs for a verdict
     reference: str
     passed: tuple[str, ...]
     stopped: Comparison | None  # the first that was not shown to be within the margin
@@ -110,7 +110,7 @@ def _blocked(a: Result, b: Result, e: st.Estimate) -> str | None:
         if r.lost:
             return f"{formats.plural(r.lost, 'confirmation run')} of {r.name} did not survive"
     if not e.verdicts:
-        return f"{formats.plural(e.seeds, 'seed')} in common: no verdict below three"
+        return f"{formats.plural(e.seeds, 'seed')} in common, a verdict takes three"
     return None
 
 
@@ -168,6 +168,8 @@ def _recommend(results: Mapping[str, Result], compare: Compare, reference: str, 
             stopped = found
             break
         passed.append(cell.id)
+    if passed == [reference] and stopped and stopped.blocked:
+        return Recommendation(None, reference, (reference,), stopped)
     return Recommendation(passed[-1] if passed else None, reference, tuple(passed), stopped)
 
 
