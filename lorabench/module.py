@@ -143,10 +143,10 @@ class PackModule(pl.LightningModule):
         out = self.task.step(self.model, batch)
         columns = {"example": batch["example"], **out.rows, "loss_sum": out.loss_sum, "weight": out.weight}
         for name, column in columns.items():
-            columns[name] = column.detach().view(len(self.runs), -1).cpu()
+            wide = column.detach().float() if column.dtype in (torch.bfloat16, torch.float16) else column.detach()
+            columns[name] = wide.view(len(self.runs), -1).cpu()
         for k, chunks in enumerate(self._chunks):
-            chunks.append({name: column[k].float().numpy() if column.is_floating_point() else column[k].numpy()
-                           for name, column in columns.items()})  # fmt: skip
+            chunks.append({name: column[k].numpy() for name, column in columns.items()})
 
     def _end_evaluation(self) -> list[dict[str, np.ndarray]]:
         """Per-example results of each slice, in the order of the example's own id."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 from matplotlib.axes import Axes
 
@@ -83,29 +84,23 @@ def _line(
     for r, x, s in points:
         assert s is not None
         ax.vlines(x, s[0], s[2], color=found[r.id].colour, linewidth=2.6, alpha=0.55, zorder=3)
-        ax.plot(
-            x,
-            s[1],
-            marker=look.marker,
-            color=found[r.id].colour,
-            markersize=6.5,
-            markeredgecolor="white",
-            markeredgewidth=0.8,
-            zorder=4,
-        )
-        if f.recommendation and f.recommendation.cell == r.id:
-            ax.plot(
-                x,
-                s[1],
-                marker="o",
-                markersize=13,
-                markerfacecolor="none",
-                markeredgecolor="#B35900",
-                markeredgewidth=1.6,
-                zorder=5,
-            )
+        _point(ax, x, s[1], found[r.id], ringed=_recommended(f, r))
     name = mine[-1].name.replace(f" r = {mine[-1].cell.r}", "") if several else mine[-1].cell.method
     return None, ys[-1], name, colour
+
+
+RING = "#B35900"
+
+
+def _point(ax: Axes, x: float, y: float, look: style.Look, *, ringed: bool) -> None:
+    edge: dict[str, Any] = {"markeredgecolor": "white", "markeredgewidth": 0.8}
+    ax.plot(x, y, marker=look.marker, color=look.colour, markersize=6.8, zorder=4, **edge)
+    if ringed:
+        ax.plot(x, y, "o", markersize=13, markerfacecolor="none", markeredgecolor=RING, markeredgewidth=1.6, zorder=5)
+
+
+def _recommended(f: Findings, r: Result) -> bool:
+    return f.recommendation is not None and f.recommendation.cell == r.id
 
 
 def _band(ax: Axes, f: Findings, r: Result, found: dict[str, style.Look]) -> list[style.Label]:
@@ -149,47 +144,25 @@ def _alt(f: Findings, what: str) -> str:
 def metric_by_cell(f: Findings, found: dict[str, style.Look]) -> Drawing:
     """A dot with its interval a cell; a band of one margin around the reference."""
     shown = [r for r in f.results.values() if score(f, r)]
+    caption = _caption(f)
     with style.canvas(6.2, 1.1 + 0.34 * len(shown)) as figure:
         ax = figure.add_subplot()
-        reference = f.results[f.reference].test if f.reference and f.versus else None
-        if reference is not None:
-            ax.axvspan(
-                reference.mean - f.sweep.margin, reference.mean + f.sweep.margin, color=FAINT, alpha=0.10, linewidth=0
-            )
-            ax.axvline(reference.mean, color=FAINT, linewidth=1.0, linestyle=(0, (1, 2)))
+        if f.reference and f.versus and (reference := f.results[f.reference]).test:
+            at, margin = reference.test.mean, f.sweep.margin
+            ax.axvspan(at - margin, at + margin, color=FAINT, alpha=0.10, linewidth=0)
+            ax.axvline(at, color=FAINT, linewidth=1.0, linestyle=(0, (1, 2)))
+            caption += f" The grey band is one margin around {reference.name}."
         for y, r in enumerate(shown):
-            s, look = score(f, r), found[r.id]
+            s = score(f, r)
             assert s is not None
-            ax.hlines(y, s[0], s[2], color=look.colour, linewidth=2.8, alpha=0.55)
-            ax.plot(
-                s[1],
-                y,
-                marker=look.marker,
-                color=look.colour,
-                markersize=7,
-                markeredgecolor="white",
-                markeredgewidth=0.8,
-            )
-            if f.recommendation and f.recommendation.cell == r.id:
-                ax.plot(
-                    s[1],
-                    y,
-                    marker="o",
-                    markersize=13,
-                    markerfacecolor="none",
-                    markeredgecolor="#B35900",
-                    markeredgewidth=1.6,
-                )
+            ax.hlines(y, s[0], s[2], color=found[r.id].colour, linewidth=2.8, alpha=0.55)
+            _point(ax, s[1], y, found[r.id], ringed=_recommended(f, r))
         ax.set_yticks(range(len(shown)), [short(r.name, style.MOST) for r in shown])
         ax.set_ylim(len(shown) - 0.4, -0.6)
         style.tidy(ax, x=_what(f), y="", grid="x")
         style.per_metric(ax, f.metric, "x")
         ax.tick_params(axis="y", length=0)
+        if f.recommendation and f.recommendation.cell:
+            caption += " The ring marks the recommended adapter."
         title = f"{f.metric.title[:1].upper() + f.metric.title[1:]} by cell"
-        band = (
-            f" The grey band is one margin around {f.results[f.reference].name}."
-            if reference is not None and f.reference
-            else ""
-        )
-        ring = " The ring marks the recommended adapter." if f.recommendation and f.recommendation.cell else ""
-        return style.drawing("metric_by_cell", title, _caption(f) + band + ring, _alt(f, "by cell"), figure)
+        return style.drawing("metric_by_cell", title, caption, _alt(f, "by cell"), figure)
