@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -10,6 +11,7 @@ from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig, OmegaConf, open_dict
 
 from lorabench.config import digest, parse
+from lorabench.schema import ConfigError
 
 
 def config_dir() -> str:
@@ -53,6 +55,14 @@ def alpha_rule(cfg: DictConfig) -> str | None:
 def task(cfg: DictConfig) -> float:
     """Hydra's task function: one run. Returns its primary validation metric, NaN if it failed; never raises for it."""
     hydra = HydraConfig.get()
+    try:
+        return _run(cfg, hydra)
+    except ConfigError as e:  # leaves before Hydra prints the overrides above the message
+        print(f"error: {e}", file=sys.stderr)
+        raise SystemExit(2) from e
+
+
+def _run(cfg: DictConfig, hydra: Any) -> float:
     alone = hydra.mode is None or hydra.mode.name == "RUN"
     experiment = hydra.runtime.choices.get("experiment")
     made = job(cfg, name=sweep_name(hydra.overrides.task, experiment), experiment=experiment)

@@ -177,7 +177,7 @@ def _validation(f: Findings) -> Iterator[tuple[str, str]]:
             if about == "Best adapter" else f"{f.results[i].name}: {f.metric.value(f.results[i].val, unit=True)}"
             for i, about in named if i]  # fmt: skip
     if len(said) > 1:
-        text = f"{_cap('; '.join(said))} {f.metric.title}. The seeds that chose these rates measured them, so they flatter, most where more rates were tried."
+        text = f"{_cap('; '.join(said))} {f.metric.title}. The seeds that chose these rates measured them, so they are too good, most where more rates were tried."
         yield "On validation", text
     yield (
         "To confirm",
