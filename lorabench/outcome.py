@@ -61,7 +61,7 @@ def _metrics(s: Session, k: int, run: RunConfig, status: str) -> dict[str, Any]:
     found = state.best_metrics if status == "completed" else state.last_metrics
     metrics: dict[str, Any] = {f"val/{name}": value for name, value in found.items()}
     metrics |= {"primary": run.task.metric, "best_step": state.best_step}
-    metrics["lower_is_better"] = run.task.metric in run.task.lower_is_better
+    metrics["lower_is_better"] = run.task.metric in getattr(run.task, "lower_is_better", ("loss",))
     if run.role == "confirm" and status == "completed":
         rows = s.module.results[k]
         metrics |= {f"test/{name}": value for name, value in run.task.metrics(rows).items()}
