@@ -91,34 +91,19 @@ def planned_packs(store: Store, jobs: Sequence[Job]) -> list[Pack]:
     """The packs that hold the jobs: those of the manifest where they stand, new ones for what is new."""
     manifest = store.manifest()
     runs = {j.run.run_id: j.run for j in jobs}
-    current = _current_packs(manifest)
-    known: list[Pack] = []
-    for entry in current:
-        if not any(i in runs for i in entry["runs"]):
-            continue
-        if any(
-            i not in runs for i in entry["runs"]
-        ):  # asked for less than was planned: its members train together all the same
-            runs_of = [runs.get(i) or _run_from_manifest(manifest, i) for i in entry["runs"]]
-        else:
-            runs_of = [runs[i] for i in entry["runs"]]
-        known.append(Pack(entry["id"], tuple(r for r in runs_of if r is not None)))
+    known = [
+        # a pack trains with the members it was planned with, whether or not all of them are asked for now
+        Pack(entry["id"], tuple(runs.get(i) or _run_from_manifest(manifest, i) for i in entry["runs"]))
+        for entry in manifest["packs"]
+        if not entry.get("replaced") and any(i in runs for i in entry["runs"])
+    ]
     planned = {i for p in known for i in p.run_ids}
     fresh = plan_packs(
         [r for i, r in runs.items() if i not in planned], jobs[0].settings.sweep.max_pack, len(manifest["packs"])
     )
-    for pack in fresh:
-        resolved = asdict(prep.resolve(pack.runs[0]))
-        manifest["packs"].append(
-            {"id": pack.id, "version": 1, "role": pack.runs[0].role, "runs": pack.run_ids, "resolved": resolved}
-        )
+    manifest["packs"] += [_entry(pack, version=1) for pack in fresh]
     store.write_manifest(manifest)
     return known + fresh
-
-
-def _current_packs(manifest: Mapping[str, Any]) -> list[dict[str, Any]]:
-    """The plan in force: a pack that was split stands no more, its parts do."""
-    return [p for p in manifest["packs"] if not p.get("replaced")]
 
 
 def _run_from_manifest(manifest: Mapping[str, Any], run_id: str) -> RunConfig:
@@ -134,9 +119,17 @@ def replan(store: Store, pack: Pack, parts: Sequence[Pack]) -> None:
         for entry in manifest["packs"]:
             if entry["id"] == pack.id:
                 entry["replaced"] = [p.id for p in parts]
-        for part in parts:
-            resolved = asdict(prep.resolve(part.runs[0]))
-            manifest["packs"].append(
-                {"id": part.id, "version": 2, "role": part.runs[0].role, "runs": part.run_ids, "resolved": resolved}
-            )
+        manifest["packs"] += [_entry(part, version=2) for part in parts]
         store.write_manifest(manifest)
+
+
+def _entry(pack: Pack, *, version: int) -> dict[str, Any]:
+    """A pack in the manifest, with what `auto` means for it here."""
+    first = pack.runs[0]
+    return {
+        "id": pack.id,
+        "version": version,
+        "role": first.role,
+        "runs": pack.run_ids,
+        "resolved": asdict(prep.resolve(first)),
+    }

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -60,8 +61,8 @@ def execute(jobs: Sequence[Job], *, executor: Executor = map, console: Console |
     write_cells(store, jobs, plans, only_new=True)
     with store.locked():
         packs = planned_packs(store, jobs)
-    finished = _finished(store, jobs)
-    todo = [p for p in packs if any(i not in finished for i in p.run_ids)]
+    finished = _finished(store, settings, [run for pack in packs for run in pack.runs])
+    todo = [p for p in packs if any(i in plans and i not in finished for i in p.run_ids)]
     if not todo and settings.sweep.progress:
         console.print(f"{store.root}: all {len(plans)} runs are finished, nothing to train", highlight=False)
     with Progress(console, todo, enabled=settings.sweep.progress) as progress:
@@ -110,17 +111,16 @@ def _listener(progress: Progress, pack: Pack, tracker: Any) -> Listener:
     return Listener(step=progress.step(pack), start=start, rows=rows, finish=lambda r: tracker.finish(r.run_id, r))
 
 
-def _finished(store: Store, jobs: Sequence[Job]) -> set[str]:
+def _finished(store: Store, settings: Settings, runs: Sequence[RunConfig]) -> set[str]:
     """Runs that need no training, after checking that what they were trained on is what is here."""
-    settings = jobs[0].settings
     done: set[str] = set()
-    for job in {j.run.run_id: j for j in jobs}.values():
-        record = store.read(job.run.run_id)
+    for run in runs:
+        record = store.read(run.run_id)
         if record is None or (record.status == "failed" and settings.sweep.retry_failed):
             continue
         if record.status != "failed" and not settings.sweep.accept_drift:
-            _check_drift(record, job.run)
-        done.add(job.run.run_id)
+            _check_drift(record, run)
+        done.add(run.run_id)
     return done
 
 
@@ -190,6 +190,10 @@ def finish(settings: Settings, *, console: Console | None = None) -> None:
         if settings.report.enabled:
             render(settings.sweep.dir, settings.report.dir, title=settings.report.title)
             console.print(f"report: {settings.report.dir}/report.html", soft_wrap=True, highlight=False)
+    counts = Counter(r.status for r in records)
+    console.print(
+        f"{len(records)} runs: " + ", ".join(f"{n} {status}" for status, n in sorted(counts.items())), highlight=False
+    )
     failed = [r for r in records if r.status == "failed"]
     if failed:
         for r in failed[:10]:

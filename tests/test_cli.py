@@ -85,11 +85,10 @@ BAD_DATA = {
     "one class": ("text,label\n" + "".join(f"thing number {i},same\n" for i in range(50)), "task.label_column=label"),
     "empty": ("text,label\n", "task.file=data.csv"),
     "not UTF-8": (b"text,label\ncaf\xe9,good\n" + GOOD.encode()[11:], "task.file=data.csv"),
-    "unseen label": (GOOD + "one of a kind,rare\n", "task.label_column=label"),
 }
 
 
-@pytest.mark.parametrize("case", [c for c in BAD_DATA if c != "unseen label"])
+@pytest.mark.parametrize("case", BAD_DATA)
 def test_bad_data_names_key_and_value_and_writes_nothing(cli, case):
     content, named = BAD_DATA[case]
     write(content)
@@ -97,6 +96,23 @@ def test_bad_data_names_key_and_value_and_writes_nothing(cli, case):
     assert code == 2, out
     assert named in out
     assert "Traceback" not in out
+    assert os.listdir() == ["data.csv"]
+
+
+def test_a_label_unseen_in_training_is_refused(cli):
+    write(GOOD)
+    write("text,label\none of a kind,rare\nquite a good thing,good\n", "test.csv")
+    code, out = cli(*FILE, "task.file=data.csv", "task.test_file=test.csv")
+    assert code == 2, out
+    assert "task.label_column=label" in out and "'rare'" in out and "test" in out
+    assert sorted(os.listdir()) == ["data.csv", "test.csv"]
+
+
+def test_an_empty_split_is_refused(cli):
+    write(GOOD)
+    code, out = cli(*FILE, "task.file=data.csv", "task.val_fraction=0.0001")
+    assert code == 2, out
+    assert "task.val_fraction=0.0001" in out
     assert os.listdir() == ["data.csv"]
 
 

@@ -91,6 +91,15 @@ def test_more_rates_later_train_only_what_is_new(cli):
     assert {p: t for p, t in after.items() if p in before} == before
 
 
+def test_asking_for_part_of_a_finished_pack_trains_nothing(cli):
+    assert cli(*GRID)[0] == 0
+    before = stamps()
+    code, out = cli("-m", "method.r=1", "optimizer.lr=2e-2", "sweep.name=s")
+    assert code == 0, out
+    assert "nothing to train" in out
+    assert stamps() == before
+
+
 @pytest.mark.parametrize("launcher", ["basic", "joblib"])
 def test_hydras_own_launchers_give_the_same_records(cli, launcher, monkeypatch):
     monkeypatch.setenv("JOBLIB_MULTIPROCESSING", "1")
@@ -143,6 +152,21 @@ def test_failed_runs_are_recorded_the_command_exits_1_and_retries_when_asked(cli
     assert cli(*argv)[0] == 1, "a failed run is kept until a retry is asked for"
     assert cli(*argv, "sweep.retry_failed=true")[0] == 0
     assert [r.status for r in Store("sweeps/s").records()] == ["completed"] * 2
+
+
+def test_a_base_whose_slices_would_mix_trains_one_by_one(cli):
+    """BERT looks its position embeddings up once for the whole batch, [1, T]: slices cannot each have their own."""
+    code, out = cli("-m", "method.r=1,2", "method.target_modules=[position_embeddings]", "sweep.name=s")
+    assert code == 0, out
+    assert "position_embeddings" in out and "one by one" in out
+    store = Store("sweeps/s")
+    assert [r.status for r in store.records()] == ["completed"] * 2
+    assert {r.resources["pack_size"] for r in store.records()} == {1}
+    first, *parts = store.manifest()["packs"]
+    assert first["replaced"] == [p["id"] for p in parts] == ["p0.0", "p0.1"]
+    before = stamps()
+    assert cli("-m", "method.r=1,2", "method.target_modules=[position_embeddings]", "sweep.name=s")[0] == 0
+    assert stamps() == before
 
 
 def test_changed_data_under_the_same_runs_is_refused(cli, tiny, tmp_path):
