@@ -16,7 +16,7 @@ from lorabench.base import Base
 from lorabench.config import RunConfig
 from lorabench.module import PackModule
 from lorabench.plan import SlicePlan
-from lorabench.prepare import Pack, Prepared, Resolved
+from lorabench.prepare import Pack, Prepared, Resolved, user_code
 from lorabench.records import Record, Store
 
 
@@ -117,6 +117,7 @@ def _provenance(s: Session, state: Any) -> dict[str, Any]:
         "data_fingerprint": s.prepared.data.fingerprint, "model_fingerprint": s.base.fingerprint, "model_notes": s.base.notes,
         "data_notes": {**s.prepared.data.notes, **s.prepared.encoded.notes}, "pack": s.pack.id, "pack_runs": s.pack.run_ids,
         "head": {"auto_class": s.prepared.head.auto_class, "label_names": list(s.prepared.head.label_names)},
+        "user_code": user_code(s.pack.runs[0]),
         "stopped": state.reason if state.status == "stopped" else None,
     }  # fmt: skip
 

@@ -7,7 +7,9 @@ anything is written: it reads the data and builds the base on the meta device, b
 from __future__ import annotations
 
 import dataclasses
+import hashlib
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from lorabench.base import Base, BaseInfo, HeadSpec
@@ -114,6 +116,15 @@ def base(run: RunConfig, head: HeadSpec, resolved: Resolved) -> Base:
         _base.clear()  # two bases at once are memory nobody asked for
         _base[key] = run.model.load(head, dtype=resolved.base_dtype, attention=resolved.attention)
     return _base[key]
+
+
+def user_code(run: RunConfig) -> str | None:
+    """SHA-256 prefix over the Python files of the user's own that a run names; None where it names none."""
+    named = [s.file for s in (run.task, run.model) if getattr(s, "kind", None) == "local"]
+    named += [spec.rpartition(":")[0] for spec in getattr(run.task, "extra_metrics", ())]
+    if not named:
+        return None
+    return hashlib.sha256(b"".join(Path(f).expanduser().read_bytes() for f in named)).hexdigest()[:16]
 
 
 def total_steps(run: RunConfig, examples: int) -> int:

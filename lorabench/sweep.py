@@ -125,14 +125,17 @@ def _finished(store: Store, settings: Settings, runs: Sequence[RunConfig]) -> se
 
 
 def _check_drift(record: Record, run: RunConfig) -> None:
-    """Refuse to reuse a record whose data or model files are not those that are here now."""
-    now = {"data_fingerprint": prep.load_data(run.task).fingerprint, "model_fingerprint": prep.model_fingerprint(run)}
-    for name, value in now.items():
+    """Refuse to reuse a record whose data, model or own Python files are not those that are here now."""
+    now = (
+        ("task", "data", "data_fingerprint", prep.load_data(run.task).fingerprint),
+        ("model", "model", "model_fingerprint", prep.model_fingerprint(run)),
+        ("task.file", "Python", "user_code", prep.user_code(run)),
+    )
+    for key, what, name, value in now:
         then = record.provenance.get(name)
         if then != value:
-            what = name.split("_")[0]
             raise ExistingWork(
-                f"{'task' if what == 'data' else 'model'}", run.task.name if what == "data" else run.model.name,
+                key, run.model.name if key == "model" else run.task.name,
                 f"the {what} files are not those that run {record.run_id} was trained on ({then} then, {value} now); "
                 "use another sweep.name, or sweep.accept_drift=true to keep the old records",
             )  # fmt: skip

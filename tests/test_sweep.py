@@ -36,7 +36,9 @@ def cli(tmp_path, monkeypatch, capsys, tiny):
 
     def run(*argv: str) -> tuple[int, str]:
         flags = [a for a in argv if a == "-m"]
-        monkeypatch.setattr("sys.argv", ["lorabench", *flags, *tiny, *[a for a in argv if a != "-m"]])
+        own_task = any(a.startswith("task=") for a in argv)
+        common = [a for a in tiny if not (own_task and a.startswith("task"))]
+        monkeypatch.setattr("sys.argv", ["lorabench", *flags, *common, *[a for a in argv if a != "-m"]])
         try:
             entry.main()
             code = 0
@@ -184,6 +186,36 @@ def test_changed_data_under_the_same_runs_is_refused(cli, tiny, tmp_path):
     assert stamps() == before
     assert cli(*argv, "sweep.accept_drift=true")[0] == 0
     assert stamps() == before
+
+
+OWN = """
+from dataclasses import dataclass
+from lorabench.schema import knob
+from lorabench.tasks.text_classification import Config as Base
+
+@dataclass(frozen=True)
+class Config(Base):
+    kind: str = knob("local", help="")
+    source: str = knob("file", help="")
+    data: str = knob("", help="")
+
+    def _rows(self):
+        return self._file_rows(self.data, "task.data", None), ()
+"""
+
+
+def test_a_changed_file_of_the_users_own_is_refused(cli, tmp_path):
+    data = make_data(tmp_path / "mine.csv")
+    own = tmp_path / "my_task.py"
+    own.write_text(OWN)
+    argv = ["-m", "method.r=2", "sweep.name=s", "task=local", f"task.file={own}", f"+task.data={data}"]
+    code, out = cli(*argv)
+    assert code == 0, out
+    assert cli(*argv)[0] == 0
+    own.write_text(OWN + "# another thought")
+    code, out = cli(*argv)
+    assert code == 2
+    assert "task.file=" in out and "Python files are not those" in out
 
 
 def command(folder: Path, tiny: list[str]) -> subprocess.Popen[bytes]:
