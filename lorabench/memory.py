@@ -58,11 +58,15 @@ def release() -> None:
         trim(0)
 
 
-def estimate(info: Any, plans: Any, run: Any, dtype: str) -> int:
-    """Bytes a pack needs at most, before it runs: weights, what trains with its AdamW state, and activations.
+RUNTIME = 700 * 2**20  # Python, torch, transformers and a data set of some thousand texts, resident
+KEPT = 3.5  # how often a layer's input and output are held at the peak: for backward, norms, non-linearities, products under way
 
-    Activations: every token keeps each layer's input and output for the backward pass, about 1.5 times over for norms
-    and non-linearities; attention keeps two T x T maps a head of width 64. The records hold the measured peak beside it.
+
+def estimate(info: Any, plans: Any, run: Any, *, dtype: str, device: str) -> int:
+    """Bytes a pack needs at its peak, before it runs: the process, weights, what trains with its AdamW state, activations.
+
+    Activations are those of full-length batches; attention keeps two T x T maps a head of width 64. `KEPT` and `RUNTIME`
+    are fitted to the reference records, whose measured peaks a test holds against this.
     """
     size = {"float32": 4, "bfloat16": 2, "float64": 8}[dtype]
     tokens = getattr(run.task, "max_length", None) or 256
@@ -70,6 +74,9 @@ def estimate(info: Any, plans: Any, run: Any, dtype: str) -> int:
     layers = [x for x in info.layers if x.kind in ("Linear", "Conv1D", "Conv2d")]
     widths = sum(x.in_features + x.out_features for x in layers)
     maps = 2 * info.num_layers * max(1, info.hidden_size // 64) * tokens * tokens
-    activations = rows * (1.5 * tokens * widths + maps) * size
+    frozen_trunk = not any(p.adapters or p.biases or p.full for p in plans)  # a head alone keeps nothing of the trunk
+    activations = (
+        rows * ((1 if frozen_trunk else KEPT) * tokens * widths + maps) * size / (len(layers) if frozen_trunk else 1)
+    )
     trainable = sum(p.trainable(info) for p in plans)
-    return int(info.parameters * size + trainable * 16 + activations)
+    return int((RUNTIME if device == "cpu" else 0) + info.parameters * size + trainable * 16 + activations)

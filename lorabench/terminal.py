@@ -90,14 +90,14 @@ def describe(pack: Pack) -> str:
 
 def dry_run_table(packs: Sequence[Pack], jobs: Sequence[Any], plans: Mapping[str, SlicePlan]) -> Table:
     """Runs, packs, trainable parameters and estimated memory. No weights were loaded, nothing was written."""
-    caption = "memory: an upper estimate, at full-length batches; nothing was written"
+    caption = "memory: an estimate, at full-length batches; nothing was written"
     table = Table(title=f"dry run: {len(jobs)} runs in {len(packs)} packs", caption=caption)
     for name in ("run", "cell", "lr", "seed", "trainable"):
         table.add_column(name, justify="left" if name in ("run", "cell") else "right", no_wrap=name != "cell")
     labels = {j.run.run_id: j.label for j in jobs}
     for pack in packs:
         first, info = pack.runs[0], prep.layers(pack.runs[0])
-        size = estimate(info, [plans[i] for i in pack.run_ids], first, prep.resolve(first).base_dtype)
+        size = _estimate(pack, plans)
         steps = prep.total_steps(first, len(prep.load_data(first.task).splits["train"]))
         table.add_row(f"[bold]{pack.id}[/]", f"[bold]{first.role}, {steps} steps, {size / 2**30:.1f} GiB[/]")
         for run in pack.runs:
@@ -107,6 +107,12 @@ def dry_run_table(packs: Sequence[Pack], jobs: Sequence[Any], plans: Mapping[str
             )
         table.add_section()
     return table
+
+
+def _estimate(pack: Pack, plans: Mapping[str, SlicePlan]) -> int:
+    first = pack.runs[0]
+    resolved, chosen = prep.resolve(first), [plans[i] for i in pack.run_ids]
+    return estimate(prep.layers(first), chosen, first, dtype=resolved.base_dtype, device=resolved.device)
 
 
 def _cell_name(label: Mapping[str, Any]) -> str:
