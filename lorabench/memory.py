@@ -5,6 +5,7 @@ from __future__ import annotations
 import ctypes
 import gc
 import resource
+import signal
 import sys
 from pathlib import Path
 from typing import Any
@@ -52,7 +53,11 @@ class PeakMemory:
 
 def release() -> None:
     """Give freed memory back to the system, which glibc puts off: a peak is then this stretch's own."""
-    gc.collect()
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})  # Ctrl-C inside a finalizer would be lost
+    try:
+        gc.collect()
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
     trim = getattr(ctypes.CDLL(None), "malloc_trim", None) if sys.platform == "linux" else None
     if trim is not None:
         trim(0)

@@ -218,12 +218,23 @@ def test_a_changed_file_of_the_users_own_is_refused(cli, tmp_path):
     assert "task.file=" in out and "Python files are not those" in out
 
 
+def heed_interrupts() -> None:
+    """A shell that runs its jobs in the background leaves SIGINT ignored to what it starts."""
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+
+
 def command(folder: Path, tiny: list[str]) -> subprocess.Popen[bytes]:
     """The sweep of the kill tests as a process of its own: four packs of one run."""
     folder.mkdir(exist_ok=True)
     argv = ["-m", *tiny, *GRID[1:], "sweep.max_pack=1", "trainer.max_steps=40", "report.enabled=false"]
     quiet = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
-    return subprocess.Popen([sys.executable, "-m", "lorabench", *argv], cwd=folder, start_new_session=True, **quiet)
+    return subprocess.Popen(
+        [sys.executable, "-m", "lorabench", *argv],
+        cwd=folder,
+        start_new_session=True,
+        preexec_fn=heed_interrupts,
+        **quiet,
+    )
 
 
 @pytest.fixture(scope="module")
