@@ -14,6 +14,7 @@ from lorabench.config import RunConfig, Settings
 from lorabench.plan import SlicePlan
 from lorabench.planning import Job, cell_id, label_of, plan_packs, planned_packs, replan, write_cells
 from lorabench.prepare import Pack
+from lorabench.provenance import code_fingerprint
 from lorabench.records import Record, Store
 from lorabench.schema import ConfigError, ExistingWork
 from lorabench.terminal import Progress, dry_run_table
@@ -63,6 +64,11 @@ def execute(jobs: Sequence[Job], *, executor: Executor = map, console: Console |
         packs = planned_packs(store, jobs)
     finished = _finished(store, settings, [run for pack in packs for run in pack.runs])
     todo = [p for p in packs if any(i in plans and i not in finished for i in p.run_ids)]
+    other = sum(store.read(i).provenance.get("code") != code_fingerprint() for i in finished)  # type: ignore[union-attr]
+    if other and settings.sweep.progress:
+        console.print(
+            f"{store.root}: {other} finished runs were made by other source code of lorabench", highlight=False
+        )
     if not todo and settings.sweep.progress:
         console.print(f"{store.root}: all {len(plans)} runs are finished, nothing to train", highlight=False)
     with Progress(console, todo, enabled=settings.sweep.progress) as progress:

@@ -84,6 +84,19 @@ def test_the_second_time_nothing_is_trained(cli):
     assert "nothing to train" in out
 
 
+def test_records_of_other_source_code_are_kept_and_said(cli):
+    assert cli(*GRID)[0] == 0
+    store = Store("sweeps/s")
+    record = store.records()[0]
+    record.provenance["code"] = "an older one"
+    store.write(record)
+    before = stamps()
+    code, out = cli(*GRID)
+    assert code == 0
+    assert "1 finished runs were made by other source code" in out
+    assert stamps() == before
+
+
 def test_more_rates_later_train_only_what_is_new(cli):
     assert cli(*GRID)[0] == 0
     before = stamps()
