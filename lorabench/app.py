@@ -68,10 +68,10 @@ def _run(cfg: DictConfig, hydra: Any) -> float:
     made = job(cfg, name=sweep_name(hydra.overrides.task, experiment), experiment=experiment)
     from lorabench.sweep import execute, finish
 
-    outcome = execute([made])
+    (record,) = execute([made])
     if alone:
         finish(made.settings)
-    return primary(outcome.records[0])
+    return primary(record)
 
 
 def primary(record: Any) -> float:

@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Collection, Iterable, Sequence
 from typing import Any
 
 from rich.console import Console
@@ -23,24 +22,11 @@ from lorabench.train import Listener, SlicesMix, measure, train
 Executor = Callable[[Callable[[Pack], list[Record]], Sequence[Pack]], Iterable[list[Record]]]
 
 
-__all__ = ["Job", "Outcome", "SweepFailed", "cell_id", "declare", "execute", "finish", "label_of", "measure_cells"]
+__all__ = ["Job", "SweepFailed", "cell_id", "declare", "execute", "finish", "label_of", "measure_cells"]
 
 
 class SweepFailed(Exception):
     """Some runs of a sweep failed; the others are done and recorded. Exit code 1."""
-
-
-@dataclass(frozen=True)
-class Outcome:
-    """What an execution did: the records of the jobs, in their order, and how many were trained now."""
-
-    records: list[Record | None]
-    trained: int
-    planned: int
-
-    @property
-    def failed(self) -> list[Record]:
-        return [r for r in self.records if r is not None and r.status == "failed"]
 
 
 def check_all(jobs: Sequence[Job]) -> dict[str, SlicePlan]:
@@ -48,8 +34,8 @@ def check_all(jobs: Sequence[Job]) -> dict[str, SlicePlan]:
     return {job.run.run_id: prep.check(job.run) for job in jobs}
 
 
-def execute(jobs: Sequence[Job], *, executor: Executor = map, console: Console | None = None) -> Outcome:
-    """Train the listed runs that have no record yet and return the records of all of them."""
+def execute(jobs: Sequence[Job], *, executor: Executor = map, console: Console | None = None) -> list[Record | None]:
+    """Train the listed runs that have no record yet; returns the jobs' records in their order, None after a dry run."""
     settings = jobs[0].settings
     console = console or Console(stderr=True)
     store = Store(settings.sweep.dir)
@@ -58,13 +44,13 @@ def execute(jobs: Sequence[Job], *, executor: Executor = map, console: Console |
     if settings.sweep.dry_run:
         unique = list({j.run.run_id: j for j in jobs}.values())
         console.print(dry_run_table(plan_packs([j.run for j in unique], settings.sweep.max_pack), unique, plans))
-        return Outcome([None] * len(jobs), 0, len(unique))
+        return [None] * len(jobs)
     write_cells(store, jobs, plans, only_new=True)
     with store.locked():
         packs = planned_packs(store, jobs)
     finished = _finished(store, settings, [run for pack in packs for run in pack.runs])
     todo = [p for p in packs if any(i in plans and i not in finished for i in p.run_ids)]
-    other = sum(store.read(i).provenance.get("code") != code_fingerprint() for i in finished)  # type: ignore[union-attr]
+    other = sum(record.provenance.get("code") != code_fingerprint() for record in finished.values())
     if other and settings.sweep.progress:
         console.print(
             f"{store.root}: {other} finished runs were made by other source code of lorabench", highlight=False
@@ -73,13 +59,16 @@ def execute(jobs: Sequence[Job], *, executor: Executor = map, console: Console |
         console.print(f"{store.root}: all {len(plans)} runs are finished, nothing to train", highlight=False)
     with Progress(console, todo, enabled=settings.sweep.progress) as progress:
         _run(todo, store, settings, finished, executor, progress)
-    records = [store.read(j.run.run_id) for j in jobs]
-    missing = sum(i not in finished for p in todo for i in p.run_ids)
-    return Outcome(records, missing, len({j.run.run_id for j in jobs}))
+    return [store.read(j.run.run_id) for j in jobs]
 
 
 def _run(
-    todo: Sequence[Pack], store: Store, settings: Settings, finished: set[str], executor: Executor, progress: Progress
+    todo: Sequence[Pack],
+    store: Store,
+    settings: Settings,
+    finished: Collection[str],
+    executor: Executor,
+    progress: Progress,
 ) -> None:
     from lorabench.trackers import make_tracker
 
@@ -117,16 +106,16 @@ def _listener(progress: Progress, pack: Pack, tracker: Any) -> Listener:
     return Listener(step=progress.step(pack), start=start, rows=rows, finish=lambda r: tracker.finish(r.run_id, r))
 
 
-def _finished(store: Store, settings: Settings, runs: Sequence[RunConfig]) -> set[str]:
-    """Runs that need no training, after checking that what they were trained on is what is here."""
-    done: set[str] = set()
+def _finished(store: Store, settings: Settings, runs: Sequence[RunConfig]) -> dict[str, Record]:
+    """Records of the runs that need no training, after checking that what they were trained on is what is here."""
+    done: dict[str, Record] = {}
     for run in runs:
         record = store.read(run.run_id)
         if record is None or (record.status == "failed" and settings.sweep.retry_failed):
             continue
         if record.status != "failed" and not settings.sweep.accept_drift:
             _check_drift(record, run)
-        done.add(run.run_id)
+        done[run.run_id] = record
     return done
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import random
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -41,3 +42,25 @@ def repo() -> Path:
 def sweep_dir(tmp_path: Path) -> Path:
     """Where a test's sweep goes: not there yet."""
     return tmp_path / "sweeps" / "test"
+
+
+@pytest.fixture
+def cli(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> Callable[..., tuple[int, str]]:
+    """Run `python -m lorabench` in an empty folder; returns (exit code, stdout + stderr)."""
+    from lorabench import __main__ as entry
+
+    monkeypatch.chdir(tmp_path)
+
+    def run(*argv: str) -> tuple[int, str]:
+        monkeypatch.setattr("sys.argv", ["lorabench", *argv])
+        try:
+            entry.main()
+            code = 0
+        except SystemExit as e:
+            code = int(e.code or 0)
+        out = capsys.readouterr()
+        return code, out.out + out.err
+
+    return run

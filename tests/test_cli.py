@@ -6,7 +6,6 @@ from pathlib import Path
 
 import pytest
 
-from lorabench import __main__ as entry
 from lorabench.records import Store
 
 FAST = [
@@ -16,24 +15,6 @@ FAST = [
     "trainer.max_steps=2",
     "trainer.batch_size=8",
 ]
-
-
-@pytest.fixture
-def cli(tmp_path, monkeypatch, capsys):
-    """Run the command in an empty folder; returns (exit code, stdout + stderr)."""
-    monkeypatch.chdir(tmp_path)
-
-    def run(*argv: str) -> tuple[int, str]:
-        monkeypatch.setattr("sys.argv", ["lorabench", *argv])
-        try:
-            entry.main()
-            code = 0
-        except SystemExit as e:
-            code = int(e.code or 0)
-        out = capsys.readouterr()
-        return code, out.out + out.err
-
-    return run
 
 
 def write(text: str | bytes, name: str = "data.csv") -> str:

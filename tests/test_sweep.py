@@ -10,7 +10,6 @@ from pathlib import Path
 
 import pytest
 
-from lorabench import __main__ as entry
 from lorabench.records import Store
 from lorabench.sweep import plan_packs
 from tiny import make_base, make_data, make_run
@@ -30,22 +29,14 @@ GRID = ["-m", "method.r=1,4", "optimizer.lr=1e-3,2e-2", "sweep.name=s"]
 
 
 @pytest.fixture
-def cli(tmp_path, monkeypatch, capsys, tiny):
-    """Run a command in an empty folder; returns (exit code, output)."""
-    monkeypatch.chdir(tmp_path)
+def cli(cli, tiny):
+    """The command on the tiny base; a test's own overrides win."""
 
     def run(*argv: str) -> tuple[int, str]:
-        flags = [a for a in argv if a == "-m"]
         own_task = any(a.startswith("task=") for a in argv)
         common = [a for a in tiny if not (own_task and a.startswith("task"))]
-        monkeypatch.setattr("sys.argv", ["lorabench", *flags, *common, *[a for a in argv if a != "-m"]])
-        try:
-            entry.main()
-            code = 0
-        except SystemExit as e:
-            code = int(e.code or 0)
-        out = capsys.readouterr()
-        return code, out.out + out.err
+        flags = [a for a in argv if a == "-m"]
+        return cli(*flags, *common, *(a for a in argv if a != "-m"))
 
     return run
 

@@ -37,10 +37,8 @@ class PackedLauncher(Launcher):
         jobs = Composer.of(self.context, self.config).jobs(job_overrides)
         from lorabench.sweep import execute
 
-        outcome = execute(jobs)
-        return [
-            self._returned(o, record, primary(record)) for o, record in zip(job_overrides, outcome.records, strict=True)
-        ]
+        records = execute(jobs)
+        return [self._returned(o, record, primary(record)) for o, record in zip(job_overrides, records, strict=True)]
 
     @staticmethod
     def _returned(overrides: Sequence[str], record: Any, value: float) -> JobReturn:
