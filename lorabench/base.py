@@ -73,6 +73,7 @@ class Base:
     info: BaseInfo
     fingerprint: str  # of the weight files' content
     notes: dict[str, Any] = field(default_factory=dict)  # e.g. {"weights": "dequantized Q4_1"}
+    features: dict[Any, Any] = field(default_factory=dict)  # outputs of its frozen blocks, kept from pack to pack
 
 
 def inventory(model: nn.Module, *, head: Sequence[str] = (), output: Sequence[str] = ()) -> BaseInfo:

@@ -7,15 +7,16 @@ all seeds, so that slices of different seeds meet batches of one length and litt
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Sequence
-from typing import Any
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any, NamedTuple
 
 import numpy as np
 
+Collate = Callable[[list[dict[str, Any]]], dict[str, Any]]
 WINDOW = 16  # batches a window: long enough to sort well, short enough that batches stay random
 
 
-def epoch_order(lengths: Sequence[int], batch_size: int, seed: int, epoch: int) -> list[np.ndarray]:
+def epoch_order(lengths: Sequence[int] | np.ndarray, batch_size: int, seed: int, epoch: int) -> list[np.ndarray]:
     """The batches of one epoch: index arrays of `batch_size`, the last of a pass smaller where it does not divide.
 
     The shapes depend on the number of examples alone, so every seed's step holds as many examples.
@@ -38,11 +39,20 @@ def steps_per_epoch(examples: int, batch_size: int, accumulate: int) -> int:
     return math.ceil(math.ceil(examples / batch_size) / accumulate)
 
 
-class PackStream:
-    """All steps of a pack, indexed by the global step: `stream[step]` is a list of micro-batches.
+class Part(NamedTuple):
+    """Rows that go through the base at once: one batch of some slices of the pack, slice-major [len(slices) * B, ...]."""
 
-    seeds: one a slice. A micro-batch is what `collate` makes of the slices' examples, one slice after the other
-    ([K * B, ...]). Slices of equal seeds share their order, which is computed once.
+    micro: int  # which micro-batch of the step this belongs to
+    slices: tuple[int, ...]
+    batch: dict[str, Any]
+
+
+class PackStream:
+    """All steps of a pack, indexed by the global step: `stream[step]` is the list of its parts.
+
+    seeds: one a slice; slices of equal seeds share their order, which is computed once. budget: the most padded tokens
+    (of whatever `lengths` counts) that go through the base at once: neighbouring slices share a part as far as it
+    allows, one slice's micro-batch is never cut. live: the slices that still train, asked at each step.
     """
 
     def __init__(
@@ -54,27 +64,38 @@ class PackStream:
         batch_size: int,
         accumulate: int,
         total_steps: int,
-        collate: Callable[[list[dict[str, Any]]], dict[str, Any]],
+        collate: Collate,
+        budget: int | None = None,
+        live: Callable[[], Sequence[int]] | None = None,
     ) -> None:
-        self.examples, self.lengths, self.seeds, self.collate = examples, lengths, tuple(seeds), collate
-        self.batch_size, self.accumulate, self.total_steps = batch_size, accumulate, total_steps
+        self.examples, self.lengths, self.seeds, self.collate = examples, np.asarray(lengths), tuple(seeds), collate
+        self.batch_size, self.accumulate, self.total_steps, self.budget = batch_size, accumulate, total_steps, budget
+        self.live = live or (lambda: range(len(self.seeds)))
         self.per_epoch = steps_per_epoch(len(examples), batch_size, accumulate)
         self._orders: dict[tuple[int, int], list[np.ndarray]] = {}
 
     def __len__(self) -> int:
         return self.total_steps
 
-    def __iter__(self) -> Iterator[list[dict[str, Any]]]:
+    def __iter__(self) -> Iterator[list[Part]]:
         return (self[step] for step in range(self.total_steps))
 
-    def __getitem__(self, step: int) -> list[dict[str, Any]]:
+    def __getitem__(self, step: int) -> list[Part]:
         epoch, position = divmod(step, self.per_epoch)
-        first = position * self.accumulate
-        orders = [self._order(seed, epoch)[first : first + self.accumulate] for seed in self.seeds]
-        return [self._stack([o[i] for o in orders]) for i in range(len(orders[0]))]
+        first, live = position * self.accumulate, tuple(self.live())
+        orders = {k: self._order(self.seeds[k], epoch)[first : first + self.accumulate] for k in live}
+        micros = len(orders[live[0]]) if live else 0
+        return [part for i in range(micros) for part in self._parts(i, {k: orders[k][i] for k in live})]
 
-    def _stack(self, slices: Sequence[np.ndarray]) -> dict[str, Any]:
-        return self.collate([self.examples[i] for indices in slices for i in indices])
+    def _parts(self, micro: int, indices: Mapping[int, np.ndarray]) -> list[Part]:
+        """As few parts of about one size as the budget allows."""
+        longest = max(self.lengths[own].max() for own in indices.values())
+        tokens = sum(map(len, indices.values())) * int(longest)
+        count = min(len(indices), math.ceil(tokens / self.budget)) if self.budget else 1
+        return [self._part(micro, tuple(map(int, s)), indices) for s in np.array_split(list(indices), count)]
+
+    def _part(self, micro: int, slices: tuple[int, ...], indices: Mapping[int, np.ndarray]) -> Part:
+        return Part(micro, slices, self.collate([self.examples[i] for k in slices for i in indices[k]]))
 
     def _order(self, seed: int, epoch: int) -> list[np.ndarray]:
         if (seed, epoch) not in self._orders:
@@ -84,25 +105,44 @@ class PackStream:
 
 
 class EvalStream:
-    """Every example once for every slice, sorted by length outright. Rows of a batch: slice-major [K * B, ...]."""
+    """Every example once for every live slice, sorted by length outright, in parts of all live slices.
+
+    A part holds at most `rows` rows and, unless one example a slice is more, at most `budget` padded tokens.
+    """
 
     def __init__(
         self,
         examples: Sequence[dict[str, Any]],
         lengths: Sequence[int],
-        slices: int,
+        live: Callable[[], Sequence[int]],
         *,
         rows: int,
-        collate: Callable[[list[dict[str, Any]]], dict[str, Any]],
+        collate: Collate,
+        budget: int | None = None,
     ) -> None:
-        self.examples, self.slices, self.collate = examples, slices, collate
+        self.examples, self.live, self.collate = examples, live, collate
+        self.rows, self.budget = rows, budget
         self.order = np.argsort(np.asarray(lengths), kind="stable")
-        self.size = max(1, rows // slices)
+        self.sorted = np.asarray(lengths)[self.order]
 
     def __len__(self) -> int:
-        return -(-len(self.order) // self.size)
+        return len(self._cuts(len(self.live())))
 
-    def __iter__(self) -> Iterator[dict[str, Any]]:
-        for start in range(0, len(self.order), self.size):
-            chunk = [self.examples[i] for i in self.order[start : start + self.size]]
-            yield self.collate(chunk * self.slices)
+    def __iter__(self) -> Iterator[Part]:
+        slices = tuple(self.live())
+        for start, end in self._cuts(len(slices)):
+            chunk = [self.examples[i] for i in self.order[start:end]]
+            yield Part(0, slices, self.collate(chunk * len(slices)))
+
+    def _cuts(self, slices: int) -> list[tuple[int, int]]:
+        """Runs of examples in order of length: as many at a time as rows and budget allow for so many slices."""
+        cuts: list[tuple[int, int]] = []
+        start = 0
+        while slices and start < len(self.sorted):
+            end = min(len(self.sorted), start + max(1, self.rows // slices))
+            if self.budget:
+                while end - start > 1 and (end - start) * slices * int(self.sorted[end - 1]) > self.budget:
+                    end -= 1
+            cuts.append((start, end))
+            start = end
+        return cuts

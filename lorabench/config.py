@@ -49,6 +49,12 @@ class TrainerConfig:
     accumulate_grad_batches: int = knob(1, help="micro-batches an optimizer step", low=1)
     gradient_clip_val: float | None = knob(1.0, help="clip each slice's gradient norm; null: off", above=0)
     gradient_checkpointing: bool = knob(False, help="recompute activations in the backward pass")
+    part_tokens: int | None = knob(
+        None, help="padded tokens through the base at once; null: by device", low=1, identity=False
+    )
+    reuse_trunk: bool = knob(
+        True, help="compute the blocks below all that trains once a data set, where that pays", identity=False
+    )
     eval_batch_size: int = knob(128, help="examples an evaluation batch", low=1, identity=False)
     eval_interval: int | None = knob(None, help="steps between evaluations; null: five a run", low=1)
     keep: str = knob("best", help="which weights a run ends with", choices=("best", "last"))
@@ -87,6 +93,7 @@ class SweepConfig:
         [], help="fresh seeds that train at the chosen rate and alone see test; []: tuning only"
     )
     max_pack: int = knob(8, help="slices a pack at most", low=1)
+    prune: bool = knob(False, help="drop rates that fall behind inside their cell, from half of the steps on")
     dry_run: bool = knob(False, help="print runs, packs, parameters and memory; write nothing")
     accept_drift: bool = knob(False, help="reuse records although data, model or code changed")
     retry_failed: bool = knob(False, help="train runs again whose record says failed")

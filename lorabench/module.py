@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -13,8 +14,10 @@ import torch
 from torch import Tensor
 
 from lorabench.adapters import Stack
+from lorabench.batches import Part
 from lorabench.config import RunConfig
 from lorabench.optim import PackedAdamW, clip_factors, grad_norms, scale_grads, schedule
+from lorabench.prune import cell_key, pruned, reason
 
 Rows = Callable[[int, list[dict[str, Any]]], None]
 
@@ -23,7 +26,7 @@ Rows = Callable[[int, list[dict[str, Any]]], None]
 class SliceState:
     """What the training loop knows of one slice."""
 
-    status: str = "running"  # running, stopped (early), diverged
+    status: str = "running"  # running, stopped (early), diverged, pruned
     reason: str | None = None
     best_loss: float = math.inf
     best_step: int = 0
@@ -31,6 +34,8 @@ class SliceState:
     best_metrics: dict[str, float] = field(default_factory=dict)
     last_metrics: dict[str, float] = field(default_factory=dict)
     waited: int = 0  # evaluations since the best one
+    steps: int = 0  # trained so far
+    tokens: int = 0
     pending: list[dict[str, Any]] = field(default_factory=list)  # history rows not yet handed on
 
 
@@ -38,7 +43,8 @@ class PackModule(pl.LightningModule):
     """Trains K slices over one base.
 
     The loss of a slice is sum(loss) / sum(weight) over its whole accumulated batch: gradients of the plain sums are
-    accumulated, then each slice's are divided by its weight. Slices that diverge or stop early are frozen.
+    accumulated, then each slice's are divided by its weight. A slice that diverges, stops early or is pruned leaves: it is
+    fed no more, so that the others go faster. prune: whether rates leave a cell early, by the rule of `prune`.
     """
 
     automatic_optimization = False
@@ -52,17 +58,33 @@ class PackModule(pl.LightningModule):
         *,
         total_steps: int,
         rows: Rows,
+        prune: bool = False,
     ) -> None:
         super().__init__()
         self.model, self.stack, self.task, self.runs = model, stack, task, list(runs)
         self.total_steps, self.rows = total_steps, rows
         self.slices = [SliceState() for _ in runs]
-        self.split = "val"
-        self.results: list[dict[str, np.ndarray]] = []
-        self._chunks: list[list[dict[str, np.ndarray]]] = []
+        self.cells = [cell_key(r) for r in runs] if prune else None
+        self.reuse: Callable[[Part], AbstractContextManager[None]] = lambda part: nullcontext()
+        self.results: dict[int, dict[str, np.ndarray]] = {}  # per-example test results by slice
+        self._chunks: dict[int, list[dict[str, np.ndarray]]] = {}
         self.steps_done = 0
         self.evaluated_at = -1
-        self.tokens = 0
+
+    @property
+    def live(self) -> list[int]:
+        """The slices that still train."""
+        return [k for k, s in enumerate(self.slices) if s.status == "running"]
+
+    @property
+    def kept(self) -> list[int]:
+        """The slices whose weights are a result: neither diverged nor pruned."""
+        return [k for k, s in enumerate(self.slices) if s.status in ("running", "stopped")]
+
+    @property
+    def tokens(self) -> int:
+        """Trained on so far, padding left out, over all slices."""
+        return sum(s.tokens for s in self.slices)
 
     # -- training ---------------------------------------------------------------------------------------------------
 
@@ -82,29 +104,34 @@ class PackModule(pl.LightningModule):
     def _of_kind(self, stacked: bool, decay: bool) -> list[torch.nn.Parameter]:
         return [t.parameter for t in self.stack.named_trainables() if (t.stacked, t.decay) == (stacked, decay)]
 
-    def training_step(self, batch: list[dict[str, Tensor]], batch_idx: int) -> None:
+    def training_step(self, batch: list[Part], batch_idx: int) -> None:
         losses, weights = torch.zeros(2, len(self.runs), dtype=torch.float64)
-        optimizer = self.optimizers()
+        micros = 1 + max((part.micro for part in batch), default=0)
         self.packed.zero_grad(set_to_none=True)
-        for i, micro in enumerate(batch):
-            self._key_dropout(self.steps_done * len(batch) + i, micro)
-            out = self.task.step(self.model, micro)
-            self.manual_backward(out.loss_sum.sum())
-            losses += self._by_slice(out.loss_sum.detach())
-            weights += self._by_slice(out.weight)
-            self.tokens += int(micro["attention_mask"].sum()) if "attention_mask" in micro else 0
+        for part in batch:
+            with self.stack.active(part.slices):
+                self._key_dropout(self.steps_done * micros + part.micro, part.batch)
+                with self.reuse(part):
+                    out = self.task.step(self.model, part.batch)
+                self.manual_backward(out.loss_sum.sum())
+            losses[list(part.slices)] += by_slice(out.loss_sum.detach(), part)
+            weights[list(part.slices)] += by_slice(out.weight, part)
+            self._count_tokens(part)
+        weights[weights == 0] = 1  # slices that have left
         self._scale_and_freeze(losses / weights, weights)
+        for k in self.live:
+            self.slices[k].steps = self.steps_done + 1
         rate = self.packed.param_groups[0]["lr"]
-        optimizer.step()  # type: ignore[union-attr]
+        self.optimizers().step()  # type: ignore[union-attr]
         self.lr_schedulers().step()  # type: ignore[union-attr]
         self.steps_done += 1
         self._log_training(losses / weights, rate)
-        if all(s.status != "running" for s in self.slices):
-            self.trainer.should_stop = True
+        self.trainer.should_stop = not self.live
 
-    def _by_slice(self, rows: Tensor) -> Tensor:
-        """[K * B] -> [K], summed in float64."""
-        return rows.double().view(len(self.runs), -1).sum(1).cpu()
+    def _count_tokens(self, part: Part) -> None:
+        if "attention_mask" in part.batch:
+            for k, tokens in zip(part.slices, by_slice(part.batch["attention_mask"].sum(1), part), strict=True):
+                self.slices[k].tokens += int(tokens)
 
     def _key_dropout(self, step: int, batch: Mapping[str, Tensor]) -> None:
         self.stack.context.set(seeds=[r.seed for r in self.runs], step=step, examples=batch["example"])
@@ -120,8 +147,8 @@ class PackModule(pl.LightningModule):
         factors = clip_factors(norms, self.runs[0].trainer.gradient_clip_val) / weights
         scale_grads(parameters, factors)
 
-    def _freeze(self, k: int, status: str, reason: str) -> None:
-        self.slices[k].status, self.slices[k].reason = status, reason
+    def _freeze(self, k: int, status: str, why: str) -> None:
+        self.slices[k].status, self.slices[k].reason = status, why
         mask = torch.zeros(len(self.runs), dtype=torch.bool)
         mask[k] = True
         self.packed.freeze(mask)
@@ -129,47 +156,58 @@ class PackModule(pl.LightningModule):
     def _log_training(self, losses: Tensor, factor: float) -> None:
         if self.steps_done % self.runs[0].trainer.log_interval:
             return
-        for k, s in enumerate(self.slices):
-            if s.status == "running":
-                lr = self.runs[k].optimizer.lr * factor
-                s.pending.append({"step": self.steps_done, "train/loss": float(losses[k]), "lr": lr})
+        for k in self.live:
+            lr = self.runs[k].optimizer.lr * factor
+            self.slices[k].pending.append({"step": self.steps_done, "train/loss": float(losses[k]), "lr": lr})
 
     # -- evaluation -------------------------------------------------------------------------------------------------
 
-    def _start_evaluation(self) -> None:
-        self._chunks = [[] for _ in self.runs]
-
-    def _evaluate(self, batch: dict[str, Tensor]) -> None:
-        out = self.task.step(self.model, batch)
-        columns = {"example": batch["example"], **out.rows, "loss_sum": out.loss_sum, "weight": out.weight}
+    def _evaluate(self, part: Part) -> None:
+        with self.stack.active(part.slices), self.reuse(part):
+            out = self.task.step(self.model, part.batch)
+        columns = {"example": part.batch["example"], **out.rows, "loss_sum": out.loss_sum, "weight": out.weight}
         for name, column in columns.items():
             wide = column.detach().float() if column.dtype in (torch.bfloat16, torch.float16) else column.detach()
-            columns[name] = wide.view(len(self.runs), -1).cpu()
-        for k, chunks in enumerate(self._chunks):
-            chunks.append({name: column[k].numpy() for name, column in columns.items()})
+            columns[name] = wide.view(len(part.slices), -1).cpu()
+        for i, k in enumerate(part.slices):
+            own = {name: column[i].numpy() for name, column in columns.items()}
+            self._chunks.setdefault(k, []).append(own)
 
-    def _end_evaluation(self) -> list[dict[str, np.ndarray]]:
-        """Per-example results of each slice, in the order of the example's own id."""
-        results = []
-        for chunks in self._chunks:
+    def _end_evaluation(self) -> dict[int, dict[str, np.ndarray]]:
+        """Per-example results of each slice that was evaluated, in the order of the example's own id."""
+        results = {}
+        for k, chunks in self._chunks.items():
             table = {name: np.concatenate([c[name] for c in chunks]) for name in chunks[0]}
             order = np.argsort(table["example"], kind="stable")
-            results.append({name: column[order] for name, column in table.items()})
-        self._chunks = []
+            results[k] = {name: column[order] for name, column in table.items()}
+        self._chunks = {}
         return results
 
     def on_validation_epoch_start(self) -> None:
-        self._start_evaluation()
+        self._chunks = {}
 
-    def validation_step(self, batch: dict[str, Tensor], batch_idx: int) -> None:
+    def validation_step(self, batch: Part, batch_idx: int) -> None:
         self._evaluate(batch)
 
     def on_validation_epoch_end(self) -> None:
         self.evaluated_at = self.steps_done
-        for k, (s, rows) in enumerate(zip(self.slices, self._end_evaluation(), strict=True)):
-            if s.status == "running":
-                self._judge(k, s, self.task.metrics(rows))
+        for k, rows in self._end_evaluation().items():
+            self._judge(k, self.slices[k], self.task.metrics(rows))
+        self._prune()
+        for k in range(len(self.slices)):
             self.flush(k)
+
+    def _prune(self) -> None:
+        """Rates that are out of the race within their cell leave the pack."""
+        if self.cells is None:
+            return
+        rates, alive = [r.optimizer.lr for r in self.runs], [k in self.kept for k in range(len(self.runs))]
+        keep_last = self.runs[0].trainer.keep == "last"
+        losses = [s.last_metrics.get("loss", math.nan) if keep_last else s.best_loss for s in self.slices]
+        step, total = self.steps_done, self.total_steps
+        for k in pruned(rates, losses, alive, step=step, total=total, groups=self.cells):
+            if self.slices[k].status == "running":
+                self._freeze(k, "pruned", reason(step, total))
 
     def _judge(self, k: int, s: SliceState, metrics: dict[str, float]) -> None:
         """Keep the best weights of a slice; freeze it when it diverged or has waited long enough."""
@@ -195,10 +233,15 @@ class PackModule(pl.LightningModule):
             self.slices[k].pending = []
 
     def on_test_epoch_start(self) -> None:
-        self._start_evaluation()
+        self._chunks = {}
 
-    def test_step(self, batch: dict[str, Tensor], batch_idx: int) -> None:
+    def test_step(self, batch: Part, batch_idx: int) -> None:
         self._evaluate(batch)
 
     def on_test_epoch_end(self) -> None:
         self.results = self._end_evaluation()
+
+
+def by_slice(rows: Tensor, part: Part) -> Tensor:
+    """[len(slices) * B] -> [len(slices)], summed in float64."""
+    return rows.double().view(len(part.slices), -1).sum(1).cpu()

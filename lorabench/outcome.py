@@ -42,14 +42,14 @@ def records_of(s: Session) -> list[Record]:
     records = []
     for k, (run, state) in enumerate(zip(s.pack.runs, s.module.slices, strict=True)):
         s.module.flush(k)
-        status = "diverged" if state.status == "diverged" else "completed"
+        status = state.status if state.status in ("diverged", "pruned") else "completed"
         metrics = _metrics(s, k, run, status)
         if run.trainer.save_weights and status == "completed":
             folder = s.store.run_dir(run.run_id) / "adapter"
             save_slice(
                 folder, s.stack.slice_state(k), s.plans[k], info=s.base.info, run=run.to_dict(), head=s.prepared.head
             )
-        error = state.reason if status == "diverged" else None
+        error = None if status == "completed" else state.reason
         records.append(
             Record(run.run_id, run.role, status, run.to_dict(), metrics, _resources(s, k), _provenance(s, state), error)
         )
@@ -61,6 +61,8 @@ def _metrics(s: Session, k: int, run: RunConfig, status: str) -> dict[str, Any]:
     found = state.best_metrics if status == "completed" else state.last_metrics
     metrics: dict[str, Any] = {f"val/{name}": value for name, value in found.items()}
     metrics |= {"primary": run.task.metric, "best_step": state.best_step}
+    if status == "pruned":
+        metrics["pruned_step"] = state.steps
     metrics["lower_is_better"] = run.task.metric in getattr(run.task, "lower_is_better", ("loss",))
     if run.role == "confirm" and status == "completed":
         rows = s.module.results[k]
@@ -92,18 +94,19 @@ def _small(column: np.ndarray) -> np.ndarray:
 
 def _resources(s: Session, k: int) -> dict[str, Any]:
     size, run = len(s.pack.runs), s.pack.runs[k]
-    steps = s.module.steps_done
+    steps, tokens = s.module.slices[k].steps, s.module.slices[k].tokens
+    share = steps / max(1, sum(x.steps for x in s.module.slices))
     examples = steps * run.trainer.batch_size * run.trainer.accumulate_grad_batches
     found = {
-        "train_seconds": s.seconds["train"] / size, "eval_seconds": s.seconds["eval"] / size, "pack_seconds": sum(s.seconds.values()),
+        "train_seconds": s.seconds["train"] * share, "eval_seconds": s.seconds["eval"] / size, "pack_seconds": sum(s.seconds.values()),
         "pack_size": size, "peak_memory_bytes": s.peak_memory, "trainable_parameters": s.plans[k].trainable(s.base.info),
         "total_parameters": s.base.info.parameters, "steps": steps, "examples": examples,
         "train_examples": len(s.prepared.encoded.splits["train"]), "val_examples": len(s.prepared.encoded.splits["val"]),
         "test_examples": len(s.prepared.encoded.splits["test"]),
     }  # fmt: skip
-    if s.module.tokens:
+    if tokens:
         found |= {
-            "tokens": s.module.tokens // size,
+            "tokens": tokens,
             "tokens_per_second": s.module.tokens / max(s.seconds["train"], 1e-9),
         }
     return {key: round(value, 3) if isinstance(value, float) else value for key, value in found.items()}
@@ -114,6 +117,7 @@ def _provenance(s: Session, state: Any) -> dict[str, Any]:
         "code": provenance.code_fingerprint(), "git": provenance.git_state(), "packages": provenance.packages(),
         "machine": provenance.machine(), "device": s.resolved.device, "threads": torch.get_num_threads(),
         "precision": s.resolved.precision, "base_dtype": s.resolved.base_dtype, "attention": s.resolved.attention,
+        "part_tokens": s.resolved.part_tokens, "reused_blocks": getattr(s.module.reuse, "depth", 0),
         "data_fingerprint": s.prepared.data.fingerprint, "model_fingerprint": s.base.fingerprint, "model_notes": s.base.notes,
         "data_notes": {**s.prepared.data.notes, **s.prepared.encoded.notes}, "pack": s.pack.id, "pack_runs": s.pack.run_ids,
         "head": {"auto_class": s.prepared.head.auto_class, "label_names": list(s.prepared.head.label_names)},

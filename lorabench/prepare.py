@@ -25,6 +25,7 @@ class Pack:
 
     id: str
     runs: tuple[RunConfig, ...]
+    prune: bool = False  # whether rates that fall behind may leave before the end
 
     @property
     def run_ids(self) -> list[str]:
@@ -51,7 +52,12 @@ class Resolved:
     base_dtype: str  # float32, bfloat16, float64: how the frozen weights are held
     trainer_precision: str  # what the Trainer is told: it casts nothing, except under autocast
     attention: str  # eager, sdpa
+    part_tokens: int  # the most padded tokens that go through the base at once, unless one slice's micro-batch is more
 
+
+# Enough for products to run at full speed. On a CPU the activations of so many tokens still lie in its caches, and memory
+# does not grow with the pack; a GPU needs more to be busy. benchmarks/README.md has the measurements.
+PART_TOKENS = {"cpu": 2048, "mps": 8192, "cuda": 32768}
 
 _data: dict[str, Any] = {}
 _prepared: dict[str, Prepared] = {}
@@ -139,6 +145,7 @@ def resolve(run: RunConfig) -> Resolved:
     bf16: CUDA devices that have it, CPUs with native bf16 products (AVX512-BF16, AMX); else float32. Frozen bases
     are held in bf16 with float32 adapters; a base that trains keeps float32 master weights under autocast.
     Attention: plain products for short sequences on a CPU (there SDPA's backward costs a third of the step), else SDPA.
+    Parts: how many tokens go through the base at once, by device.
     """
     device = _device(run.trainer)
     precision = _precision(run.trainer.precision, device)
@@ -149,7 +156,8 @@ def resolve(run: RunConfig) -> Resolved:
     if attention == "auto":
         short = (getattr(run.task, "max_length", None) or 10**9) <= 128
         attention = "eager" if device == "cpu" and short else "sdpa"
-    return Resolved(device, precision, dtype, trainer, attention)
+    part = run.trainer.part_tokens or PART_TOKENS[device]
+    return Resolved(device, precision, dtype, trainer, attention, part)
 
 
 def _device(trainer: TrainerConfig) -> str:

@@ -25,6 +25,7 @@ from lorabench.module import PackModule
 from lorabench.outcome import Session, failed, records_of
 from lorabench.prepare import Pack
 from lorabench.records import Record, Store
+from lorabench.reuse import Reuse
 
 __all__ = ["Listener", "Pack", "SlicesMix", "measure", "train"]
 
@@ -67,6 +68,8 @@ def train(pack: Pack, store: Store, listener: Listener | None = None, *, keep: C
 def _train(pack: Pack, store: Store, listener: Listener) -> list[Record]:
     with _opened(pack, store, listener) as session:
         _probe(session)
+        if pack.runs[0].trainer.reuse_trunk:
+            session.module.reuse = Reuse(session)
         with PeakMemory(session.resolved.device) as memory, _quiet():
             _fit(session)
             session.peak_memory = memory.peak()
@@ -84,7 +87,7 @@ def measure(run: RunConfig, store: Store, *, steps: int = 10) -> dict[str, Any]:
         listener = Listener(step=lambda step, total: marks.append((time.perf_counter(), s.module.tokens)))
         s.trainer.callbacks.append(_Progress(listener, steps))
         with PeakMemory(s.resolved.device) as memory, _quiet():
-            s.trainer.fit(s.module, _train_stream(s), _eval_stream(s, "val"))  # never reached: eval_interval
+            s.trainer.fit(s.module, _train_stream(s), _val_stream(s))  # never reached: eval_interval
             peak = memory.peak()
     counted = list(pairwise(marks[1:]))
     pace = median((end - start) / max(1, after - before) for (start, before), (end, after) in counted)
@@ -115,7 +118,7 @@ def _opened(pack: Pack, store: Store, listener: Listener) -> Iterator[Session]:
     try:
         total = prep.total_steps(first, len(prepared.encoded.splits["train"]))
         task = BoundTask(first.task, prepared.processor)
-        module = PackModule(base.model, stack, task, pack.runs, total_steps=total, rows=rows)
+        module = PackModule(base.model, stack, task, pack.runs, total_steps=total, rows=rows, prune=pack.prune)
         if first.trainer.gradient_checkpointing:
             base.model.activation_checkpointing_enable({"use_reentrant": False})  # type: ignore[operator]
         module.train()  # dropout is on; the stack keeps frozen normalisation in eval
@@ -174,21 +177,21 @@ def _fit(s: Session) -> None:
     """Train, evaluate at the last step, load each slice's best weights, and test where the role allows it."""
     start = time.perf_counter()
     try:
-        s.trainer.fit(s.module, _train_stream(s), _eval_stream(s, "val"))
+        s.trainer.fit(s.module, _train_stream(s), _val_stream(s))
     except SystemExit as e:  # how Lightning passes on SIGTERM (with code 0) and Ctrl-C (with code 1)
         raise SystemExit(143 if s.trainer.received_sigterm else 130) from e
-    if s.module.steps_done < s.module.total_steps and any(x.status == "running" for x in s.module.slices):
+    if s.module.steps_done < s.module.total_steps and s.module.live:
         raise RuntimeError(f"training ended at step {s.module.steps_done} of {s.module.total_steps}")
-    if s.module.evaluated_at != s.module.steps_done:
-        s.trainer.validate(s.module, _eval_stream(s, "val"), verbose=False)
+    if s.module.evaluated_at != s.module.steps_done and s.module.live:
+        s.trainer.validate(s.module, _val_stream(s), verbose=False)
     progress = next(c for c in s.trainer.callbacks if isinstance(c, _Progress))
     s.seconds = {"train": time.perf_counter() - start - progress.evaluating, "eval": progress.evaluating}
     for k, state in enumerate(s.module.slices):
         if state.best_weights is not None:
             s.stack.load_slice(k, state.best_weights)
-    if s.pack.runs[0].role == "confirm":
+    if s.pack.runs[0].role == "confirm" and s.module.kept:
         start = time.perf_counter()
-        s.trainer.test(s.module, _eval_stream(s, "test"), verbose=False)
+        s.trainer.test(s.module, _eval_stream(s, "test", lambda: s.module.kept), verbose=False)
         s.seconds["eval"] += time.perf_counter() - start
 
 
@@ -197,14 +200,20 @@ def _train_stream(s: Session) -> PackStream:
     return PackStream(
         encoded.splits["train"], encoded.lengths["train"], [r.seed for r in s.pack.runs], collate=s.module.task.collate,
         batch_size=t.batch_size, accumulate=t.accumulate_grad_batches, total_steps=s.module.total_steps,
+        budget=s.resolved.part_tokens, live=lambda: s.module.live,
     )  # fmt: skip
 
 
-def _eval_stream(s: Session, split: str) -> EvalStream:
+def _eval_stream(s: Session, split: str, live: Callable[[], list[int]]) -> EvalStream:
     encoded, rows = s.prepared.encoded, s.pack.runs[0].trainer.eval_batch_size
     return EvalStream(
-        encoded.splits[split], encoded.lengths[split], len(s.pack.runs), rows=rows, collate=s.module.task.collate
-    )
+        encoded.splits[split], encoded.lengths[split], live, rows=rows, collate=s.module.task.collate,
+        budget=s.resolved.part_tokens,
+    )  # fmt: skip
+
+
+def _val_stream(s: Session) -> EvalStream:
+    return _eval_stream(s, "val", lambda: s.module.live)
 
 
 def _probe(s: Session) -> None:

@@ -12,10 +12,17 @@ def _collate(examples):
     return {"example": np.array([e["id"] for e in examples])}
 
 
-def _stream(seeds, accumulate=1, total=70, n=997):
+def _stream(seeds, accumulate=1, total=70, n=997, **options):
     examples = [{"id": i} for i in range(n)]
     return PackStream(
-        examples, LENGTHS[:n], seeds, batch_size=32, accumulate=accumulate, total_steps=total, collate=_collate
+        examples,
+        LENGTHS[:n],
+        seeds,
+        batch_size=32,
+        accumulate=accumulate,
+        total_steps=total,
+        collate=_collate,
+        **options,
     )
 
 
@@ -44,20 +51,61 @@ def test_batches_are_of_one_length_across_seeds():
     assert padded(range(6)) < padded([0]) * 1.12
 
 
+def _examples(parts, slices):
+    """Example ids of each slice in a step's parts, one micro-batch after the other."""
+    found = {k: [] for k in range(slices)}
+    for part in parts:
+        for k, rows in zip(part.slices, part.batch["example"].reshape(len(part.slices), -1), strict=True):
+            found[k].append(rows)
+    return {k: np.concatenate(rows) for k, rows in found.items() if rows}
+
+
 def test_a_slice_meets_the_same_examples_whoever_else_is_in_the_pack():
     alone, packed = _stream([7]), _stream([3, 7, 3])
     for step in (0, 5, 31, 32, 69):
-        for a, p in zip(alone[step], packed[step], strict=True):
-            rows = p["example"].reshape(3, -1)
-            assert np.array_equal(a["example"], rows[1])
-            assert np.array_equal(rows[0], rows[2])
+        assert len(packed[step]) == 1
+        rows = _examples(packed[step], 3)
+        assert np.array_equal(_examples(alone[step], 1)[0], rows[1])
+        assert np.array_equal(rows[0], rows[2])
+
+
+@pytest.mark.parametrize("accumulate", [1, 4])
+def test_a_budget_parts_the_slices_and_changes_nobodys_examples(accumulate):
+    seeds = [3, 7, 3, 1, 1]
+    whole, parted = _stream(seeds, accumulate), _stream(seeds, accumulate, budget=2500)
+    several = 0
+    for step in (0, 5, 6, 7):
+        want, got = _examples(whole[step], 5), _examples(parted[step], 5)
+        for k in range(5):
+            assert np.array_equal(want[k], got[k])
+        for part in parted[step]:
+            longest = max(LENGTHS[i] for i in part.batch["example"])
+            assert len(part.slices) == 1 or len(part.batch["example"]) * longest <= 2 * 2500  # about one size
+        for micro in {part.micro for part in parted[step]}:
+            own = [part.slices for part in parted[step] if part.micro == micro]
+            assert [k for slices in own for k in slices] == list(range(5))
+            assert max(map(len, own)) - min(map(len, own)) <= 1
+            several += len(own) > 1
+    assert several
+
+
+def test_slices_that_left_are_not_fed():
+    live = [0, 1, 2]
+    stream = _stream([3, 7, 3], live=lambda: live)
+    assert [p.slices for p in stream[0]] == [(0, 1, 2)]
+    live = [0, 2]
+    assert [p.slices for p in stream[1]] == [(0, 2)]
+    assert np.array_equal(_examples(stream[1], 3)[2], _examples(_stream([3])[1], 1)[0])
+    live = []
+    assert stream[2] == []
 
 
 def test_accumulation_cuts_the_same_examples_into_micro_batches():
     one, four = _stream([0], total=8), _stream([0], accumulate=4, total=8)
     assert [len(x) for x in four][:7] == [4] * 7
-    first = np.concatenate([m["example"] for m in four[0]])
-    assert np.array_equal(first, np.concatenate([one[i][0]["example"] for i in range(4)]))
+    assert [part.micro for part in four[0]] == [0, 1, 2, 3]
+    first = np.concatenate([m.batch["example"] for m in four[0]])
+    assert np.array_equal(first, np.concatenate([one[i][0].batch["example"] for i in range(4)]))
 
 
 @pytest.mark.parametrize(
@@ -67,10 +115,16 @@ def test_steps_per_epoch(n, batch, acc, want):
     assert steps_per_epoch(n, batch, acc) == want
 
 
-def test_evaluation_sees_every_example_once_a_slice():
+@pytest.mark.parametrize("budget", [None, 300])
+def test_evaluation_sees_every_example_once_a_slice(budget):
     examples = [{"id": i} for i in range(50)]
-    stream = EvalStream(examples, LENGTHS[:50], 3, rows=32, collate=_collate)
-    rows = [b["example"].reshape(3, -1) for b in stream]
-    assert len(rows) == len(stream)
+    stream = EvalStream(examples, LENGTHS[:50], lambda: [0, 2, 3], rows=32, collate=_collate, budget=budget)
+    parts = list(stream)
+    assert len(parts) == len(stream)
+    assert {p.slices for p in parts} == {(0, 2, 3)}
+    rows = [p.batch["example"].reshape(3, -1) for p in parts]
     for k in range(3):
         assert sorted(np.concatenate([r[k] for r in rows]).tolist()) == list(range(50))
+    for r in rows:
+        assert r.size <= 32
+        assert budget is None or r.shape[1] == 1 or r.size * max(LENGTHS[i] for i in r[0]) <= budget

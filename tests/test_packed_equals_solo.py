@@ -100,6 +100,14 @@ def test_six_mixed_slices_equal_six_solo_runs(places, tmp_path, kind):
         {"trainer.early_stopping_patience": 1, "trainer.eval_interval": 3},
         {"trainer.keep": "last"},
         {"trainer.gradient_checkpointing": True, "trainer.max_steps": 12},
+        {"trainer.part_tokens": 100},
+        {
+            "trainer.part_tokens": 100,
+            "method.dropout": 0.2,
+            "model.dropout": None,
+            "trainer.accumulate_grad_batches": 2,
+        },
+        {"trainer.part_tokens": 100, "trainer.gradient_checkpointing": True, "trainer.max_steps": 12},
     ],
     ids=lambda c: ",".join(f"{k}={v}" for k, v in c.items()),
 )
@@ -166,3 +174,36 @@ def test_the_frozen_base_is_bit_identical_after_training(places, tmp_path):
     for name, p in after.items():
         assert torch.equal(before[name], p), name
         assert p.grad is None and not p.requires_grad, name
+
+
+UPPER = {"method.layers": [1], "method.target_modules": "attention"}
+
+
+@pytest.mark.parametrize("kind", ["bert", "gpt2", "llama"])
+@pytest.mark.parametrize("changes", [UPPER, {"method.name": "head"}], ids=["upper layers", "head"])
+def test_a_reused_trunk_changes_nothing(places, tmp_path, kind, changes):
+    """Served from the cache or computed at each step: the same losses, weights and test results."""
+    base, data = places[kind]
+    records = {}
+    with Float64Throughout():
+        for reuse in (True, False):
+            runs = [
+                make_run(
+                    base, data, role="confirm",
+                    **changes, **{"optimizer.lr": lr, "seed": s, "trainer.reuse_trunk": reuse, "trainer.part_tokens": 90},
+                )
+                for s, lr in enumerate((1e-3, 1e-2, 3e-3))
+            ]  # fmt: skip
+            store = Store(tmp_path / str(reuse))
+            train(Pack("p0", tuple(runs)), store)
+            records[reuse] = [outcome(store, r) for r in runs]
+    assert {r.provenance["reused_blocks"] for r, *_ in records[True]} == {1 if "method.layers" in changes else 2}
+    assert {r.provenance["reused_blocks"] for r, *_ in records[False]} == {0}
+    assert_equal(list(zip(records[True], records[False], strict=True)), 1e-10)
+    for (a, *_), (b, *_) in zip(records[True], records[False], strict=True):
+        assert a.metrics["test/loss"] == pytest.approx(b.metrics["test/loss"], abs=1e-10)
+
+
+def test_adapters_everywhere_leave_no_trunk(places, tmp_path):
+    (record,) = train(Pack("p0", tuple(runs_of(places, "bert")[1:2])), Store(tmp_path))
+    assert record.provenance["reused_blocks"] == 0

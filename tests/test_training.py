@@ -67,7 +67,8 @@ def test_language_modelling_with_accumulation_is_transformers_weighting(places, 
         collate=BoundTask(run.task, prepared.processor).collate,
     )  # fmt: skip
     want = []
-    for micros in stream:
+    for parts in stream:
+        micros = [part.batch for part in parts]
         tokens = sum(int((m["labels"][:, 1:] != -100).sum()) for m in micros)
         total = 0.0
         for m in micros:

@@ -39,6 +39,7 @@ class Context:
         self.seeds: tuple[int, ...] = tuple(range(size))
         self.step = 0
         self.examples: Tensor | None = None  # int64 [N]
+        self.leaves: dict[int, Tensor] = {}  # of the active slices, by the parameter they are part of
         self._only: int | None = None
 
     def set(self, *, seeds: Sequence[int], step: int, examples: Tensor) -> None:
@@ -52,8 +53,25 @@ class Context:
         return self.active == tuple(range(self.size))
 
     def pick(self, stacked: Tensor) -> Tensor:
-        """The active slices of a [K, ...] tensor; the tensor itself when all are active."""
-        return stacked if self.all_active else stacked[list(self.active)]
+        """The active slices of a [K, ...] tensor; the tensor itself when all are active.
+
+        In training, neighbouring slices of a parameter are a leaf of their own that shares its memory and its gradient's:
+        their gradient lands in place, and no gradient of the whole stack is made and added for each part of it.
+        """
+        if self.all_active:
+            return stacked
+        first, size = self.active[0], len(self.active)
+        if self.active != tuple(range(first, first + size)):
+            return stacked[list(self.active)]
+        if not (stacked.requires_grad and torch.is_grad_enabled()):
+            return stacked[first : first + size]
+        if id(stacked) not in self.leaves:
+            if stacked.grad is None:
+                stacked.grad = torch.zeros_like(stacked)
+            leaf = stacked.detach()[first : first + size].requires_grad_()
+            leaf.grad = stacked.grad[first : first + size]
+            self.leaves[id(stacked)] = leaf
+        return self.leaves[id(stacked)]
 
     def split(self, x: Tensor, layer: str) -> Tensor:
         """[K * M, ...] -> [K, M, ...] over the active slices. Raises `SlicesMix` where the rows do not divide."""

@@ -105,6 +105,11 @@ class _KeyedCalls(TorchFunctionMode):
         return keyed_dropout(x, p, self.context, f"{self.layer}#{self.calls}")
 
 
+def drops(model: nn.Module) -> bool:
+    """Whether a base drops anything of its own in training."""
+    return any(_probability(module) > 0 for module in model.modules())
+
+
 def key_base_dropout(model: nn.Module, context: Context, undo: ExitStack) -> None:
     """Key every dropout of the base by wrapping the forward pass of the modules that own one.
 

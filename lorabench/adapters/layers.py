@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from lorabench.adapters import draw
 from lorabench.adapters.context import Context
 from lorabench.adapters.dropout import keyed_dropout
+from lorabench.adapters.product import AdaptedProduct
 from lorabench.base import LayerInfo
 from lorabench.plan import AdapterSpec
 
@@ -109,6 +110,11 @@ class StackedAdapter(Wrapped):
     def parts(self) -> dict[str, tuple[nn.Parameter, bool]]:
         return {"lora_A": (self.lora_A, True), "lora_B": (self.lora_B, True)}
 
+    @property
+    def used(self) -> int:
+        """The largest rank among the active slices; 0: none of them targets this layer."""
+        return max((self.ranks[k] for k in self.context.active), default=0)
+
     def factors(self, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
         """A and scaling * B of the active slices, in the type of the activations."""
         a, b, s = (self.context.pick(t) for t in (self.lora_A, self.lora_B, self.scaling))
@@ -127,13 +133,30 @@ class StackedLinear(StackedAdapter):
     """On nn.Linear or transformers' Conv1D: x [K * B, ..., I] -> [K * B, ..., O]."""
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        y: Tensor = self.base(x, *args, **kwargs)
-        if not self.context.active:
-            return y
-        a, b = self.factors(y.dtype)
-        rows = self.context.split(self.dropped(x).to(y.dtype), self.name).flatten(1, -2)
-        low = torch.bmm(rows, a.transpose(1, 2))
-        return torch.baddbmm(y.reshape(*low.shape[:2], y.shape[-1]), low, b.transpose(1, 2)).view_as(y)
+        if not self.used:
+            return self.base(x, *args, **kwargs)
+        self.context.split(x, self.name)
+        d, dtype = self.dropped(x), _compute_dtype(x)
+        # rows of A and columns of B that none of these slices uses are not computed with
+        a, b = self.context.pick(self.lora_A)[:, : self.used], self.context.pick(self.lora_B)[..., : self.used]
+        flat = x.to(dtype).reshape(-1, x.shape[-1])
+        own = None if d is x else d.to(dtype).reshape(flat.shape)
+        weight, bias = self._frozen(dtype)
+        y = AdaptedProduct.apply(flat, own, weight, bias, a, b, self.context.pick(self.scaling))  # type: ignore[no-untyped-call]
+        return y.view(*x.shape[:-1], y.shape[-1])
+
+    def _frozen(self, dtype: torch.dtype) -> tuple[Tensor, Tensor | None]:
+        """Weight [O, I] and bias of the base; Conv1D holds its weight the other way round."""
+        weight, bias = self.base.weight, self.base.bias
+        assert isinstance(weight, Tensor) and (bias is None or isinstance(bias, Tensor))
+        rows = weight if isinstance(self.base, nn.Linear) else weight.T
+        return rows.to(dtype), None if bias is None else bias.to(dtype)
+
+
+def _compute_dtype(x: Tensor) -> torch.dtype:
+    """The type a product of x is computed in: autocast's where it is on."""
+    kind = x.device.type
+    return torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else x.dtype
 
 
 class StackedEmbedding(StackedAdapter):
@@ -143,7 +166,7 @@ class StackedEmbedding(StackedAdapter):
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         y: Tensor = self.base(x, *args, **kwargs)
-        if not self.context.active:
+        if not self.used:
             return y
         a, b = self.factors(y.dtype)
         rows = self.context.split(x, self.name).flatten(1)
@@ -172,7 +195,7 @@ class StackedConv2d(StackedAdapter):
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         y: Tensor = self.base(x, *args, **kwargs)
-        if not self.context.active:
+        if not self.used:
             return y
         conv, (a, b) = self.base, self.factors(y.dtype)
         rows = self.context.split(self.dropped(x).to(y.dtype), self.name)

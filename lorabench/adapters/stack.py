@@ -72,11 +72,12 @@ class Stack:
     def active(self, slices: Sequence[int]) -> Iterator[None]:
         """Inside, the rows of a batch belong to these slices, slice-major; to none of them: the plain base."""
         assert all(0 <= k < self.size for k in slices), f"slices {slices} of a pack of {self.size}"
-        before, self.context.active = self.context.active, tuple(slices)
+        before = self.context.active, self.context.leaves
+        self.context.active, self.context.leaves = tuple(slices), {}
         try:
             yield
         finally:
-            self.context.active = before
+            self.context.active, self.context.leaves = before
 
     def remove(self) -> None:
         """Give the base back as it was, bit for bit. The stacked tensors are gone with it."""

@@ -43,11 +43,12 @@ class StackedModule(Wrapped):
             return self.base(*args, **kwargs)
         if self.training and getattr(self.base, "gradient_checkpointing", False):
             raise ConfigError("trainer.gradient_checkpointing", True, f"false while the whole block {self.name} trains")
-        outputs = []
-        for position, k in enumerate(self.context.active):
+        outputs, parameters = [], {key: self.context.pick(p) for key, p in self.stacked.items()}
+        for position in range(len(self.context.active)):
             own_args, own_kwargs = tree_map(lambda x: self._own(x, position), (args, dict(kwargs)))  # noqa: B023
             with self.context.only(position):
-                outputs.append(functional_call(self.base, self._parameters_of(k), own_args, own_kwargs))
+                own = self._own_parameters(parameters, position)
+                outputs.append(functional_call(self.base, own, own_args, own_kwargs))
         return tree_map(lambda *parts: torch.cat(parts) if isinstance(parts[0], Tensor) else parts[0], *outputs)
 
     def _own(self, x: Any, position: int) -> Any:
@@ -60,8 +61,8 @@ class StackedModule(Wrapped):
     def _compute_dtype(self) -> torch.dtype | None:
         return next(iter(self.stacked.values())).dtype if self.new else None
 
-    def _parameters_of(self, k: int) -> dict[str, Tensor]:
-        own = {key: self.stacked[key.replace(".", "/")][k] for key, _ in self.base.named_parameters()}
+    def _own_parameters(self, parameters: Mapping[str, Tensor], position: int) -> dict[str, Tensor]:
+        own = {key: parameters[key.replace(".", "/")][position] for key, _ in self.base.named_parameters()}
         return own if self.new else {key: own[key].to(p.dtype) for key, p in self.base.named_parameters()}
 
     def slice_state(self, k: int) -> dict[str, Tensor]:

@@ -1,0 +1,194 @@
+"""The blocks of a base below everything that trains: what they give for an example never changes, so it is computed once.
+
+A head alone, or adapters on upper layers only, leave a frozen trunk. Its output for each example of a split is kept and
+served whenever that example comes again, in whichever slice, step or evaluation. Shape letters: N rows of a batch,
+T tokens, H hidden features.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from lorabench.adapters.dropout import drops
+from lorabench.adapters.layers import Wrapped
+from lorabench.adapters.stack import Stack
+
+MOST_BYTES = 2**30  # of one split's outputs; a larger split is computed anew each time
+
+
+@dataclass(frozen=True)
+class Features:
+    """A trunk's output for the examples of one split: `flat` [all tokens, H], and where each example's rows begin."""
+
+    flat: Tensor
+    starts: dict[int, int]  # by example id
+    lengths: dict[int, int]
+
+    def batch(self, examples: Sequence[int], tokens: int) -> Tensor:
+        """[N, T, H]; what stands beyond an example's own length is never looked at by the blocks above."""
+        device = self.flat.device
+        first = torch.tensor([self.starts[e] for e in examples], device=device)
+        last = torch.tensor([self.lengths[e] - 1 for e in examples], device=device)
+        place = torch.minimum(torch.arange(tokens, device=device), last[:, None])
+        return self.flat[first[:, None] + place]
+
+
+class _Stop(Exception):
+    """Ends a forward pass where the trunk ends."""
+
+
+class Trunk:
+    """The first `depth` blocks of a model; made by `find_trunk`.
+
+    splits: examples and lengths by name. keep: where features stay from pack to pack, by split.
+    """
+
+    def __init__(self, model: nn.Module, stack: Stack, blocks: Sequence[nn.Module]) -> None:
+        self.model, self.stack, self.blocks = model, stack, tuple(blocks)
+        self.serving: Tensor | None = None
+        self._tuple = False
+        for block in self.blocks[:-1]:
+            self._stand_in(block, lambda own, hidden: hidden)
+        self._stand_in(self.blocks[-1], lambda own, hidden: own)
+
+    @property
+    def depth(self) -> int:
+        return len(self.blocks)
+
+    def _stand_in(self, block: nn.Module, answer: Callable[[Tensor, Tensor], Tensor]) -> None:
+        """While features are served a block hands on what it is given, the last one what is served."""
+        real = block.forward
+
+        def forward(*args: Any, **kwargs: Any) -> Any:
+            if self.serving is None:
+                return real(*args, **kwargs)
+            given = args[0] if args else kwargs["hidden_states"]
+            out = answer(self.serving, given)
+            return (out,) if self._tuple else out
+
+        self.stack.undo.callback(_forget, block, block.__dict__.get("forward"))
+        block.forward = forward
+
+    @torch.no_grad()
+    def output(self, forward: Callable[[], Any]) -> Tensor:
+        """What the trunk gives in a forward pass of the plain base, [N, T, H]; the pass ends there."""
+        found: list[Tensor] = []
+
+        def stop(module: nn.Module, args: Any, out: Any) -> None:
+            self._tuple = isinstance(out, tuple)
+            found.append(out[0] if self._tuple else out)
+            raise _Stop
+
+        hook = self.blocks[-1].register_forward_hook(stop)
+        training = self.model.training
+        self.model.eval()
+        try:
+            with self.stack.active([]):
+                forward()
+        except _Stop:
+            pass
+        finally:
+            hook.remove()
+            self.model.train(training)
+        return found[0]
+
+    def features(self, batches: Iterator[Mapping[str, Tensor]], run: Callable[[Any], Any]) -> Features:
+        """Of every example of these batches. run: a forward pass of the model on one of them."""
+        flat: list[Tensor] = []
+        starts: dict[int, int] = {}
+        lengths: dict[int, int] = {}
+        total = 0
+        for batch in batches:
+            hidden = self.output(lambda: run(batch))  # noqa: B023
+            own = batch["attention_mask"].sum(1).tolist()
+            for row, example, length in zip(hidden, batch["example"].tolist(), own, strict=True):
+                starts[example], lengths[example] = total, length
+                total += length
+                flat.append(row[:length].clone())
+        return Features(torch.cat(flat), starts, lengths)
+
+    @contextmanager
+    def serve(self, features: Features | None, batch: Mapping[str, Tensor]) -> Iterator[None]:
+        """Inside, the trunk's output for the rows of `batch` comes from `features`; None: it is computed."""
+        if features is None:
+            yield
+            return
+        self.serving = features.batch(batch["example"].tolist(), batch["attention_mask"].shape[1])
+        try:
+            yield
+        finally:
+            self.serving = None
+
+
+def find_trunk(
+    model: nn.Module, stack: Stack, layers: int, forward: Callable[[], Tensor], batch: Mapping[str, Tensor]
+) -> Trunk | None:
+    """The trunk of a base with its stack on, or None where there is none to speak of or reuse would not be exact.
+
+    layers: how many blocks the base has. forward: per-example losses [N] of `batch`, of one slice's rows. Reuse is tried
+    on it: the same losses must come out, bit for bit on a CPU. So a base whose upper blocks look at more than the hidden
+    states (relative positions handed on from block to block, a sum over all layers) is found out.
+    """
+    blocks = _blocks(model, layers)
+    if stack.own or not blocks or "attention_mask" not in batch or drops(model):
+        return None
+    depth = next((i for i, block in enumerate(blocks) if _trains(block)), len(blocks))
+    if depth == 0:
+        return None
+    trunk = Trunk(model, stack, blocks[:depth])
+    if not _exact(trunk, forward, batch):
+        trunk.serving = None
+        return None
+    return trunk
+
+
+@torch.no_grad()
+def _exact(trunk: Trunk, forward: Callable[[], Tensor], batch: Mapping[str, Tensor]) -> bool:
+    before: list[str] = []  # trainable layers that run before the trunk has ended
+    hooks = [layer.register_forward_pre_hook(lambda m, args: before.append(m.name)) for layer in trunk.stack.layers]
+    try:
+        hidden = trunk.output(forward)
+    finally:
+        for hook in hooks:
+            hook.remove()
+    if before or hidden.dim() != 3 or hidden.shape[:2] != batch["attention_mask"].shape:
+        return False
+    with trunk.stack.active([0]):
+        plain = forward()
+        trunk.serving = hidden
+        try:
+            served = forward()
+        except Exception:  # a block above wants what a stand-in does not give
+            return False
+        finally:
+            trunk.serving = None
+    if plain.device.type == "cpu":
+        return torch.equal(plain, served)
+    return torch.allclose(plain, served, rtol=1e-3, atol=1e-4)
+
+
+def _blocks(model: nn.Module, layers: int) -> list[nn.Module]:
+    """The base's blocks in their order: its one list of that many modules of one class."""
+    lists = [
+        m
+        for m in model.modules()
+        if isinstance(m, nn.ModuleList) and len(m) == layers and len({type(x) for x in m}) == 1
+    ]
+    return list(lists[0]) if len(lists) == 1 else []
+
+
+def _trains(block: nn.Module) -> bool:
+    return any(isinstance(m, Wrapped) for m in block.modules())
+
+
+def _forget(block: nn.Module, own: Any) -> None:
+    if own is None:
+        block.__dict__.pop("forward", None)
+    else:
+        block.forward = own
