@@ -92,8 +92,11 @@ class SweepConfig:
     confirm_seeds: list[int] = knob(
         [], help="fresh seeds that train at the chosen rate and alone see test; []: tuning only"
     )
-    max_pack: int = knob(8, help="slices a pack at most", low=1)
+    max_pack: int | None = knob(None, help="slices a pack at most; null: as many as fit into memory, up to 16", low=1)
     prune: bool = knob(False, help="drop rates that fall behind inside their cell, from half of the steps on")
+    workers: int | None = knob(
+        None, help="processes that train packs side by side; null: one a GPU, one for every 8 CPU cores", low=1
+    )
     dry_run: bool = knob(False, help="print runs, packs, parameters and memory; write nothing")
     accept_drift: bool = knob(False, help="reuse records although data, model or code changed")
     retry_failed: bool = knob(False, help="train runs again whose record says failed")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import gc
+import os
 import resource
 import signal
 import sys
@@ -63,19 +64,52 @@ def release() -> None:
         trim(0)
 
 
+def out_of_memory(error: BaseException) -> bool:
+    """Whether an allocation failed: torch's own error on a GPU; on a CPU a RuntimeError that only its text tells apart."""
+    texts = ("out of memory", "can't allocate memory", "not enough memory")
+    if isinstance(error, MemoryError):
+        return True
+    return isinstance(error, RuntimeError) and any(text in str(error).lower() for text in texts)
+
+
+def available(device: str) -> int:
+    """Bytes a new pack may count on: free on the device with CUDA, else what the system says it can hand out."""
+    if device == "cuda":
+        import torch
+
+        return int(torch.cuda.mem_get_info()[0])
+    try:
+        fields = dict(line.split(":", 1) for line in Path("/proc/meminfo").read_text().splitlines())
+        free = int(fields["MemAvailable"].split()[0]) * 1024
+    except (OSError, KeyError, ValueError):  # no Linux
+        free = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") // 2
+    limit = _group_limit()
+    return min(free, limit) if limit else free
+
+
+def _group_limit() -> int | None:
+    """What a container may still take, where one sets a limit (control groups, version 2)."""
+    root = Path("/sys/fs/cgroup")
+    try:
+        return int((root / "memory.max").read_text()) - int((root / "memory.current").read_text())
+    except (OSError, ValueError):  # no such file, or "max"
+        return None
+
+
 RUNTIME = 700 * 2**20  # Python, torch, transformers and a data set of some thousand texts, resident
 KEPT = 3.5  # how often a layer's input and output are held at the peak: for backward, norms, non-linearities, products under way
 
 
-def estimate(info: Any, plans: Any, run: Any, *, dtype: str, device: str) -> int:
+def estimate(info: Any, plans: Any, run: Any, *, dtype: str, device: str, part_tokens: int) -> int:
     """Bytes a pack needs at its peak, before it runs: the process, weights, what trains with its AdamW state, activations.
 
-    Activations are those of full-length batches; attention keeps two T x T maps a head of width 64. `KEPT` and `RUNTIME`
-    are fitted to the reference records, whose measured peaks a test holds against this.
+    Activations are those of one part of full-length rows; attention keeps two T x T maps a head of width 64. `KEPT` and
+    `RUNTIME` are fitted to the reference records, whose measured peaks a test holds against this.
     """
     size = {"float32": 4, "bfloat16": 2, "float64": 8}[dtype]
     tokens = getattr(run.task, "max_length", None) or 256
-    rows = len(plans) * run.trainer.batch_size
+    own = run.trainer.batch_size * tokens
+    rows = min(len(plans) * own, max(part_tokens, own)) / tokens
     layers = [x for x in info.layers if x.kind in ("Linear", "Conv1D", "Conv2d")]
     widths = sum(x.in_features + x.out_features for x in layers)
     maps = 2 * info.num_layers * max(1, info.hidden_size // 64) * tokens * tokens

@@ -93,15 +93,15 @@ class PackedAdamW(torch.optim.Optimizer):
 
 def grad_norms(parameters: Sequence[tuple[nn.Parameter, bool]], slices: int) -> Tensor:
     """Gradient norm of each slice over all its tensors, [K] float64 on the CPU. parameters: (tensor, stacked)."""
-    total = torch.zeros(slices, dtype=torch.float64)
+    norms = []
     for p, stacked in parameters:
         if p.grad is not None:
             flat = p.grad.flatten(1) if stacked else p.grad.reshape(1, -1)
-            total += (
-                torch.linalg.vector_norm(flat, dim=1, dtype=torch.promote_types(p.dtype, torch.float32)).double().cpu()
-                ** 2
-            )
-    return total.sqrt()
+            wide = torch.promote_types(p.dtype, torch.float32)
+            norms.append(torch.linalg.vector_norm(flat, dim=1, dtype=wide))
+    if not norms:
+        return torch.zeros(slices, dtype=torch.float64)
+    return torch.stack(norms).cpu().double().square().sum(0).sqrt()  # one copy off the device, not one a tensor
 
 
 @torch.no_grad()

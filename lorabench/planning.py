@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -10,8 +9,10 @@ from typing import Any
 from lorabench import __version__
 from lorabench import prepare as prep
 from lorabench.config import RunConfig, Settings, digest
+from lorabench.memory import available, estimate
 from lorabench.plan import SlicePlan
 from lorabench.prepare import Pack
+from lorabench.prune import cell_key, prunable
 from lorabench.records import Store
 
 
@@ -44,19 +45,66 @@ def cell_id(label: Mapping[str, Any]) -> str:
     return "-".join(part.replace(" ", "") for part in parts)
 
 
-def plan_packs(runs: Sequence[RunConfig], max_pack: int, start: int = 0) -> list[Pack]:
-    """Group runs that can share a base, most alike first: equal rank (unused rows cost time), then equal seed."""
+MOST = 16  # slices a pack where memory would allow more: a pack is what a kill costs
+SHARE = 0.7  # of the memory there is that a pack may be planned to take: its estimate is good to about a third
+
+
+def plan_packs(runs: Sequence[RunConfig], max_pack: int | None, start: int = 0, *, prune: bool = False) -> list[Pack]:
+    """Group runs that can share a base, most alike first: equal rank (unused rows cost time), then equal seed.
+
+    max_pack: slices a pack at most; None: as many as fit into memory. prune: keep the tuning runs of a cell in one pack,
+    where the rule of `prune` sees all its rates, whatever its size.
+    """
     groups: dict[str, list[RunConfig]] = {}
     for run in runs:
         groups.setdefault(run.pack_key, []).append(run)
     packs: list[Pack] = []
     for group in groups.values():
         group.sort(key=lambda r: (getattr(r.method, "r", 0), r.seed, r.optimizer.lr, r.run_id))
-        count = math.ceil(len(group) / max_pack)
-        size = math.ceil(len(group) / count)
-        for i in range(0, len(group), size):
-            packs.append(Pack(f"p{start + len(packs)}", tuple(group[i : i + size])))
+        most = max_pack or _fitting(group)
+        for units in _fill(_whole_cells(group) if prune else [[run] for run in group], most):
+            cells = any(len(unit) > 1 for unit in units)
+            packs.append(Pack(f"p{start + len(packs)}", tuple(r for unit in units for r in unit), prune=cells))
     return packs
+
+
+def _fitting(runs: Sequence[RunConfig]) -> int:
+    """How many of these runs, whose largest come last, fit into the memory that is free now; at least 1."""
+    largest, resolved = list(runs[-MOST:]), prep.resolve(runs[0])
+    free, info = SHARE * available(resolved.device), prep.layers(runs[0])
+    plans = [prep.plan(run, info) for run in largest]
+    while len(plans) > 1 and free < estimate(
+        info, plans, runs[0], dtype=resolved.base_dtype, device=resolved.device, part_tokens=resolved.part_tokens
+    ):
+        plans = plans[1:]
+    return len(plans)
+
+
+def _whole_cells(runs: Sequence[RunConfig]) -> list[list[RunConfig]]:
+    """Cells with rates to prune as units, at the place of their first run; each other run is a unit of its own."""
+    cells: dict[str, list[RunConfig]] = {}
+    for run in runs:
+        cells.setdefault(cell_key(run), []).append(run)
+    whole = {run.run_id: cell for cell in cells.values() if prunable(cell) for run in cell}
+    return [whole.get(run.run_id, [run]) for run in runs if whole.get(run.run_id, [run])[0] is run]
+
+
+def _fill(units: Sequence[list[RunConfig]], most: int) -> list[list[list[RunConfig]]]:
+    """Units in their order, as few packs of at most `most` runs as that allows, and those of about one size."""
+
+    def filled(limit: int) -> list[list[list[RunConfig]]]:
+        packs: list[list[list[RunConfig]]] = []
+        held = limit
+        for unit in units:
+            if held + len(unit) > limit:
+                packs.append([])
+                held = 0
+            packs[-1].append(unit)
+            held += len(unit)
+        return packs
+
+    fewest = len(filled(most))
+    return next(packs for limit in range(1, most + 1) if len(packs := filled(limit)) == fewest)
 
 
 def write_cells(store: Store, jobs: Sequence[Job], plans: Mapping[str, SlicePlan], *, only_new: bool) -> None:
@@ -88,22 +136,37 @@ def new_manifest(settings: Settings) -> dict[str, Any]:
 
 
 def planned_packs(store: Store, jobs: Sequence[Job]) -> list[Pack]:
-    """The packs that hold the jobs: those of the manifest where they stand, new ones for what is new."""
-    manifest = store.manifest()
+    """The packs that hold the jobs: those of the manifest where they stand, new ones for what is new.
+
+    A pack prunes when it was planned to and `sweep.prune` still asks for it.
+    """
+    manifest, sweep = store.manifest(), jobs[0].settings.sweep
     runs = {j.run.run_id: j.run for j in jobs}
     known = [
         # a pack trains with the members it was planned with, whether or not all of them are asked for now
-        Pack(entry["id"], tuple(runs.get(i) or _run_from_manifest(manifest, i) for i in entry["runs"]))
+        Pack(
+            entry["id"],
+            tuple(runs.get(i) or _run_from_manifest(manifest, i) for i in entry["runs"]),
+            prune=sweep.prune and entry.get("prune", False),
+        )
         for entry in manifest["packs"]
         if not entry.get("replaced") and any(i in runs for i in entry["runs"])
     ]
     planned = {i for p in known for i in p.run_ids}
-    fresh = plan_packs(
-        [r for i, r in runs.items() if i not in planned], jobs[0].settings.sweep.max_pack, len(manifest["packs"])
-    )
+    new = [r for i, r in runs.items() if i not in planned]
+    begun, start = _begun(manifest) if sweep.prune and new else set(), len(manifest["packs"])
+    late = {r.run_id for r in new if begun and cell_key(r) in begun}
+    fresh = plan_packs([r for r in new if r.run_id not in late], sweep.max_pack, start, prune=sweep.prune)
+    fresh += plan_packs([r for r in new if r.run_id in late], sweep.max_pack, start + len(fresh))
     manifest["packs"] += [_entry(pack, version=1) for pack in fresh]
     store.write_manifest(manifest)
     return known + fresh
+
+
+def _begun(manifest: Mapping[str, Any]) -> set[str]:
+    """Keys of the cells that packs of the manifest hold runs of: rates that join such a cell later are not pruned."""
+    planned = {i for entry in manifest["packs"] for i in entry["runs"]}
+    return {cell_key(_run_from_manifest(manifest, i)) for i in planned}
 
 
 def _run_from_manifest(manifest: Mapping[str, Any], run_id: str) -> RunConfig:
@@ -126,10 +189,5 @@ def replan(store: Store, pack: Pack, parts: Sequence[Pack]) -> None:
 def _entry(pack: Pack, *, version: int) -> dict[str, Any]:
     """A pack in the manifest, with what `auto` means for it here."""
     first = pack.runs[0]
-    return {
-        "id": pack.id,
-        "version": version,
-        "role": first.role,
-        "runs": pack.run_ids,
-        "resolved": asdict(prep.resolve(first)),
-    }
+    entry = {"id": pack.id, "version": version, "role": first.role, "runs": pack.run_ids, "resolved": asdict(prep.resolve(first))}  # fmt: skip
+    return entry | ({"prune": True} if pack.prune else {})

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from lorabench import encoded_cache
 from lorabench.base import Base, BaseInfo, HeadSpec
 from lorabench.batches import steps_per_epoch
 from lorabench.config import RunConfig, TrainerConfig, digest
@@ -83,7 +84,8 @@ def prepare(run: RunConfig) -> Prepared:
         data = load_data(run.task)
         head = run.task.head(data)
         processor = run.model.processor()
-        _prepared[key] = Prepared(data, run.task.encode(data, processor), processor, head, layers(run))
+        encoded = encoded_cache.encoded(run.task, run.model, data, processor)
+        _prepared[key] = Prepared(data, encoded, processor, head, layers(run))
     return _prepared[key]
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable, Collection, Iterable, Sequence
+from contextlib import nullcontext
 from typing import Any
 
 from rich.console import Console
@@ -17,7 +18,8 @@ from lorabench.provenance import code_fingerprint
 from lorabench.records import Record, Store
 from lorabench.schema import ConfigError, ExistingWork
 from lorabench.terminal import Progress, dry_run_table
-from lorabench.train import Listener, SlicesMix, measure, train
+from lorabench.train import Listener, OutOfMemory, SlicesMix, measure, train
+from lorabench.workers import Workers, worker_count
 
 Executor = Callable[[Callable[[Pack], list[Record]], Sequence[Pack]], Iterable[list[Record]]]
 
@@ -43,7 +45,8 @@ def execute(jobs: Sequence[Job], *, executor: Executor = map, console: Console |
     plans = check_all(jobs)
     if settings.sweep.dry_run:
         unique = list({j.run.run_id: j for j in jobs}.values())
-        console.print(dry_run_table(plan_packs([j.run for j in unique], settings.sweep.max_pack), unique, plans))
+        packs = plan_packs([j.run for j in unique], settings.sweep.max_pack, prune=settings.sweep.prune)
+        console.print(dry_run_table(packs, unique, plans))
         return [None] * len(jobs)
     write_cells(store, jobs, plans, only_new=True)
     with store.locked():
@@ -74,19 +77,27 @@ def _run(
 
     tracker = make_tracker(settings.tracker, sweep=store.root.name, sweep_dir=store.root)
 
+    count = worker_count(settings.sweep.workers, prep.resolve(todo[0].runs[0]).device, len(todo)) if todo else 1
+    workers = Workers(count, prep.resolve(todo[0].runs[0]).device) if count > 1 else None
+    train_pack, executor = (workers.train, workers.map) if workers else (train, executor)
+
     def one(pack: Pack) -> list[Record]:
-        listener = _listener(progress, pack, tracker)
         try:
-            return train(pack, store, listener, keep=finished)
+            return train_pack(pack, store, _listener(progress, pack, tracker), keep=finished)
         except SlicesMix as e:
-            progress.say(f"{e}; its runs train one by one")
-            alone = [Pack(f"{pack.id}.{k}", (run,)) for k, run in enumerate(pack.runs)]
-            replan(store, pack, alone)
-            return [r for p in alone for r in train(p, store, _listener(progress, p, tracker), keep=finished)]
+            size, why = 1, f"{e}; its runs train one by one"
+        except OutOfMemory as e:
+            size, why = (len(pack.runs) + 1) // 2, f"{e}; it trains in halves"
+        progress.say(why)
+        parts = [pack.runs[i : i + size] for i in range(0, len(pack.runs), size)]
+        smaller = [Pack(f"{pack.id}.{k}", runs) for k, runs in enumerate(parts)]
+        replan(store, pack, smaller)
+        return [record for part in smaller for record in one(part)]
 
     try:
-        for records in executor(one, todo):
-            progress.done(records)
+        with workers or nullcontext():
+            for records in executor(one, todo):
+                progress.done(records)
     finally:
         if tracker is not None:
             tracker.close()
@@ -107,11 +118,16 @@ def _listener(progress: Progress, pack: Pack, tracker: Any) -> Listener:
 
 
 def _finished(store: Store, settings: Settings, runs: Sequence[RunConfig]) -> dict[str, Record]:
-    """Records of the runs that need no training, after checking that what they were trained on is what is here."""
+    """Records of the runs that need no training, after checking that what they were trained on is what is here.
+
+    A pruned run is finished as long as `sweep.prune` is on; without it, it is one to train to its end.
+    """
+    again = {"failed"} if settings.sweep.retry_failed else set()
+    again |= set() if settings.sweep.prune else {"pruned"}
     done: dict[str, Record] = {}
     for run in runs:
         record = store.read(run.run_id)
-        if record is None or (record.status == "failed" and settings.sweep.retry_failed):
+        if record is None or record.status in again:
             continue
         if record.status != "failed" and not settings.sweep.accept_drift:
             _check_drift(record, run)

@@ -73,6 +73,8 @@ class Progress:
         for r in records:
             if r.status in ("failed", "diverged"):
                 self.say(f"{r.status}: {r.run_id}: {r.error}")
+        if dropped := sum(r.status == "pruned" for r in records):
+            self.say(f"pruned: {dropped} of {len(records)} runs of a pack, their rates out of the race in their cells")
 
     def say(self, text: str) -> None:
         if self.verbose:
@@ -112,7 +114,10 @@ def dry_run_table(packs: Sequence[Pack], jobs: Sequence[Any], plans: Mapping[str
 def _estimate(pack: Pack, plans: Mapping[str, SlicePlan]) -> int:
     first = pack.runs[0]
     resolved, chosen = prep.resolve(first), [plans[i] for i in pack.run_ids]
-    return estimate(prep.layers(first), chosen, first, dtype=resolved.base_dtype, device=resolved.device)
+    return estimate(
+        prep.layers(first), chosen, first, dtype=resolved.base_dtype, device=resolved.device,
+        part_tokens=resolved.part_tokens,
+    )  # fmt: skip
 
 
 def _cell_name(label: Mapping[str, Any]) -> str:

@@ -20,14 +20,14 @@ from lorabench import prepare as prep
 from lorabench.adapters import SlicesMix, inject, probe
 from lorabench.batches import EvalStream, PackStream
 from lorabench.config import RunConfig
-from lorabench.memory import PeakMemory
+from lorabench.memory import PeakMemory, out_of_memory, release
 from lorabench.module import PackModule
 from lorabench.outcome import Session, failed, records_of
 from lorabench.prepare import Pack
 from lorabench.records import Record, Store
 from lorabench.reuse import Reuse
 
-__all__ = ["Listener", "Pack", "SlicesMix", "measure", "train"]
+__all__ = ["Listener", "OutOfMemory", "Pack", "SlicesMix", "measure", "train"]
 
 
 @dataclass
@@ -43,21 +43,28 @@ class Listener:
 def train(pack: Pack, store: Store, listener: Listener | None = None, *, keep: Collection[str] = ()) -> list[Record]:
     """Train a pack and write one record a run; a pack that fails leaves `failed` records with the error's text.
 
-    keep: run_ids whose record stands already (a pack that was cut while it wrote): trained along, not written again.
+    keep: run_ids whose record stands already (a pack that was cut while it wrote): trained along; record and history stay.
 
-    Raises `SlicesMix` when the base cannot be shared between slices: the caller then trains the runs one by one.
+    Raises `SlicesMix` when the base cannot be shared between slices, and `OutOfMemory` when the pack does not fit: the
+    caller then trains the runs one by one, or the pack in halves. Neither leaves a record.
     """
     listener = listener or Listener()
     for run in pack.runs:
-        store.reset_history(run.run_id)
+        if run.run_id not in keep:
+            store.reset_history(run.run_id)
         listener.start(run)
+    records: list[Record] | None = None
     try:
-        records = _train(pack, store, listener)
+        records = _train(pack, store, listener, keep)
     except SlicesMix:
         raise
     except Exception as e:
-        error = "".join(traceback.format_exception(e)[-3:]).strip()
-        records = [failed(run, f"{type(e).__name__}: {e}", error) for run in pack.runs]
+        if not (out_of_memory(e) and len(pack.runs) > 1):
+            error = "".join(traceback.format_exception(e)[-3:]).strip()
+            records = [failed(run, f"{type(e).__name__}: {e}", error) for run in pack.runs]
+    if records is None:  # raised out here, where the traceback no longer holds the tensors that did not fit
+        release()
+        raise OutOfMemory(f"{pack.id}: {len(pack.runs)} runs at once need more memory than there is")
     for record in records:
         if record.run_id not in keep:
             store.write(record)
@@ -65,8 +72,12 @@ def train(pack: Pack, store: Store, listener: Listener | None = None, *, keep: C
     return records
 
 
-def _train(pack: Pack, store: Store, listener: Listener) -> list[Record]:
-    with _opened(pack, store, listener) as session:
+class OutOfMemory(RuntimeError):
+    """A pack of several runs did not fit into memory."""
+
+
+def _train(pack: Pack, store: Store, listener: Listener, keep: Collection[str]) -> list[Record]:
+    with _opened(pack, store, listener, keep) as session:
         _probe(session)
         if pack.runs[0].trainer.reuse_trunk:
             session.module.reuse = Reuse(session)
@@ -101,7 +112,7 @@ def measure(run: RunConfig, store: Store, *, steps: int = 10) -> dict[str, Any]:
 
 
 @contextmanager
-def _opened(pack: Pack, store: Store, listener: Listener) -> Iterator[Session]:
+def _opened(pack: Pack, store: Store, listener: Listener, keep: Collection[str] = ()) -> Iterator[Session]:
     """A pack ready to train on its base; the base comes back as it was, and that is checked."""
     first = pack.runs[0]
     prepared, resolved = prep.prepare(first), prep.resolve(first)
@@ -112,7 +123,8 @@ def _opened(pack: Pack, store: Store, listener: Listener) -> Iterator[Session]:
     ids = pack.run_ids
 
     def rows(k: int, new: list[dict[str, Any]]) -> None:
-        store.append_history(ids[k], new)
+        if ids[k] not in keep:
+            store.append_history(ids[k], new)
         listener.rows(ids[k], new)
 
     try:

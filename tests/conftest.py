@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import random
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import numpy as np
@@ -30,6 +30,19 @@ def _seeds() -> None:
 
         torch.manual_seed(0)
         torch.set_num_threads(1)
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """Encoded data stays out of the user's cache; weights converted there already (540 MB) are used from there."""
+    from lorabench.cache import cache_root
+
+    own, converted = tmp_path_factory.mktemp("cache"), cache_root() / "gguf"
+    if converted.is_dir():
+        (own / "gguf").symlink_to(converted)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("LORABENCH_CACHE", str(own))
+        yield
 
 
 @pytest.fixture

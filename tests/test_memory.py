@@ -2,9 +2,11 @@
 
 from collections import defaultdict
 
+import pytest
+
 from lorabench import prepare
 from lorabench.config import RunConfig
-from lorabench.memory import PeakMemory, estimate
+from lorabench.memory import PeakMemory, available, estimate, out_of_memory
 from lorabench.records import Store
 
 
@@ -20,7 +22,7 @@ def test_estimates_lie_near_the_measured_peaks_of_the_reference_packs(repo):
         info = prepare.layers(runs[0])
         plans = [prepare.plan(run, info) for run in runs]
         p = records[0].provenance
-        guess = estimate(info, plans, runs[0], dtype=p["base_dtype"], device=p["device"])
+        guess = estimate(info, plans, runs[0], dtype=p["base_dtype"], device=p["device"], part_tokens=p["part_tokens"])
         ratio = guess / records[0].resources["peak_memory_bytes"]
         assert 0.6 < ratio < 1.5, (name, [r.method.label() for r in runs], round(ratio, 2))
 
@@ -35,3 +37,20 @@ def test_a_peak_is_of_its_own_block():
     with PeakMemory("cpu") as memory:
         small = memory.peak()
     assert large - small > 200 * 10**6
+
+
+def test_a_failed_allocation_is_told_from_other_errors():
+    import torch
+
+    with pytest.raises(RuntimeError) as real:
+        torch.empty(2**50, dtype=torch.uint8)
+    assert out_of_memory(real.value)
+    assert out_of_memory(torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 MiB"))
+    assert out_of_memory(MemoryError())
+    assert not out_of_memory(RuntimeError("shape mismatch")) and not out_of_memory(ValueError("out of memory"))
+
+
+def test_what_is_free_lies_below_what_there_is():
+    import os
+
+    assert 2**27 < available("cpu") <= os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")

@@ -82,6 +82,35 @@ def test_the_edge_of_the_grid(cell: Losses, side: str | None) -> None:
     assert choice.edge == (side is not None)
 
 
+@pytest.mark.parametrize(
+    ("cell", "side", "beyond"),
+    [
+        ({1e-3: ["pruned"], 2e-3: [0.1], 4e-3: [0.2], 8e-3: ["pruned"]}, "low", (1e-3,)),
+        ({1e-3: ["pruned"], 2e-3: [0.2], 4e-3: [0.1], 8e-3: ["pruned"]}, "high", (8e-3,)),
+        ({1e-3: ["pruned"], 2e-3: [0.2], 4e-3: [0.1], 8e-3: [0.3]}, None, ()),
+        ({1e-3: [0.3], 2e-3: ["pruned"], 4e-3: [0.1], 8e-3: [0.3]}, None, ()),  # bounded by 1e-3, on a coarser grid
+        ({1e-3: [0.2, 0.2], 2e-3: [0.1, 0.1], 4e-3: ["diverged", "pruned"]}, None, ()),  # bounded by what diverged
+        ({1e-3: [0.2, 0.2], 2e-3: [0.1, 0.1], 4e-3: [0.01, "pruned"]}, "high", (4e-3,)),
+        ({1e-3: [0.1], 2e-3: [0.2], 4e-3: ["pruned"]}, "low", ()),
+        ({1e-3: ["pruned"], 2e-3: [0.1]}, "low", (1e-3,)),
+    ],
+)
+def test_a_pruned_edge_does_not_count_as_covered(cell: Losses, side: str | None, beyond: tuple[float, ...]) -> None:
+    choice = pick(cell)
+    assert choice.side == side
+    assert tuple(r.lr for r in choice.beyond) == beyond
+
+
+def test_a_pruned_rate_is_never_chosen_and_keeps_its_steps() -> None:
+    manifest, records = sweep({1e-3: [0.9, 0.9], 2e-3: [0.1, "pruned"]})
+    (gone,) = [r for r in records.values() if r.status == "pruned"]
+    gone.metrics |= {"val/loss": 0.01, "pruned_step": 50}
+    choice = choose(manifest, records)["c0"]
+    assert choice.lr == 1e-3
+    assert choice.rates[1].pruned == (50,)
+    assert choice.rates[1].losses == (0.1,), "the loss of an earlier step is not one of the rate's losses"
+
+
 def test_no_eligible_rate() -> None:
     choice = pick({1e-3: ["diverged"], 2e-3: [None]})
     assert choice.lr is None

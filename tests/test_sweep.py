@@ -277,3 +277,92 @@ def test_packs_hold_runs_of_equal_rank_together(tiny, tmp_path):
     packs = plan_packs(runs, 2)
     got = [[(getattr(r.method, "r", None), r.seed) for r in p.runs] for p in packs]
     assert got == [[(1, 0), (1, 1)], [(16, 0), (16, 1)], [(None, 0)]]
+
+
+class NarrowMemory:
+    """A stand-in for a device too small: no machine here runs out at these sizes. Packs above `most` runs do not fit."""
+
+    def __init__(self, monkeypatch, most):
+        import torch
+
+        from lorabench.module import PackModule
+
+        step = PackModule.training_step
+
+        def narrow(module, batch, index):
+            if len(module.runs) > most and module.steps_done == 3:
+                raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")
+            return step(module, batch, index)
+
+        monkeypatch.setattr(PackModule, "training_step", narrow)
+
+
+def test_a_pack_that_does_not_fit_trains_in_halves_with_nothing_lost(cli, monkeypatch):
+    argv = ["-m", "method.r=1,2,3,4,5", "report.enabled=false", "sweep.measure_solo=false"]
+    assert cli(*argv, "sweep.name=wide")[0] == 0
+    NarrowMemory(monkeypatch, 2)
+    code, out = cli(*argv, "sweep.name=narrow")
+    assert code == 0, out
+    assert "need more memory than there is; it trains in halves" in out
+    packs = {p["id"]: p for p in Store("sweeps/narrow").manifest()["packs"]}
+    assert packs["p0"]["replaced"] == ["p0.0", "p0.1"] and packs["p0.0"]["replaced"] == ["p0.0.0", "p0.0.1"]
+    assert sorted(len(p["runs"]) for p in packs.values() if "replaced" not in p) == [1, 2, 2]
+    wide, narrow = by_id("sweeps/wide"), by_id("sweeps/narrow")
+    assert wide.keys() == narrow.keys() and len(wide) == 5
+    for run_id, record in wide.items():
+        assert narrow[run_id].status == "completed"
+        assert narrow[run_id].metrics["val/loss"] == pytest.approx(record.metrics["val/loss"], abs=1e-10)
+        steps = [row["step"] for row in Store("sweeps/narrow").history(run_id) if "train/loss" in row]
+        assert steps == list(range(1, 7))  # what the pack that did not fit had written is gone
+    before = stamps("narrow")
+    assert cli(*argv, "sweep.name=narrow")[0] == 0
+    assert stamps("narrow") == before
+
+
+def test_a_lone_run_that_does_not_fit_is_a_failed_record(cli, monkeypatch):
+    NarrowMemory(monkeypatch, 0)
+    code, out = cli("sweep.name=s", "report.enabled=false")
+    assert code == 1 and "out of memory" in out
+    assert [r.status for r in Store("sweeps/s").records()] == ["failed"]
+
+
+def test_two_workers_give_the_records_of_one(cli):
+    """Packs side by side in processes of their own: same records, live progress from both, nothing trained twice."""
+    argv = ["-m", "method.r=1,2,3,4", "sweep.max_pack=1", "report.enabled=false", "sweep.measure_solo=false"]
+    assert cli(*argv, "sweep.name=one")[0] == 0
+    code, out = cli(*argv, "sweep.name=two", "sweep.workers=2", "tracker=csv")
+    assert code == 0, out
+    for pack in ("p0", "p1", "p2", "p3"):
+        assert f"{pack}: tune LoRA" in out
+    one, two = by_id("sweeps/one"), by_id("sweeps/two")
+    assert one.keys() == two.keys() and len(one) == 4
+    for run_id, record in one.items():
+        assert two[run_id].metrics["val/loss"] == pytest.approx(record.metrics["val/loss"], abs=1e-10)
+        assert Path("sweeps/two/runs", run_id, "history.csv").is_file()
+    before = stamps("two")
+    code, out = cli(*argv, "sweep.name=two", "sweep.workers=2")
+    assert code == 0 and "nothing to train" in out
+    assert stamps("two") == before
+
+
+DIES = """
+    def step(self, model, batch):
+        import os, signal
+
+        if any(p.shape[-1] == 3 for n, p in model.named_parameters() if n.endswith("lora_B")):
+            os.kill(os.getpid(), signal.SIGKILL)
+        return super().step(model, batch)
+"""
+
+
+def test_a_worker_that_dies_fails_its_pack_alone(cli, tmp_path):
+    data, task = make_data(tmp_path / "mine.csv"), tmp_path / "deadly.py"
+    task.write_text(OWN + DIES)
+    argv = ["-m", "method.r=1,2,3", "sweep.max_pack=1", "report.enabled=false", "sweep.measure_solo=false"]
+    mine = ["task=local", f"task.file={task}", f"+task.data={data}", "sweep.name=s", "sweep.workers=2"]
+    code, out = cli(*argv, *mine)
+    assert code == 1, out
+    assert "its worker process died" in out
+    assert {r.config["method"]["r"]: r.status for r in Store("sweeps/s").records()} == {
+        1: "completed", 2: "completed", 3: "failed",
+    }  # fmt: skip

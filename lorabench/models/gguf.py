@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from lorabench.base import Base, BaseInfo, HeadSpec
+from lorabench.cache import cache_root
 from lorabench.models import build, folder
 from lorabench.schema import ConfigError, knob
 
@@ -61,12 +62,6 @@ class Config:
 def quantization(file: Path) -> str:
     """The type of the quantized tensors as file names carry it: Q4_1 of `SmolLM2.Q4_1.gguf`."""
     return file.stem.rpartition(".")[2] or "GGUF"
-
-
-def cache_root() -> Path:
-    """LORABENCH_CACHE, or lorabench in the user's cache folder (XDG_CACHE_HOME, ~/.cache)."""
-    own = os.environ.get("LORABENCH_CACHE")
-    return Path(own) if own else Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache", "lorabench")
 
 
 def converted(file: Path) -> Path:

@@ -9,6 +9,7 @@ from lorabench.records import Record
 from lorabench.report import formats
 from lorabench.report.findings import Findings
 from lorabench.report.formats import plural
+from lorabench.report.tables import at_steps
 
 
 def budget(f: Findings) -> list[tuple[str, str]]:
@@ -60,9 +61,23 @@ def _training(f: Findings) -> Iterator[tuple[str, str]]:
         "Runs",
         f"{plural(len(sweep.planned), 'run')}: {', '.join(counts)}" + (f", {open_runs} not ended" if open_runs else ""),
     )
+    yield "Pruned", _pruned(f)
     spent = sum(float(r.resources.get(k) or 0) for r in runs for k in ("train_seconds", "eval_seconds"))
     yield "Time", f"{formats.duration(spent)} of training and evaluation in all" if spent else ""
     yield "Precision", _each(done, lambda r: r.provenance.get("precision"))
+
+
+def _pruned(f: Findings) -> str:
+    """How many tuning runs left early, when, and the share of the tuning steps that this spared."""
+    full: dict[str, int] = {}  # steps of a run that is not pruned, by tuning run: its cell's
+    for cell in f.sweep.cells:
+        steps = max((int(r.resources.get("steps") or 0) for r in f.sweep.done(cell.tune)), default=0)
+        full |= {r.run_id: steps for r in f.sweep.ended(cell.tune)}
+    left = {i: int(r.metrics.get("pruned_step") or 0) for i in full if (r := f.sweep.records[i]).status == "pruned"}
+    if not left:
+        return ""
+    spared = formats.share(sum(full[i] - step for i, step in left.items()), sum(full.values()))
+    return f"{len(left)} of {plural(len(full), 'tuning run')}, at step {at_steps(left.values())}; {spared} of the tuning steps were spared"
 
 
 def _origin(f: Findings) -> Iterator[tuple[str, str]]:

@@ -47,11 +47,15 @@ def _gaps(f: Findings) -> Iterator[str]:
 def _rates(f: Findings) -> Iterator[str]:
     for r in f.results.values():
         rates = r.choice.rates
-        if r.choice.side:
+        if r.choice.beyond:
+            tried = ", ".join(formats.rate(x.lr) for x in r.choice.beyond)
+            yield (f"{r.name}: every rate {'above' if r.choice.side == 'high' else 'below'} the best one, {formats.rate(r.lr)}, was pruned ({tried}), so that side is "
+                   "not covered: early losses favour some rates. The same command with sweep.prune=false trains them to the end.")  # fmt: skip
+        elif r.choice.side:
             end = "largest" if r.choice.side == "high" else "smallest"
             yield f"{r.name}: the best rate, {formats.rate(r.lr)}, is the {end} of its grid. The true best may lie beyond: widen the grid."
         elif r.choice.lr is None and rates:
-            yield f"{r.name}: no learning rate is eligible; at every one a seed diverged, failed or has not ended."
+            yield f"{r.name}: no learning rate is eligible; at every one a seed diverged, failed{', was pruned' if any(x.pruned for x in rates) else ''} or has not ended."
         elif len(rates) == 1:
             yield f"{r.name}: one learning rate only ({formats.rate(r.lr)}), so it is not tuned."
         elif not rates and r.runs:

@@ -13,6 +13,7 @@ from lorabench.report import formats, style
 from lorabench.report.findings import Findings
 from lorabench.report.load import pretty_rule, short
 from lorabench.report.results import Result
+from lorabench.report.select import Rate
 from lorabench.report.style import Drawing, Look
 
 MOST = 8  # cells in one picture of training curves
@@ -23,7 +24,7 @@ POINTS = 160  # of one training curve
 
 def learning_rates(f: Findings, looks: Mapping[str, Look]) -> Drawing | None:
     """Mean validation loss over the tuning seeds against the rate: a panel a family of adapters, one for the others."""
-    tuned = [r for r in f.results.values() if sum(bool(x.losses) for x in r.choice.rates) > 1]
+    tuned = [r for r in f.results.values() if len(_finished(r)) > 1]
     if not tuned:
         return None
     panels: dict[str, list[Result]] = {}
@@ -40,6 +41,8 @@ def learning_rates(f: Findings, looks: Mapping[str, Look]) -> Drawing | None:
         caption = "Mean over the tuning seeds; small dots are single seeds, a filled point is the chosen rate."
         if any(r.choice.ineligible for r in tuned):
             caption += " A cross at the top: a seed diverged or failed there, so the rate is out."
+        if any(x.pruned for r in tuned for x in r.choice.rates):
+            caption += " A bar at the top: pruned there before its end, so it has no loss to show."
         if len(panels) > 1:
             caption += (
                 " Panels of adapters share their vertical axis."
@@ -54,6 +57,11 @@ def learning_rates(f: Findings, looks: Mapping[str, Look]) -> Drawing | None:
 OTHERS = "without adapters"
 
 
+def _finished(r: Result) -> list[Rate]:
+    """The rates that have a loss to show: that of a pruned one is of an earlier step."""
+    return [x for x in r.choice.rates if x.losses and not x.pruned]
+
+
 def _family(r: Result) -> str:
     if not r.cell.adapter:
         return OTHERS
@@ -62,7 +70,7 @@ def _family(r: Result) -> str:
 
 
 def _ends(here: Sequence[Result]) -> tuple[float, float]:
-    losses = [x for r in here for rate in r.choice.rates for x in rate.losses]
+    losses = [x for r in here for rate in _finished(r) for x in rate.losses]
     return min(losses), max(losses)
 
 
@@ -71,30 +79,37 @@ def _rate_panel(
 ) -> None:
     room = 0.08 * (high - low or 1.0)
     style.rate_axis(ax, [x.lr for r in here for x in r.choice.rates])
-    for r in here:
+    for i, r in enumerate(here):
         _rate_curve(ax, r, looks[r.id], high + room)
+        for x in r.choice.rates:
+            if x.pruned and not x.failures:  # side by side: cells are often pruned at the same rate
+                _mark(ax, x.lr * 1.05 ** (i - (len(here) - 1) / 2), high + room, "|", looks[r.id])
     ax.set_ylim(low - room, high + 1.6 * room)
     style.tidy(ax, x="learning rate (log scale)", y="validation loss (nats)")
     ax.set_title(short(title, style.MOST))
     # Under a panel's title a rank alone names a cell, unless two cells have it.
     ranks_do = bool(title) and all(r.cell.adapter for r in here) and len({r.cell.r for r in here}) == len(here)
-    ends = [(r, [x for x in r.choice.rates if x.losses][-1]) for r in here]
+    ends = [(r, _finished(r)[-1]) for r in here]
     names = [(x.lr, x.mean, f"r = {r.cell.r}" if ranks_do else r.name, looks[r.id].colour) for r, x in ends]
     style.end_labels(ax, names)
 
 
 def _rate_curve(ax: Axes, r: Result, look: Look, top: float) -> None:
-    good = [x for x in r.choice.rates if x.losses]
+    good = _finished(r)
     ax.plot([x.lr for x in good], [x.mean for x in good], color=look.colour, linestyle=look.dashes, zorder=3)
-    for x in r.choice.rates:
+    for x in good:
         if len(x.losses) > 1:
             ax.plot([x.lr] * len(x.losses), x.losses, ".", color=look.colour, markersize=3.5, alpha=0.6, zorder=3)
-        if x.losses:
-            chosen = x.lr == r.choice.lr
-            ax.plot(x.lr, x.mean, marker=look.marker, markersize=8.5 if chosen else 5, color=look.colour,
-                    markerfacecolor=look.colour if chosen else "white", markeredgewidth=1.3, zorder=5 if chosen else 4)  # fmt: skip
+        chosen = x.lr == r.choice.lr
+        ax.plot(x.lr, x.mean, marker=look.marker, markersize=8.5 if chosen else 5, color=look.colour,
+                markerfacecolor=look.colour if chosen else "white", markeredgewidth=1.3, zorder=5 if chosen else 4)  # fmt: skip
+    for x in r.choice.rates:
         if x.failures:
-            ax.plot(x.lr, top, marker="x", markersize=7, markeredgewidth=2, color=look.colour, zorder=5, clip_on=False)
+            _mark(ax, x.lr, top, "x", look)
+
+
+def _mark(ax: Axes, x: float, y: float, marker: str, look: Look) -> None:
+    ax.plot(x, y, marker=marker, markersize=7, markeredgewidth=2, color=look.colour, zorder=5, clip_on=False)
 
 
 def _rates_alt(tuned: Sequence[Result]) -> str:
@@ -107,6 +122,8 @@ def _rates_alt(tuned: Sequence[Result]) -> str:
             else "no rate eligible"
         )
         out = f", out: {', '.join(formats.rate(lr) for lr in r.choice.ineligible)}" if r.choice.ineligible else ""
+        gone = [formats.rate(x.lr) for x in r.choice.rates if x.pruned and not x.failures]
+        out += f", pruned: {', '.join(gone)}" if gone else ""
         said.append(f"{r.name} over {grid}, {best}{out}")
     return "Validation loss against the learning rate: " + "; ".join(said) + "."
 

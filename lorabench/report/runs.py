@@ -26,6 +26,7 @@ def runs_csv(f: Findings) -> str:
     resources = [k for k in CSV_RESOURCES if any(k in x.resources for _, x in listed)]
     out = io.StringIO()
     writer = csv.writer(out, lineterminator="\n")
+    marks = ["best_step", *(["pruned_step"] if any(x.status == "pruned" for _, x in listed) else [])]
     head = (
         "cell",
         "run_id",
@@ -38,7 +39,7 @@ def runs_csv(f: Findings) -> str:
         "lr",
         "seed",
         "precision",
-        "best_step",
+        *marks,
     )
     writer.writerow([*head, *metrics, *resources, "error"])
     for cell, x in listed:
@@ -47,7 +48,7 @@ def runs_csv(f: Findings) -> str:
         row: list[Any] = [
             cell, x.run_id, x.role, x.status, config.get("method.name"), config.get("method.r"), config.get("method.alpha"),
             "+".join(targets) if isinstance(targets, list) else targets, config.get("optimizer.lr"), config.get("seed"),
-            x.provenance.get("precision"), x.metrics.get("best_step"), *(x.metrics.get(k) for k in metrics),
+            x.provenance.get("precision"), *(x.metrics.get(k) for k in marks), *(x.metrics.get(k) for k in metrics),
             *(x.resources.get(k) for k in resources), reason(x.error),
         ]  # fmt: skip
         writer.writerow([_csv(v) for v in row])

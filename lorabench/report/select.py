@@ -1,8 +1,8 @@
 """Which learning rate a cell gets (tune, then confirm: docs/architecture.md). Pure: manifest and records in, choices out.
 
 Rule: inside a cell the rate with the best mean validation loss (at the step kept) over the tuning seeds. A rate at
-which any seed diverged or failed is out, ties go to the smaller rate, and a best rate at an end of its grid is a
-warning, not a result.
+which any seed diverged, failed or was pruned is out, ties go to the smaller rate, and a best rate at an end of its grid
+is a warning, not a result. Pruned rates are no part of that grid: what they would have come to is not known.
 """
 
 from __future__ import annotations
@@ -24,6 +24,7 @@ class Rate:
     losses: tuple[float, ...]  # validation loss of each completed seed, in seed order
     failures: int = 0  # seeds that diverged or failed
     missing: int = 0  # seeds that were pruned or have not ended yet
+    pruned: tuple[int, ...] = ()  # of these the pruned ones: the step of each, in seed order, 0 where none is recorded
 
     @property
     def eligible(self) -> bool:
@@ -44,12 +45,19 @@ class Choice:
 
     lr: float | None
     rates: tuple[Rate, ...] = field(default=())  # ascending
-    side: Literal["low", "high"] | None = None  # the end of its grid on which the best rate lies
+    side: Literal["low", "high"] | None = None  # the end on which the best rate lies, of the rates that were not pruned
 
     @property
     def edge(self) -> bool:
         """The best rate lies at an end of its grid: the best may lie beyond. One lone rate is not a grid."""
         return self.side is not None
+
+    @property
+    def beyond(self) -> tuple[Rate, ...]:
+        """What was tried beyond that end, none of it to the end: these rates were pruned."""
+        if self.lr is None or self.side is None:
+            return ()
+        return tuple(r for r in self.rates if (r.lr < self.lr if self.side == "low" else r.lr > self.lr))
 
     @property
     def loss(self) -> float:
@@ -88,20 +96,23 @@ def _listed(entry: Mapping[str, Any] | None) -> tuple[float, int] | None:
 
 
 def _rate(lr: float, runs: Sequence[Record | None]) -> Rate:
-    losses, failures, missing = [], 0, 0
+    losses: list[float] = []
+    failures, missing, pruned = 0, 0, list[int]()
     for r in runs:
         loss = r.metrics.get("val/loss") if r and r.status == "completed" else None
         if loss is not None and math.isfinite(loss):
             losses.append(float(loss))
         elif r is None or r.status == "pruned":
             missing += 1
+            pruned += [int(r.metrics.get("pruned_step") or 0)] if r else []
         else:
             failures += 1  # diverged, failed, or completed without a finite loss
-    return Rate(lr, tuple(losses), failures, missing)
+    return Rate(lr, tuple(losses), failures, missing, tuple(pruned))
 
 
 def _side(best: Rate, rates: Sequence[Rate]) -> Literal["low", "high"] | None:
-    """A neighbour that diverged bounds the grid as well as one that lost."""
+    """A neighbour that diverged bounds the grid as well as one that lost; one that was pruned does not."""
     if len(rates) == 1:
         return None
-    return "low" if best is rates[0] else "high" if best is rates[-1] else None
+    grid = [r for r in rates if r.failures or not r.pruned]
+    return "low" if best is grid[0] else "high" if best is grid[-1] else None

@@ -7,6 +7,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Literal
 
+from lorabench.records import Record
 from lorabench.report import formats
 from lorabench.report.findings import Comparison, Findings
 from lorabench.report.results import Result
@@ -151,7 +152,8 @@ def _comparison_notes(f: Findings) -> Iterable[str]:
     if any(not r.solo for r in f.results.values() if r.runs):
         yield "Time is the pack's divided by its runs, memory the pack's peak: runs trained side by side on one base, so neither is a cell's own."
     if any(r.choice.edge for r in f.results.values()):
-        yield "⚠ the best rate is at an end of its grid."
+        pruned = any(r.choice.beyond for r in f.results.values())
+        yield f"⚠ the best rate is at an end of its grid{', not counting pruned rates' if pruned else ''}."
 
 
 # -- rates, lost runs, strangers -----------------------------------------------------------------------------------------
@@ -167,17 +169,23 @@ def rates(f: Findings) -> Table:
         for x in r.choice.rates:
             chosen = x.lr == r.choice.lr
             mark = "chosen, at the edge" if chosen and r.choice.edge else "chosen" if chosen else "ineligible" if x.failures else (
-                "incomplete" if x.missing else "")  # fmt: skip
-            loss = formats.number(x.mean, 4)
+                f"pruned at step {at_steps(x.pruned)}" if x.pruned else "incomplete" if x.missing else "")  # fmt: skip
+            loss = formats.number(None if x.pruned else x.mean, 4)
             texts = (r.name, formats.rate(x.lr), loss, f"{len(x.losses)} of {x.seeds}", str(x.failures or ""), mark)
             rows.append(Row(texts, mark="chosen" if chosen else "lost" if x.failures else ""))
-    return Table(
-        "rates",
-        "Learning rates",
-        columns,
-        tuple(rows),
-        ("A rate at which any seed diverged or failed is not eligible. Ties go to the smaller rate.",),
-    )
+    notes = ["A rate at which any seed diverged or failed is not eligible. Ties go to the smaller rate."]
+    if any(x.pruned for r in f.results.values() for x in r.choice.rates):
+        notes.append(PRUNED)
+    return Table("rates", "Learning rates", columns, tuple(rows), tuple(notes))
+
+
+PRUNED = ("Pruned rates were behind inside their cell at that step (not before half of the steps; the best rate so far and its neighbours go on) "
+          "and were not trained further: they have no loss to compare, are not eligible, and do not bound a grid.")  # fmt: skip
+
+
+def at_steps(steps: Iterable[int]) -> str:
+    """`50`, or `20 and 25` where seeds or rates left at different steps."""
+    return " and ".join(str(s) if s else formats.DASH for s in sorted(set(steps)))
 
 
 def lost(f: Findings) -> Table:
@@ -187,12 +195,18 @@ def lost(f: Findings) -> Table:
         for k in ("cell", "role", "lr", "seed", "status", "why", "run")
     )
     rows = [
-        Row((r.name, x.role, formats.rate(x.config["optimizer"]["lr"]), str(x.config["seed"]), x.status, reason(x.error), x.run_id), (x.run_id,), "lost")
+        Row((r.name, x.role, formats.rate(x.config["optimizer"]["lr"]), str(x.config["seed"]), x.status, _why(x), x.run_id), (x.run_id,), "lost")
         for r in f.results.values()
         for x in sorted(f.sweep.ended((*r.cell.tune, *r.cell.confirm)), key=lambda x: x.run_id)
         if x.status != "completed"
     ]  # fmt: skip
     return Table("lost", "Runs that failed, diverged or were pruned", columns, tuple(rows))
+
+
+def _why(record: Record) -> str:
+    """A record's own words; of a pruned run without any the step it left at."""
+    step = record.metrics.get("pruned_step")
+    return reason(record.error) or (f"pruned at step {step}" if record.status == "pruned" and step else "")
 
 
 def outside(f: Findings) -> Table:

@@ -1,0 +1,169 @@
+"""Packs side by side: one process a GPU, or a group of CPU cores each.
+
+A worker trains a pack as this process would and sends back what there is to show. It dies with its parent.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import multiprocessing
+import os
+import queue
+import signal
+import sys
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
+from contextlib import suppress
+from dataclasses import asdict
+from pathlib import Path
+from threading import Lock
+from typing import Any
+
+import torch
+
+from lorabench.config import RunConfig
+from lorabench.outcome import failed
+from lorabench.prepare import Pack
+from lorabench.records import Record, Store
+from lorabench.train import Listener, OutOfMemory, SlicesMix, train
+
+GROUP = 8  # cores a CPU worker: more threads than that have little to do in one part
+
+
+def worker_count(asked: int | None, device: str, packs: int) -> int:
+    """Processes for so many packs. None: one a GPU where there are several; on a CPU one for every `GROUP` cores."""
+    if asked is None:
+        if device == "cuda":
+            asked = torch.cuda.device_count()
+        else:
+            asked = len(_cores()) // GROUP if device == "cpu" else 1
+    return max(1, min(asked, packs))
+
+
+def _cores() -> list[int]:
+    return sorted(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else list(range(os.cpu_count() or 1))
+
+
+class Workers:
+    """Processes that train packs; use as a context. `train` has the meaning of `train.train`, `map` that of `map`."""
+
+    def __init__(self, count: int, device: str) -> None:
+        self.count, self.device = count, device
+        self._free: queue.Queue[_Worker] = queue.Queue()
+        self._lock = Lock()
+
+    def __enter__(self) -> Workers:
+        self._all = [_Worker(i, self.count, self.device) for i in range(self.count)]
+        for worker in self._all:
+            self._free.put(worker)
+        return self
+
+    def __exit__(self, *args: Any) -> None:
+        for worker in self._all:
+            worker.stop()
+
+    def map(self, one: Callable[[Pack], list[Record]], packs: Sequence[Pack]) -> Iterator[list[Record]]:
+        with ThreadPoolExecutor(self.count) as threads:
+            yield from threads.map(one, packs)
+
+    def train(self, pack: Pack, store: Store, listener: Listener, *, keep: Collection[str]) -> list[Record]:
+        worker = self._free.get()
+        try:
+            return worker.train(pack, store, self._locked(listener), keep)
+        except BrokenProcessPool:
+            worker.restart()
+            dead = "its worker process died (killed, or out of memory); sweep.retry_failed=true trains it again"
+            records = [failed(run, dead, "") for run in pack.runs]
+            for record in records:
+                if record.run_id not in keep:
+                    store.write(record)
+                listener.finish(record)
+            return records
+        finally:
+            self._free.put(worker)
+
+    def _locked(self, listener: Listener) -> dict[str, Callable[..., None]]:
+        """The listener's calls by name, one at a time."""
+
+        def call(name: str) -> Callable[..., None]:
+            def heard(*args: Any) -> None:
+                with self._lock:
+                    getattr(listener, name)(*args)
+
+            return heard
+
+        return {name: call(name) for name in ("step", "start", "rows", "finish")}
+
+
+class _Worker:
+    """One process, and the channel on which it says what happens."""
+
+    def __init__(self, index: int, count: int, device: str) -> None:
+        self.own = index, count, device
+        self.restart()
+
+    def restart(self) -> None:
+        context = multiprocessing.get_context("spawn")
+        self.channel = context.Queue()
+        self.pool = ProcessPoolExecutor(1, context, _begin, (*self.own, self.channel))
+
+    def stop(self) -> None:
+        for process in list((self.pool._processes or {}).values()):
+            process.kill()  # records are atomic; what it was at trains again
+        self.pool.shutdown(wait=False, cancel_futures=True)
+
+    def train(
+        self, pack: Pack, store: Store, heard: dict[str, Callable[..., None]], keep: Iterable[str]
+    ) -> list[Record]:
+        runs = [run.to_dict() for run in pack.runs]
+        future = self.pool.submit(_train, pack.id, runs, pack.prune, str(store.root), list(keep))
+        while not (future.done() and self.channel.empty()):
+            with suppress(queue.Empty):
+                name, args = self.channel.get(timeout=0.1)
+                heard[name](*((RunConfig.from_dict(args[0]),) if name == "start" else args))
+        kind, value = future.result()
+        if kind == "mix":
+            raise SlicesMix(*value)
+        if kind == "memory":
+            raise OutOfMemory(value)
+        return [Record(**r) for r in value]
+
+
+_channel: Any = None  # of this worker
+
+
+def _begin(index: int, count: int, device: str, channel: Any) -> None:
+    """In the worker, before CUDA is looked at and before the first product: its device or cores, and its end with the
+    parent's."""
+    global _channel
+    _channel = channel
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent hears Ctrl-C and ends its workers
+    if sys.platform == "linux":
+        ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG
+    if device == "cuda":
+        visible = os.environ.get("CUDA_VISIBLE_DEVICES")
+        os.environ["CUDA_VISIBLE_DEVICES"] = visible.split(",")[index] if visible else str(index)
+    else:
+        cores = _cores()
+        own = cores[index * len(cores) // count : (index + 1) * len(cores) // count] or cores
+        torch.set_num_threads(len(own))
+        if hasattr(os, "sched_setaffinity"):
+            os.sched_setaffinity(0, own)
+
+
+def _train(pack_id: str, runs: list[dict[str, Any]], prune: bool, root: str, keep: list[str]) -> tuple[str, Any]:
+    """In the worker: train a pack; what the caller must know of an error comes back as data."""
+    pack = Pack(pack_id, tuple(RunConfig.from_dict(r) for r in runs), prune=prune)
+    listener = Listener(
+        step=lambda step, total: _channel.put(("step", (step, total))),
+        start=lambda run: _channel.put(("start", (run.to_dict(),))),
+        rows=lambda run_id, rows: _channel.put(("rows", (run_id, rows))),
+        finish=lambda record: _channel.put(("finish", (record,))),
+    )
+    try:
+        return "records", [asdict(r) for r in train(pack, Store(Path(root)), listener, keep=keep)]
+    except SlicesMix as e:
+        return "mix", (e.layer, e.reason)
+    except OutOfMemory as e:
+        return "memory", str(e)
