@@ -56,8 +56,8 @@ class Resolved:
     part_tokens: int  # the most padded tokens that go through the base at once, unless one slice's micro-batch is more
 
 
-# Enough for products to run at full speed. On a CPU the activations of so many tokens still lie in its caches, and memory
-# does not grow with the pack; a GPU needs more to be busy. benchmarks/README.md has the measurements.
+# Enough for products to run at full speed, and memory does not grow with the pack: benchmarks/README.md has the CPU's
+# measurements. A GPU needs more to be busy; its number is not measured.
 PART_TOKENS = {"cpu": 2048, "mps": 8192, "cuda": 32768}
 
 _data: dict[str, Any] = {}

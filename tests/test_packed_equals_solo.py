@@ -180,7 +180,11 @@ UPPER = {"method.layers": [1], "method.target_modules": "attention"}
 
 
 @pytest.mark.parametrize("kind", ["bert", "gpt2", "llama"])
-@pytest.mark.parametrize("changes", [UPPER, {"method.name": "head"}], ids=["upper layers", "head"])
+@pytest.mark.parametrize(
+    "changes",
+    [UPPER, UPPER | {"method.dropout": 0.3}, {"method.name": "head"}],
+    ids=["upper layers", "upper layers with dropout", "head"],
+)
 def test_a_reused_trunk_changes_nothing(places, tmp_path, kind, changes):
     """Served from the cache or computed at each step: the same losses, weights and test results."""
     base, data = places[kind]
@@ -207,3 +211,24 @@ def test_a_reused_trunk_changes_nothing(places, tmp_path, kind, changes):
 def test_adapters_everywhere_leave_no_trunk(places, tmp_path):
     (record,) = train(Pack("p0", tuple(runs_of(places, "bert")[1:2])), Store(tmp_path))
     assert record.provenance["reused_blocks"] == 0
+
+
+def test_a_base_whose_head_looks_at_all_layers_is_not_served(places, tmp_path, monkeypatch):
+    """Its losses change when the lower blocks are left out: the trial on the first batch finds that out."""
+    from transformers import BertModel
+
+    forward = BertModel.forward
+
+    def all_layers(self, *args, **kwargs):
+        seen = []
+        hooks = [x.register_forward_hook(lambda m, a, out: seen.append(out)) for x in self.encoder.layer]
+        out = forward(self, *args, **kwargs)
+        for hook in hooks:
+            hook.remove()
+        out.pooler_output = out.pooler_output + sum(x[0] if isinstance(x, tuple) else x for x in seen)[:, 0]
+        return out
+
+    monkeypatch.setattr(BertModel, "forward", all_layers)
+    base, data = places["bert"]
+    (record,) = train(Pack("p0", (make_run(base, data, **{"method.name": "head"}),)), Store(tmp_path))
+    assert (record.status, record.provenance["reused_blocks"]) == ("completed", 0)

@@ -154,20 +154,25 @@ def _exact(trunk: Trunk, forward: Callable[[], Tensor], batch: Mapping[str, Tens
     hooks = [layer.register_forward_pre_hook(lambda m, args: before.append(m.name)) for layer in trunk.stack.layers]
     try:
         hidden = trunk.output(forward)
+    except IndexError:  # the blocks are not run by this forward pass
+        return False
     finally:
         for hook in hooks:
             hook.remove()
     if before or hidden.dim() != 3 or hidden.shape[:2] != batch["attention_mask"].shape:
         return False
-    with trunk.stack.active([0]):
-        plain = forward()
-        trunk.serving = hidden
-        try:
+    training = trunk.model.training
+    trunk.model.eval()  # adapters' own dropout is keyed by the rows of the whole part
+    try:
+        with trunk.stack.active([0]):
+            plain = forward()
+            trunk.serving = hidden
             served = forward()
-        except Exception:  # a block above wants what a stand-in does not give
-            return False
-        finally:
-            trunk.serving = None
+    except Exception:  # a block above wants what a stand-in does not give
+        return False
+    finally:
+        trunk.serving = None
+        trunk.model.train(training)
     if plain.device.type == "cpu":
         return torch.equal(plain, served)
     return torch.allclose(plain, served, rtol=1e-3, atol=1e-4)
