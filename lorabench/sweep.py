@@ -92,7 +92,8 @@ def _run(
         parts = [pack.runs[i : i + size] for i in range(0, len(pack.runs), size)]
         smaller = [Pack(f"{pack.id}.{k}", runs) for k, runs in enumerate(parts)]
         replan(store, pack, smaller)
-        return [record for part in smaller for record in one(part)]
+        unfinished = [part for part in smaller if not set(part.run_ids) <= set(finished)]
+        return [record for part in unfinished for record in one(part)]
 
     try:
         with workers or nullcontext():

@@ -44,10 +44,7 @@ class _Stop(Exception):
 
 
 class Trunk:
-    """The first `depth` blocks of a model; made by `find_trunk`.
-
-    splits: examples and lengths by name. keep: where features stay from pack to pack, by split.
-    """
+    """The first `depth` blocks of a model; made by `find_trunk`. `serving`: their output for the rows at hand, if known."""
 
     def __init__(self, model: nn.Module, stack: Stack, blocks: Sequence[nn.Module]) -> None:
         self.model, self.stack, self.blocks = model, stack, tuple(blocks)
