@@ -18,7 +18,7 @@ def main() -> None:
     os.environ.setdefault("HYDRA_FULL_ERROR", "1")  # errors reach us whole; what a user sees is decided here
     # Read when torch loads its threads. Ones that wait spin for milliseconds otherwise, and where another process wants
     # the core they spin on, every operation waits that long: a step then takes ten times as long.
-    os.environ.setdefault("GOMP_SPINCOUNT", "1000")
+    os.environ.setdefault("GOMP_SPINCOUNT", "10000")
     try:
         hydra.main(version_base="1.3", config_path=config_dir(), config_name="config")(task)()
     except (ConfigError, HydraException, OmegaConfBaseException, yaml.YAMLError) as e:

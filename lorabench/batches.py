@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 Collate = Callable[[list[dict[str, Any]]], dict[str, Any]]
-WINDOW = 16  # batches a window: long enough to sort well, short enough that batches stay random
+WINDOW = 50  # batches a window, as in transformers' grouping by length: 2 % of the tokens are padding (16: 5 %)
 
 
 def epoch_order(lengths: Sequence[int] | np.ndarray, batch_size: int, seed: int, epoch: int) -> list[np.ndarray]:
@@ -25,9 +25,11 @@ def epoch_order(lengths: Sequence[int] | np.ndarray, batch_size: int, seed: int,
     shared = np.random.default_rng([20260101, epoch])  # one constant for all seeds
     order = own.permutation(len(lengths))
     size = np.asarray(lengths)
+    count = math.ceil(len(lengths) / batch_size)
+    per_window = math.ceil(count / max(1, math.ceil(count / WINDOW)))  # of about one size: a short last one sorts badly
     batches: list[np.ndarray] = []
-    for start in range(0, len(order), WINDOW * batch_size):
-        window = order[start : start + WINDOW * batch_size]
+    for start in range(0, len(order), per_window * batch_size):
+        window = order[start : start + per_window * batch_size]
         window = window[np.argsort(size[window], kind="stable")]
         cut = [window[i : i + batch_size] for i in range(0, len(window), batch_size)]
         batches.extend(cut[i] for i in shared.permutation(len(cut)))
