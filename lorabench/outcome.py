@@ -15,9 +15,9 @@ from lorabench.adapters.files import save_slice
 from lorabench.base import Base
 from lorabench.config import RunConfig
 from lorabench.module import PackModule
-from lorabench.plan import SlicePlan
 from lorabench.prepare import Pack, Prepared, Resolved, user_code
 from lorabench.records import Record, Store
+from lorabench.slice_plan import SlicePlan
 
 
 @dataclass

@@ -10,10 +10,10 @@ from lorabench import __version__
 from lorabench import prepare as prep
 from lorabench.config import RunConfig, Settings, digest
 from lorabench.memory import available, estimate
-from lorabench.plan import SlicePlan
 from lorabench.prepare import Pack
 from lorabench.prune import cell_key, prunable
 from lorabench.records import Store
+from lorabench.slice_plan import SlicePlan
 
 
 @dataclass(frozen=True)

@@ -16,8 +16,8 @@ from lorabench import encoded_cache
 from lorabench.base import Base, BaseInfo, HeadSpec
 from lorabench.batches import steps_per_epoch
 from lorabench.config import RunConfig, TrainerConfig, digest
-from lorabench.plan import SlicePlan
 from lorabench.schema import ConfigError
+from lorabench.slice_plan import SlicePlan
 
 
 @dataclass(frozen=True)

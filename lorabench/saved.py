@@ -19,7 +19,7 @@ from lorabench.schema import ConfigError
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from lorabench.plan import SlicePlan
+    from lorabench.slice_plan import SlicePlan
 
 ALLOWED = "a run's directory, <sweep>/runs/<run_id>"
 

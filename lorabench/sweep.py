@@ -11,12 +11,12 @@ from rich.console import Console
 
 from lorabench import prepare as prep
 from lorabench.config import RunConfig, Settings
-from lorabench.plan import SlicePlan
 from lorabench.planning import Job, cell_id, label_of, plan_packs, planned_packs, replan, write_cells
 from lorabench.prepare import Pack
 from lorabench.provenance import code_fingerprint
 from lorabench.records import Record, Store
 from lorabench.schema import ConfigError, ExistingWork
+from lorabench.slice_plan import SlicePlan
 from lorabench.terminal import Progress, dry_run_table
 from lorabench.train import Listener, OutOfMemory, SlicesMix, measure, train
 from lorabench.workers import Workers, worker_count

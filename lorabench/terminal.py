@@ -14,9 +14,9 @@ from rich.table import Table
 
 from lorabench import prepare as prep
 from lorabench.memory import estimate
-from lorabench.plan import SlicePlan
 from lorabench.prepare import Pack
 from lorabench.records import Record
+from lorabench.slice_plan import SlicePlan
 
 
 class Progress:

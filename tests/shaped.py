@@ -19,7 +19,7 @@ from transformers import (
 
 from lorabench.adapters import Stack
 from lorabench.base import BaseInfo, inventory
-from lorabench.plan import AdapterSpec, SlicePlan
+from lorabench.slice_plan import AdapterSpec, SlicePlan
 
 VOCAB, LABELS = 61, 3
 

@@ -10,7 +10,7 @@ from torch import nn
 
 from lorabench.adapters import SlicesMix, inject
 from lorabench.base import BaseInfo, LayerInfo, inventory
-from lorabench.plan import SlicePlan
+from lorabench.slice_plan import SlicePlan
 from shaped import BASES, bert, conv, gpt2, gradients, losses, plan, repeat, shake, spec, token_batch
 
 MIXED = {

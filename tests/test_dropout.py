@@ -10,8 +10,8 @@ from transformers import T5Config, T5ForConditionalGeneration, WhisperConfig, Wh
 from lorabench.adapters import Context, SlicesMix, inject
 from lorabench.adapters.dropout import keyed_dropout
 from lorabench.base import inventory
-from lorabench.plan import SlicePlan
 from lorabench.schema import ConfigError
+from lorabench.slice_plan import SlicePlan
 from shaped import BASES, bert, losses, plan, token_batch
 
 

@@ -91,7 +91,7 @@ def _walk(node: ast.AST, *, top: bool, typing: bool) -> Iterator[Import]:
 
 
 def _file(dotted: str) -> str:
-    """`lorabench.plan.SlicePlan` is an import of the file `lorabench.plan`."""
+    """`lorabench.slice_plan.SlicePlan` is an import of the file `lorabench.slice_plan`."""
     return dotted if dotted in modules() or "." not in dotted else dotted.rsplit(".", 1)[0]
 
 

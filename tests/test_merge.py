@@ -13,8 +13,8 @@ from torch import Tensor, nn
 from adapted import base, head_of, info_of, logits, make_plan, random_state
 from lorabench.adapters import inject
 from lorabench.adapters.merge import merge
-from lorabench.plan import SlicePlan
 from lorabench.schema import ConfigError
+from lorabench.slice_plan import SlicePlan
 
 ENDS = {
     "bert": ["query", "value", "word_embeddings", "output.dense"],

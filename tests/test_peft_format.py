@@ -19,8 +19,8 @@ from lorabench.adapters.files import load_slice, read_peft, save_slice
 from lorabench.adapters.merge import merge
 from lorabench.adapters.peft_format import to_peft
 from lorabench.base import HeadSpec
-from lorabench.plan import SlicePlan
 from lorabench.schema import ConfigError
+from lorabench.slice_plan import SlicePlan
 from tiny import minilm_folder
 
 HEADS = {

@@ -14,7 +14,7 @@ from transformers import (
 
 from lorabench.adapters import SlicesMix, inject, probe
 from lorabench.base import inventory
-from lorabench.plan import SlicePlan
+from lorabench.slice_plan import SlicePlan
 from shaped import BASES, LABELS, bert, conv, losses, plan, repeat, spec, token_batch
 
 ENDS = {"bert": ["query", "dense"], "gpt2": ["c_attn", "c_fc", "wte"], "llama": ["q_proj", "up_proj"]}

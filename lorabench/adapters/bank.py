@@ -22,8 +22,8 @@ from lorabench.adapters.inject import inject
 from lorabench.adapters.layers import LAYERS
 from lorabench.adapters.stack import Stack
 from lorabench.base import BaseInfo
-from lorabench.plan import SlicePlan
 from lorabench.schema import ConfigError
+from lorabench.slice_plan import SlicePlan
 
 
 @dataclass(frozen=True)

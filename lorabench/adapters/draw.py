@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lorabench.plan import AdapterSpec
+from lorabench.slice_plan import AdapterSpec
 
 
 def key(seed: int, name: str, what: str) -> int:

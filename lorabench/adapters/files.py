@@ -27,8 +27,8 @@ from torch import Tensor
 from lorabench.adapters.peft_format import TASK_TYPES, representable, to_peft
 from lorabench.adapters.peft_read import PeftAdapter, from_peft
 from lorabench.base import BaseInfo, HeadSpec
-from lorabench.plan import AdapterSpec, SlicePlan
 from lorabench.schema import ConfigError
+from lorabench.slice_plan import AdapterSpec, SlicePlan
 
 PEFT_CONFIG, PEFT_TENSORS = "adapter_config.json", "adapter_model.safetensors"
 WEIGHTS, PLAN = "weights.safetensors", "plan.json"

@@ -14,7 +14,7 @@ from lorabench.adapters.layers import LAYERS, Wrapped
 from lorabench.adapters.stack import Stack
 from lorabench.adapters.whole import StackedBias, StackedModule
 from lorabench.base import BaseInfo
-from lorabench.plan import SlicePlan
+from lorabench.slice_plan import SlicePlan
 
 _RUNNING = nn.modules.batchnorm._NormBase  # batch and instance normalisation with running statistics
 

@@ -20,7 +20,7 @@ from lorabench.adapters.context import Context
 from lorabench.adapters.dropout import keyed_dropout
 from lorabench.adapters.product import AdaptedProduct
 from lorabench.base import LayerInfo
-from lorabench.plan import AdapterSpec
+from lorabench.slice_plan import AdapterSpec
 
 
 class Wrapped(nn.Module):

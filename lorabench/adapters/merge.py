@@ -13,8 +13,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lorabench.plan import SlicePlan
 from lorabench.schema import ConfigError
+from lorabench.slice_plan import SlicePlan
 
 CHUNK = 2**22  # weights computed at once: float64 copies stay small beside the base
 

@@ -15,8 +15,8 @@ from typing import Any
 from torch import Tensor
 
 from lorabench.base import BaseInfo, LayerInfo
-from lorabench.plan import AdapterSpec, SlicePlan
 from lorabench.schema import ConfigError
+from lorabench.slice_plan import AdapterSpec, SlicePlan
 
 PREFIX = "base_model.model."
 TASK_TYPES = {

@@ -15,8 +15,8 @@ from typing import Any
 from torch import Tensor
 
 from lorabench.adapters.peft_format import OWN_HEADS, PREFIX, scaling_of
-from lorabench.plan import AdapterSpec, SlicePlan
 from lorabench.schema import ConfigError
+from lorabench.slice_plan import AdapterSpec, SlicePlan
 
 _TENSOR = re.compile(r"(.+)\.(?:lora_(A|B)\.weight|lora_embedding_(A|B))")
 

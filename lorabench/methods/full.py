@@ -6,8 +6,8 @@ from dataclasses import dataclass
 from typing import Any, ClassVar
 
 from lorabench.base import BaseInfo
-from lorabench.plan import SlicePlan
 from lorabench.schema import knob
+from lorabench.slice_plan import SlicePlan
 
 
 @dataclass(frozen=True)

@@ -7,8 +7,8 @@ from typing import Any, ClassVar
 
 from lorabench.base import BaseInfo
 from lorabench.methods.targets import whole_modules
-from lorabench.plan import SlicePlan
 from lorabench.schema import ConfigError, knob
+from lorabench.slice_plan import SlicePlan
 
 
 @dataclass(frozen=True)

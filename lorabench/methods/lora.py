@@ -9,8 +9,8 @@ from typing import Any, ClassVar
 
 from lorabench.base import BaseInfo, LayerInfo
 from lorabench.methods.targets import pattern_value, resolve, whole_modules
-from lorabench.plan import AdapterSpec, SlicePlan
 from lorabench.schema import ConfigError, knob
+from lorabench.slice_plan import AdapterSpec, SlicePlan
 
 _RULE = re.compile(r"(?P<times>\d*\.?\d*)\s*\*?\s*r")
 
