@@ -1,4 +1,4 @@
-"""benchmarks/scaling.py: the cost model against hand calculations, its bounds and limits, and the table it prints."""
+"""benchmarks/scaling.py and its model: the cost model against hand calculations, its bounds and limits, and the table it prints."""
 
 from __future__ import annotations
 
@@ -14,6 +14,14 @@ A100 = (312e12, 1.555e12, 5e-6)
 
 @pytest.fixture
 def scaling(repo: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
+    monkeypatch.syspath_prepend(str(repo / "benchmarks"))
+    import scaling_model
+
+    return scaling_model
+
+
+@pytest.fixture
+def command(repo: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
     monkeypatch.syspath_prepend(str(repo / "benchmarks"))
     import scaling
 
@@ -155,15 +163,15 @@ def test_fit_finds_the_device_again(scaling: Any, bandwidth: float) -> None:
 
 
 @pytest.mark.parametrize("name", ["minilm", "7b"])
-def test_the_gpu_table_prints(scaling: Any, capsys: pytest.CaptureFixture[str], name: str) -> None:
-    scaling.main(["--table", "gpu", "--shape", name, "--packs", "2", "8"])
+def test_the_gpu_table_prints(command: Any, capsys: pytest.CaptureFixture[str], name: str) -> None:
+    command.main(["--table", "gpu", "--shape", name, "--packs", "2", "8"])
     out = capsys.readouterr().out
     assert "nothing was run on a GPU" in out and "K = 8" in out
     rows = [line for line in out.splitlines() if line.startswith("| ")]
     assert len(rows) == 6 and len({line.count("|") for line in rows}) == 1
 
 
-def test_the_measurement_as_a_table(scaling: Any) -> None:
+def test_the_measurement_as_a_table(command: Any) -> None:
     row = {"K": 1, "tokens/s": 1234.5, "ms": 20.0}
     made = {"rows": [row], "fitted": {"bandwidth": 2e10, "launch": 3e-6}, "linear_flops": 4e11, "operation_us": 1.5}
-    assert "| 1 | 1,234 | 20 |" in scaling.text(made) and "20.0 GB/s and 3.0 µs" in scaling.text(made)
+    assert "| 1 | 1,234 | 20 |" in command.text(made) and "20.0 GB/s and 3.0 µs" in command.text(made)
