@@ -38,10 +38,6 @@ class LayerInfo:
     weight_numel: int = 0  # everything it owns but its bias
     bias_numel: int = 0  # 0: the layer has no bias
 
-    def adapter_parameters(self, r: int) -> int:
-        """r * (in + out); for Conv2d with PEFT's shapes: A [r, in, kh, kw] has no groups, B [out, r / groups, 1, 1] has."""
-        return r * self.in_features * self.kernel + self.out_features * (r // self.groups)
-
 
 @dataclass(frozen=True)
 class BaseInfo:

@@ -16,7 +16,7 @@ from torch import Tensor
 from lorabench.adapters import Stack
 from lorabench.batches import Part
 from lorabench.config import RunConfig
-from lorabench.optim import PackedAdamW, clip_factors, grad_norms, scale_grads, schedule
+from lorabench.optim import PackedAdamW, clip_factors, drop_frozen, grad_norms, scale_grads, schedule
 from lorabench.prune import cell_key, pruned, reason
 
 Rows = Callable[[int, list[dict[str, Any]]], None]
@@ -90,9 +90,12 @@ class PackModule(pl.LightningModule):
 
     def configure_optimizers(self) -> dict[str, Any]:  # type: ignore[override]
         o = self.runs[0].optimizer
-        kinds = sorted({(t.stacked, t.decay) for t in self.stack.named_trainables()})
+        kinds: dict[tuple[Any, ...], list[torch.nn.Parameter]] = {}
+        for t in self.stack.named_trainables():
+            kinds.setdefault((t.stacked, t.decay, t.rates), []).append(t.parameter)
         groups = [
-            {"params": self._of_kind(stacked, decay), "stacked": stacked, "decay": decay} for stacked, decay in kinds
+            {"params": params, "stacked": stacked, "decay": decay, "rates": own}
+            for (stacked, decay, own), params in kinds.items()
         ]
         rates = [r.optimizer.lr for r in self.runs]
         decays = [r.optimizer.weight_decay for r in self.runs]
@@ -100,9 +103,6 @@ class PackModule(pl.LightningModule):
         factor = schedule(o.schedule, self.total_steps, o.warmup_ratio)
         self.packed = optimizer
         return {"optimizer": optimizer, "lr_scheduler": torch.optim.lr_scheduler.LambdaLR(optimizer, factor)}
-
-    def _of_kind(self, stacked: bool, decay: bool) -> list[torch.nn.Parameter]:
-        return [t.parameter for t in self.stack.named_trainables() if (t.stacked, t.decay) == (stacked, decay)]
 
     def training_step(self, batch: list[Part], batch_idx: int) -> None:
         losses, weights = torch.zeros(2, len(self.runs), dtype=torch.float64)
@@ -138,7 +138,10 @@ class PackModule(pl.LightningModule):
 
     def _scale_and_freeze(self, losses: Tensor, weights: Tensor) -> None:
         """Freeze the slices whose loss or gradient is not finite, divide by the weights, clip each slice."""
-        parameters = [(t.parameter, t.stacked) for t in self.stack.named_trainables()]
+        trainables = self.stack.named_trainables()
+        for t in trainables:
+            drop_frozen(t.parameter, t.rates)
+        parameters = [(t.parameter, t.stacked) for t in trainables]
         norms = grad_norms(parameters, len(self.runs)) / weights
         for k, s in enumerate(self.slices):
             if s.status == "running" and not (math.isfinite(losses[k]) and math.isfinite(norms[k])):

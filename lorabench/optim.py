@@ -28,7 +28,8 @@ class PackedAdamW(torch.optim.Optimizer):
     those of torch.optim.AdamW. group["lr"] stays the scalar factor of the schedule, so that torch's schedulers work as
     they are; the per-slice rates stand beside it. A frozen slice gets no update at all, whatever its gradients are.
 
-    groups: dicts with "params", "stacked" (tensors are [K, ...]) and "decay" (weight decay applies).
+    groups: dicts with "params", "stacked" (tensors are [K, ...]), "decay" (weight decay applies) and, where not all
+    slices train these at their full rate, "rates" (a factor a slice; 0: frozen).
     lr, weight_decay: one number a slice.
     """
 
@@ -46,7 +47,8 @@ class PackedAdamW(torch.optim.Optimizer):
         assert rates.shape == decay.shape and rates.dim() == 1
         own = [dict(group) for group in groups]
         for group in own:
-            group["slice_lr"] = rates.clone()
+            own_rates = group.pop("rates", None)
+            group["slice_lr"] = rates * torch.tensor(own_rates or [1.0] * len(rates), dtype=torch.float64)
             group["slice_decay"] = decay.clone() if group.pop("decay") else torch.zeros_like(decay)
         super().__init__(own, {"lr": 1.0, "betas": betas, "eps": eps, "stacked": True})
 
@@ -89,6 +91,13 @@ class PackedAdamW(torch.optim.Optimizer):
                 params, grads, avgs, squares, [], steps, fused=True, amsgrad=False, beta1=beta1, beta2=beta2, lr=lr,
                 weight_decay=float(group["slice_decay"][k]), eps=group["eps"], maximize=False,
             )  # fmt: skip
+
+
+@torch.no_grad()
+def drop_frozen(parameter: nn.Parameter, rates: Sequence[float] | None) -> None:
+    """Zero the gradients of slices whose factor of the rate is 0: they count for no norm. rates: one a slice, or None."""
+    if rates and not all(rates) and parameter.grad is not None:
+        parameter.grad[[k for k, rate in enumerate(rates) if not rate]] = 0.0
 
 
 def grad_norms(parameters: Sequence[tuple[nn.Parameter, bool]], slices: int) -> Tensor:

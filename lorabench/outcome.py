@@ -46,9 +46,8 @@ def records_of(s: Session) -> list[Record]:
         metrics = _metrics(s, k, run, status)
         if run.trainer.save_weights and status == "completed":
             folder = s.store.run_dir(run.run_id) / "adapter"
-            save_slice(
-                folder, s.stack.slice_state(k), s.plans[k], info=s.base.info, run=run.to_dict(), head=s.prepared.head
-            )
+            trained, plan = s.stack.exported(k)
+            save_slice(folder, trained, plan, info=s.base.info, run=run.to_dict(), head=s.prepared.head)
         error = None if status == "completed" else state.reason
         records.append(
             Record(run.run_id, run.role, status, run.to_dict(), metrics, _resources(s, k), _provenance(s, state), error)

@@ -217,7 +217,7 @@ def test_trainable_counts_are_exact():
 
 def test_the_readmes_example_counts_65536():
     layer = LayerInfo("layer", "Linear", 4096, 4096, weight_numel=4096**2)
-    assert layer.adapter_parameters(8) == 65_536 == 8 * (4096 + 4096)
+    assert spec(8).trainable(layer) == 65_536 == 8 * (4096 + 4096)
     model = nn.Sequential(nn.Linear(4096, 4096, bias=False, device="meta"))
     p = SlicePlan(seed=0, adapters={"0": spec(8)})
     assert p.trainable(inventory(model)) == 65_536

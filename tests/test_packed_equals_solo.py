@@ -115,6 +115,42 @@ def test_equal_with(places, tmp_path, common):
     assert_equal(both(tmp_path, runs_of(places, "bert", **common)), 1e-10)
 
 
+FAMILIES = {
+    "lora": [  # share one forward pass: all of them may stand in one pack
+        {"method.name": "lora", "method.r": 4},
+        {"method.name": "loraplus", "method.r": 4, "method.lr_ratio": 8.0, "optimizer.lr": 1e-3},
+        {"method.name": "lorafa", "method.r": 8, "seed": 1},
+        {"method.name": "pissa", "method.r": 2, "method.target_modules": "attention", "optimizer.lr": 1e-3},
+        {"method.name": "olora", "method.r": 4, "method.target_modules": "mlp", "optimizer.lr": 1e-3},
+    ],
+    "dora": [
+        {"method.name": "dora", "method.r": 1, "seed": 1},
+        {"method.name": "dora", "method.r": 4, "method.dropout": 0.2, "method.target_modules": "attention"},
+        {"method.name": "dora", "method.r": 8, "method.use_rslora": True, "optimizer.lr": 1e-3},
+    ],
+    "vera": [
+        {"method.name": "vera", "method.r": 4, "optimizer.lr": 1e-2},
+        {"method.name": "vera", "method.r": 16, "method.projection_key": 3, "method.target_modules": "attention"},
+        {"method.name": "vera", "method.r": 16, "method.dropout": 0.2, "seed": 2},
+    ],
+    "ia3": [
+        {"method.name": "ia3", "optimizer.lr": 1e-2},
+        {"method.name": "ia3", "method.target_modules": "attention+down", "seed": 1},
+        {"method.name": "ia3", "method.target_modules": "mlp", "method.layers": [1], "seed": 2},
+    ],
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_relatives_of_lora(places, tmp_path, family):
+    base, data = places["bert"]
+    runs = [
+        make_run(base, data, **{"trainer.part_tokens": 100, "trainer.gradient_clip_val": 0.5, **c})
+        for c in FAMILIES[family]
+    ]
+    assert_equal(both(tmp_path, runs), 1e-10)
+
+
 def test_a_slice_that_diverges_costs_the_others_nothing(places, tmp_path):
     runs = runs_of(places, "bert")
     base, data = places["bert"]

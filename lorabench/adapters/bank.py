@@ -62,6 +62,11 @@ class Bank:
             state = {key: t.detach().clone() for key, t in source.items()}
         if plan.full:
             raise ConfigError("name", name, "an adapter; full fine-tuning is a base of its own")
+        other = sorted({spec.kind for spec in plan.adapters.values()} - {"lora"})
+        if other:
+            raise ConfigError(
+                "name", name, f"a LoRA adapter; {', '.join(other)} can be merged, but not served side by side"
+            )
         self._check(state, plan)
         adapters = {layer: replace(spec, dropout=0.0) for layer, spec in plan.adapters.items()}
         self._entries[name] = _Entry(state, replace(plan, adapters=adapters))

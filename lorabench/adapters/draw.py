@@ -56,6 +56,40 @@ def embedding_start(
 
 
 @torch.no_grad()
+def weight_start(weight: Tensor, spec: AdapterSpec) -> tuple[Tensor, Tensor]:
+    """(lora_A [r, I], lora_B [O, r]) as parts of a weight [O, I], float32, as PEFT takes them.
+
+    pissa: scaling * B @ A are the r largest singular components; olora: B, A are the first r columns and rows of Q, R.
+    """
+    r = spec.r
+    if spec.init == "olora":
+        q, upper = torch.linalg.qr(weight)
+        return upper[:r].contiguous(), q[:, :r].contiguous()
+    u, values, vh = torch.linalg.svd(weight, full_matrices=False)
+    root = (values[:r] / spec.scaling).sqrt()
+    return root[:, None] * vh[:r], u[:, :r] * root
+
+
+def projection(
+    known: dict[tuple[int, ...], tuple[Tensor, Tensor]], spec: AdapterSpec, like: Tensor
+) -> tuple[Tensor, Tensor]:
+    """VeRA's frozen A [r, I] and B [O, r] for all layers, drawn as PEFT draws them: U(-b, b), b = sqrt(6 / fan_in).
+
+    known: pairs drawn before, by (r, seed, I, O); like: gives type and device.
+    """
+    found = (spec.r, *spec.projection)
+    if found not in known:
+        seed, inputs, outputs = spec.projection
+        generator = torch.Generator().manual_seed(seed)
+        pair = []
+        for shape in ((spec.r, inputs), (outputs, spec.r)):
+            bound = math.sqrt(6 / shape[1])
+            pair.append(torch.empty(shape).uniform_(-bound, bound, generator=generator).to(like))
+        known[found] = (pair[0], pair[1])
+    return known[found]
+
+
+@torch.no_grad()
 def module_start(model: nn.Module, module: nn.Module, seed: int, name: str) -> dict[str, Tensor]:
     """Fresh parameters of a module without pretrained weights, as its model would draw them; float32 on the CPU.
 

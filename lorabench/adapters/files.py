@@ -1,6 +1,6 @@
 """What a slice trained, on disk: written whole or not at all, read without running anything it holds.
 
-    adapter_config.json, adapter_model.safetensors   LoRA (and whole modules beside it) in PEFT's own format
+    adapter_config.json, adapter_model.safetensors   adapters (and whole modules beside them) in PEFT's own format
     weights.safetensors                              everything else: head, biases, a full model
     plan.json                                        the slice's plan, for exact reload
 
@@ -15,7 +15,7 @@ import secrets
 import shutil
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +24,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from lorabench.adapters.peft_format import TASK_TYPES, representable, to_peft
+from lorabench.adapters.peft_format import OF_KIND, TASK_TYPES, representable, to_peft
 from lorabench.adapters.peft_read import PeftAdapter, from_peft
 from lorabench.base import BaseInfo, HeadSpec
 from lorabench.schema import ConfigError
@@ -38,7 +38,7 @@ def save_slice(
     folder: str | Path, state: Mapping[str, Tensor], plan: SlicePlan, *, info: BaseInfo,
     run: Mapping[str, Any] | None = None, head: HeadSpec | None = None,
 ) -> None:  # fmt: skip
-    """Write what a slice trained (`Stack.slice_state`) into `folder`, replacing what was there once all is on disk.
+    """Write what a slice trained (`Stack.exported`) into `folder`, replacing what was there once all is on disk.
 
     run: `RunConfig.to_dict()`, for the base's name; head: for PEFT's task type.
     """
@@ -187,11 +187,17 @@ def _plan(saved: Mapping[str, Any], path: Path) -> SlicePlan:
         raise ConfigError("adapter", str(path), f"schema 1, got {saved.get('schema')!r}")
     try:
         plan = dict(saved["plan"])
-        adapters = {name: AdapterSpec(**spec) for name, spec in plan.pop("adapters").items()}
+        adapters = {name: _spec(spec) for name, spec in plan.pop("adapters").items()}
         modules, biases = tuple(plan.pop("modules")), tuple(plan.pop("biases"))
         return SlicePlan(adapters=adapters, modules=modules, biases=biases, **plan)
     except (KeyError, TypeError, ValueError, AttributeError) as e:
         raise ConfigError("adapter", str(path), f"a plan as this version writes it ({type(e).__name__}: {e})") from e
+
+
+def _spec(saved: Mapping[str, Any]) -> AdapterSpec:
+    spec = AdapterSpec(**saved)
+    seed, inputs, outputs = spec.projection  # a list, from JSON
+    return replace(spec, projection=(seed, inputs, outputs))
 
 
 def _check_complete(state: Mapping[str, Tensor], plan: SlicePlan, folder: Path) -> None:
@@ -199,8 +205,9 @@ def _check_complete(state: Mapping[str, Tensor], plan: SlicePlan, folder: Path) 
     missing = [m for m in plan.modules if not any(name.startswith(m + ".") for name in state)]
     missing += [b for b in plan.biases if f"{b}.bias" not in state]
     for name, spec in plan.adapters.items():
-        a = state.get(f"{name}.lora_A")
-        if a is None or f"{name}.lora_B" not in state or a.shape[0] != spec.r:
+        first, *rest = (state.get(f"{name}.{part}") for part in OF_KIND[spec.kind])
+        ranked = not spec.kind.startswith("ia3")  # lora_A and vera_lambda_d have their rank in front
+        if first is None or any(t is None for t in rest) or (ranked and first.shape[0] != spec.r):
             missing.append(f"{name} (rank {spec.r})")
     if missing:
         raise ConfigError(

@@ -10,8 +10,9 @@ from torch import Tensor, nn
 
 from lorabench.adapters.draw import module_start
 from lorabench.adapters.dropout import key_base_dropout
-from lorabench.adapters.layers import LAYERS, Wrapped
+from lorabench.adapters.layers import Wrapped
 from lorabench.adapters.stack import Stack
+from lorabench.adapters.variants import layer_class
 from lorabench.adapters.whole import StackedBias, StackedModule
 from lorabench.base import BaseInfo
 from lorabench.slice_plan import SlicePlan
@@ -73,7 +74,7 @@ def _wrap_adapters(stack: Stack, info: BaseInfo) -> None:
         if any(spec and spec.r for spec in specs):
             assert not _inside(layer.name, stack.plans[0].modules), f"{layer.name} is inside a module that trains whole"
             base = stack.model.get_submodule(layer.name)
-            _replace(stack, LAYERS[layer.kind](base, layer, stack.context, specs, seeds))
+            _replace(stack, layer_class(layer, specs)(base, layer, stack.context, specs, seeds))
     known = info.by_name
     unknown = [name for plan in stack.plans for name in plan.adapters if name not in known]
     assert not unknown, f"not layers of this base: {unknown}"
@@ -94,7 +95,8 @@ def _wrap_modules(stack: Stack, info: BaseInfo) -> None:
             starts: list[Any] = [module_start(stack.model, module, plan.seed, name) for plan in stack.plans]
         else:
             starts = [{key: p.detach() for key, p in module.named_parameters()}] * stack.size
-        _replace(stack, StackedModule(module, name, stack.context, starts, new=new))
+        rates = tuple(plan.vector_rate for plan in stack.plans)
+        _replace(stack, StackedModule(module, name, stack.context, starts, new=new, vector_rates=rates))
 
 
 def _replace(stack: Stack, layer: Wrapped) -> None:

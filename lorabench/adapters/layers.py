@@ -9,7 +9,7 @@ Shapes, starts and semantics are PEFT 0.21's; adapters are float32 and cast to t
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -21,6 +21,14 @@ from lorabench.adapters.dropout import keyed_dropout
 from lorabench.adapters.product import AdaptedProduct
 from lorabench.base import LayerInfo
 from lorabench.slice_plan import AdapterSpec
+
+
+class Own(NamedTuple):
+    """A tensor [K, ...] that trains on a layer. decay: weight decay applies; rates: factors of each slice's learning rate."""
+
+    parameter: nn.Parameter
+    decay: bool
+    rates: tuple[float, ...] | None = None  # None: 1 for all; 0: frozen in that slice
 
 
 class Wrapped(nn.Module):
@@ -46,8 +54,12 @@ class Wrapped(nn.Module):
         """The inverse of `slice_state`."""
         raise NotImplementedError
 
-    def parts(self) -> dict[str, tuple[nn.Parameter, bool]]:
-        """Trainable [K, ...] parameters by short name, each with whether weight decay applies."""
+    def exported(self, k: int) -> tuple[dict[str, Tensor], AdapterSpec | None]:
+        """What slice k is on the unchanged base, for files; spec: of its adapter here, None where it has none."""
+        return self.slice_state(k), None
+
+    def parts(self) -> dict[str, Own]:
+        """What trains here, by short name."""
         raise NotImplementedError
 
 
@@ -61,7 +73,6 @@ class StackedAdapter(Wrapped):
     lora_A: nn.Parameter
     lora_B: nn.Parameter
     scaling: Tensor
-    start = staticmethod(draw.adapter_start)
 
     def __init__(
         self,
@@ -74,8 +85,7 @@ class StackedAdapter(Wrapped):
         super().__init__(base, info.name, context)
         weight = base.weight
         assert isinstance(weight, Tensor)
-        self.ranks = tuple(spec.r if spec else 0 for spec in specs)
-        self.drop = tuple(spec.dropout if spec else 0.0 for spec in specs)
+        self.take(specs)
         device, dtype = weight.device, torch.promote_types(weight.dtype, torch.float32)
         shape_a, shape_b = self.shapes(info, max(self.ranks))
         self.lora_A = nn.Parameter(torch.zeros(len(specs), *shape_a, device=device, dtype=dtype))
@@ -86,7 +96,18 @@ class StackedAdapter(Wrapped):
             for k, (spec, seed) in enumerate(zip(specs, seeds, strict=True)):
                 if spec and spec.r:
                     a, b = self.start(spec, seed, info.name, *self.shapes(info, spec.r))
-                    self.load_slice(k, {"lora_A": a, "lora_B": b})
+                    StackedAdapter.load_slice(self, k, {"lora_A": a, "lora_B": b})
+
+    def take(self, specs: Sequence[AdapterSpec | None]) -> None:
+        self.specs = tuple(specs)
+        self.ranks = tuple(spec.r if spec else 0 for spec in specs)
+        self.drop = tuple(spec.dropout if spec else 0.0 for spec in specs)
+
+    def start(
+        self, spec: AdapterSpec, seed: int, name: str, a: tuple[int, ...], b: tuple[int, ...]
+    ) -> tuple[Tensor, Tensor]:
+        """lora_A and lora_B of a slice before training, of shapes `a` and `b`."""
+        return draw.adapter_start(spec, seed, name, a, b)
 
     def shapes(self, info: LayerInfo, r: int) -> tuple[tuple[int, ...], tuple[int, ...]]:
         """Of one slice's A and B at rank r, as PEFT stores them."""
@@ -103,12 +124,17 @@ class StackedAdapter(Wrapped):
         a, b = self.views(k)
         return {"lora_A": a.reshape(self.ranks[k], *self.lora_A.shape[2:]), "lora_B": b}
 
+    def exported(self, k: int) -> tuple[dict[str, Tensor], AdapterSpec | None]:
+        return self.slice_state(k), self.specs[k]
+
     def load_slice(self, k: int, state: Mapping[str, Tensor]) -> None:
         for own, key in zip(self.views(k), ("lora_A", "lora_B"), strict=True):
             own.copy_(state[key].reshape(own.shape))
 
-    def parts(self) -> dict[str, tuple[nn.Parameter, bool]]:
-        return {"lora_A": (self.lora_A, True), "lora_B": (self.lora_B, True)}
+    def parts(self) -> dict[str, Own]:
+        specs = self.specs
+        rate_A, rate_B = (tuple(getattr(s, f) if s else 1.0 for s in specs) for f in ("rate_A", "rate_B"))
+        return {"lora_A": Own(self.lora_A, True, rate_A), "lora_B": Own(self.lora_B, True, rate_B)}
 
     @property
     def used(self) -> int:
@@ -137,15 +163,21 @@ class StackedLinear(StackedAdapter):
             return self.base(x, *args, **kwargs)
         self.context.split(x, self.name)
         d, dtype = self.dropped(x), _compute_dtype(x)
-        # rows of A and columns of B that none of these slices uses are not computed with
-        a, b = self.context.pick(self.lora_A)[:, : self.used], self.context.pick(self.lora_B)[..., : self.used]
         flat = x.to(dtype).reshape(-1, x.shape[-1])
-        own = None if d is x else d.to(dtype).reshape(flat.shape)
-        weight, bias = self._frozen(dtype)
-        y = AdaptedProduct.apply(flat, own, weight, bias, a, b, self.context.pick(self.scaling))  # type: ignore[no-untyped-call]
+        y = self.product(flat, None if d is x else d.to(dtype).reshape(flat.shape))
         return y.view(*x.shape[:-1], y.shape[-1])
 
-    def _frozen(self, dtype: torch.dtype) -> tuple[Tensor, Tensor | None]:
+    def product(self, x: Tensor, d: Tensor | None) -> Tensor:
+        """x [N, I] -> [N, O]; d [N, I]: what the adapters see of x, None where it is x itself."""
+        weight, bias = self.frozen(x.dtype)
+        a, b = self.pair()
+        return AdaptedProduct.apply(x, d, weight, bias, a, b, self.context.pick(self.scaling))  # type: ignore[no-any-return, no-untyped-call]
+
+    def pair(self) -> tuple[Tensor, Tensor]:
+        """A [K, R, I] and B [K, O, R] of the active slices; what none of them uses of R is not computed with."""
+        return self.context.pick(self.lora_A)[:, : self.used], self.context.pick(self.lora_B)[..., : self.used]
+
+    def frozen(self, dtype: torch.dtype) -> tuple[Tensor, Tensor | None]:
         """Weight [O, I] and bias of the base; Conv1D holds its weight the other way round."""
         weight, bias = self.base.weight, self.base.bias
         assert isinstance(weight, Tensor) and (bias is None or isinstance(bias, Tensor))
@@ -162,7 +194,10 @@ def _compute_dtype(x: Tensor) -> torch.dtype:
 class StackedEmbedding(StackedAdapter):
     """On nn.Embedding: indices [K * B, ...] -> [K * B, ..., O]. No dropout, and A = 0 with B drawn, as in PEFT."""
 
-    start = staticmethod(draw.embedding_start)
+    def start(
+        self, spec: AdapterSpec, seed: int, name: str, a: tuple[int, ...], b: tuple[int, ...]
+    ) -> tuple[Tensor, Tensor]:
+        return draw.embedding_start(spec, seed, name, a, b)
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         y: Tensor = self.base(x, *args, **kwargs)

@@ -1,20 +1,22 @@
 """A slice merged into a plain base's own weights, and taken out again. Shapes: I in, O out, r rank.
 
-W' = W + scaling * B @ A, computed in float64 and rounded once to the weight's own type. What that rounding costs is
-measured and stated, layer by layer: in bfloat16 an update much smaller than the weight can vanish in it.
+W' = W + scaling * B @ A (or what the adapter's kind makes of it), computed in float64 and rounded once to the weight's
+own type. What that rounding costs is measured and stated, layer by layer: in bfloat16 an update much smaller than the weight can vanish in it.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from lorabench.adapters.draw import projection
+from lorabench.adapters.peft_format import OF_KIND
 from lorabench.schema import ConfigError
-from lorabench.slice_plan import SlicePlan
+from lorabench.slice_plan import AdapterSpec, SlicePlan
 
 CHUNK = 2**22  # weights computed at once: float64 copies stay small beside the base
 
@@ -60,51 +62,101 @@ def merge(model: nn.Module, state: Mapping[str, Tensor], plan: SlicePlan, *, kee
         for name, spec in plan.adapters.items():
             layer = _module(model, name)
             done.untied += _untie(model, name, layer, done._undo)
-            a, b = state[f"{name}.lora_A"], state[f"{name}.lora_B"]
-            done.layers[name] = _add(name, layer, a, b, spec.scaling, done._undo, keep=keep)
-        adapted = tuple(f"{name}.lora_" for name in plan.adapters)
-        _copy(model, {n: t for n, t in state.items() if not (adapted and n.startswith(adapted))}, done._undo)
+            own = {part: state[f"{name}.{part}"] for part in OF_KIND[spec.kind]}
+            done.layers[name] = _add(name, layer, change_of(name, layer, spec, own), done._undo, keep=keep)
+        adapted = {f"{name}.{part}" for name, spec in plan.adapters.items() for part in OF_KIND[spec.kind]}
+        _copy(model, {n: t for n, t in state.items() if n not in adapted}, done._undo)
     except BaseException:
         done.unmerge()
         raise
     return done
 
 
-def _factors(layer: nn.Module, a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
-    """left [rows, r], right [r, columns] with left @ right = B @ A, transposed where the layer keeps weights [I, O]
-    (Conv1D, and Embedding with a row a token). Conv2d: B [O, r] times A [r, I * kh * kw]."""
-    a, b = a.double().flatten(1), b.double().flatten(1)
-    if isinstance(layer, nn.Embedding) or type(layer).__name__ == "Conv1D":
-        return a.T, b.T
-    return b, a
+@dataclass(frozen=True)
+class Change:
+    """W' = rows * (W + left @ right * scaling) * columns on a weight as its layer keeps it, [rows, columns]; float64.
+
+    bias: the layer's bias becomes this times it, where the adapter scales what the layer puts out.
+    """
+
+    left: Tensor  # [rows, r]
+    right: Tensor  # [r, columns]
+    scaling: float
+    rows: Tensor | None = None
+    columns: Tensor | None = None
+    bias: Tensor | None = None
+
+    def of(self, flat: Tensor, rows: slice) -> Tensor:
+        """Rows of the merged weight."""
+        new = flat[rows].double() + self.left[rows] @ self.right * self.scaling
+        new = new if self.rows is None else new * self.rows[rows, None]
+        return new if self.columns is None else new * self.columns
+
+    @property
+    def scales(self) -> bool:
+        return self.rows is not None or self.columns is not None
 
 
-def _add(
-    name: str, layer: nn.Module, a: Tensor, b: Tensor, scaling: float, undo: list[Any], *, keep: bool
-) -> LayerMerge:
+def change_of(name: str, layer: nn.Module, spec: AdapterSpec, own: Mapping[str, Tensor]) -> Change:
+    """What an adapter does to its layer's weight. own: its tensors, as `Stack.exported` gives them."""
+    weight = _weight(name, layer)
+    flipped = isinstance(layer, nn.Embedding) or type(layer).__name__ == "Conv1D"  # the layer keeps [I, O]
+    own = {part: t.to(weight.device).double() for part, t in own.items()}
+    if spec.kind.startswith("ia3"):
+        on_input, none = spec.kind == "ia3_input", weight.new_zeros(0, dtype=torch.float64)
+        left, right = none.expand(weight.shape[0], 0), none.view(0, 1).expand(0, weight.shape[1])
+        side = "columns" if on_input != flipped else "rows"
+        return replace(Change(left, right, 1.0, bias=None if on_input else own["ia3_l"]), **{side: own["ia3_l"]})
+    if spec.kind == "vera":
+        a, b = projection({}, spec, own["vera_lambda_d"])
+        inputs, outputs = weight.shape if flipped else weight.shape[::-1]
+        a, b = own["vera_lambda_d"][:, None] * a[:, :inputs], own["vera_lambda_b"][:, None] * b[:outputs]
+    else:
+        a, b = own["lora_A"].flatten(1), own["lora_B"].flatten(1)
+    plain = Change(a.T, b.T, spec.scaling) if flipped else Change(b, a, spec.scaling)
+    if spec.kind != "dora":
+        return plain
+    _check_shapes(name, plain, weight)
+    whole = plain.of(weight.detach().view(weight.shape[0], -1), slice(None))
+    ratio = own["magnitude"] / whole.norm(dim=0 if flipped else 1)
+    return replace(plain, **{"columns" if flipped else "rows": ratio})
+
+
+def _check_shapes(name: str, change: Change, weight: Tensor) -> None:
+    flat = weight.view(weight.shape[0], -1)
+    given = (change.left.shape[0], change.right.shape[1])
+    scales = [len(x) for x in (change.rows, change.columns) if x is not None]
+    fits = [flat.shape[0 if change.rows is not None else 1]] if scales else []
+    if given != tuple(flat.shape) or scales != fits:
+        what = (
+            f"a change of {list(given)}{f', vectors of {scales}' if scales else ''} for a weight {list(weight.shape)}"
+        )
+        raise ConfigError("adapter", f"{name}: {what}", "an adapter that was trained on this base")
+
+
+def _add(name: str, layer: nn.Module, change: Change, undo: list[Any], *, keep: bool) -> LayerMerge:
     weight = _weight(name, layer)
     if getattr(layer, "groups", 1) > 1:
         why = "this one has groups, and its adapter, as PEFT's, reads all channels: keep it separate"
         raise ConfigError("adapter", name, f"layers whose update has the weight's shape; {why}")
-    left, right = _factors(layer, a.to(weight.device), b.to(weight.device))
+    _check_shapes(name, change, weight)
+    keep = keep or change.scales  # a vector may hold zeros: there is no way back but the original
     flat = weight.data.view(weight.shape[0], -1)
-    if (left.shape[0], right.shape[1]) != flat.shape:
-        shapes = f"lora_A {list(a.shape)}, lora_B {list(b.shape)} for a weight {list(weight.shape)}"
-        raise ConfigError("adapter", f"{name}: {shapes}", "an adapter that was trained on this base")
     original = flat.clone() if keep else None
     written: list[slice] = []
 
     @torch.no_grad()
     def restore() -> None:
         for rows in written:
-            plain = flat[rows].double() - left[rows] @ right * scaling if original is None else original[rows]
+            update = change.left[rows] @ change.right * change.scaling
+            plain = flat[rows].double() - update if original is None else original[rows]
             flat[rows] = plain.to(weight.dtype)
 
     undo.append(restore)
     worst, lost, size, largest = 0.0, 0.0, 0.0, 0.0
     for rows in _chunks(flat):
-        update = left[rows] @ right * scaling
-        exact = flat[rows].double() + update
+        exact = change.of(flat, rows)
+        update = exact - flat[rows].double()
         rounded = exact.to(weight.dtype)
         if not rounded.isfinite().all():
             raise ConfigError("adapter", name, f"weights that stay finite in {weight.dtype} when merged")
@@ -114,6 +166,11 @@ def _add(
         error = rounded.double() - exact
         worst = max(worst, float(error.abs().max()))
         lost, size = lost + float(error.square().sum()), size + float(update.square().sum())
+    bias = getattr(layer, "bias", None)
+    if change.bias is not None and bias is not None:
+        before = bias.detach().clone()
+        bias.data.copy_(before.double() * change.bias)
+        undo.append(lambda: bias.data.copy_(before))
     # Subtraction meets W + e with |e| <= worst and rounds once more, by half a unit in the last place at most;
     # float64's own rounding of update, sum and difference comes on top.
     half_unit = torch.finfo(weight.dtype).eps / 2 + 4 * torch.finfo(torch.float64).eps

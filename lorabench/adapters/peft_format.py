@@ -12,8 +12,10 @@ from collections import Counter
 from collections.abc import Iterable, Mapping
 from typing import Any
 
+import torch
 from torch import Tensor
 
+from lorabench.adapters.draw import projection
 from lorabench.base import BaseInfo, LayerInfo
 from lorabench.schema import ConfigError
 from lorabench.slice_plan import AdapterSpec, SlicePlan
@@ -28,6 +30,12 @@ TASK_TYPES = {
 OWN_HEADS = {"SEQ_CLS": ("classifier", "score"), "TOKEN_CLS": ("classifier", "score"), "QUESTION_ANS": ("qa_outputs",)}
 PARTS = {"lora_A": "lora_A.weight", "lora_B": "lora_B.weight"}
 EMBEDDING_PARTS = {"lora_A": "lora_embedding_A", "lora_B": "lora_embedding_B"}
+DORA_PARTS = {**PARTS, "magnitude": "lora_magnitude_vector"}
+VERA_PARTS = {"vera_lambda_d": "vera_lambda_d", "vera_lambda_b": "vera_lambda_b"}
+IA3_PARTS = {"ia3_l": "ia3_l"}
+OF_KIND = {"lora": PARTS, "dora": DORA_PARTS, "vera": VERA_PARTS, "ia3": IA3_PARTS, "ia3_input": IA3_PARTS}
+TYPES = {"lora": "LORA", "dora": "LORA", "vera": "VERA", "ia3": "IA3", "ia3_input": "IA3"}
+PROJECTIONS = ("base_model.vera_A", "base_model.vera_B")
 
 
 def to_peft(
@@ -40,53 +48,78 @@ def to_peft(
 ) -> tuple[dict[str, Any], dict[str, Tensor]]:
     """A slice as (adapter_config, tensors), ready for `adapter_config.json` and `adapter_model.safetensors`.
 
-    Raises `ConfigError` where PEFT's LoRA has no such thing (no adapters, trained biases).
+    state, plan: `Stack.exported`. Raises `ConfigError` where PEFT has no such thing (no adapters, trained biases).
     """
     if not representable(plan):
-        what = "full" if plan.full else "a run without LoRA adapters, or with trained biases"
-        raise ConfigError("method", what, "PEFT's format holds LoRA adapters and whole modules only")
+        what = "full" if plan.full else "a run without adapters, or with trained biases"
+        raise ConfigError("method", what, "PEFT's format holds adapters and whole modules only")
     layers = info.by_name
     tensors: dict[str, Tensor] = {}
-    for name in plan.adapters:
-        tensors |= _layer_tensors(layers[name], state[f"{name}.lora_A"], state[f"{name}.lora_B"])
-    adapted = {f"{name}.{part}" for name in plan.adapters for part in PARTS}
+    for name, spec in plan.adapters.items():
+        own = {part: state[f"{name}.{part}"] for part in OF_KIND[spec.kind]}
+        tensors |= _layer_tensors(layers[name], spec, own)
+    adapted = {f"{name}.{part}" for name, spec in plan.adapters.items() for part in OF_KIND[spec.kind]}
     tensors |= {PREFIX + name: tensor for name, tensor in state.items() if name not in adapted}
+    first = next(iter(plan.adapters.values()))
+    if first.kind == "vera":
+        tensors |= dict(zip(PROJECTIONS, projection({}, first, torch.empty(0)), strict=True))
     tensors = {name: t.detach().cpu().contiguous() for name, t in tensors.items()}
     return _config(plan, layers, info, task_type, base_name), tensors
 
 
 def representable(plan: SlicePlan) -> bool:
-    """Whether PEFT's LoRA format can hold what this plan trains."""
-    return (
-        bool(plan.adapters)
-        and not plan.full
-        and not plan.biases
-        and all(s.kind == "lora" for s in plan.adapters.values())
-    )
+    """Whether one of PEFT's formats can hold what this plan trains."""
+    types = {TYPES.get(s.kind) for s in plan.adapters.values()}
+    dora = {s.kind == "dora" for s in plan.adapters.values()}
+    return len(types) == len(dora) == 1 and None not in types and not plan.full and not plan.biases
 
 
-def _layer_tensors(layer: LayerInfo, a: Tensor, b: Tensor) -> dict[str, Tensor]:
-    keys = EMBEDDING_PARTS if layer.kind == "Embedding" else PARTS
+def _layer_tensors(layer: LayerInfo, spec: AdapterSpec, own: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    keys = EMBEDDING_PARTS if layer.kind == "Embedding" else OF_KIND[spec.kind]
     if layer.kind == "Conv2d":  # A may come as [G, r/G, I, kh, kw], a view of the stack
-        a, b = a.reshape(-1, *a.shape[-3:]), b.reshape(*b.shape[:2], 1, 1)
-    return {f"{PREFIX}{layer.name}.{keys['lora_A']}": a, f"{PREFIX}{layer.name}.{keys['lora_B']}": b}
+        a, b = own["lora_A"], own["lora_B"]
+        own = {"lora_A": a.reshape(-1, *a.shape[-3:]), "lora_B": b.reshape(*b.shape[:2], 1, 1)}
+    if spec.kind.startswith("ia3"):
+        own = {"ia3_l": own["ia3_l"].reshape((1, -1) if spec.kind == "ia3_input" else (-1, 1))}
+    return {f"{PREFIX}{layer.name}.{keys[part]}": tensor for part, tensor in own.items()}
 
 
 def _config(
     plan: SlicePlan, layers: Mapping[str, LayerInfo], info: BaseInfo, task_type: str | None, base_name: str | None
 ) -> dict[str, Any]:
+    common = {
+        "peft_type": TYPES[next(iter(plan.adapters.values())).kind], "task_type": _task_type(task_type, plan, info),
+        "base_model_name_or_path": base_name, "revision": None, "auto_mapping": None, "inference_mode": True,
+        "fan_in_fan_out": all(layers[name].kind == "Conv1D" for name in plan.adapters),
+        "target_modules": _targets(plan, info), "modules_to_save": list(plan.modules) or None,
+    }  # fmt: skip
+    return common | {"LORA": _lora, "VERA": _vera, "IA3": _ia3}[common["peft_type"]](plan)
+
+
+def _lora(plan: SlicePlan) -> dict[str, Any]:
     rslora, alphas = _alphas(plan.adapters)
     ranks = {name: spec.r for name, spec in plan.adapters.items()}
     r, alpha = _commonest(ranks.values()), _commonest(alphas.values())
     return {
-        "peft_type": "LORA", "task_type": _task_type(task_type, plan, info), "base_model_name_or_path": base_name, "revision": None,
-        "auto_mapping": None, "inference_mode": True, "r": r, "lora_alpha": _whole(alpha), "use_rslora": rslora, "use_dora": False,
-        "lora_dropout": _commonest(s.dropout for s in plan.adapters.values()), "bias": "none", "init_lora_weights": True,
-        "fan_in_fan_out": all(layers[name].kind == "Conv1D" for name in plan.adapters),
-        "target_modules": _targets(plan, info), "modules_to_save": list(plan.modules) or None,
+        "r": r, "lora_alpha": _whole(alpha), "use_rslora": rslora, "bias": "none", "init_lora_weights": True,
+        "use_dora": all(spec.kind == "dora" for spec in plan.adapters.values()),
+        "lora_dropout": _commonest(s.dropout for s in plan.adapters.values()),
         "rank_pattern": {_exactly(n): x for n, x in ranks.items() if x != r},
         "alpha_pattern": {_exactly(n): _whole(x) for n, x in alphas.items() if x != alpha},
     }  # fmt: skip
+
+
+def _vera(plan: SlicePlan) -> dict[str, Any]:
+    spec = next(iter(plan.adapters.values()))
+    return {
+        "r": spec.r, "vera_dropout": spec.dropout, "d_initial": spec.d_initial, "bias": "none", "init_weights": True,
+        "projection_prng_key": spec.projection[0], "save_projection": True,
+    }  # fmt: skip
+
+
+def _ia3(plan: SlicePlan) -> dict[str, Any]:
+    inputs = sorted(name for name, spec in plan.adapters.items() if spec.kind == "ia3_input")
+    return {"feedforward_modules": inputs, "init_ia3_weights": True}
 
 
 def _alphas(adapters: Mapping[str, AdapterSpec]) -> tuple[bool, dict[str, float]]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor, nn
@@ -16,12 +16,16 @@ from lorabench.slice_plan import SlicePlan
 
 @dataclass(frozen=True)
 class Trainable:
-    """One tensor for the optimizer. stacked: [K, ...]; else a parameter of the base itself. decay: weight decay applies."""
+    """One tensor for the optimizer. stacked: [K, ...]; else a parameter of the base itself. decay: weight decay applies.
+
+    rates: factors of each slice's learning rate, 0: frozen; None: 1 for all.
+    """
 
     name: str
     parameter: nn.Parameter
     stacked: bool
     decay: bool
+    rates: tuple[float, ...] | None = None
 
 
 class Stack:
@@ -43,7 +47,10 @@ class Stack:
         """In the base's order. Names: `<layer>.lora_A`, `<layer>.bias`, `<module>.<parameter>`."""
         found = [Trainable(name, p, stacked=False, decay=p.dim() > 1) for name, p in self.own.items()]
         for layer in self.layers:
-            found += [Trainable(f"{layer.name}.{key}", p, True, decay) for key, (p, decay) in layer.parts().items()]
+            found += [
+                Trainable(f"{layer.name}.{key}", own.parameter, True, own.decay, _uneven(own.rates))
+                for key, own in layer.parts().items()
+            ]
         return found
 
     def slice_state(self, k: int) -> dict[str, Tensor]:
@@ -52,6 +59,17 @@ class Stack:
         for layer in self.layers:
             state |= {f"{layer.name}.{key}": value for key, value in layer.slice_state(k).items()}
         return state
+
+    def exported(self, k: int) -> tuple[dict[str, Tensor], SlicePlan]:
+        """Slice k as it goes into files, a change of the plain base, with the plan that fits: as `slice_state` for most."""
+        state = {name: p.detach() for name, p in self.own.items()}
+        adapters = dict(self.plans[k].adapters)
+        for layer in self.layers:
+            own, spec = layer.exported(k)
+            state |= {f"{layer.name}.{key}": value for key, value in own.items()}
+            if spec is not None:
+                adapters[layer.name] = spec
+        return state, replace(self.plans[k], adapters=adapters)
 
     @torch.no_grad()
     def load_slice(self, k: int, state: Mapping[str, Tensor]) -> None:
@@ -83,3 +101,8 @@ class Stack:
         """Give the base back as it was, bit for bit. The stacked tensors are gone with it."""
         self.undo.close()
         self.layers, self.own = [], {}
+
+
+def _uneven(rates: tuple[float, ...] | None) -> tuple[float, ...] | None:
+    """None where every slice trains at its full rate."""
+    return rates if rates and set(rates) != {1.0} else None

@@ -14,7 +14,7 @@ from torch.func import functional_call
 from torch.utils._pytree import tree_map
 
 from lorabench.adapters.context import Context
-from lorabench.adapters.layers import Wrapped
+from lorabench.adapters.layers import Own, Wrapped
 from lorabench.base import BIASED, CHANNELS_FIRST
 from lorabench.schema import ConfigError
 
@@ -27,10 +27,17 @@ class StackedModule(Wrapped):
     """
 
     def __init__(
-        self, base: nn.Module, name: str, context: Context, starts: Sequence[Mapping[str, Tensor]], *, new: bool
+        self,
+        base: nn.Module,
+        name: str,
+        context: Context,
+        starts: Sequence[Mapping[str, Tensor]],
+        *,
+        new: bool,
+        vector_rates: tuple[float, ...] | None = None,
     ) -> None:
         super().__init__(base, name, context)
-        self.new = new
+        self.new, self.vector_rates = new, vector_rates
         self.stacked = nn.ParameterDict()
         for key, p in base.named_parameters():
             dtype = torch.promote_types(p.dtype, torch.float32)
@@ -72,9 +79,12 @@ class StackedModule(Wrapped):
         for key, own in self.slice_state(k).items():
             own.copy_(state[key])
 
-    def parts(self) -> dict[str, tuple[nn.Parameter, bool]]:
+    def parts(self) -> dict[str, Own]:
         # biases and norms, vectors but for their K, do not decay
-        return {key.replace("/", "."): (p, p.dim() > 2) for key, p in self.stacked.items()}
+        return {
+            key.replace("/", "."): Own(p, p.dim() > 2, None if p.dim() > 2 else self.vector_rates)
+            for key, p in self.stacked.items()
+        }
 
 
 class StackedBias(Wrapped):
@@ -110,5 +120,5 @@ class StackedBias(Wrapped):
     def load_slice(self, k: int, state: Mapping[str, Tensor]) -> None:
         self.stacked.detach()[k].copy_(state["bias"])
 
-    def parts(self) -> dict[str, tuple[nn.Parameter, bool]]:
-        return {"bias": (self.stacked, False)}
+    def parts(self) -> dict[str, Own]:
+        return {"bias": Own(self.stacked, False)}

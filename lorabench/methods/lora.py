@@ -56,24 +56,14 @@ class Config:
     def validate(self, key: str) -> None:
         if not isinstance(self.alpha, float):
             raise ConfigError(f"{key}.alpha", self.alpha, "a number above 0, or a multiple of the rank such as 2r")
-        target = self.target_modules
-        if not (isinstance(target, str) and target) and not (
-            isinstance(target, list) and target and all(isinstance(x, str) and x for x in target)
-        ):
-            raise ConfigError(f"{key}.target_modules", target, "a non-empty list of names, or a string")
-        for field, patterns in (
-            ("target_modules", [target]),
-            ("rank_pattern", self.rank_pattern),
-            ("alpha_pattern", self.alpha_pattern),
-        ):
+        check_targets(key, self.target_modules, self.layers)
+        for field, patterns in (("rank_pattern", self.rank_pattern), ("alpha_pattern", self.alpha_pattern)):
             for pattern in patterns:
                 _check_regex(f"{key}.{field}", pattern)
         for field, bad in (("rank_pattern", [v for v in self.rank_pattern.values() if v < 1]),
                            ("alpha_pattern", [v for v in self.alpha_pattern.values() if not 0 < v < math.inf])):  # fmt: skip
             if bad:
                 raise ConfigError(f"{key}.{field}", getattr(self, field), "values above 0")
-        if self.layers == []:
-            raise ConfigError(f"{key}.layers", [], "indices of blocks, or null for all")
         if self.init == "orthogonal" and any(r % 2 for r in (self.r, *self.rank_pattern.values())):
             raise ConfigError(
                 f"{key}.r", self.r, "even for init=orthogonal (half of the directions go to A, half to B)"
@@ -102,12 +92,28 @@ class Config:
         scaling = alpha / math.sqrt(r) if self.use_rslora else alpha / r
         return AdapterSpec(r=r, scaling=scaling, alpha=alpha, dropout=self.dropout, init=self.init)
 
+    def _linear_only(self, layer: LayerInfo) -> None:
+        """For the relatives that are defined on matrices. Raises `ConfigError` for any other layer."""
+        if layer.kind not in ("Linear", "Conv1D"):
+            raise ConfigError("method.target_modules", self.target_modules,
+                              f"linear layers for method={self.name}; {layer.name} is {layer.kind}")  # fmt: skip
+
     def label(self) -> dict[str, Any]:
         target = self.target_modules
         return {
             "method": "rsLoRA" if self.use_rslora else "LoRA", "r": self.r, "alpha": self.alpha,
             "targets": target if isinstance(target, str) else "+".join(target),
         }  # fmt: skip
+
+
+def check_targets(key: str, target: Any, layers: list[int] | None, *, field: str = "target_modules") -> None:
+    """Raise `ConfigError` unless this can name layers: a string, or a list of strings; and blocks by index or None."""
+    names = target if isinstance(target, list) else [target]
+    if not names or not all(isinstance(x, str) and x for x in names):
+        raise ConfigError(f"{key}.{field}", target, "a non-empty list of names, or a string")
+    _check_regex(f"{key}.{field}", target)
+    if layers == []:
+        raise ConfigError(f"{key}.layers", [], "indices of blocks, or null for all")
 
 
 def _check_regex(key: str, pattern: Any) -> None:

@@ -29,9 +29,13 @@ WORDS: dict[str, tuple[str, ...]] = {
         "(?:gate|up|down|gate_up)_proj", r"DenseReluDense\.w[io](?:_[01])?", "dense_h_to_4h", "dense_4h_to_h",
         r"mlp\.W[io]", r"ff\.net\.(?:0\.proj|2)",
     ),
+    "down": (
+        r"(?<!attention\.)output\.dense", r"ffn\.lin2", r"mlp\.c_proj", "fc2", "down_proj", r"DenseReluDense\.wo",
+        "dense_4h_to_h", r"mlp\.Wo", r"ff\.net\.2",
+    ),
 }  # fmt: skip
 _UNIONS = {"attention": ("q", "k", "v", "o", "fused"), "all": ("q", "k", "v", "o", "fused", "mlp")}
-PORTABLE = ("q", "k", "v", "o", "attention", "mlp", "all")
+PORTABLE = ("q", "k", "v", "o", "attention", "mlp", "down", "all")
 
 
 def resolve(base: BaseInfo, target: Any, layers: Sequence[int] | None, modules: Sequence[str]) -> list[LayerInfo]:

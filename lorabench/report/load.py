@@ -15,9 +15,26 @@ from lorabench.schema import ConfigError
 
 MARGIN = 0.02  # of a sweep that declares none
 LABELLED = {"method.name", "method.r", "method.alpha", "method.target_modules", "method.use_rslora"}
-METHODS = {"lora": "LoRA", "full": "full", "head": "head only", "bitfit": "BitFit"}
+METHODS = {
+    "lora": "LoRA", "dora": "DoRA", "loraplus": "LoRA+", "lorafa": "LoRA-FA", "pissa": "PiSSA", "olora": "OLoRA",
+    "vera": "VeRA", "ia3": "IA3", "full": "full", "head": "head only", "bitfit": "BitFit",
+}  # fmt: skip
 TARGETS = {"full": "everything", "head": "head", "bitfit": "biases"}
-ORDER = ("LoRA", "rsLoRA", "BitFit", "head only", "full")
+ORDER = (
+    "LoRA",
+    "rsLoRA",
+    "LoRA+",
+    "LoRA-FA",
+    "DoRA",
+    "rsDoRA",
+    "PiSSA",
+    "OLoRA",
+    "VeRA",
+    "IA3",
+    "BitFit",
+    "head only",
+    "full",
+)
 
 
 @dataclass(frozen=True)

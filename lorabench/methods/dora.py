@@ -1,0 +1,27 @@
+"""DoRA (Liu et al., arXiv 2402.09353): LoRA turns the weight's rows, a vector of magnitudes sets their lengths."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import Any, ClassVar
+
+from lorabench.base import LayerInfo
+from lorabench.methods import lora
+from lorabench.schema import knob
+from lorabench.slice_plan import AdapterSpec
+
+
+@dataclass(frozen=True)
+class Config(lora.Config):
+    """LoRA's settings, on linear layers."""
+
+    name: str = knob("dora", help="method")
+
+    pack_group: ClassVar[str | None] = "dora"
+
+    def _spec(self, layer: LayerInfo) -> AdapterSpec:
+        self._linear_only(layer)
+        return replace(super()._spec(layer), kind="dora")
+
+    def label(self) -> dict[str, Any]:
+        return super().label() | {"method": "rsDoRA" if self.use_rslora else "DoRA"}

@@ -1,0 +1,33 @@
+"""LoRA+ (Hayou et al., arXiv 2402.12354): B learns at a multiple of A's rate; so do the vectors of a new head, as in PEFT."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import Any, ClassVar
+
+from lorabench.base import BaseInfo, LayerInfo
+from lorabench.methods import lora
+from lorabench.schema import ConfigError, knob
+from lorabench.slice_plan import AdapterSpec, SlicePlan
+
+
+@dataclass(frozen=True)
+class Config(lora.Config):
+    """LoRA's settings; `optimizer.lr` is A's rate."""
+
+    name: str = knob("loraplus", help="method")
+    lr_ratio: float = knob(16.0, help="B's learning rate over A's, which is optimizer.lr", low=1, varies=True)
+
+    pack_group: ClassVar[str | None] = "lora"
+
+    def plan(self, base: BaseInfo, *, seed: int) -> SlicePlan:
+        return replace(super().plan(base, seed=seed), vector_rate=self.lr_ratio)
+
+    def _spec(self, layer: LayerInfo) -> AdapterSpec:
+        if layer.kind == "Embedding":
+            raise ConfigError("method.target_modules", self.target_modules,
+                              f"layers that are no embeddings, whose A starts at zero; {layer.name} is one")  # fmt: skip
+        return replace(super()._spec(layer), rate_B=self.lr_ratio)
+
+    def label(self) -> dict[str, Any]:
+        return super().label() | {"method": "LoRA+"}
