@@ -94,6 +94,7 @@ class SweepConfig:
     )
     max_pack: int | None = knob(None, help="slices a pack at most; null: as many as fit into memory, up to 16", low=1)
     prune: bool = knob(False, help="drop rates that fall behind inside their cell, from half of the steps on")
+    extend_lr: bool = knob(False, help="add rates outward until the best lies inside, at most 6 a cell")
     workers: int | None = knob(
         None, help="processes that train packs side by side; null: one a GPU, one for every 8 CPU cores", low=1
     )

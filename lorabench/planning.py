@@ -50,7 +50,7 @@ SHARE = 0.7  # of the memory there is that a pack may be planned to take: its es
 
 
 def plan_packs(runs: Sequence[RunConfig], max_pack: int | None, start: int = 0, *, prune: bool = False) -> list[Pack]:
-    """Group runs that can share a base, most alike first: equal rank (unused rows cost time), then equal seed.
+    """Group runs that can share a base, most alike first: equal method, equal rank (unused rows cost time), then equal seed.
 
     max_pack: slices a pack at most; None: as many as fit into memory. prune: keep the tuning runs of a cell in one pack,
     where the rule of `prune` sees all its rates, whatever its size.
@@ -60,7 +60,7 @@ def plan_packs(runs: Sequence[RunConfig], max_pack: int | None, start: int = 0, 
         groups.setdefault(run.pack_key, []).append(run)
     packs: list[Pack] = []
     for group in groups.values():
-        group.sort(key=lambda r: (getattr(r.method, "r", 0), r.seed, r.optimizer.lr, r.run_id))
+        group.sort(key=lambda r: (r.method.name, getattr(r.method, "r", 0), r.seed, r.optimizer.lr, r.run_id))
         most = max_pack or _fitting(group)
         for units in _fill(_whole_cells(group) if prune else [[run] for run in group], most):
             cells = any(len(unit) > 1 for unit in units)

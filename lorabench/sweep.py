@@ -15,6 +15,7 @@ from lorabench.planning import Job, cell_id, label_of, plan_packs, planned_packs
 from lorabench.prepare import Pack
 from lorabench.provenance import code_fingerprint
 from lorabench.records import Record, Store
+from lorabench.report.select import Choice, choose
 from lorabench.schema import ConfigError, ExistingWork
 from lorabench.slice_plan import SlicePlan
 from lorabench.terminal import Progress, dry_run_table
@@ -164,11 +165,17 @@ def declare(jobs: Sequence[Job]) -> None:
 
 def chosen_rates(settings: Settings) -> dict[str, float]:
     """The rate that tuning chose, by cell id; a cell none of whose rates is eligible is left out."""
-    from lorabench.report.select import choose
+    return {name: c.lr for name, c in _choices(settings).items() if c.lr is not None}
 
+
+def outward_rates(settings: Settings) -> dict[str, float]:
+    """The next rate to try, by cell id, for cells whose best rate lies at an end of what was tried."""
+    return {name: c.outward for name, c in _choices(settings).items() if c.outward is not None}
+
+
+def _choices(settings: Settings) -> dict[str, Choice]:
     store = Store(settings.sweep.dir)
-    choices = choose(store.manifest(), {r.run_id: r for r in store.records()})
-    return {name: c.lr for name, c in choices.items() if c.lr is not None}
+    return choose(store.manifest(), {r.run_id: r for r in store.records()})
 
 
 def measure_cells(settings: Settings, jobs: Sequence[Job]) -> None:

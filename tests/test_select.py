@@ -111,6 +111,21 @@ def test_a_pruned_rate_is_never_chosen_and_keeps_its_steps() -> None:
     assert choice.rates[1].losses == (0.1,), "the loss of an earlier step is not one of the rate's losses"
 
 
+@pytest.mark.parametrize(
+    ("cell", "outward"),
+    [
+        ({1e-3: [0.1], 2e-3: [0.2], 4e-3: [0.3]}, 5e-4),
+        ({1e-3: [0.3], 3e-3: [0.1]}, 9e-3),
+        ({1e-3: [0.3], 2e-3: [0.1], 4e-3: ["diverged"]}, None),
+        ({1e-3: [0.1], 2e-3: ["diverged"]}, 5e-4),
+        ({1e-3: [0.3]}, None),
+        ({1e-3: ["pruned"], 2e-3: [0.1], 4e-3: [0.2]}, None),
+    ],
+)
+def test_the_next_rate_outward(cell: Losses, outward: float | None) -> None:
+    assert pick(cell).outward == outward
+
+
 def test_no_eligible_rate() -> None:
     choice = pick({1e-3: ["diverged"], 2e-3: [None]})
     assert choice.lr is None

@@ -75,6 +75,31 @@ def test_the_second_time_nothing_is_trained(cli):
     assert "nothing to train" in out
 
 
+def test_rates_are_added_outward_until_the_best_lies_inside(cli):
+    """Two rates far too small: the best is the larger, at the end of what was tried, until a still larger one is worse."""
+    low = [
+        "-m",
+        "method.r=1,4",
+        "optimizer.lr=5e-4,2e-3",
+        "sweep.name=s",
+        "sweep.confirm_seeds=[7]",
+        "sweep.extend_lr=true",
+    ]
+    assert cli(*low, "trainer.max_steps=12")[0] == 0
+    records = Store("sweeps/s").records()
+    for r in (1, 4):
+        own = [x for x in records if x.config["method"]["r"] == r]
+        tuned = {x.config["optimizer"]["lr"]: x.metrics["val/loss"] for x in own if x.role == "tune"}
+        rates = sorted(tuned)
+        assert len(rates) > 2 and all(b == pytest.approx(4 * a) for a, b in zip(rates, rates[1:], strict=False))
+        best = min(tuned, key=tuned.__getitem__)
+        assert rates[0] < best < rates[-1] or len(rates) == 2 + 6
+        assert {x.config["optimizer"]["lr"] for x in own if x.role == "confirm"} == {best}
+    before = stamps()
+    code, out = cli(*low, "trainer.max_steps=12")
+    assert code == 0 and stamps() == before, out
+
+
 def test_records_of_other_source_code_are_kept_and_said(cli):
     assert cli(*GRID)[0] == 0
     store = Store("sweeps/s")

@@ -24,6 +24,7 @@ class GridSweeperConf:
     grids: dict[str, Any] = field(default_factory=dict)
 
 
+EXTENSIONS = 6  # rates added to a cell at most: a factor of 64 where rates double
 LABELLED = ("method", "method.r", "method.alpha", "method.target_modules", "method.use_rslora")
 
 ConfigStore.instance().store(group="hydra/sweeper", name="grid", node=GridSweeperConf, provider="lorabench")
@@ -62,12 +63,14 @@ class GridSweeper(Sweeper):
 
         sweep.require_fresh(settings)
         sweep.declare(list(jobs.values()))
-        returned = self.launcher.launch(_once(jobs), 0)
+        returned = list(self.launcher.launch(_once(jobs), 0))
+        if settings.sweep.extend_lr and role == "tune" and not settings.sweep.dry_run:
+            returned += self._extend(composer, settings, jobs, listed, always)
         if settings.sweep.confirm_seeds and role == "tune" and not settings.sweep.dry_run:
             chosen = sweep.chosen_rates(settings)
             confirm = {
                 (*p.fixed, f"{RATE}={chosen[name]!r}", f"{SEED}={seed}", "sweep.role=confirm", *always): extra
-                for name, (p, extra) in _cells(jobs, listed).items()
+                for name, (p, extra) in _cells({o: jobs[o] for o in listed}, listed).items()
                 if name in chosen
                 for seed in settings.sweep.confirm_seeds
             }
@@ -77,6 +80,35 @@ class GridSweeper(Sweeper):
                 returned = [*returned, *self.launcher.launch(_once(confirming), len(listed))]
         sweep.measure_cells(settings, list(jobs.values()))
         sweep.finish(settings)
+        return returned
+
+    def _extend(
+        self,
+        composer: Any,
+        settings: Any,
+        jobs: dict[tuple[str, ...], Any],
+        listed: Mapping[tuple[str, ...], Any],
+        always: Sequence[str],
+    ) -> list[Any]:
+        """Tune one more rate outward in every cell whose best lies at an end, until none does; jobs grow by what was added."""
+        from lorabench import sweep
+
+        returned: list[Any] = []
+        cells = _cells({o: jobs[o] for o in listed}, listed)
+        for _ in range(EXTENSIONS):
+            added = {
+                (*p.fixed, f"{RATE}={lr!r}", f"{SEED}={seed}", *always): extra
+                for name, lr in sweep.outward_rates(settings).items()
+                if name in cells
+                for p, extra in [cells[name]]
+                for seed in _seeds(p, self.config.sweep.tune_seeds)
+            }
+            if not added:
+                break
+            more = {overrides: composer.job(overrides, extra) for overrides, extra in added.items()}
+            sweep.declare(list(more.values()))
+            returned += self.launcher.launch(_once(more), len(jobs))
+            jobs |= more
         return returned
 
 

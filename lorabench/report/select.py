@@ -60,6 +60,19 @@ class Choice:
         return tuple(r for r in self.rates if (r.lr < self.lr if self.side == "low" else r.lr > self.lr))
 
     @property
+    def outward(self) -> float | None:
+        """The next rate beyond the end on which the best lies, as far from it as its neighbour is; None inside the grid.
+
+        Nor where rates beyond it were tried and pruned: to train those to their end says more.
+        """
+        if self.lr is None or self.side is None or self.beyond:
+            return None
+        tried = [r.lr for r in self.rates]
+        i = tried.index(self.lr)
+        neighbour = tried[i + 1 if self.side == "low" else i - 1]
+        return float(f"{self.lr * self.lr / neighbour:.12g}")
+
+    @property
     def loss(self) -> float:
         return next((r.mean for r in self.rates if r.lr == self.lr), math.nan)
 
