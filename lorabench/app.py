@@ -38,6 +38,12 @@ def job(cfg: DictConfig, *, name: str, experiment: str | None, extra: Mapping[st
         if experiment and OmegaConf.select(cfg, "sweep") is not None:
             cfg.sweep.experiment = experiment
     run, settings = parse(cfg)
+    if getattr(run.method, "match_parameters", None):
+        from lorabench.prepare import matched_rank
+
+        with open_dict(cfg):
+            cfg.method.r, cfg.method.match_parameters = matched_rank(run), None  # the run is that of its rank
+        run, settings = parse(cfg)
     from lorabench.planning import Job, label_of
 
     return Job(run, settings, label_of(run, alpha_rule=alpha_rule(cfg), extra=extra))

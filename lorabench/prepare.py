@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -108,6 +108,30 @@ def plan(run: RunConfig, info: BaseInfo) -> SlicePlan:
     if made.trainable(info) == 0:
         raise ConfigError("method", run.method.name, "nothing would train with these settings")
     return made
+
+
+MATCHED = 0.05  # how far from the number asked for the nearest rank may be
+
+
+def matched_rank(run: RunConfig) -> int:
+    """The rank at which the adapters (a new head left out) train nearest to `method.match_parameters`.
+
+    Raises `ConfigError` where none comes within 5 %, and for ranks the layers cannot have.
+    """
+    wanted, info = run.method.match_parameters, layers(run)
+
+    def adapters(r: int) -> int:
+        made = plan(replace(run, method=replace(run.method, r=r, match_parameters=None)), info)
+        known = info.by_name
+        return sum(spec.trainable(known[name]) for name, spec in made.adapters.items())
+
+    one = adapters(1)
+    r = max(1, round(wanted / one))
+    got = adapters(r)
+    if abs(got - wanted) > MATCHED * wanted:
+        allowed = f"a number near a multiple of {one}, what r = 1 trains on these layers; r = {r} trains {got}"
+        raise ConfigError("method.match_parameters", wanted, allowed)
+    return r
 
 
 def check(run: RunConfig) -> SlicePlan:

@@ -288,3 +288,32 @@ def test_who_may_share_a_base():
 def test_methods_import_without_torch(repo):
     code = "import sys, lorabench.methods.lora, lorabench.methods.bitfit; assert 'torch' not in sys.modules"
     subprocess.run([sys.executable, "-c", code], check=True, cwd=repo)
+
+
+class TestMatchedParameters:
+    """On MiniLM-L6, r = 45 on attention, 36 on the MLP and 20 on both train as much: 829,440."""
+
+    def run(self, **settings: object) -> object:
+        from hydra import compose, initialize_config_dir
+
+        from lorabench.app import config_dir, job
+
+        overrides = [f"{key}={value}" for key, value in {"task.train_examples": 32, **settings}.items()]
+        with initialize_config_dir(config_dir(), version_base=None):
+            return job(compose("config", overrides=overrides), name="x").run
+
+    @pytest.mark.parametrize(("target", "r"), [("attention", 45), ("mlp", 36), ("all", 20)])
+    def test_the_rank_that_matches(self, target: str, r: int) -> None:
+        settings = {"method.target_modules": target}
+        matched = self.run(**settings, **{"method.match_parameters": 829_440, "method.alpha": "2r"})
+        assert matched.method.r == r and matched.method.alpha == 2 * r
+        plain = self.run(**settings, **{"method.r": r, "method.alpha": "2r"})
+        assert matched.run_id == plain.run_id
+
+    def test_a_number_no_rank_comes_near(self) -> None:
+        with pytest.raises(ConfigError, match=r"method.match_parameters=1000: a number near a multiple of 41472"):
+            self.run(**{"method.target_modules": "all", "method.match_parameters": 1000})
+
+    def test_a_number_beyond_the_layers(self) -> None:
+        with pytest.raises(ConfigError, match="method.r"):
+            self.run(**{"method.target_modules": "all", "method.match_parameters": 40_000_000})

@@ -25,7 +25,9 @@ class GridSweeperConf:
 
 
 EXTENSIONS = 6  # rates added to a cell at most: a factor of 64 where rates double
-LABELLED = ("method", "method.r", "method.alpha", "method.target_modules", "method.use_rslora")
+LABELLED = (
+    "method", "method.r", "method.alpha", "method.target_modules", "method.use_rslora", "method.match_parameters"
+)  # fmt: skip
 
 ConfigStore.instance().store(group="hydra/sweeper", name="grid", node=GridSweeperConf, provider="lorabench")
 

@@ -36,6 +36,10 @@ class Config:
     rank_pattern: dict[str, int] = knob({}, help="r of the layers whose name ends like the key (a regex)", varies=True)
     alpha_pattern: dict[str, float] = knob({}, help="alpha of the layers whose name ends like the key", varies=True)
     modules_to_save: list[str] | None = knob(None, help="modules that train whole, beside a new head")
+    match_parameters: int | None = knob(
+        None, help="choose r so that the adapters train this many parameters; null: r as given", low=1, added="0.1.0",
+        varies=True,
+    )  # fmt: skip
 
     pack_group: ClassVar[str | None] = "lora"
 
@@ -64,6 +68,8 @@ class Config:
                            ("alpha_pattern", [v for v in self.alpha_pattern.values() if not 0 < v < math.inf])):  # fmt: skip
             if bad:
                 raise ConfigError(f"{key}.{field}", getattr(self, field), "values above 0")
+        if self.match_parameters and self.rank_pattern:
+            raise ConfigError(f"{key}.match_parameters", self.match_parameters, "null with method.rank_pattern")
         if self.init == "orthogonal" and any(r % 2 for r in (self.r, *self.rank_pattern.values())):
             raise ConfigError(
                 f"{key}.r", self.r, "even for init=orthogonal (half of the directions go to A, half to B)"
