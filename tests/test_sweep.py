@@ -6,6 +6,7 @@ import signal
 import subprocess
 import sys
 import time
+from itertools import pairwise
 from pathlib import Path
 
 import pytest
@@ -91,7 +92,7 @@ def test_rates_are_added_outward_until_the_best_lies_inside(cli):
         own = [x for x in records if x.config["method"]["r"] == r]
         tuned = {x.config["optimizer"]["lr"]: x.metrics["val/loss"] for x in own if x.role == "tune"}
         rates = sorted(tuned)
-        assert len(rates) > 2 and all(b == pytest.approx(4 * a) for a, b in zip(rates, rates[1:], strict=False))
+        assert len(rates) > 2 and all(b == pytest.approx(4 * a) for a, b in pairwise(rates))
         best = min(tuned, key=tuned.__getitem__)
         assert rates[0] < best < rates[-1] or len(rates) == 2 + 6
         assert {x.config["optimizer"]["lr"] for x in own if x.role == "confirm"} == {best}
