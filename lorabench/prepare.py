@@ -6,6 +6,7 @@ anything is written: it reads the data and builds the base on the meta device, b
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import hashlib
 from dataclasses import dataclass, replace
@@ -64,6 +65,7 @@ _data: dict[str, Any] = {}
 _prepared: dict[str, Prepared] = {}
 _info: dict[str, BaseInfo] = {}
 _base: dict[str, Base] = {}
+_taught: dict[str, Prepared] = {}
 
 
 def _key(*parts: Any) -> str:
@@ -148,6 +150,21 @@ def base(run: RunConfig, head: HeadSpec, resolved: Resolved) -> Base:
         _base.clear()  # two bases at once are memory nobody asked for
         _base[key] = run.model.load(head, dtype=resolved.base_dtype, attention=resolved.attention)
     return _base[key]
+
+
+def taught(run: RunConfig, prepared: Prepared, base: Base) -> Prepared:
+    """The same with targets that the base itself gives, for tasks that `teach`; once a task and base."""
+    teach = getattr(run.task, "teach", None)
+    if teach is None:
+        return prepared
+    key = _key(run.task, run.model, str(next(base.model.parameters()).dtype))
+    if key not in _taught:
+        _taught.clear()
+        encoded = teach(
+            copy.deepcopy(base.model).float(), prepared.encoded, lambda e: run.task.collate(e, prepared.processor)
+        )
+        _taught[key] = replace(prepared, encoded=encoded)
+    return _taught[key]
 
 
 def user_code(run: RunConfig) -> str | None:

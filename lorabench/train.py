@@ -117,6 +117,7 @@ def _opened(pack: Pack, store: Store, listener: Listener, keep: Collection[str] 
     first = pack.runs[0]
     prepared, resolved = prep.prepare(first), prep.resolve(first)
     base = prep.base(first, prepared.head, resolved)
+    prepared = prep.taught(first, prepared, base)
     before = _checksum(base.model)
     plans = [prep.plan(run, base.info) for run in pack.runs]
     stack = inject(base.model, plans, info=base.info)

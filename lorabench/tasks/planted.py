@@ -1,0 +1,139 @@
+"""A teacher with a known answer: the base plus a random change of known rank, whose outputs the student fits.
+
+The positive control of a rank sweep: adapters on the planted layers with fewer ranks than were planted cannot reach the
+teacher, those with as many can. Shape letters: N examples, T tokens, H hidden, r planted rank.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import re
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, ClassVar
+
+import numpy as np
+
+from lorabench.base import HeadSpec
+from lorabench.schema import ConfigError, knob
+from lorabench.tasks import encoding, metrics, text_classification
+from lorabench.tasks.contract import Encoded, StepOutput, TaskData
+
+if TYPE_CHECKING:
+    from torch import Tensor, nn
+
+ROWS = 64  # a batch of the teacher's
+
+
+@dataclass(frozen=True)
+class Config(text_classification.Config):
+    """Texts of a classification source, labels ignored; the loss is 1 for the base itself and 0 for the teacher."""
+
+    kind: str = knob("planted", help="the task's module", choices=("planted",))
+    metric: str = knob("loss", help="squared distance to the teacher over the base's", choices=("loss",))
+    planted_in: str = knob(
+        r"encoder\.layer\.3\.intermediate\.dense", help="regex for the whole name of the layers to change"
+    )
+    planted_rank: int = knob(16, help="rank of the change of each", low=1)
+    planted_size: float = knob(0.5, help="Frobenius norm of each change over its weight's", above=0)
+    planted_seed: int = knob(0, help="of the change", low=0)
+
+    OWN: ClassVar[tuple[str, ...]] = ("loss",)
+
+    def validate(self, key: str) -> None:
+        super().validate(key)
+        try:
+            re.compile(self.planted_in)
+        except re.error as e:
+            raise ConfigError(f"{key}.planted_in", self.planted_in, f"a valid regular expression ({e})") from e
+
+    def head(self, data: TaskData) -> HeadSpec:
+        return HeadSpec("AutoModel")
+
+    def teach(
+        self, model: nn.Module, encoded: Encoded, collate: Callable[[list[dict[str, Any]]], dict[str, Tensor]]
+    ) -> Encoded:
+        """The examples with what the teacher says, "target" (float32 [H]), and "unit", the base's own mean squared distance.
+
+        model: a float32 copy of the base, which becomes the teacher. Raises `ConfigError` where `planted_in` names no layer.
+        """
+        plain = {name: _outputs(model, rows, collate) for name, rows in encoded.splits.items()}
+        self._plant(model)
+        target = {name: _outputs(model, rows, collate) for name, rows in encoded.splits.items()}
+        unit = float(np.square(target["train"] - plain["train"]).sum(1).mean())
+        splits = {
+            name: [{**e, "target": t, "unit": unit} for e, t in zip(rows, target[name], strict=True)]
+            for name, rows in encoded.splits.items()
+        }
+        return Encoded(splits, encoded.lengths, {**encoded.notes, "planted_distance": round(unit, 6)})
+
+    def _plant(self, model: nn.Module) -> None:
+        import torch
+
+        found = [(n, m.weight) for n, m in model.named_modules() if re.fullmatch(self.planted_in, n) and _matrix(m)]
+        if not found:
+            names = sorted(n for n, m in model.named_modules() if _matrix(m))
+            raise ConfigError("task.planted_in", self.planted_in, f"a regex for some of: {', '.join(names[:40])}")
+        for name, weight in found:
+            if self.planted_rank > min(weight.shape):
+                most = min(weight.shape)
+                raise ConfigError("task.planted_rank", self.planted_rank, f"at most {most}, the rank {name} can have")
+            raw = hashlib.sha256(f"{self.planted_seed}\0{name}".encode()).digest()
+            generator = torch.Generator().manual_seed(int.from_bytes(raw[:8], "little") >> 1)
+            sides = [torch.linalg.qr(torch.randn(n, self.planted_rank, generator=generator))[0] for n in weight.shape]
+            value = (
+                self.planted_size * float(weight.detach().norm()) / self.planted_rank**0.5
+            )  # all singular values alike
+            weight.data.add_((sides[0] @ sides[1].T).to(weight) * value)
+
+    def collate(self, examples: Sequence[dict[str, Any]], processor: Any) -> dict[str, Tensor]:
+        """`input_ids`, `attention_mask`, `token_type_ids`? [N, T]; `example` [N]; once taught, `target` [N, H], `unit` [N]."""
+        import torch
+
+        batch = encoding.collate_tokens(examples, processor)
+        if "target" in examples[0]:
+            batch["target"] = torch.from_numpy(np.stack([e["target"] for e in examples]))
+            batch["unit"] = torch.tensor([e["unit"] for e in examples], dtype=torch.float32)
+        return batch
+
+    def step(self, model: nn.Module, batch: dict[str, Tensor]) -> StepOutput:
+        """Squared distance of each example's mean hidden state to the teacher's, over the base's mean one."""
+        import torch
+
+        said = _mean_state(model, batch)
+        loss = (said - batch["target"].to(said.dtype)).square().sum(1) / batch["unit"].to(said.dtype)
+        return StepOutput(loss, torch.ones_like(loss), {"example": batch["example"]})
+
+    def metrics(self, rows: dict[str, np.ndarray]) -> dict[str, float]:
+        return {"loss": metrics.mean_loss(rows)}
+
+
+def _matrix(module: nn.Module) -> bool:
+    weight = getattr(module, "weight", None)
+    return type(module).__name__ in ("Linear", "Conv1D") and weight is not None and weight.dim() == 2
+
+
+def _mean_state(model: nn.Module, batch: dict[str, Tensor]) -> Tensor:
+    """Mean over an example's own tokens of the last hidden state, [N, H], in float32 or wider."""
+    hidden = model(**encoding.model_inputs(batch)).last_hidden_state
+    hidden = hidden if hidden.dtype.itemsize == 8 else hidden.float()
+    mask = batch["attention_mask"].unsqueeze(2).to(hidden.dtype)
+    mean: Tensor = (hidden * mask).sum(1) / mask.sum(1)
+    return mean
+
+
+def _outputs(
+    model: nn.Module, rows: list[dict[str, Any]], collate: Callable[[list[dict[str, Any]]], dict[str, Tensor]]
+) -> np.ndarray:
+    """What a model says to all examples, [N, H], in their order."""
+    import torch
+
+    order = sorted(range(len(rows)), key=lambda i: len(rows[i]["input_ids"]))
+    device = next(model.parameters()).device
+    out: dict[int, np.ndarray] = {}
+    with torch.no_grad():
+        for start in range(0, len(order), ROWS):
+            chunk = order[start : start + ROWS]
+            batch = {name: t.to(device) for name, t in collate([rows[i] for i in chunk]).items()}
+            out |= dict(zip(chunk, _mean_state(model, batch).float().cpu().numpy(), strict=True))
+    return np.stack([out[i] for i in range(len(rows))])
