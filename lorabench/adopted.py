@@ -1,0 +1,227 @@
+"""Results of other tools as records: rows of a table, folders that PEFT and transformers' Trainer wrote. Pure but for reading.
+
+What a source does not say is not made up: it is listed in the record's `provenance.missing`.
+"""
+
+from __future__ import annotations
+
+import csv
+import hashlib
+import json
+import math
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from lorabench.adopted_names import by_score, scores_of, settings_of
+from lorabench.records import Record
+from lorabench.schema import ConfigError
+
+METHODS = {
+    "lora": "lora",
+    "dora": "dora",
+    "vera": "vera",
+    "ia3": "ia3",
+    "full": "full",
+    "none": "full",
+    "bitfit": "bitfit",
+}
+STATUS = {"finished": "completed", "completed": "completed", "success": "completed", "failed": "failed", "crashed": "failed",
+          "killed": "failed", "diverged": "diverged", "pruned": "pruned", "": "completed"}  # fmt: skip
+WANTED = (
+    "method.name",
+    "method.r",
+    "method.alpha",
+    "method.target_modules",
+    "trainer.batch_size",
+    "model.name",
+    "task.name",
+    "seed",
+)
+NO_SEED = 10_000  # rows without a seed are numbered from here: no two of them are taken for the same seed
+
+
+def from_table(
+    path: Path, *, columns: Mapping[str, str], fixed: Mapping[str, str], metrics: Mapping[str, str], primary: str | None
+) -> list[Record]:
+    """One record a row of a csv file with a header.
+
+    columns: our setting -> column, beyond `ALIASES`; fixed: settings equal in all rows; metrics: `test/accuracy` ->
+    column, beyond columns that start with test/, val/, eval/ (or _). Raises `ConfigError` for a file that says too little.
+    """
+    try:
+        with open(path, newline="", encoding="utf-8-sig") as f:
+            rows = list(csv.DictReader(f))
+    except (OSError, UnicodeDecodeError, csv.Error) as e:
+        raise ConfigError("source", str(path), f"a csv file with a header, in UTF-8 ({e})") from e
+    if not rows:
+        raise ConfigError("source", str(path), "a csv file with a header and at least one row")
+    names = [name for name in rows[0] if name is not None]
+    for key, column in {**columns, **metrics}.items():
+        if column not in names:
+            raise ConfigError(key, column, f"a column of {path.name}: {', '.join(names)}")
+    taken = {**settings_of(names), **columns}
+    scored = {**scores_of([n for n in names if n not in taken.values()]), **metrics}
+    if not scored:
+        raise ConfigError("--metric", None, f"test/<name>=<column>, for one of: {', '.join(names)}")
+    records = []
+    for i, row in enumerate(rows):
+        said = {key: _value(row[column] or "") for key, column in taken.items()} | {
+            k: _value(v) for k, v in fixed.items()
+        }
+        values = {name: _number(row[column], f"{path.name}, row {i + 1}, {column}") for name, column in scored.items()}
+        records.append(_record(said, values, primary, {"file": path.name, "row": i + 1}, i))
+    return records
+
+
+def from_folders(folders: Sequence[Path], *, fixed: Mapping[str, str], primary: str | None) -> list[Record]:
+    """One record a folder with adapter_config.json (PEFT) and trainer_state.json, or all_results.json, eval_results.json.
+
+    Pickled files (training_args.bin, optimizer.pt) are not opened.
+    """
+    records = []
+    for i, folder in enumerate(folders):
+        if not folder.is_dir():
+            raise ConfigError("source", str(folder), "a folder that PEFT or transformers' Trainer wrote")
+        adapter, state = _json(folder / "adapter_config.json"), _state(folder)
+        results = _json(folder / "all_results.json") | _json(folder / "eval_results.json")
+        last = {
+            k: v for row in state.get("log_history", []) for k, v in row.items() if k.startswith(("eval_", "test_"))
+        }
+        values = {name: float(v) for name, v in by_score({**last, **results}).items() if isinstance(v, (int, float))}
+        if not values:
+            raise ConfigError(
+                "source", str(folder), "trainer_state.json or eval_results.json with eval_ or test_ numbers"
+            )
+        said = _of_adapter(adapter) | _of_state(state) | {k: _value(v) for k, v in fixed.items()}
+        records.append(_record(said, values, primary, {"folder": folder.name}, i))
+    return records
+
+
+def _of_adapter(config: Mapping[str, Any]) -> dict[str, Any]:
+    if not config:
+        return {"method.name": "full"}
+    kind = "dora" if config.get("use_dora") else str(config.get("peft_type", "LORA")).lower()
+    target = config.get("target_modules")
+    return {
+        "method.name": kind, "method.r": config.get("r"), "method.alpha": config.get("lora_alpha"),
+        "method.dropout": config.get("lora_dropout"), "method.use_rslora": bool(config.get("use_rslora")),
+        "method.target_modules": sorted(target) if isinstance(target, list) else target,
+        "model.name": config.get("base_model_name_or_path"),
+    }  # fmt: skip
+
+
+def _of_state(state: Mapping[str, Any]) -> dict[str, Any]:
+    rates = [row["learning_rate"] for row in state.get("log_history", []) if "learning_rate" in row]
+    said = {"optimizer.lr": max(rates) if rates else None, "trainer.max_steps": state.get("max_steps")}
+    return said | {
+        "trainer.max_epochs": state.get("num_train_epochs"),
+        "trainer.batch_size": state.get("train_batch_size"),
+    }
+
+
+def _state(folder: Path) -> dict[str, Any]:
+    """Of the folder itself, else of its latest checkpoint."""
+    inside = sorted(folder.glob("checkpoint-*/trainer_state.json"), key=lambda p: _step(p.parent.name))
+    for path in [folder / "trainer_state.json", *reversed(inside)]:
+        if found := _json(path):
+            return found
+    return {}
+
+
+def _step(name: str) -> int:
+    tail = name.rpartition("-")[2]
+    return int(tail) if tail.isdecimal() else -1
+
+
+def _json(path: Path) -> dict[str, Any]:
+    if not path.is_file():
+        return {}
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError) as e:
+        raise ConfigError("source", str(path), f"a whole JSON file ({e})") from e
+    if not isinstance(value, dict):
+        raise ConfigError("source", str(path), "a JSON object")
+    return value
+
+
+def _record(
+    said: Mapping[str, Any],
+    values: Mapping[str, float | None],
+    primary: str | None,
+    where: Mapping[str, Any],
+    number: int,
+) -> Record:
+    said = {key: value for key, value in said.items() if value is not None and value != ""}
+    name = str(said.get("method.name", "lora" if "method.r" in said else "full")).lower()
+    if name == "rslora":
+        name, said = "lora", {**said, "method.use_rslora": True}
+    if name not in METHODS:
+        raise ConfigError("method.name", name, f"allowed: {', '.join([*METHODS, 'rslora'])}; or --set method.name=...")
+    status = STATUS.get(str(said.pop("status", "")).lower())
+    if status is None:
+        raise ConfigError("status", where, f"allowed: {', '.join(filter(None, STATUS))}")
+    if not _positive(said.get("optimizer.lr")):
+        raise ConfigError(
+            "optimizer.lr",
+            said.get("optimizer.lr"),
+            "the learning rate of every run: a column, or --set optimizer.lr=...",
+        )
+    missing = [key for key in WANTED if key not in said and not (METHODS[name] == "full" and key.startswith("method."))]
+    config: dict[str, Any] = {
+        "model": {"name": "unknown"},
+        "task": {"name": "unknown"},
+        "method": {},
+        "optimizer": {},
+        "trainer": {},
+    }
+    config["seed"] = int(said.get("seed", NO_SEED + number))
+    for key, value in said.items():
+        section, _, field = key.partition(".")
+        if field:
+            config[section][field] = value
+    config["method"]["name"] = METHODS[name]
+    finite = {key: value for key, value in values.items() if value is not None}
+    metrics: dict[str, Any] = dict(finite)
+    metrics["primary"] = primary or _primary(finite)
+    role = "confirm" if any(key.startswith("test/") for key in finite) else "tune"
+    digest = hashlib.sha256(json.dumps([config, metrics, dict(where)], sort_keys=True).encode()).hexdigest()[:12]
+    provenance = {"adopted": dict(where), "missing": missing}
+    return Record(digest, role, status, config, metrics, {}, provenance)
+
+
+def _primary(values: Mapping[str, float]) -> str:
+    """The first metric that is not the loss, by name; the loss where there is nothing else."""
+    names = sorted({key.partition("/")[2] for key in values})
+    return next((name for name in names if name != "loss"), "loss")
+
+
+def _positive(value: Any) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value) and value > 0
+
+
+def _value(text: str) -> Any:
+    """A cell or a `--set` value as YAML would read it: a number, true, a list; else the text."""
+    text = text.strip()
+    if text.lower() in ("", "null", "none", "nan"):
+        return None
+    if text.lower() in ("true", "false"):
+        return text.lower() == "true"
+    if text.startswith("[") and text.endswith("]"):
+        return [part.strip().strip("'\"") for part in text[1:-1].split(",") if part.strip()]
+    for kind in (int, float):
+        try:
+            return kind(text)
+        except ValueError:
+            continue
+    return text
+
+
+def _number(text: str | None, where: str) -> float | None:
+    if text is None or not text.strip() or text.strip().lower() in ("nan", "none", "null"):
+        return None
+    try:
+        return float(text)
+    except ValueError as e:
+        raise ConfigError(where, text, "a number, or empty") from e

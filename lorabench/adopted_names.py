@@ -1,0 +1,59 @@
+"""What other tools call a setting or a result. Pure: names in, our names out."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+# Our settings, and what others call them (lower case; W&B exports put `config.` or nothing in front).
+ALIASES: dict[str, tuple[str, ...]] = {
+    "method.name": ("method", "peft_type", "adapter", "tuner"),
+    "method.r": ("r", "rank", "lora_r", "lora_rank"),
+    "method.alpha": ("alpha", "lora_alpha"),
+    "method.dropout": ("dropout", "lora_dropout"),
+    "method.target_modules": ("target_modules", "targets", "modules"),
+    "method.use_rslora": ("use_rslora", "rslora"),
+    "optimizer.lr": ("lr", "learning_rate"),
+    "optimizer.weight_decay": ("weight_decay",),
+    "trainer.batch_size": ("batch_size", "per_device_train_batch_size", "train_batch_size"),
+    "trainer.max_steps": ("max_steps", "steps", "total_steps", "global_step"),
+    "trainer.max_epochs": ("epochs", "num_train_epochs"),
+    "model.name": ("model", "base_model", "model_name", "base_model_name_or_path", "model_name_or_path"),
+    "task.name": ("task", "dataset", "dataset_name", "task_name"),
+    "seed": ("seed",),
+    "status": ("status", "state"),
+}
+
+
+def settings_of(names: Sequence[str]) -> dict[str, str]:
+    """Setting -> column, for columns whose name is one of ours or of `ALIASES`; the first of several."""
+    plain = {name: name.lower().strip().removeprefix("config.").replace(" ", "_") for name in names}
+    found: dict[str, str] = {}
+    for key, aliases in ALIASES.items():
+        hits = [name for name, low in plain.items() if low == key or low in aliases]
+        if hits:
+            found[key] = hits[0]
+    return found
+
+
+def scores_of(names: Sequence[str]) -> dict[str, str]:
+    return {score: name for name in names if (score := score_of(name))}
+
+
+def byscore_of(values: Mapping[str, Any]) -> dict[str, Any]:
+    return {score: value for name, value in values.items() if (score := score_of(name))}
+
+
+def score_of(name: str) -> str | None:
+    """`eval_accuracy` -> `val/accuracy`; None for what is no result (speeds, sizes)."""
+    low = name.lower().replace(".", "/")
+    for prefix, ours in (("eval", "val"), ("validation", "val"), ("val", "val"), ("test", "test")):
+        for mark in ("/", "_"):
+            rest = low.removeprefix(prefix + mark)
+            if (
+                rest != low
+                and rest
+                and not any(w in rest for w in ("runtime", "per_second", "samples", "model_preparation"))
+            ):
+                return f"{ours}/{rest}"
+    return None
