@@ -25,6 +25,9 @@ ALIASES: dict[str, tuple[str, ...]] = {
 }
 
 
+NO_RESULT = ("runtime", "per_second", "samples", "model_preparation")
+
+
 def settings_of(names: Sequence[str]) -> dict[str, str]:
     """Setting -> column, for columns whose name is one of ours or of `ALIASES`; the first of several."""
     plain = {name: name.lower().strip().removeprefix("config.").replace(" ", "_") for name in names}
@@ -40,7 +43,7 @@ def scores_of(names: Sequence[str]) -> dict[str, str]:
     return {score: name for name in names if (score := score_of(name))}
 
 
-def byscore_of(values: Mapping[str, Any]) -> dict[str, Any]:
+def by_score(values: Mapping[str, Any]) -> dict[str, Any]:
     return {score: value for name, value in values.items() if (score := score_of(name))}
 
 
@@ -50,10 +53,6 @@ def score_of(name: str) -> str | None:
     for prefix, ours in (("eval", "val"), ("validation", "val"), ("val", "val"), ("test", "test")):
         for mark in ("/", "_"):
             rest = low.removeprefix(prefix + mark)
-            if (
-                rest != low
-                and rest
-                and not any(w in rest for w in ("runtime", "per_second", "samples", "model_preparation"))
-            ):
+            if rest and rest != low and not any(word in rest for word in NO_RESULT):
                 return f"{ours}/{rest}"
     return None
