@@ -197,7 +197,7 @@ def resolve(run: RunConfig) -> Resolved:
     dtype, trainer = names.get(precision, ("float32", "bf16-mixed") if full else ("bfloat16", "32-true"))
     attention = getattr(run.model, "attention", "auto")
     if attention == "auto":
-        short = (getattr(run.task, "max_length", None) or 10**9) <= 128
+        short = (getattr(run.task, "max_length", None) or 10**9) <= 256
         attention = "eager" if device == "cpu" and short else "sdpa"
     part = run.trainer.part_tokens or PART_TOKENS[device]
     return Resolved(device, precision, dtype, trainer, attention, part)

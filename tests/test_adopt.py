@@ -42,12 +42,12 @@ def test_a_wandb_export_becomes_a_report(tmp_path: Path, capsys: pytest.CaptureF
         == 0
     )
     told = capsys.readouterr().out
-    assert "8 runs" in told and "nothing was said of model.name, trainer.batch_size" in told
+    assert "8 runs" in told and "nothing was said of method.name, model.name, trainer.batch_size" in told
     records = Store(out).records()
     assert {r.role for r in records} == {"confirm"}
     assert all(set(r.metrics) == {"val/loss", "test/accuracy", "primary"} for r in records)
     assert {r.config["method"]["r"] for r in records} == {4, 16}
-    assert records[0].provenance["missing"] == ["trainer.batch_size", "model.name"]
+    assert records[0].provenance["missing"] == ["method.name", "trainer.batch_size", "model.name"]
     made = render(out, tmp_path / "report")
     text = (tmp_path / "report" / "report.md").read_text()
     assert made.confirmed and "LoRA r = 16" in text
@@ -87,7 +87,6 @@ def test_folders_that_peft_and_trainer_wrote(tmp_path: Path) -> None:
     base = tf.BertForSequenceClassification(
         tf.BertConfig(vocab_size=20, hidden_size=8, num_hidden_layers=1, num_attention_heads=2, intermediate_size=8)
     )
-    model = get_peft_model(base, LoraConfig(r=2, lora_alpha=4, target_modules=["query"], task_type="SEQ_CLS"))
     folder = tmp_path / "out"
     arguments = tf.TrainingArguments(
         str(folder), max_steps=2, learning_rate=5e-4, eval_strategy="steps", eval_steps=1, logging_steps=1, save_steps=2,
@@ -95,6 +94,7 @@ def test_folders_that_peft_and_trainer_wrote(tmp_path: Path) -> None:
     )  # fmt: skip
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
+        model = get_peft_model(base, LoraConfig(r=2, lora_alpha=4, target_modules=["query"], task_type="SEQ_CLS"))
         trainer = tf.Trainer(model, arguments, train_dataset=Rows(), eval_dataset=Rows())
         trainer.train()
         trainer.save_model()

@@ -36,13 +36,12 @@ def test_losses_of_base_teacher_and_too_small_a_rank(place: tuple[Path, Path]) -
     taught = prepare.taught(run, plain, base)
     assert prepare.taught(run, plain, base) is taught
     teacher = copy.deepcopy(base.model)
-    run.task._plant(teacher)
-    change = teacher.get_submodule(LAYER).weight - base.model.get_submodule(LAYER).weight
-    u, s, vh = torch.linalg.svd(change.detach().double())
-    assert s[:3] == pytest.approx(float(s[0]), rel=1e-4) and float(s[3]) < 1e-5
-    assert float(change.norm()) == pytest.approx(0.5 * float(base.model.get_submodule(LAYER).weight.norm()), rel=1e-4)
     rows = taught.encoded.splits["train"]
     batch = run.task.collate(rows, plain.processor)
+    run.task.plant(teacher, [run.task.collate(rows[i : i + 64], plain.processor) for i in range(0, len(rows), 64)])
+    change = teacher.get_submodule(LAYER).weight - base.model.get_submodule(LAYER).weight
+    u, s, vh = torch.linalg.svd(change.detach().double())
+    assert float(s[3]) < 1e-5 < float(s[2])
     losses = {}
     for r in (0, 2, 3):
         stack = inject(base.model, [prepare.plan(run, base.info)], info=base.info)
@@ -54,7 +53,7 @@ def test_losses_of_base_teacher_and_too_small_a_rank(place: tuple[Path, Path]) -
             losses[r] = float(run.task.step(base.model, batch).loss_sum.mean())
         stack.remove()
     assert losses[0] == pytest.approx(1, abs=1e-5)
-    assert losses[2] > 0.05
+    assert 0.05 < losses[2] < 1
     assert losses[3] < 1e-8
 
 

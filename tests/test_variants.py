@@ -26,6 +26,7 @@ from shaped import BASES, losses, repeat, shake, token_batch
 from tiny import make_run
 
 STEPS, RATE = 20, 3e-3
+RATES = {"loraplus": 3e-4}  # A's; B's is 16 times that
 TARGETS = {
     "bert": ["query", "value", "intermediate.dense", "layer.1.output.dense"],
     "llama": ["q_proj", "v_proj", "down_proj"],
@@ -92,9 +93,9 @@ def copy_start(start: dict[str, Tensor], model: nn.Module, *, drawn: tuple[str, 
             theirs.copy_(value.view(theirs.shape))
 
 
-def optimizer_of(stack: Stack, model: nn.Module, ratio: float) -> torch.optim.Optimizer:
+def optimizer_of(stack: Stack, model: nn.Module, rate: float) -> torch.optim.Optimizer:
     """lorabench's own, for two slices of one method."""
-    change: dict[str, Any] = {"optimizer.lr": RATE, "optimizer.schedule": "constant", "optimizer.warmup_ratio": 0.0}
+    change: dict[str, Any] = {"optimizer.lr": rate, "optimizer.schedule": "constant", "optimizer.warmup_ratio": 0.0}
     runs = [make_run(Path("unused"), Path("unused"), **change, seed=seed) for seed in (0, 5)]
     module = PackModule(model, stack, None, runs, total_steps=STEPS, rows=lambda k, rows: None)
     module.configure_optimizers()
@@ -118,12 +119,12 @@ def test_twenty_steps_give_pefts_losses(method: str, kind: str) -> None:
             p.requires_grad_(p.requires_grad and ".lora_A." not in name)
     trainable = [p for p in theirs.parameters() if p.requires_grad]
     assert sum(p.numel() for p in trainable) == ours.trainable(info)
-    kinds: Any = {"lr": RATE, "weight_decay": 0.0}
+    rate = RATES.get(method, RATE)
     if method == "loraplus":
-        solo = create_loraplus_optimizer(theirs, torch.optim.AdamW, lr=RATE, loraplus_lr_ratio=16.0)  # type: ignore[arg-type]
+        solo = create_loraplus_optimizer(theirs, torch.optim.AdamW, lr=rate, loraplus_lr_ratio=16.0)  # type: ignore[arg-type]
     else:
-        solo = torch.optim.AdamW(trainable, **kinds)
-    packed = optimizer_of(stack, model, 16.0)
+        solo = torch.optim.AdamW(trainable, lr=rate, weight_decay=0.0)
+    packed = optimizer_of(stack, model, rate)
     found = []
     for i in range(STEPS):
         batch = token_batch(4, 8, seed=i)

@@ -120,8 +120,8 @@ def untrained(model: Any, missing: set[str]) -> tuple[str, ...]:
     """
     own = {name for name, _ in model.named_parameters(remove_duplicate=False)}
     missing = missing & own
-    body = model.base_model_prefix
-    if own and missing >= {name for name in own if name.startswith(f"{body}.")}:
+    body = {name for name in own if name.startswith(f"{model.base_model_prefix}.")} or own  # a bare body has no prefix
+    if own and missing >= body:
         why = f"its weight files hold none of the weights of {type(model).__name__}"
         raise ConfigError(files.KEY, model.name_or_path, why)
     found = {name for name, child in model.named_children() if name in HEADS and any(True for _ in child.parameters())}

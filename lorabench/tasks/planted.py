@@ -22,7 +22,7 @@ from lorabench.tasks.contract import Encoded, StepOutput, TaskData
 if TYPE_CHECKING:
     from torch import Tensor, nn
 
-ROWS = 64  # a batch of the teacher's
+ROWS, SEEN = 64, 512  # examples in a batch of the teacher's; examples that the change is fitted to
 
 
 @dataclass(frozen=True)
@@ -35,7 +35,7 @@ class Config(text_classification.Config):
         r"encoder\.layer\.3\.intermediate\.dense", help="regex for the whole name of the layers to change"
     )
     planted_rank: int = knob(16, help="rank of the change of each", low=1)
-    planted_size: float = knob(0.5, help="Frobenius norm of each change over its weight's", above=0)
+    planted_size: float = knob(0.5, help="root mean square of what the change adds over what the layer says", above=0)
     planted_seed: int = knob(0, help="of the change", low=0)
 
     OWN: ClassVar[tuple[str, ...]] = ("loss",)
@@ -58,7 +58,13 @@ class Config(text_classification.Config):
         model: a float32 copy of the base, which becomes the teacher. Raises `ConfigError` where `planted_in` names no layer.
         """
         plain = {name: _outputs(model, rows, collate) for name, rows in encoded.splits.items()}
-        self._plant(model)
+        self.plant(
+            model,
+            [
+                collate(encoded.splits["train"][i : i + ROWS])
+                for i in range(0, min(SEEN, len(encoded.splits["train"])), ROWS)
+            ],
+        )
         target = {name: _outputs(model, rows, collate) for name, rows in encoded.splits.items()}
         unit = float(np.square(target["train"] - plain["train"]).sum(1).mean())
         splits = {
@@ -67,24 +73,37 @@ class Config(text_classification.Config):
         }
         return Encoded(splits, encoded.lengths, {**encoded.notes, "planted_distance": round(unit, 6)})
 
-    def _plant(self, model: nn.Module) -> None:
+    def plant(self, model: nn.Module, batches: Sequence[dict[str, Tensor]]) -> None:
+        """Change the layers in place: W + s U V^T, U [O, r] orthonormal, V [I, r] = (C + e I)^-1/2 times orthonormal.
+
+        C [I, I] is the second moment of what the layer reads. Texts share most of it in a few directions, and a change that
+        only counts there would have a lower rank than was planted; so each of the r directions counts about alike.
+        """
         import torch
 
-        found = [(n, m.weight) for n, m in model.named_modules() if re.fullmatch(self.planted_in, n) and _matrix(m)]
+        found = [(n, m) for n, m in model.named_modules() if re.fullmatch(self.planted_in, n) and _matrix(m)]
         if not found:
             names = sorted(n for n, m in model.named_modules() if _matrix(m))
             raise ConfigError("task.planted_in", self.planted_in, f"a regex for some of: {', '.join(names[:40])}")
-        for name, weight in found:
-            if self.planted_rank > min(weight.shape):
-                most = min(weight.shape)
+        moments = _second_moments(model, dict(found), batches)
+        for name, layer in found:
+            weight: Any = layer.weight
+            rows = weight.data if type(layer).__name__ == "Linear" else weight.data.T  # [O, I]
+            if self.planted_rank > min(rows.shape):
+                most = min(rows.shape)
                 raise ConfigError("task.planted_rank", self.planted_rank, f"at most {most}, the rank {name} can have")
             raw = hashlib.sha256(f"{self.planted_seed}\0{name}".encode()).digest()
             generator = torch.Generator().manual_seed(int.from_bytes(raw[:8], "little") >> 1)
-            sides = [torch.linalg.qr(torch.randn(n, self.planted_rank, generator=generator))[0] for n in weight.shape]
-            value = (
-                self.planted_size * float(weight.detach().norm()) / self.planted_rank**0.5
-            )  # all singular values alike
-            weight.data.add_((sides[0] @ sides[1].T).to(weight) * value)
+            u, v = (
+                torch.linalg.qr(torch.randn(n, self.planted_rank, generator=generator, dtype=torch.float64))[0]
+                for n in rows.shape
+            )
+            c = moments[name]
+            values, vectors = torch.linalg.eigh(c)
+            v = vectors @ ((values + values.mean() / 10).rsqrt()[:, None] * (vectors.T @ v))
+            change = u @ v.T
+            said, made = (torch.einsum("oi,ij,oj->", m, c, m) for m in (rows.double().cpu(), change))
+            rows.add_((change * (self.planted_size * (said / made).sqrt())).to(rows))
 
     def collate(self, examples: Sequence[dict[str, Any]], processor: Any) -> dict[str, Tensor]:
         """`input_ids`, `attention_mask`, `token_type_ids`? [N, T]; `example` [N]; once taught, `target` [N, H], `unit` [N]."""
@@ -111,6 +130,37 @@ class Config(text_classification.Config):
 def _matrix(module: nn.Module) -> bool:
     weight = getattr(module, "weight", None)
     return type(module).__name__ in ("Linear", "Conv1D") and weight is not None and weight.dim() == 2
+
+
+def _second_moments(
+    model: nn.Module, layers: dict[str, nn.Module], batches: Sequence[dict[str, Tensor]]
+) -> dict[str, Tensor]:
+    """Mean of x x^T over true tokens of what each layer reads, [I, I] in float64 on the CPU."""
+    import torch
+
+    total: dict[str, Tensor] = {}
+    mask = torch.empty(0)
+
+    def hook(name: str) -> Callable[..., None]:
+        def add(module: nn.Module, args: Any) -> None:
+            x = args[0][mask.bool()].double().cpu()
+            total[name] = total.get(name, torch.zeros(())) + x.T @ x
+
+        return add
+
+    hooks = [layer.register_forward_pre_hook(hook(name)) for name, layer in layers.items()]
+    device, tokens = next(model.parameters()).device, 0
+    try:
+        with torch.no_grad():
+            for batch in batches:
+                batch = {name: t.to(device) for name, t in batch.items()}
+                mask = batch["attention_mask"]
+                tokens += int(mask.sum())
+                model(**encoding.model_inputs(batch))
+    finally:
+        for h in hooks:
+            h.remove()
+    return {name: moment / tokens for name, moment in total.items()}
 
 
 def _mean_state(model: nn.Module, batch: dict[str, Tensor]) -> Tensor:
