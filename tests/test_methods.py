@@ -227,7 +227,7 @@ def test_alpha_rules_become_numbers_so_that_equal_runs_are_equal():
         ({"init": "zeros"}, "method.init=zeros: allowed: kaiming, gaussian, orthogonal"),
         ({"init": "orthogonal", "r": 3}, "method.r=3: even for init=orthogonal"),
         ({"rank": 4}, "method.rank=4: unknown key; allowed: name, r, alpha"),
-        ({"name": "dora"}, "method.name=dora: allowed: bitfit, full, head, lora"),
+        ({"name": "magic"}, "method.name=magic: allowed: bitfit, dora, full, head, ia3, lora, lorafa"),
     ],
 )
 def test_bad_settings_name_the_key_the_value_and_what_is_allowed(fields, text):
@@ -300,7 +300,7 @@ class TestMatchedParameters:
 
         overrides = [f"{key}={value}" for key, value in {"task.train_examples": 32, **settings}.items()]
         with initialize_config_dir(config_dir(), version_base=None):
-            return job(compose("config", overrides=overrides), name="x").run
+            return job(compose("config", overrides=overrides), name="x", experiment=None).run
 
     @pytest.mark.parametrize(("target", "r"), [("attention", 45), ("mlp", 36), ("all", 20)])
     def test_the_rank_that_matches(self, target: str, r: int) -> None:

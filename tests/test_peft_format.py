@@ -236,8 +236,9 @@ def test_base_weights_that_peft_stored_along_are_told_apart(tmp_path: Path) -> N
 @pytest.mark.parametrize(
     ("key", "value", "allowed"),
     [
-        ("peft_type", "IA3", "allowed: LORA"),
-        ("use_dora", True, "not supported here; allowed: null, false or empty"),
+        ("peft_type", "LOHA", "allowed: IA3, LORA, VERA"),
+        ("peft_type", "IA3", "a layer needs ia3_l; it has lora_A, lora_B"),
+        ("use_dora", True, "a layer needs lora_A, lora_B, magnitude"),
         ("bias", "all", "allowed: none"),
         ("init_lora_weights", "pissa", "allowed: True, False, gaussian"),
         ("layer_replication", [[0, 2]], "not supported here"),
@@ -371,5 +372,5 @@ class TestFiles:
         tensors = load_file(path)
         tensors.pop(next(k for k in tensors if "lora_B" in k))
         save_file(tensors, path)
-        with pytest.raises(ConfigError, match="needs both"):
+        with pytest.raises(ConfigError, match="a layer needs lora_A, lora_B; it has lora_A"):
             load_slice(folder)

@@ -25,8 +25,8 @@ from lorabench.tasks import encoding, sources, split
 from lorabench.tasks.causal_lm import Config as LanguageModelling
 from lorabench.tasks.causal_lm import sections
 from lorabench.tasks.contract import TaskData
+from lorabench.tasks.labelled_texts import label_order
 from lorabench.tasks.text_classification import Config as Classification
-from lorabench.tasks.text_classification import label_order
 
 TEMPLATE = "{% for m in messages %}<{{ m['role'] }}> {{ m['content'] }} [SEP]\n{% endfor %}{% if add_generation_prompt %}<assistant> {% endif %}"
 

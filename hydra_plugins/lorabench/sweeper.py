@@ -95,6 +95,7 @@ class GridSweeper(Sweeper):
         """Tune one more rate outward in every cell whose best lies at an end, until none does; jobs grow by what was added."""
         from lorabench import sweep
 
+        assert self.config is not None and self.launcher is not None
         returned: list[Any] = []
         cells = _cells({o: jobs[o] for o in listed}, listed)
         for _ in range(EXTENSIONS):

@@ -171,7 +171,7 @@ class StackedLinear(StackedAdapter):
         """x [N, I] -> [N, O]; d [N, I]: what the adapters see of x, None where it is x itself."""
         weight, bias = self.frozen(x.dtype)
         a, b = self.pair()
-        return AdaptedProduct.apply(x, d, weight, bias, a, b, self.context.pick(self.scaling))  # type: ignore[no-any-return, no-untyped-call]
+        return AdaptedProduct.apply(x, d, weight, bias, a, b, self.context.pick(self.scaling))  # type: ignore[no-untyped-call]
 
     def pair(self) -> tuple[Tensor, Tensor]:
         """A [K, R, I] and B [K, O, R] of the active slices; what none of them uses of R is not computed with."""

@@ -87,13 +87,14 @@ def _layer_tensors(layer: LayerInfo, spec: AdapterSpec, own: Mapping[str, Tensor
 def _config(
     plan: SlicePlan, layers: Mapping[str, LayerInfo], info: BaseInfo, task_type: str | None, base_name: str | None
 ) -> dict[str, Any]:
+    kind = TYPES[next(iter(plan.adapters.values())).kind]
     common = {
-        "peft_type": TYPES[next(iter(plan.adapters.values())).kind], "task_type": _task_type(task_type, plan, info),
+        "peft_type": kind, "task_type": _task_type(task_type, plan, info),
         "base_model_name_or_path": base_name, "revision": None, "auto_mapping": None, "inference_mode": True,
         "fan_in_fan_out": all(layers[name].kind == "Conv1D" for name in plan.adapters),
         "target_modules": _targets(plan, info), "modules_to_save": list(plan.modules) or None,
     }  # fmt: skip
-    return common | {"LORA": _lora, "VERA": _vera, "IA3": _ia3}[common["peft_type"]](plan)
+    return common | {"LORA": _lora, "VERA": _vera, "IA3": _ia3}[kind](plan)
 
 
 def _lora(plan: SlicePlan) -> dict[str, Any]:

@@ -94,7 +94,9 @@ def _spec(
 ) -> AdapterSpec:
     kind = {"VERA": "vera", "IA3": "ia3"}.get(config["peft_type"], "dora" if config.get("use_dora") else "lora")
     if set(parts) != set(OF_KIND[kind]):
-        raise ConfigError(where, name, f"a layer needs {', '.join(OF_KIND[kind])}; it has {', '.join(sorted(parts))}")
+        said = f"use_dora {bool(config.get('use_dora'))}, peft_type {config['peft_type']}"
+        allowed = f"with {said} a layer needs {', '.join(OF_KIND[kind])}; it has {', '.join(sorted(parts))}"
+        raise ConfigError(where, name, allowed)
     if kind == "vera":
         return _vera_spec(name, parts, config, shared, where)
     if kind == "ia3":

@@ -6,13 +6,13 @@ from dataclasses import dataclass, replace
 from typing import Any, ClassVar
 
 from lorabench.base import BaseInfo, LayerInfo
-from lorabench.methods import lora
+from lorabench.methods.low_rank import LowRank
 from lorabench.schema import ConfigError, knob
 from lorabench.slice_plan import AdapterSpec, SlicePlan
 
 
 @dataclass(frozen=True)
-class Config(lora.Config):
+class Config(LowRank):
     """LoRA's settings; `optimizer.lr` is A's rate."""
 
     name: str = knob("loraplus", help="method")

@@ -6,13 +6,13 @@ from dataclasses import dataclass
 from typing import Any, ClassVar
 
 from lorabench.base import LayerInfo
-from lorabench.methods import lora
+from lorabench.methods.low_rank import LowRank
 from lorabench.schema import ConfigError, knob
 from lorabench.slice_plan import AdapterSpec
 
 
 @dataclass(frozen=True)
-class Config(lora.Config):
+class Config(LowRank):
     """LoRA's settings, on linear layers, without dropout. Saved as a LoRA of rank 2r on the unchanged base."""
 
     name: str = knob("pissa", help="method")

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import Any, ClassVar
 
 from lorabench.base import BaseInfo
-from lorabench.methods.lora import check_targets
+from lorabench.methods.low_rank import check_targets
 from lorabench.methods.targets import resolve, whole_modules
 from lorabench.schema import ConfigError, knob
 from lorabench.slice_plan import AdapterSpec, SlicePlan

@@ -16,8 +16,9 @@ import numpy as np
 
 from lorabench.base import HeadSpec
 from lorabench.schema import ConfigError, knob
-from lorabench.tasks import encoding, metrics, text_classification
+from lorabench.tasks import encoding, metrics
 from lorabench.tasks.contract import Encoded, StepOutput, TaskData
+from lorabench.tasks.labelled_texts import LabelledTexts
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
@@ -26,7 +27,7 @@ ROWS, SEEN = 64, 512  # examples in a batch of the teacher's; examples that the 
 
 
 @dataclass(frozen=True)
-class Config(text_classification.Config):
+class Config(LabelledTexts):
     """Texts of a classification source, labels ignored; the loss is 1 for the base itself and 0 for the teacher."""
 
     kind: str = knob("planted", help="the task's module", choices=("planted",))
@@ -38,7 +39,7 @@ class Config(text_classification.Config):
     planted_size: float = knob(0.5, help="root mean square of what the change adds over what the layer says", above=0)
     planted_seed: int = knob(0, help="of the change", low=0)
 
-    OWN: ClassVar[tuple[str, ...]] = ("loss",)
+    lower_is_better: ClassVar[tuple[str, ...]] = ("loss",)
 
     def validate(self, key: str) -> None:
         super().validate(key)

@@ -11,38 +11,20 @@ import numpy as np
 
 from lorabench.base import HeadSpec
 from lorabench.schema import ConfigError, knob
-from lorabench.tasks import encoding, files, metrics, sources, split
-from lorabench.tasks.contract import SPLITS, Encoded, Row, StepOutput, TaskData
+from lorabench.tasks import encoding, metrics, split
+from lorabench.tasks.contract import Encoded, StepOutput, TaskData
+from lorabench.tasks.labelled_texts import LabelledTexts
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
 
-MOST_LABELS = 1000
-
 
 @dataclass(frozen=True)
-class Config:
+class Config(LabelledTexts):
     """Text classification: tweets, food reviews, BBC topics, any GLUE classification task, or a file of the user's."""
 
     kind: str = knob("text_classification", help="the task's module", choices=("text_classification",))
     name: str = knob("classification", help="what tables call it")
-    source: str = knob("file", help="where rows come from", choices=("tweets", "food_reviews", "bbc", "glue", "file"))
-    subset: str | None = knob(None, help="the GLUE task")
-    file: str | None = knob(None, help="csv, tsv, json, jsonl or parquet")
-    val_file: str | None = knob(None, help="rows to validate on; null: split off `file`")
-    test_file: str | None = knob(None, help="rows to test on; null: split off `file`")
-    text_column: str = knob("text", help="column of the text")
-    pair_column: str | None = knob(None, help="column of the second text of a pair")
-    label_column: str = knob("label", help="column of the label")
-    max_length: int = knob(128, help="tokens an example is cut at", low=4)
-    train_examples: int | None = knob(
-        None, help="null: all; chosen by content, a smaller set lies inside a larger", low=1
-    )
-    val_examples: int | None = knob(None, help="null: all", low=1)
-    test_examples: int | None = knob(None, help="null: all", low=1)
-    val_fraction: float = knob(0.1, help="share validated on where the source has no such split", above=0, high=0.5)
-    test_fraction: float = knob(0.2, help="share tested on where the source has no such split", above=0, high=0.5)
-    dedupe: bool = knob(True, help="keep one of equal texts (case, space; for tweets also addresses, @names, RT)")
     class_weights: Any = knob(None, help="null, balanced, or one number a label in the order of the label names")
     metric: str = knob("accuracy", help="primary metric: accuracy, macro_f1, mcc, loss or one of extra_metrics")
     extra_metrics: list[str] = knob([], help="your own: my_metrics.py:function")
@@ -50,99 +32,22 @@ class Config:
     OWN: ClassVar[tuple[str, ...]] = ("accuracy", "macro_f1", "mcc", "loss")
 
     def validate(self, key: str) -> None:
-        if self.source == "file" and not self.file:
-            raise ConfigError(
-                f"{key}.file", self.file, f"a file with a text and a label column ({', '.join(files.TABLES)})"
-            )
-        if self.source == "glue" and self.subset not in sources.GLUE:
-            raise ConfigError(f"{key}.subset", self.subset, f"allowed: {', '.join(sources.GLUE)}")
+        super().validate(key)
         w = self.class_weights
         numbers = isinstance(w, (list, tuple)) and all(isinstance(x, (int, float)) and x > 0 for x in w)
         if not (w is None or w == "balanced" or numbers):
             raise ConfigError(f"{key}.class_weights", w, "allowed: null, balanced, or a list of numbers above 0")
-        if self.val_fraction + self.test_fraction >= 1:
-            raise ConfigError(
-                f"{key}.test_fraction", self.test_fraction, "with val_fraction it must leave rows to train on"
-            )
         metrics.check_metrics(self.metric, self.OWN, self.extra_metrics, key)
 
     @property
     def lower_is_better(self) -> tuple[str, ...]:
         return metrics.lower_is_better(self.extra_metrics, "task.extra_metrics")
 
-    # -- data -------------------------------------------------------------------------------------------------------
-
-    def load(self) -> TaskData:
-        """Rows {"text", "pair"?, "label", "example"} by split. Raises `ConfigError` for any fault of the data."""
-        rows, names = self._rows()
-        total = len(rows)
-        rows = [r for r in rows if r["text"].strip() and r["label"].strip()]
-        notes: dict[str, Any] = {"source": self.source, "rows": total, "rows_without_text_or_label": total - len(rows)}
-        rows = split.identify(rows, ("text", "pair", "label"))
-        if self.dedupe:
-            rows, found = split.deduplicate(rows, self._key)
-            notes |= found
-        names = names or label_order({r["label"] for r in rows})
-        self._check_labels(names)
-        splits = split.split_rows(rows, self._group, val_fraction=self.val_fraction, test_fraction=self.test_fraction)
-        splits = split.limit(splits, self)
-        self._check_trained(splits, names)
-        for s in SPLITS:
-            counts = Counter(r["label"] for r in splits[s])
-            notes[s] = {"examples": len(splits[s]), "labels": {name: counts[name] for name in names}}
-        return TaskData(splits, split.fingerprint(splits), tuple(names), notes)
-
-    def _rows(self) -> tuple[list[Row], Sequence[str]]:
-        if self.source == "glue":
-            return sources.glue(self.subset)
-        if self.source != "file":
-            return getattr(sources, self.source)(), ()
-        assert self.file
-        rows = self._file_rows(self.file, "task.file", None)
-        for split_name, file in (("val", self.val_file), ("test", self.test_file)):
-            rows += self._file_rows(file, f"task.{split_name}_file", split_name) if file else []
-        return rows, ()
-
-    def _file_rows(self, file: str, key: str, split_name: str | None) -> list[Row]:
-        columns = {"text_column": self.text_column, "label_column": self.label_column}
-        columns |= {"pair_column": self.pair_column} if self.pair_column else {}
-        table = files.read_table(file, columns, key)
-        rows = [
-            {"text": t, "label": y.strip()} for t, y in zip(table["text_column"], table["label_column"], strict=True)
-        ]
-        for row, pair in zip(rows, table.get("pair_column", ()), strict=False):
-            row["pair"] = pair
-        return [row | {"split": split_name} for row in rows] if split_name else rows
-
-    def _key(self, row: Row) -> str:
-        normal = split.tweet_key if self.source == "tweets" else split.plain_key
-        return normal(row["text"]) + "\x1f" + normal(row["pair"]) if row.get("pair") else normal(row["text"])
-
-    def _group(self, row: Row) -> str:
-        return split.tweet_group(row["text"]) if self.source == "tweets" else self._key(row)
-
     def _check_labels(self, names: Sequence[str]) -> None:
-        got = f"{len(names)} label{'s' * (len(names) != 1)}" + (f" ({names[0]})" if len(names) == 1 else "")
-        key, w = "task.label_column", self.class_weights
-        if len(names) < 2:
-            raise ConfigError(key, self.label_column, f"at least two labels are needed to classify; the data has {got}")
-        if len(names) > MOST_LABELS:
-            raise ConfigError(
-                key, self.label_column, f"at most {MOST_LABELS} labels; the data has {got}: is it a number or an id?"
-            )
+        super()._check_labels(names)
+        w = self.class_weights
         if isinstance(w, (list, tuple)) and len(w) != len(names):
             raise ConfigError("task.class_weights", list(w), f"one number for each of: {', '.join(names)}")
-
-    def _check_trained(self, splits: dict[str, list[Row]], names: Sequence[str]) -> None:
-        sizes = ", ".join(f"{s} {len(splits[s])}" for s in SPLITS)
-        trained = {r["label"] for r in splits["train"]}
-        for name in names:
-            if name not in trained:
-                held = ", ".join(s for s in SPLITS if any(r["label"] == name for r in splits[s])) or "rows left out"
-                raise ConfigError(
-                    "task.label_column", self.label_column,
-                    f"the label {name!r} occurs in {held} but not in training ({sizes}): add rows of it, take it out, or train on more",
-                )  # fmt: skip
 
     def head(self, data: TaskData) -> HeadSpec:
         return HeadSpec("AutoModelForSequenceClassification", data.label_names)
@@ -151,21 +56,14 @@ class Config:
 
     def encode(self, data: TaskData, processor: Any) -> Encoded:
         """Examples {"input_ids", "token_type_ids"?, "label", "weight", "example"} by split."""
-        encoding.check_length(self.max_length, processor)
-        weights = self._weights(data)
+        made, weights = super().encode(data, processor), self._weights(data)
         number = {name: i for i, name in enumerate(data.label_names)}
-        splits, lengths, notes = {}, {}, {}
         for name, rows in data.splits.items():
-            pairs = [r["pair"] for r in rows] if rows and "pair" in rows[0] else None
-            tokens, full = encoding.tokenize(processor, [r["text"] for r in rows], pairs, self.max_length)
-            for made, row in zip(tokens, rows, strict=True):
+            for example, row in zip(made.splits[name], rows, strict=True):
                 label = number[row["label"]]
-                made |= {"label": label, "weight": weights[label], "example": row["example"]}
-            splits[name], lengths[name] = tokens, [len(t["input_ids"]) for t in tokens]
-            notes[name] = encoding.truncation(full, self.max_length)
-        return Encoded(
-            splits, lengths, {"truncation": notes, "class_weights": weights if self.class_weights is not None else None}
-        )
+                example |= {"label": label, "weight": weights[label]}
+        made.notes["class_weights"] = weights if self.class_weights is not None else None
+        return made
 
     def _weights(self, data: TaskData) -> list[float]:
         """One weight a label; balanced: n / (C * count) over the training split, as in scikit-learn."""
@@ -213,9 +111,3 @@ class Config:
             "macro_f1": metrics.macro_f1(label, prediction),
             "mcc": metrics.mcc(label, prediction),
         } | metrics.extra(self.extra_metrics, rows, "task.extra_metrics")
-
-
-def label_order(labels: set[str]) -> list[str]:
-    """Labels in a fixed order: by number where all are whole numbers, else by name."""
-    whole = all(x.removeprefix("-").isdecimal() for x in labels)
-    return sorted(labels, key=(lambda x: (int(x), x)) if whole else (lambda x: (0, x)))
