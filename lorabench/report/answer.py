@@ -200,7 +200,7 @@ def _command(f: Findings, cell: str) -> str:
     settings = {"method": method["name"]}
     settings |= {
         f"method.{k}": method[k]
-        for k in ("r", "alpha", "target_modules", "use_rslora")
+        for k in ("r", "alpha", "target_modules", "use_rslora", "lr_ratio", "d_initial", "projection_key", "layers")
         if method.get(k) not in (None, False)
     }
     flat = dict(flatten(config))
