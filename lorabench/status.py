@@ -114,17 +114,9 @@ def lines(s: Status) -> list[str]:
         out.append(
             "time left: not known before the first run has ended" if eta is None else f"time left: about {_span(eta)}"
         )
-        out.append("" if s.confirms else "confirmation runs are listed when tuning has ended, and come on top")
-    for b in s.begun:
-        at = f"step {b.step}" + (f" of {b.steps}" if b.steps else "")
-        state = (
-            f"running, {at}"
-            if b.running
-            else f"cut at {at}, {_span(b.age)} ago: the sweep's own command goes on with it"
-        )
-        out.append(f"  {b.run_id} {state}")
-    for r in s.failed:
-        out.append(f"  {r.run_id} failed: {(r.error or 'no reason recorded').splitlines()[0]}")
+        out.append("" if s.confirms else "confirmation runs, if any, are listed when tuning has ended and come on top")
+    out += _unfinished(s.begun)
+    out += [f"  {r.run_id} failed: {(r.error or 'no reason recorded').splitlines()[0]}" for r in s.failed]
     if s.failed:
         out.append("sweep.retry_failed=true, added to the sweep's own command, trains the failed ones again")
     return [line for line in out if line]
