@@ -38,6 +38,7 @@ NEEDS_TORCH = {
     "workers",
     "terminal",
     "sweep",
+    "study",
     "export",
     "predict",
 }

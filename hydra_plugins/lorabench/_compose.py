@@ -39,5 +39,10 @@ class Composer:
             self._kept[key] = job(cfg, name=self.name, experiment=self.experiment, extra=extra)
         return self._kept[key]
 
+    @property
+    def composed(self) -> list[Job]:
+        """All jobs so far, a run once for each cell it belongs to."""
+        return list(self._kept.values())
+
     def jobs(self, override_sets: Sequence[Sequence[str]]) -> list[Job]:
         return [self.job(o) for o in override_sets]

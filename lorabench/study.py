@@ -1,0 +1,207 @@
+"""A study before it runs, counted: its cells, comparisons and runs, and the hours they take on this machine."""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
+
+from lorabench import prepare as prep
+from lorabench.batches import steps_per_epoch
+from lorabench.config import RunConfig, Settings
+from lorabench.planning import Job, cell_id
+from lorabench.records import Store
+from lorabench.report import formats
+from lorabench.report.pilot import ANY, Pace, evaluations, pace_of
+from lorabench.report.power import FEWEST
+from lorabench.report.results import POOL_FROM
+from lorabench.schema import ConfigError
+
+FORWARD = 0.5  # of a training step's time, with a frozen base: the backward pass of its activations is the other half
+
+
+@dataclass(frozen=True)
+class CellPlan:
+    """One cell: a tuning run of it, the run_ids of all of them, and what it trains."""
+
+    id: str
+    run: RunConfig
+    runs: frozenset[str]
+    r: int | None  # None: no adapter
+    trainable: int
+
+
+@dataclass(frozen=True)
+class Study:
+    """What an experiment asks for. Lengths are in the unit that reports show: points of accuracy, nats of loss."""
+
+    settings: Settings
+    metric: formats.Metric
+    cells: tuple[CellPlan, ...]
+    tuning: tuple[RunConfig, ...]  # each once, whatever the number of its cells
+
+    @property
+    def margin(self) -> float:
+        return self.settings.study.margin * self.metric.scale
+
+    @property
+    def seeds(self) -> int:
+        """Confirmation seeds as declared."""
+        return len(self.settings.sweep.confirm_seeds)
+
+    @property
+    def comparisons(self) -> int:
+        """The family: every other cell with the one reference."""
+        return len(self.cells) - 1
+
+    @property
+    def distinct(self) -> list[CellPlan]:
+        """One cell for each set of runs: at r = 8, alpha = 16 and alpha = 2r are confirmed by the same run."""
+        return list({cell.runs: cell for cell in reversed(self.cells)}.values())
+
+    @property
+    def adapters(self) -> list[CellPlan]:
+        return [c for c in self.cells if c.r is not None]
+
+    @property
+    def reference(self) -> CellPlan:
+        """As the report chooses it: declared, else the largest rank (most parameters where ranks tie), else full, else the first."""
+        declared = [c for c in self.cells if c.id == self.settings.study.reference]
+        ranked = sorted(self.adapters, key=lambda c: (-(c.r or 0), -c.trainable))
+        full = [c for c in self.cells if c.run.method.name == "full"]
+        return [*declared, *ranked, *full, *self.cells][0]
+
+    @property
+    def pooled(self) -> int:
+        """Cells whose seed variance the report pools for a comparison of adapters with the reference; 2: the pair's own."""
+        return len(self.adapters) if self.reference.r is not None and len(self.adapters) >= POOL_FROM else 2
+
+    @cached_property
+    def examples(self) -> dict[str, int]:
+        """By split."""
+        return {name: len(rows) for name, rows in prep.prepare(self.tuning[0]).encoded.splits.items()}
+
+    @property
+    def steps(self) -> int:
+        """Optimizer steps of a run; of the longest, where they differ."""
+        return max(prep.total_steps(run, self.examples["train"]) for run in self.tuning)
+
+    def runs(self, seeds: int) -> int:
+        """Runs in all with so many confirmation seeds."""
+        return len(self.tuning) + seeds * len(self.distinct)
+
+
+@dataclass(frozen=True)
+class Hours:
+    """Training and evaluation, packs one after another."""
+
+    tuning: float
+    seed: float  # of all cells with one confirmation seed
+    source: str
+
+    def at(self, seeds: int) -> float:
+        return self.tuning + seeds * self.seed
+
+
+def count(jobs: Sequence[Job]) -> Study:
+    """Raises `ConfigError` for an experiment that compares nothing or has no tuning."""
+    settings = jobs[0].settings
+    if settings.sweep.role != "tune":
+        raise ConfigError("sweep.role", settings.sweep.role, "tune: a study tunes, then confirms")
+    by_cell: dict[str, list[Job]] = {}
+    for job in jobs:
+        by_cell.setdefault(cell_id(job.label), []).append(job)
+    if len(by_cell) < 2:
+        raise ConfigError(
+            "experiment", settings.sweep.experiment, f"at least two cells to compare; it has {len(by_cell)}"
+        )
+    task = jobs[0].run.task
+    lower = task.metric in getattr(task, "lower_is_better", ("loss",))
+    unique = {job.run.run_id: job.run for job in jobs}
+    cells = tuple(_cell(name, own) for name, own in by_cell.items())
+    return Study(settings, formats.metric(task.metric, lower_is_better=lower), cells, tuple(unique.values()))
+
+
+def _cell(name: str, jobs: Sequence[Job]) -> CellPlan:
+    run, info = jobs[0].run, prep.layers(jobs[0].run)
+    trainable = prep.plan(run, info).trainable(info)
+    return CellPlan(name, run, frozenset(j.run.run_id for j in jobs), jobs[0].label.get("r"), trainable)
+
+
+def hours(study: Study, paces: Sequence[Pace], source: str) -> Hours | None:
+    """None where the pace of some method is not known."""
+    if unpaced(study, paces):
+        return None
+    sizes = {run_id: cell.trainable for cell in study.cells for run_id in cell.runs}
+    tuning = sum(_seconds(run, sizes[run.run_id], paces, test=False) for run in study.tuning)
+    seed = sum(_seconds(cell.run, cell.trainable, paces, test=True) for cell in study.distinct)
+    devices = 3600 * _devices(study)
+    return Hours(tuning / devices, seed / devices, source)
+
+
+def unpaced(study: Study, paces: Sequence[Pace]) -> list[str]:
+    """Methods whose pace is not known."""
+    return sorted({c.run.method.name for c in study.cells if pace_of(paces, c.run.method.name, c.trainable) is None})
+
+
+def _seconds(run: RunConfig, trainable: int, paces: Sequence[Pace], *, test: bool) -> float:
+    pace = pace_of(paces, run.method.name, trainable)
+    assert pace is not None
+    lengths, t = prep.prepare(run).encoded.lengths, run.trainer
+    size = {name: sum(n) if pace.unit == "tokens" else len(n) for name, n in lengths.items()}
+    steps = prep.total_steps(run, len(lengths["train"]))
+    epochs = steps / steps_per_epoch(len(lengths["train"]), t.batch_size, t.accumulate_grad_batches)
+    seen = evaluations(steps, t.eval_interval) * size["val"] + (size["test"] if test else 0)
+    return epochs * size["train"] * pace.train + seen * pace.evaluate
+
+
+def _devices(study: Study) -> int:
+    """Packs that train side by side on devices of their own. Workers on one CPU share its cores: no gain is counted."""
+    from lorabench.workers import worker_count
+
+    device = prep.resolve(study.tuning[0]).device
+    return worker_count(study.settings.sweep.workers, device, len(study.tuning)) if device == "cuda" else 1
+
+
+def measured(study: Study) -> list[Pace]:
+    """A few training steps of the cells that train the least and the most, alone; evaluation by its share of a step."""
+    from lorabench.train import measure
+
+    ordered = sorted(study.cells, key=lambda c: c.trainable)
+    paces = []
+    for cell in {c.id: c for c in (ordered[0], ordered[-1])}.values():
+        with tempfile.TemporaryDirectory() as folder:  # what training writes is of no use here
+            found: dict[str, Any] = measure(cell.run, Store(folder))
+        t, tokens = cell.run.trainer, found["tokens"]
+        # a task without an attention mask counts no tokens; its seconds are then those of one step
+        train = found["seconds"] / (tokens or t.batch_size * t.accumulate_grad_batches)
+        paces.append(Pace(ANY, cell.trainable, train, train * FORWARD, "tokens" if tokens else "examples"))
+    return paces
+
+
+def cautions(study: Study) -> Iterator[str]:
+    """What stands in the way of a verdict, or changes the hours."""
+    sweep, declared = study.settings.sweep, study.settings.study.reference
+    if declared is not None and declared not in [c.id for c in study.cells]:
+        yield f"study.reference={declared} is none of the cells ({', '.join(c.id for c in study.cells)})."
+    if not sweep.confirm_seeds:
+        yield "The study declares no confirmation seeds: it tunes, and compares nothing."
+    elif study.seeds < FEWEST:
+        yield f"{formats.plural(study.seeds, 'confirmation seed')}: no verdict, that takes {FEWEST}."
+    if sweep.prune:
+        yield "sweep.prune shortens the tuning; hours are without it."
+
+
+def facts(study: Study) -> dict[str, Any]:
+    """Counts of the study as declared."""
+    declared, metric = study.settings.study, study.metric
+    return {
+        "question": declared.question, "metric": metric.name, "unit": metric.points or metric.unit, "margin": study.margin,
+        "cells": [c.id for c in study.cells], "reference": study.reference.id, "comparisons": study.comparisons,
+        "pooled_cells": study.pooled if study.pooled > 2 else None, "examples": study.examples, "steps": study.steps,
+        "rates": sorted({run.optimizer.lr for run in study.tuning}), "tuning_runs": len(study.tuning),
+        "tuning_seeds": sorted({run.seed for run in study.tuning}), "confirmation_seeds": list(study.settings.sweep.confirm_seeds),
+        "runs_a_confirmation_seed": len(study.distinct), "runs": study.runs(study.seeds),
+    }  # fmt: skip
