@@ -44,6 +44,7 @@ def rows(verdicts: Sequence[Verdict]) -> list[dict[str, Any]]:
 
 
 COLOURS = {"holds": "green", "contradicted": "red", "not enough evidence": "yellow", "not applicable": "dim"}
+ASKS = {"not enough evidence": "To settle it", "not applicable": "To ask it"}
 
 
 def table(name: str, verdicts: Sequence[Verdict]) -> Table:
@@ -61,7 +62,7 @@ def table(name: str, verdicts: Sequence[Verdict]) -> Table:
                         "Claims are judged one by one, without a correction for their number.")  # fmt: skip
     made.caption_justify = "left"
     for v in verdicts:
-        why = v.reason + (f". To settle it: {v.settle}" if v.settle else "")
+        why = v.reason + (f". {ASKS[v.status]}: {v.settle}" if v.settle else "")
         claim = Text(v.claim).append(f"\n{v.source}", style="dim")
         made.add_row(claim, Text(v.status, style=COLOURS[v.status]), Text(shown(v)), Text(why))
     return made

@@ -49,7 +49,7 @@ def attention_is_worse(e: Evidence) -> Verdict:
         if a.cell.method == b.cell.method and alike(a.cell, b.cell)
     ]
     if not pairs:
-        return TARGETS.needs(
+        return TARGETS.absent(
             "it takes a cell on attention and one on the MLP", "python -m lorabench +experiment=target_sweep"
         )
     a, b = min(pairs, key=lambda pair: _apart(*pair))
@@ -88,7 +88,7 @@ def gap_grows_with_batch(e: Evidence) -> Verdict:
     four = max(_four(e), key=lambda found: found[0].cell.r or 0, default=None)
     if four is None:
         settle = "LoRA and full fine-tuning at two batch sizes, task.train_examples unchanged, five rates each"
-        return BATCH.needs("it takes LoRA and full fine-tuning at two batch sizes", settle)
+        return BATCH.absent("it takes LoRA and full fine-tuning at two batch sizes", settle)
     lora, _, small, _ = four
     seen = [n for r in four if (n := r.resource("examples")) is not None]
     if seen and max(seen) > 1.05 * min(seen):
@@ -158,7 +158,7 @@ def methods_agree(e: Evidence) -> Verdict:
             groups.setdefault((r.cell.r, r.cell.targets, r.cell.extra), {}).setdefault(r.cell.method, r)
     best = max(groups.values(), key=len, default={})
     if "LoRA" not in best or len(best) < 2:
-        return METHODS.needs(
+        return METHODS.absent(
             "it takes LoRA and another of these methods at one rank",
             f"{' and '.join(VARIANTS[:2])} at one rank and on the same targets, five rates each",
         )
@@ -183,7 +183,7 @@ def _across_scales(e: Evidence, claim: Claim, *, opposite: bool) -> Verdict:
             groups.setdefault((r.cell.r, r.cell.targets, r.cell.extra), {}).setdefault(round(s, 6), r)
     best = max(groups.values(), key=len, default={})
     if len(best) < 2:
-        return claim.needs(
+        return claim.absent(
             "it takes one rank at several scales", "one rank with alpha a factor of 4 apart, five rates each"
         )
     if max(best) < OCTAVE * min(best):

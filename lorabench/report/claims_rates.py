@@ -44,7 +44,7 @@ def _ratio(e: Evidence, claim: Claim, times: float, *, short: bool) -> Verdict:
     """Geometric mean over the ranks of a line s = alpha / r, over full fine-tuning's best rate."""
     lines = [line for line in e.lines(1.0) if e.full(line.cells[0].cell)]
     if not lines:
-        return claim.needs(
+        return claim.absent(
             "it takes LoRA cells and full fine-tuning", "full fine-tuning and LoRA with alpha = 32, five rates each"
         )
     line = next((x for x in lines if math.isclose(x.constant, ALPHA, rel_tol=1e-3)), lines[0])
@@ -94,7 +94,7 @@ def rate_moves_little(e: Evidence) -> Verdict:
     """The pair of ranks whose best rates lie furthest apart; all pairs must lie within one octave."""
     lines = e.lines(1.0)
     if not lines:
-        return STILL.needs(
+        return STILL.absent(
             "it takes LoRA at several ranks and one alpha", "LoRA at ranks 4, 16 and 64 with one alpha, five rates each"
         )
     if reason := _optimizer(lines[0].cells):
@@ -163,7 +163,7 @@ def _slope(e: Evidence, claim: Claim, power: float, theory: float, half: float, 
     settle = f"{rule} at ranks 4, 8, 16 and 32 or more, five rates each"
     lines = e.lines(power)
     if not lines or len(lines[0].cells) < 2:
-        return claim.needs(f"it takes several ranks with {rule}", settle)
+        return claim.absent(f"it takes several ranks with {rule}", settle)
     if reason := _optimizer(lines[0].cells) or _initialisation(lines[0].cells):
         return claim.outside(reason)
     side = width(e.sweep, e.weights)

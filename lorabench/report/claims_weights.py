@@ -37,7 +37,7 @@ def full_needs_more_rank(e: Evidence) -> Verdict:
     adapters = [r for r in e.cells if r.cell.method in ("LoRA", "rsLoRA")]
     pair = next(((r, f) for r in adapters if (f := e.full(r.cell))), None)
     if pair is None:
-        return RANK.needs(
+        return RANK.absent(
             "it takes LoRA and full fine-tuning", "LoRA and full fine-tuning, then python -m lorabench.analyze"
         )
     weights = e.weights
@@ -151,7 +151,7 @@ def intruders_come_with_lora(e: Evidence) -> Verdict:
     """Mean count a matrix, the lowest rank against half of full fine-tuning's: LoRA − full / 0.5 above zero."""
     lines = [line for line in e.lines(1.0) if e.full(line.cells[0].cell)]
     if not lines:
-        return INTRUDERS.needs(
+        return INTRUDERS.absent(
             "it takes LoRA and full fine-tuning",
             "LoRA at a low rank and full fine-tuning, then python -m lorabench.analyze",
         )

@@ -35,7 +35,7 @@ class Verdict:
     number: str = ""  # with its unit
     interval: tuple[float, float] | None = None  # 95 %, of the number, in the unit `number` shows
     reason: str = ""  # how it was judged; of "not applicable" the condition that is not met
-    settle: str = ""  # of "not enough evidence": the runs that would settle it
+    settle: str = ""  # the runs that would settle what is open, or that a sweep without the subject would need
 
 
 @dataclass(frozen=True)
@@ -55,6 +55,10 @@ class Claim:
 
     def needs(self, reason: str, settle: str, number: str = "") -> Verdict:
         return self.lacks(Missing(reason, settle), number)
+
+    def absent(self, reason: str, settle: str) -> Verdict:
+        """The sweep does not ask about it; settle: what would."""
+        return Verdict(self.text, self.source, "not applicable", "", None, reason, settle)
 
     def outside(self, condition: str, number: str = "") -> Verdict:
         return Verdict(self.text, self.source, "not applicable", number, None, condition)
