@@ -340,7 +340,7 @@ def analyse(e: Evidence, layers: Callable[[int, Record], dict[str, Any]]) -> Evi
 )  # fmt: skip
 def test_the_rank_of_full_fine_tuning(ranks: Sequence[int], side: int, expected: str, tmp_path: Path) -> None:
     e = build(tmp_path, Plan([Cell(r=8), FULL]))
-    e = analyse(e, lambda n, x: {"variance_rank_90": ranks[x.config["seed"] - 100] if n else 8, "shape": [side, side]})
+    e = analyse(e, lambda n, x: {"variance_rank": ranks[x.config["seed"] - 100] if n else 8, "shape": [side, side]})
     v = judged(claims_weights.full_needs_more_rank, e)
     assert v.status == expected, v
     if expected == HOLDS:

@@ -14,7 +14,7 @@ from lorabench import compare as face
 from lorabench.records import Record, Store
 from lorabench.report import compare_faces as faces
 from lorabench.report import statistics as st
-from lorabench.report.compare import Comparison, between, compare, independent_seeds
+from lorabench.report.compare import Comparison, between, compare, independent
 from lorabench.report.load import load
 from lorabench.report.measure import Sample
 from report_fixture import RANK_SWEEP, Planted, build
@@ -45,6 +45,11 @@ def provenance(**changes: Any) -> Callable[[Record], Record]:
 
 def both(a: Path, b: Path) -> Comparison:
     return compare(load(a), load(b))
+
+
+def sampled(table: np.ndarray) -> Sample:
+    S, N = table.shape
+    return Sample(tuple(range(S)), table.mean(1), table, examples=np.arange(N))
 
 
 def test_a_sweep_and_itself(a: Path) -> None:
@@ -104,9 +109,22 @@ def test_independent_seeds_have_their_coverage() -> None:
             own = rng.normal(0, 0.5, 40)  # this sweep's own effect on each example
             return mean + shared + own + rng.normal(0, 0.4, (seeds, 1)) + rng.normal(0, 1.0, (seeds, 40))
 
-        low, high = independent_seeds(table(4, 0.0), table(6, truth)).interval()
+        low, high = independent(sampled(table(4, 0.0)), sampled(table(6, truth))).interval()
         hits += low < truth < high
     assert 0.92 < hits / draws < 0.985
+
+
+def test_resamples_of_shared_examples_are_paired() -> None:
+    """A bootstrap of the mean finds what the table of the same seeds and examples gives."""
+    rng = np.random.default_rng(6)
+    shared = rng.normal(0, 2.0, 60)
+    tables = [shared + rng.normal(0, 0.3, (n, 1)) + rng.normal(0, 1.0, (n, 60)) for n in (4, 5)]
+    counts = rng.multinomial(60, np.full(60, 1 / 60), size=20_000)
+    drawn = [Sample(tuple(range(len(t))), t.mean(1), draws=counts @ t.T / 60, examples=np.arange(60)) for t in tables]
+    exact, found = independent(*map(sampled, tables)), independent(*drawn)
+    assert found.mean == pytest.approx(exact.mean)
+    assert found.variance == pytest.approx(exact.variance, rel=0.03)
+    assert found.variance < 0.5 * (drawn[0].estimate().variance + drawn[1].estimate().variance)
 
 
 def test_independent_seeds_of_one_example_set_are_two_samples() -> None:
@@ -115,7 +133,7 @@ def test_independent_seeds_of_one_example_set_are_two_samples() -> None:
 
     rng = np.random.default_rng(3)
     x, y = rng.normal(0, 1, 4), rng.normal(1, 2, 6)
-    made = independent_seeds(np.repeat(x[:, None], 30, 1), np.repeat(y[:, None], 30, 1))
+    made = independent(sampled(np.repeat(x[:, None], 30, 1)), sampled(np.repeat(y[:, None], 30, 1)))
     assert made.interval() == pytest.approx(tuple(stats.ttest_ind(y, x, equal_var=False).confidence_interval()))
 
 

@@ -11,11 +11,11 @@ from itertools import combinations
 
 from lorabench.report import rates
 from lorabench.report import statistics as st
+from lorabench.report.analysis import width
 from lorabench.report.evidence import Claim, Evidence, Line, Verdict, decided, inside, more_seeds
 from lorabench.report.formats import number, plural, rate
 from lorabench.report.rates import Missing, Optimum
 from lorabench.report.results import Result
-from lorabench.report.spectra import width
 
 REGRET = "LoRA Without Regret (Schulman et al. 2025)"
 MUA = "μA (arXiv 2602.06204)"

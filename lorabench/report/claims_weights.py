@@ -12,11 +12,11 @@ from collections.abc import Sequence
 import numpy as np
 
 from lorabench.report import statistics as st
+from lorabench.report.analysis import Analysis, width
 from lorabench.report.evidence import Claim, Evidence, Verdict, decided, inside, more_seeds
 from lorabench.report.formats import number, plural
 from lorabench.report.rates import Missing
 from lorabench.report.results import Result
-from lorabench.report.spectra import Spectra, width
 
 LESS = "LoRA Learns Less and Forgets Less (arXiv 2405.09673)"
 ILLUSION = "LoRA vs Full Fine-tuning: An Illusion of Equivalence (arXiv 2410.21228)"
@@ -197,7 +197,7 @@ def intruders_go_with_forgetting(e: Evidence) -> Verdict:
     return COMPANY.verdict(decided(low > 0, high < WEAK), f"r = {number(r, 2)}", (low, high), reason, settle)
 
 
-def _rows(e: Evidence, weights: Spectra, probe: str) -> list[tuple[float, float, float]]:
+def _rows(e: Evidence, weights: Analysis, probe: str) -> list[tuple[float, float, float]]:
     """Of every run: intruders, forgetting (more is worse), log2 of the relative norm."""
     sign = 1.0 if _less_is_better(probe) else -1.0
     rows = []

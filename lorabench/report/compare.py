@@ -125,45 +125,43 @@ def _pair(a: Result | None, b: Result | None, comparable: bool) -> Pair:
 
 def between(a: measure.Sample, b: measure.Sample) -> tuple[st.Estimate | None, str]:
     """B − A, and what it is over."""
-    known = a.examples is not None and b.examples is not None
-    if known and not np.array_equal(a.examples, b.examples):  # type: ignore[arg-type]
+    if a.examples is None or b.examples is None:
+        return independent(a, b), "independent seeds"
+    if not np.array_equal(a.examples, b.examples):
         return None, "other test examples"
-    if known and a.seeds == b.seeds:
-        made = measure.difference(b, a)
-        assert made is not None
-        return made.estimate(), "same seeds and examples, paired"
-    if a.table is not None and b.table is not None:
-        return independent_seeds(a.table, b.table), "independent seeds, same examples"
-    return _unpaired(a.estimate(), b.estimate()), "independent seeds"
+    paired = measure.difference(b, a) if a.seeds == b.seeds else None
+    if paired is not None:
+        return paired.estimate(), "same seeds and examples, paired"
+    return independent(a, b), "independent seeds, same examples"
 
 
-def independent_seeds(a: np.ndarray, b: np.ndarray) -> st.Estimate:
-    """mean(b) − mean(a) of tables [S, N] and [T, N]: two sets of seeds that met the same examples.
+def independent(a: measure.Sample, b: measure.Sample) -> st.Estimate:
+    """B − A of two independent sets of seeds [S] and [T], which met the same examples where those are known.
 
-    V = V_seed(a) + V_seed(b) + var_j(b_j − a_j) / N − V_interaction(a) − V_interaction(b): the interaction of each table
-    is in its seeds' part and in the examples' part, as with one table.
+    V = V_seed(a) + V_seed(b) + V_example(b − a) − V_interaction(a) − V_interaction(b): each interaction is in the part of
+    its seeds and in that of the examples, as with one table.
     """
-    parts = [st.crossed(a), st.crossed(b)]
-    means = b.mean(0) - a.mean(0)
-    n = len(means)
+    parts = [a.estimate(), b.estimate()]
     seed, seed_df = _sum([(p.seed, p.seed_df) for p in parts])
     interaction, interaction_df = _sum([(p.interaction, p.interaction_df) for p in parts])
-    example = float(means.var(ddof=1)) / n if n > 1 else 0.0
-    fewest = min(p.seeds for p in parts)
-    return st.Estimate(
-        float(means.mean()), seed, example, interaction, seed_df, float(n - 1), interaction_df, fewest, n
-    )
-
-
-def _unpaired(a: st.Estimate, b: st.Estimate) -> st.Estimate:
-    """Independent in everything: what is left without per-example tables, too wide where the examples are the same."""
-    seed, seed_df = _sum([(a.seed, a.seed_df), (b.seed, b.seed_df)])
-    example, example_df = _sum([(a.example, a.example_df), (b.example, b.example_df)])
-    interaction, interaction_df = _sum([(a.interaction, a.interaction_df), (b.interaction, b.interaction_df)])
+    example, example_df = _sum([(p.example, p.example_df) for p in parts])
+    shared = _example_variance(a, b)
+    if shared is not None:
+        example, example_df = shared, float((parts[0].examples or 1) - 1)
     return replace(
-        a, mean=b.mean - a.mean, seed=seed, example=example, interaction=interaction, seed_df=seed_df,
-        example_df=example_df, interaction_df=interaction_df, seeds=min(a.seeds, b.seeds),
+        parts[0], mean=parts[1].mean - parts[0].mean, seed=seed, example=example, interaction=interaction, seed_df=seed_df,
+        example_df=example_df, interaction_df=interaction_df, seeds=min(p.seeds for p in parts),
     )  # fmt: skip
+
+
+def _example_variance(a: measure.Sample, b: measure.Sample) -> float | None:
+    """V_example of the difference, of examples that both met: over examples, or over resamples drawn once for both."""
+    if a.table is not None and b.table is not None:
+        means = b.table.mean(0) - a.table.mean(0)
+        return float(means.var(ddof=1)) / len(means)
+    if a.draws is not None and b.draws is not None:
+        return float((b.draws.mean(1) - a.draws.mean(1)).var(ddof=1))
+    return None
 
 
 def _sum(parts: Sequence[tuple[float, float]]) -> tuple[float, float]:

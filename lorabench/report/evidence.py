@@ -15,11 +15,11 @@ from typing import Literal
 
 from lorabench.report import formats, measure, rates
 from lorabench.report import statistics as st
+from lorabench.report.analysis import Analysis, read
 from lorabench.report.formats import plural
 from lorabench.report.load import Cell, Sweep
 from lorabench.report.rates import Missing, Optimum
 from lorabench.report.results import Result, Results, results
-from lorabench.report.spectra import Spectra, read
 
 Status = Literal["holds", "contradicted", "not enough evidence", "not applicable"]
 PLAIN = ("LoRA", "rsLoRA")  # one method under two scales
@@ -134,7 +134,7 @@ class Evidence:
         return {r.id: rates.optimum(r.choice) for r in self.cells}
 
     @cached_property
-    def weights(self) -> Spectra | None:
+    def weights(self) -> Analysis | None:
         return read(self.sweep)
 
     def lines(self, power: float) -> list[Line]:

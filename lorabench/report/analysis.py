@@ -1,6 +1,6 @@
 """Weight-space results of a sweep's runs, as `python -m lorabench.analyze` left them, and the width of what was adapted.
 
-<sweep dir>/analysis/weights.json    {"runs": {run_id: {"layers": {name: {"variance_rank_90": .., "intruders": {"0.5": ..},
+<sweep dir>/analysis/weights.json    {"runs": {run_id: {"layers": {name: {"variance_rank": .., "intruders": {"0.5": ..},
                                       "relative_norm": .., "shape": [out, in]}}}}}
 """
 
@@ -18,6 +18,7 @@ from lorabench.report.load import Sweep
 from lorabench.schema import ConfigError
 
 FILE = Path("analysis", "weights.json")
+SCHEMA = 1
 ADAPTER = Path("adapter", "adapter_model.safetensors")
 INTRUDER = 0.5  # cosine to every singular vector of W below which a direction counts (2410.21228, section 4)
 HEADER = 2**26  # bytes; a longer one is not a header
@@ -34,7 +35,7 @@ class Layer:
 
 
 @dataclass(frozen=True)
-class Spectra:
+class Analysis:
     runs: Mapping[str, Mapping[str, Layer]]  # run_id -> layer -> what was measured
 
     @property
@@ -65,12 +66,14 @@ class Spectra:
         return fmean(found) if found else None
 
 
-def read(sweep: Sweep) -> Spectra | None:
+def read(sweep: Sweep) -> Analysis | None:
     """None where nothing was analysed. Raises `ConfigError` for a file that is not the analysis."""
     path = sweep.store.root / FILE
     try:
         data = json.loads(path.read_text(encoding="utf-8"))
-        return Spectra({str(i): _layers(run) for i, run in data["runs"].items()})
+        if data.get("schema", SCHEMA) != SCHEMA:
+            raise ValueError("written by another version")
+        return Analysis({str(i): _layers(run) for i, run in data["runs"].items()})
     except FileNotFoundError:
         return None
     except (ValueError, KeyError, TypeError, AttributeError) as e:
@@ -85,7 +88,7 @@ def _layer(x: Mapping[str, Any]) -> Layer:
     counts = {float(t): float(n) for t, n in (x.get("intruders") or {}).items() if n is not None}
     shape = x.get("shape")
     return Layer(
-        _number(x.get("variance_rank_90")), counts, _number(x.get("relative_norm")),
+        _number(x.get("variance_rank", x.get("variance_rank_90"))), counts, _number(x.get("relative_norm")),
         (int(shape[0]), int(shape[1])) if shape else None,
     )  # fmt: skip
 
@@ -94,10 +97,10 @@ def _number(value: Any) -> float | None:
     return None if value is None else float(value)
 
 
-def width(sweep: Sweep, spectra: Spectra | None) -> int | None:
+def width(sweep: Sweep, analysis: Analysis | None) -> int | None:
     """The smallest side of an adapted matrix: from the analysis, else from a saved adapter; None where neither is there."""
-    if spectra is not None and spectra.width is not None:
-        return spectra.width
+    if analysis is not None and analysis.width is not None:
+        return analysis.width
     for run_id in sweep.planned:
         sides = _sides(sweep.store.run_dir(run_id) / ADAPTER)
         if sides:
