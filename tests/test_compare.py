@@ -83,13 +83,16 @@ def test_other_seeds_are_independent(a: Path, tmp_path: Path) -> None:
 
 
 def test_without_examples_only_seeds_are_known(a: Path, tmp_path: Path) -> None:
-    made = both(a, make(tmp_path / "b", arrays=False))
+    made = both(a, make(tmp_path / "b", arrays=False, confirm=(200, 201, 202)))
     assert {p.how for p in made.pairs} == {"independent seeds"}
     pair = made.pairs[0]
     assert pair.a and pair.b and pair.difference and pair.a.sample and pair.b.sample
     parts = [s.estimate() for s in (pair.a.sample, pair.b.sample)]
     assert pair.difference.seed == pytest.approx(sum(p.seed for p in parts))
     assert pair.difference.example == parts[0].example
+    again = both(a, make(tmp_path / "c", WORSE, arrays=False))
+    assert {p.how for p in again.pairs} == {"same seeds, paired"}
+    assert again.pairs[0].difference and again.pairs[0].difference.examples is None
 
 
 def test_other_examples_give_no_difference() -> None:

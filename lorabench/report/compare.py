@@ -125,14 +125,15 @@ def _pair(a: Result | None, b: Result | None, comparable: bool) -> Pair:
 
 def between(a: measure.Sample, b: measure.Sample) -> tuple[st.Estimate | None, str]:
     """B − A, and what it is over."""
-    if a.examples is None or b.examples is None:
-        return independent(a, b), "independent seeds"
-    if not np.array_equal(a.examples, b.examples):
-        return None, "other test examples"
+    examples = ""
+    if a.examples is not None and b.examples is not None:
+        if not np.array_equal(a.examples, b.examples):
+            return None, "other test examples"
+        examples = "examples"
     paired = measure.difference(b, a) if a.seeds == b.seeds else None
     if paired is not None:
-        return paired.estimate(), "same seeds and examples, paired"
-    return independent(a, b), "independent seeds, same examples"
+        return paired.estimate(), f"same seeds{' and ' + examples if examples else ''}, paired"
+    return independent(a, b), f"independent seeds{', same ' + examples if examples else ''}"
 
 
 def independent(a: measure.Sample, b: measure.Sample) -> st.Estimate:
