@@ -36,7 +36,7 @@ def test_runs_are_the_records(study: Study, root: Path) -> None:
     assert set(runs.run_id) == set(stored)
     assert runs.columns.is_unique
     for row in runs.itertuples():
-        record = stored[row.run_id]
+        record = stored[str(row.run_id)]
         assert row.lr == record["config"]["optimizer"]["lr"]
         assert (row.seed, row.role, row.status) == (record["config"]["seed"], record["role"], record["status"])
     named = runs.set_index("run_id")
@@ -87,7 +87,8 @@ def test_comparisons_are_the_reports(study: Study, root: Path) -> None:
 
 
 def test_frames_are_the_callers_to_change(study: Study) -> None:
-    study.cells["test"] = 0.0
+    mine = study.cells
+    mine["test"] = 0.0
     assert (study.cells.test > 0).all()
     assert isinstance(study.runs, pd.DataFrame)
 

@@ -135,7 +135,7 @@ def test_what_has_no_minimum_says_why(made: Choice, reason: str, settle: str) ->
     assert settle in found.settle
 
 
-def of_sample(values: Sequence[float]) -> Optimum:
+def of_sample(values: Sequence[float] | np.ndarray) -> Optimum:
     return Optimum(
         float(np.mean(values)), float(np.var(values, ddof=1)) / len(values), len(values) - 1, len(values), 0.5, 0.02, "seeds"
     )  # fmt: skip

@@ -122,19 +122,16 @@ def _growth(four: Sequence[Result]) -> measure.Sample | None:
 
 
 def _four(e: Evidence) -> Iterator[tuple[Result, Result, Result, Result]]:
-    """Of each rank: LoRA and full at the largest batch, the same two at the smallest."""
-    lora = [r for r in e.cells if r.cell.method == "LoRA"]
-    for rank in sorted({r.cell.r or 0 for r in lora}):
-        here = [(r, f) for r in lora if r.cell.r == rank if (f := e.full(r.cell)) and _batch(f) == _batch(r)]
-        here.sort(key=lambda pair: _batch(pair[0]))
-        if here:
-            small, large = here[0], here[-1]
-            same = (small[0].cell.targets, small[0].cell.alpha_rule) == (
-                large[0].cell.targets,
-                large[0].cell.alpha_rule,
-            )
-            if same and _batch(small[0]) < _batch(large[0]):
-                yield (*large, *small)
+    """Of each rank, set of targets and alpha: LoRA and full at the largest batch, the same two at the smallest."""
+    found: dict[Any, list[tuple[Result, Result]]] = {}
+    for r in e.cells:
+        full = e.full(r.cell) if r.cell.method == "LoRA" else None
+        if full is not None and _batch(full) == _batch(r):
+            found.setdefault((r.cell.r, r.cell.targets, r.cell.alpha_rule), []).append((r, full))
+    for pairs in found.values():
+        small, large = (f(pairs, key=lambda pair: _batch(pair[0])) for f in (min, max))
+        if _batch(small[0]) < _batch(large[0]):
+            yield (*large, *small)
 
 
 def _batch(r: Result) -> int:

@@ -100,6 +100,9 @@ def terminal(c: Comparison) -> Iterator[RichTable | Text]:
         yield Text(line, style="bold red" if c.obstacles else "bold")
     yield Text(f"A is {_named(c.a)}, B is {_named(c.b)}.")
     for table in (cells(c), differing(c)):
+        if not table.rows:
+            yield Text(f"{table.title}: nothing.")
+            continue
         made = RichTable(title=table.title, title_justify="left", box=box.SIMPLE_HEAD, pad_edge=False)
         for column in table.columns:
             made.add_column(Text(column.title), justify=column.align, overflow="fold")
