@@ -7,7 +7,7 @@ import re
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import matplotlib as mpl
@@ -54,6 +54,7 @@ class Drawing:
     alt: str
     svg: str
     png: bytes
+    figure: Figure = field(repr=False, compare=False)  # what both were rendered from, for a notebook
 
 
 @dataclass(frozen=True)
@@ -127,7 +128,7 @@ def drawing(key: str, title: str, caption: str, alt: str, figure: Figure) -> Dra
         warnings.filterwarnings("ignore", message="Glyph .* missing from font")  # a user's name in another script
         figure.savefig(svg, format="svg", bbox_inches="tight", pad_inches=0.06, metadata=meta)
         figure.savefig(png, format="png", bbox_inches="tight", pad_inches=0.06, metadata={"Software": None})
-    return Drawing(key, title, caption, alt, svg.getvalue(), png.getvalue())
+    return Drawing(key, title, caption, alt, svg.getvalue(), png.getvalue(), figure)
 
 
 def inline(d: Drawing) -> str:

@@ -1,0 +1,47 @@
+"""`python -m lorabench.compare <sweep A> <sweep B>`: two sweeps side by side, and what differs between them."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from lorabench.records import atomic_write
+from lorabench.schema import ConfigError
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Exit 0: compared; 1: shown, but the sweeps are not comparable; 2: bad input, nothing written."""
+    parser = argparse.ArgumentParser(
+        prog="python -m lorabench.compare",
+        description="Two sweeps side by side: cells matched by method, r, alpha rule, targets and other axes. "
+        "Exit code 1 where they cannot be compared, 2 for bad input.",
+    )
+    parser.add_argument("a", type=Path, metavar="SWEEP_A", help="a sweep's directory")
+    parser.add_argument("b", type=Path, metavar="SWEEP_B", help="another; differences are B minus A")
+    parser.add_argument("--out", type=Path, metavar="FILE.md", help="also write the comparison here, as Markdown")
+    args = parser.parse_args(argv)
+    from rich.console import Console
+
+    from lorabench.report import compare_faces as faces
+    from lorabench.report.compare import compare
+    from lorabench.report.load import load
+
+    try:
+        made = compare(load(args.a), load(args.b))
+        if args.out is not None:
+            if args.out.is_dir():
+                raise ConfigError("--out", str(args.out), "a file; this is a directory")
+            atomic_write(args.out, faces.markdown(made))
+    except (ConfigError, OSError) as e:
+        print(f"error: {e}", file=sys.stderr)
+        return 2
+    console = Console()
+    for part in faces.terminal(made):
+        console.print(part)
+    return 1 if made.obstacles else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,223 @@
+"""Two sweeps side by side: matched cells, their difference on test, and what differs in settings and provenance.
+
+Seeds and test examples as in `statistics`. Where both sweeps confirmed a cell with the same seeds the difference is
+crossed and paired; with other seeds it is of two independent sets of seeds that met the same examples. Sweeps over other
+data or in another metric are shown, and no difference is taken.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import numpy as np
+
+from lorabench.records import Record
+from lorabench.report import formats, measure
+from lorabench.report import statistics as st
+from lorabench.report.evidence import gather
+from lorabench.report.load import Cell, Sweep, flatten, short
+from lorabench.report.results import Result
+
+SEEN = ("packages", "machine", "git")  # provenance that is a mapping
+APART = {
+    "pack",
+    "pack_runs",
+    "data_notes",
+    "model_notes",
+    "head",
+    "stopped",
+    "machine.host",
+}  # of a run, or of no meaning
+UNKNOWN = "not recorded"
+
+
+@dataclass(frozen=True)
+class Side:
+    """One sweep with its cells' results."""
+
+    sweep: Sweep
+    results: Mapping[str, Result]
+    metric: formats.Metric
+
+
+@dataclass(frozen=True)
+class Pair:
+    """Cells of one label; one of them may be missing."""
+
+    name: str
+    a: Result | None
+    b: Result | None
+    difference: st.Estimate | None  # B − A
+    how: str  # what the difference is over, or why there is none
+
+
+@dataclass(frozen=True)
+class Comparison:
+    a: Side
+    b: Side
+    obstacles: tuple[str, ...]  # why the two cannot be compared; empty where they can
+    pairs: tuple[Pair, ...]
+    differing: tuple[tuple[str, str, str], ...]  # what, in A, in B
+
+
+def compare(a: Sweep, b: Sweep) -> Comparison:
+    """Cells in A's order, then those of B alone."""
+    left, right = _side(a), _side(b)
+    obstacles = tuple(_obstacles(left, right))
+    theirs = {label(r.cell): r for r in right.results.values()}
+    ours = {label(r.cell): r for r in left.results.values()}
+    pairs = [_pair(r, theirs.get(key), not obstacles) for key, r in ours.items()]
+    pairs += [_pair(None, r, not obstacles) for key, r in theirs.items() if key not in ours]
+    return Comparison(left, right, obstacles, tuple(pairs), tuple(_differing(a, b)))
+
+
+def label(cell: Cell) -> tuple[Any, ...]:
+    """What a cell is matched by."""
+    return cell.method, cell.r, cell.alpha_rule, cell.targets, cell.extra
+
+
+def _side(sweep: Sweep) -> Side:
+    found = gather(sweep)
+    return Side(sweep, found.measured.by_cell, found.metric)
+
+
+# -- whether they can be compared ------------------------------------------------------------------------------------------
+
+
+def _obstacles(a: Side, b: Side) -> Iterator[str]:
+    if a.sweep.metric != b.sweep.metric:
+        yield f"the primary metric differs: {a.metric.title} in A, {b.metric.title} in B"
+    elif a.sweep.lower_is_better != b.sweep.lower_is_better:
+        yield f"{a.metric.title} is better when lower in one sweep and when higher in the other"
+    found = [_values(s.sweep, "data_fingerprint") for s in (a, b)]
+    for name, values in zip("AB", found, strict=True):
+        if len(values) != 1 or values == {UNKNOWN}:
+            yield f"the runs of {name} are not known to have met one version of the data"
+    if found[0] != found[1]:
+        left, right = (", ".join(sorted(short(v, 12) for v in values)) for values in found)
+        yield f"the data differ (fingerprint {left} in A, {right} in B)"
+
+
+def _values(sweep: Sweep, key: str) -> set[str]:
+    return {str(r.provenance.get(key) or UNKNOWN) for r in sweep.records.values() if r.status == "completed"}
+
+
+# -- one pair ------------------------------------------------------------------------------------------------------------
+
+
+def _pair(a: Result | None, b: Result | None, comparable: bool) -> Pair:
+    named = a or b
+    assert named is not None
+    if a is None or b is None:
+        return Pair(named.name, a, b, None, f"only in {'A' if b is None else 'B'}")
+    if not comparable:
+        return Pair(named.name, a, b, None, "not comparable")
+    if a.sample is None or b.sample is None:
+        return Pair(named.name, a, b, None, f"no test result in {'A' if a.sample is None else 'B'}")
+    lost = [name for name, r in (("A", a), ("B", b)) if r.lost]
+    if lost:
+        return Pair(named.name, a, b, None, f"confirmation runs in {' and '.join(lost)} did not survive")
+    made, how = between(a.sample, b.sample)
+    return Pair(named.name, a, b, made, how)
+
+
+def between(a: measure.Sample, b: measure.Sample) -> tuple[st.Estimate | None, str]:
+    """B − A, and what it is over."""
+    examples = ""
+    if a.examples is not None and b.examples is not None:
+        if not np.array_equal(a.examples, b.examples):
+            return None, "other test examples"
+        examples = "examples"
+    paired = measure.difference(b, a) if a.seeds == b.seeds else None
+    if paired is not None:
+        return paired.estimate(), f"same seeds{' and ' + examples if examples else ''}, paired"
+    return independent(a, b), f"independent seeds{', same ' + examples if examples else ''}"
+
+
+def independent(a: measure.Sample, b: measure.Sample) -> st.Estimate:
+    """B − A of two independent sets of seeds [S] and [T], which met the same examples where those are known.
+
+    V = V_seed(a) + V_seed(b) + V_example(b − a) − V_interaction(a) − V_interaction(b): each interaction is in the part of
+    its seeds and in that of the examples, as with one table.
+    """
+    parts = [a.estimate(), b.estimate()]
+    seed, seed_df = _sum([(p.seed, p.seed_df) for p in parts])
+    interaction, interaction_df = _sum([(p.interaction, p.interaction_df) for p in parts])
+    example, example_df = _sum([(p.example, p.example_df) for p in parts])
+    shared = _example_variance(a, b)
+    if shared is not None:
+        example, example_df = shared, float((parts[0].examples or 1) - 1)
+    return replace(
+        parts[0], mean=parts[1].mean - parts[0].mean, seed=seed, example=example, interaction=interaction, seed_df=seed_df,
+        example_df=example_df, interaction_df=interaction_df, seeds=min(p.seeds for p in parts),
+    )  # fmt: skip
+
+
+def _example_variance(a: measure.Sample, b: measure.Sample) -> float | None:
+    """V_example of the difference, of examples that both met: over examples, or over resamples drawn once for both."""
+    if a.table is not None and b.table is not None:
+        means = b.table.mean(0) - a.table.mean(0)
+        return float(means.var(ddof=1)) / len(means)
+    if a.draws is not None and b.draws is not None:
+        return float((b.draws.mean(1) - a.draws.mean(1)).var(ddof=1))
+    return None
+
+
+def _sum(parts: Sequence[tuple[float, float]]) -> tuple[float, float]:
+    """Of independent variances, with Satterthwaite's degrees of freedom."""
+    total, below = sum(v for v, _ in parts), sum(v * v / df for v, df in parts if v > 0 and df > 0)
+    return total, total**2 / below if below > 0 else 0.0
+
+
+# -- what differs --------------------------------------------------------------------------------------------------------
+
+
+def _differing(a: Sweep, b: Sweep) -> Iterator[tuple[str, str, str]]:
+    """Declared study, settings of runs (every value either sweep has), provenance; only where the two are not the same."""
+    for found in (_study, _settings, _provenance):
+        left, right = found(a), found(b)
+        for key in sorted(left.keys() | right.keys()):
+            one, two = (", ".join(sorted(x.get(key, ()), key=_natural)) or formats.DASH for x in (left, right))
+            if one != two:
+                yield key, one, two
+
+
+def _study(sweep: Sweep) -> dict[str, set[str]]:
+    return {f"study.{k}": {str(v)} for k, v in sweep.study.items() if v is not None}
+
+
+def _settings(sweep: Sweep) -> dict[str, set[str]]:
+    """Seeds apart by role: the tuning seeds of A are never set beside the confirmation seeds of B."""
+    out: dict[str, set[str]] = {}
+    for r in sweep.records.values():
+        for key, value in flatten(r.config):
+            if key != "role" and value is not None:
+                name = f"seed ({r.role})" if key == "seed" else key
+                out.setdefault(name, set()).add(f"{value:g}" if isinstance(value, float) else str(value))
+    return out
+
+
+def _provenance(sweep: Sweep) -> dict[str, set[str]]:
+    out: dict[str, set[str]] = {}
+    for r in sweep.records.values():
+        for key, value in _facts(r):
+            out.setdefault(key, set()).add(value)
+    return out
+
+
+def _facts(record: Record) -> Iterator[tuple[str, str]]:
+    for key, value in record.provenance.items():
+        if key in SEEN and isinstance(value, Mapping):
+            yield from ((f"{key}.{k}", str(v)) for k, v in value.items() if f"{key}.{k}" not in APART)
+        elif key not in APART and not isinstance(value, Mapping) and value is not None:
+            yield {"code": "source hash"}.get(key, key), str(value)
+
+
+def _natural(text: str) -> tuple[float, str]:
+    """Numbers by size, then words."""
+    try:
+        return float(text), ""
+    except ValueError:
+        return float("inf"), text

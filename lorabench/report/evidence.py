@@ -1,0 +1,230 @@
+"""What claims are judged by: a sweep's cells on their lines of s and r, best rates between grid points, differences on test.
+
+A claim is judged one way throughout. It *holds* where the 90 % interval of its number lies inside what the claim says (two
+one-sided tests at 5 %), it is *contradicted* where the 95 % interval lies outside; between the two there is not enough
+evidence. Outside the conditions it was made under it is not applicable, whatever the number.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Literal
+
+from lorabench.report import formats, measure, rates
+from lorabench.report import statistics as st
+from lorabench.report.analysis import Analysis, read
+from lorabench.report.formats import plural
+from lorabench.report.load import Cell, Sweep
+from lorabench.report.rates import Missing, Optimum
+from lorabench.report.results import Result, Results, results
+
+Status = Literal["holds", "contradicted", "not enough evidence", "not applicable"]
+PLAIN = ("LoRA", "rsLoRA")  # one method under two scales
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """What a sweep says about one claim."""
+
+    claim: str
+    source: str
+    status: Status
+    number: str = ""  # with its unit
+    interval: tuple[float, float] | None = None  # 95 %, of the number, in the unit `number` shows
+    reason: str = ""  # how it was judged; of "not applicable" the condition that is not met
+    settle: str = ""  # the runs that would settle what is open, or that a sweep without the subject would need
+
+
+@dataclass(frozen=True)
+class Claim:
+    """A sentence of the literature and where it stands."""
+
+    text: str
+    source: str
+
+    def verdict(
+        self, status: Status, number: str, interval: tuple[float, float] | None, reason: str, settle: str = ""
+    ) -> Verdict:
+        return Verdict(self.text, self.source, status, number, interval, reason, settle if _open(status) else "")
+
+    def lacks(self, missing: Missing, number: str = "") -> Verdict:
+        return Verdict(self.text, self.source, "not enough evidence", number, None, missing.reason, missing.settle)
+
+    def needs(self, reason: str, settle: str, number: str = "") -> Verdict:
+        return self.lacks(Missing(reason, settle), number)
+
+    def absent(self, reason: str, settle: str) -> Verdict:
+        """The sweep does not ask about it; settle: what would."""
+        return Verdict(self.text, self.source, "not applicable", "", None, reason, settle)
+
+    def outside(self, condition: str, number: str = "") -> Verdict:
+        return Verdict(self.text, self.source, "not applicable", number, None, condition)
+
+
+def _open(status: Status) -> bool:
+    return status == "not enough evidence"
+
+
+def inside(e: st.Estimate, low: float, high: float) -> Status:
+    """A number against the range a claim gives it."""
+    near, wide = e.interval(0.90), e.interval(0.95)
+    if low < near[0] and near[1] < high:
+        return "holds"
+    return "contradicted" if wide[1] < low or wide[0] > high else "not enough evidence"
+
+
+def decided(holds: bool, beyond: bool) -> Status:
+    return "holds" if holds else "contradicted" if beyond else "not enough evidence"
+
+
+def negated(status: Status) -> Status:
+    """Of the claim that says the opposite."""
+    turned: dict[Status, Status] = {"holds": "contradicted", "contradicted": "holds"}
+    return turned.get(status, status)
+
+
+def more_seeds(e: st.Estimate, low: float, high: float, kind: str) -> str:
+    """How many seeds would place a number inside or outside a range, if it stays as it is. kind: tuning, confirmation."""
+    within = low < e.mean < high and math.isfinite(high - low)
+    gap = min(abs(e.mean - low), abs(e.mean - high))
+    needed = st.seeds_needed(e, gap, level=0.90 if within else 0.95) if gap > 0 and e.seeds > 1 else None
+    if needed is None:
+        return f"more {kind} seeds than {e.seeds}, at least three"
+    return f"about {plural(max(needed, e.seeds + 1), f'{kind} seed')}, if the number stays as it is"
+
+
+@dataclass(frozen=True)
+class Line:
+    """Cells on which s * r^power is one constant, a rank each, ascending."""
+
+    constant: float
+    cells: tuple[Result, ...]
+
+    @property
+    def ranks(self) -> list[int]:
+        return [r.cell.r or 0 for r in self.cells]
+
+    def span(self) -> float:
+        return max(self.ranks) / min(self.ranks) if self.cells else 1.0
+
+    @property
+    def where(self) -> str:
+        """For a sentence: `on q+v at ranks 4, 16 and 64`."""
+        said = [str(r) for r in self.ranks]
+        ranks = f"ranks {', '.join(said[:-1])} and {said[-1]}" if len(said) > 1 else f"rank {said[0]}"
+        return f"on {self.cells[0].cell.targets} at {ranks}"
+
+
+@dataclass(frozen=True)
+class Evidence:
+    sweep: Sweep
+    measured: Results
+    metric: formats.Metric
+
+    @property
+    def cells(self) -> list[Result]:
+        """Cells that have runs, in the order of tables."""
+        return [r for r in self.measured.by_cell.values() if r.runs]
+
+    @cached_property
+    def optima(self) -> dict[str, Optimum | Missing]:
+        return {r.id: rates.optimum(r.choice) for r in self.cells}
+
+    @cached_property
+    def weights(self) -> Analysis | None:
+        return read(self.sweep)
+
+    def lines(self, power: float) -> list[Line]:
+        """LoRA's cells on which s * r^power is constant, the line of most ranks first. A cell may be on several: the rules
+        that set alpha meet at their anchor."""
+        found: dict[tuple[object, ...], dict[int, Result]] = {}
+        constants: dict[tuple[object, ...], float] = {}
+        for r in self.cells:
+            s = scale(r.cell)
+            if s is None or not r.cell.r:
+                continue
+            constant = s * r.cell.r**power
+            key = (r.cell.targets, r.cell.extra, round(math.log2(constant), 2))
+            found.setdefault(key, {}).setdefault(r.cell.r, r)
+            constants.setdefault(key, constant)
+        made = [Line(constants[k], tuple(at[n] for n in sorted(at))) for k, at in found.items()]
+        return sorted(made, key=lambda line: -len(line.cells))
+
+    def full(self, like: Cell) -> Result | None:
+        """Full fine-tuning under the conditions of a cell."""
+        return next((r for r in self.cells if r.cell.method == "full" and alike(r.cell, like)), None)
+
+    def located(self, cells: Sequence[Result]) -> list[Optimum] | Missing:
+        """The best rates of all these cells. One that lies beyond its grid says how far rates move: it cannot be left out."""
+        found: list[Optimum] = []
+        for r in cells:
+            made = self.optima[r.id]
+            if isinstance(made, Missing):
+                return Missing(f"{r.name}: {made.reason}", f"{r.name}: {made.settle}")
+            found.append(made)
+        return found
+
+    def difference(self, a: Result, b: Result) -> st.Estimate | Missing:
+        """a − b in the primary metric on test; pooled seed variance for adapter against adapter, as in the report."""
+        lacking = _untested((a, b))
+        made = None if a.sample is None or b.sample is None else measure.difference(a.sample, b.sample)
+        if lacking or made is None:
+            return lacking or Missing(
+                f"{a.name} and {b.name} have no seed in common", "the same confirmation seeds for both"
+            )
+        pooled = self.measured.pooled
+        shared = pooled and a.cell.adapter and b.cell.adapter and made.seeds == self.measured.seeds
+        e = made.estimate((pooled.difference, pooled.df) if pooled and shared else None)
+        return e if e.verdicts else few(e.seeds)
+
+
+def few(seeds: int) -> Missing:
+    return Missing(
+        f"{plural(seeds, 'confirmation seed')} in common, a verdict takes three", "three or more confirmation seeds"
+    )
+
+
+def _untested(cells: Sequence[Result]) -> Missing | None:
+    for r in cells:
+        if r.lost:
+            said = f"{plural(r.lost, 'confirmation run')} of {r.name} did not survive"
+            return Missing(said, f"{r.name} at rates that every seed survives")
+        if r.sample is None:
+            return Missing(f"{r.name} has no test result", f"confirmation seeds for {r.name}, three or more")
+    return None
+
+
+def gather(sweep: Sweep) -> Evidence:
+    measured = results(sweep)
+    shown = [abs(r.val) for r in measured.by_cell.values() if r.val is not None]
+    metric = formats.metric(sweep.metric, lower_is_better=sweep.lower_is_better, largest=max(shown, default=None))
+    return Evidence(sweep, measured, metric)
+
+
+def scale(cell: Cell) -> float | None:
+    """s of W' = W + s B A; None for what is not plain LoRA."""
+    if cell.method not in PLAIN or not cell.r or not cell.alpha:
+        return None
+    return cell.alpha / (math.sqrt(cell.r) if cell.method == "rsLoRA" else cell.r)
+
+
+def alike(a: Cell, b: Cell) -> bool:
+    """Of one value on every axis that both have, beside method, rank, alpha and targets."""
+    left, right = dict(a.extra), dict(b.extra)
+    return all(left[k] == right[k] for k in left.keys() & right.keys())
+
+
+def untuned(cells: Sequence[Result]) -> Missing | None:
+    """A comparison of tuned cells takes cells that are tuned: several rates, and the best of them not at an end."""
+    for r in cells:
+        if len(r.choice.rates) < rates.LEAST:
+            said = f"{r.name} was tried at {plural(len(r.choice.rates), 'learning rate')}, so it is not tuned"
+            return Missing(said, f"{r.name} at three or more rates")
+        if r.choice.edge:
+            way = "above" if r.choice.side == "high" else "below"
+            said = f"the best rate of {r.name}, {formats.rate(r.choice.lr)}, is at an end of its grid"
+            return Missing(said, f"{r.name} at rates {way} {formats.rate(r.choice.lr)}")
+    return None
