@@ -53,9 +53,15 @@ def subspaces(found: Sequence[Similarity]) -> Drawing | None:
 
 
 def telling(found: Sequence[Similarity]) -> list[Similarity]:
-    """Both entries of the comparison a picture shows: ranks before seeds, then the most room between them."""
-    order = sorted(found, key=lambda s: (s.kind != "ranks", len(s.i) - len(s.j) if s.kind == "ranks" else -len(s.i)))
-    return [s for s in order if (s.kind, s.cells) == (order[0].kind, order[0].cells)]
+    """Both entries of the comparison a picture shows: the largest of the ranks up to a quarter of what it is held against
+    (the paper's is 8 against 64), else the smallest; without ranks the widest cell's seeds."""
+
+    def order(s: Similarity) -> tuple[bool, bool, int]:
+        near = s.kind == "ranks" and 4 * s.i[-1] > s.j[-1]
+        return s.kind != "ranks", near, s.i[-1] if near else -s.i[-1]
+
+    first = min(found, key=order, default=None)
+    return [s for s in found if first is not None and (s.kind, s.cells) == (first.kind, first.cells)]
 
 
 def _pair(s: Similarity) -> str:
