@@ -43,8 +43,8 @@ class TestSVDOfProduct:
         mixing = orthonormal(3, 3, 3) @ np.diag([1e2, 1.0, 1e-2])  # B and A alone say nothing about dW
         found = spectra.svd_of_product(tensor(left * s @ mixing), tensor(np.linalg.inv(mixing) @ right.T), 2.0)
         assert np.allclose(found.S, 2 * s, rtol=1e-9, atol=0)
-        assert np.allclose(np.abs(np.diag(found.U.T @ left)), 1, atol=1e-9)
-        assert np.allclose(np.abs(np.diag(found.Vh @ right)), 1, atol=1e-9)
+        assert np.allclose(np.abs(np.diag(found.U.numpy().T @ left)), 1, atol=1e-9)
+        assert np.allclose(np.abs(np.diag(found.Vh.numpy() @ right)), 1, atol=1e-9)
 
     def test_dW_is_not_formed(self) -> None:
         """As a matrix this update would take 80 GB."""
