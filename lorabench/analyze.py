@@ -10,6 +10,7 @@ import argparse
 import json
 import sys
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -70,9 +71,8 @@ def analyze(
     todo = {i: names for i, names in wanted.items() if not _known(doc["runs"].get(i), source.runs[i], names, asked)}
     total, done = sum(map(len, todo.values())), 0
     for run_id, names in todo.items():
-        doc["runs"][run_id] = _measured(
-            source.runs[run_id], names, bases, asked, lambda n, at=done: tick(at + n, total)
-        )
+        ahead = partial(_tick, tick, done, total)
+        doc["runs"][run_id] = _measured(source.runs[run_id], names, bases, asked, ahead)
         done += len(names)
         _write(path, doc)
     doc["similarity"] = _similarities(
@@ -80,6 +80,10 @@ def analyze(
     )
     _write(path, doc)
     return _read(path)
+
+
+def _tick(tick: Callable[[int, int], None], before: int, total: int, done: int) -> None:
+    tick(before + done, total)
 
 
 def _measured(

@@ -80,7 +80,7 @@ def _entry(of: str, pairs: Pairs, layers: Sequence[str], made: Mapping[str, Dire
         "inverse_width": fmean(1 / d for d in widths.values()),
         "layers": {
             name: {
-                "first": float(grid[0, 0]), "all": float(grid[-1, -1]), "random": spectra.random_similarity(*grid.shape, widths[name]),
+                "first": float(grid[0, 0]), "all": float(grid[-1, -1]), "random": spectra.random_similarity(grid.shape[0], grid.shape[1], widths[name]),
                 "start": float(starts[name][-1, -1]) if name in starts else None,
             }
             for name, grid in grids.items()

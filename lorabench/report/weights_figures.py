@@ -42,7 +42,7 @@ def subspaces(found: Sequence[Similarity]) -> Drawing | None:
             mesh = _heat(ax, s, phi, title, named=ax is axes[0])
         bar = figure.colorbar(mesh, ax=axes, shrink=0.85)
         bar.set_label("φ(i, j)")
-        bar.outline.set_visible(False)  # type: ignore[operator]
+        bar.outline.set_visible(False)
         caption = _subspace_caption(first)
         alt = f"Subspace similarity of {_pair(first)}: " + "; ".join(
             f"{title} φ(1, 1) = {formats.number(float(phi[0, 0]), 2)}, "
@@ -152,4 +152,4 @@ def _per_cent(ax: Axes) -> None:
 
 
 def _share(x: float) -> str:
-    return f"{100 * x:.2g} %"
+    return f"{100 * x:.3g} %"
