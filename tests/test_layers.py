@@ -41,6 +41,9 @@ NEEDS_TORCH = {
     "study",
     "export",
     "predict",
+    "spectra",
+    "deltas",
+    "subspaces",
 }
 LINES, FUNCTION_LINES = 300, 60  # about 250 and about 40, with room
 

@@ -1,0 +1,220 @@
+"""`python -m lorabench.analyze <sweep dir>`: what a sweep's adapters did to the weights, measured from what was saved.
+
+Writes <sweep>/analysis/weights.json, which the report reads (`report/weights.py`). Runs whose weights are the ones
+analysed before are not measured again. Torch is imported once there is something to measure.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from lorabench.records import atomic_write, dump_json
+from lorabench.schema import ConfigError
+
+if TYPE_CHECKING:
+    from rich.table import Table as RichTable
+
+    from lorabench.deltas import Bases, Opened
+    from lorabench.report.results import Result
+    from lorabench.report.tables import Table
+    from lorabench.scope import Asked, Comparison, Source
+
+FILE = Path("analysis", "weights.json")
+SCHEMA = 1
+ALONE = "Adapters of one seed share their start: without a second seed there is no similarity between ranks."
+
+
+def parser() -> argparse.ArgumentParser:
+    p = argparse.ArgumentParser(
+        prog="python -m lorabench.analyze",
+        description="Norms, ranks, subspaces and intruder dimensions of what a sweep's runs trained, from saved weights.",
+    )
+    p.add_argument("sweep", type=Path, metavar="SWEEP", help="a sweep's directory, such as sweeps/rank_sweep")
+    p.add_argument(
+        "--cells", nargs="+", default=[], metavar="ID", help="these cells alone; * and ? match as in a shell"
+    )
+    p.add_argument("--layers", nargs="+", default=[], metavar="NAME", help="layers by name or its end, such as query")
+    p.add_argument(
+        "--intruders", action=argparse.BooleanOptionalAction, default=True,
+        help="count intruder dimensions, which takes an SVD of every layer's whole weight (default: yes)",
+    )  # fmt: skip
+    return p
+
+
+def analyze(
+    sweep_dir: str | Path, asked: Asked, tick: Callable[[int, int], None] = lambda done, total: None
+) -> dict[str, Any]:
+    """Measure, write the file, and return what it holds. tick: (layers measured, layers to measure) as they are done.
+
+    The file is written whole after each run, so that a killed analysis goes on where it was. Raises `ConfigError`
+    for a directory without finished runs or saved weights, unknown cells or layers, and bases that changed.
+    """
+    from lorabench import scope
+    from lorabench.report.load import load
+    from lorabench.report.results import results
+
+    path = Path(sweep_dir) / FILE
+    every = results(load(sweep_dir)).by_cell
+    chosen = scope.cells(every, asked.cells)
+    source = scope.opened(sweep_dir, every, chosen)
+    from lorabench.deltas import Bases
+
+    bases = Bases()
+    wanted = scope.layers(source, chosen, asked.layers, bases)
+    doc = _kept(_read(path), every, chosen, source)
+    todo = {i: names for i, names in wanted.items() if not _known(doc["runs"].get(i), source.runs[i], names, asked)}
+    total, done = sum(map(len, todo.values())), 0
+    for run_id, names in todo.items():
+        ahead = partial(_tick, tick, done, total)
+        doc["runs"][run_id] = _measured(source.runs[run_id], names, bases, asked, ahead)
+        done += len(names)
+        _write(path, doc)
+    doc["similarity"] = _similarities(
+        doc, scope.comparisons(list(chosen.values()), set(wanted)), source, bases, set(todo)
+    )
+    _write(path, doc)
+    return _read(path)
+
+
+def _tick(tick: Callable[[int, int], None], before: int, total: int, done: int) -> None:
+    tick(before + done, total)
+
+
+def _measured(
+    opened: Opened, names: Sequence[str], bases: Bases, asked: Asked, tick: Callable[[int], None]
+) -> dict[str, Any]:
+    from lorabench.deltas import measure
+
+    run = opened.saved.run
+    about = {"weights": opened.checksum, "seed": run.seed, "lr": run.optimizer.lr, "intruders": asked.intruders}
+    return about | measure(opened, names, bases.of(opened), intruders=asked.intruders, tick=tick)
+
+
+def _similarities(
+    doc: Mapping[str, Any], asked: Sequence[Comparison], source: Source, bases: Bases, fresh: set[str]
+) -> list[dict[str, Any]]:
+    """phi of each comparison; those of runs that were all known before are taken over, as are those of other cells.
+
+    fresh: run_ids that were measured just now.
+    """
+    from lorabench.subspaces import compare
+
+    cells = {c for comparison in asked for c in comparison.cells}
+    found = [x for x in doc["similarity"] if not set(x["cells"]) <= cells]
+    for c in asked:
+        ids = {i for pair in c.pairs for i in pair}
+        shared = set.intersection(*(set(doc["runs"][i]["layers"]) for i in ids))
+        about = {"kind": c.kind, "cells": list(c.cells), "runs": [list(pair) for pair in c.pairs]}
+        old = [x for x in doc["similarity"] if all(x[k] == v for k, v in about.items())]
+        if ids & fresh or not old:
+            layers = [name for name in doc["runs"][c.pairs[0][0]]["layers"] if name in shared]
+            old = [about | entry for entry in compare(c.pairs, layers, source.runs, bases)]
+        found += old
+    return found
+
+
+# -- the file ------------------------------------------------------------------------------------------------------------
+
+
+def _read(path: Path) -> dict[str, Any]:
+    """What was analysed before; nothing where the file is missing, torn, or of another version."""
+    try:
+        doc = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return {}
+    return doc if isinstance(doc, dict) and doc.get("schema") == SCHEMA else {}
+
+
+def _write(path: Path, doc: Mapping[str, Any]) -> None:
+    atomic_write(path, dump_json(_rounded(doc)))
+
+
+def _rounded(value: Any) -> Any:
+    """Six significant digits: equal weights give equal files whatever the last bits of an SVD."""
+    if isinstance(value, float):
+        return float(f"{value:.6g}")
+    if isinstance(value, Mapping):
+        return {k: _rounded(v) for k, v in value.items()}
+    return [_rounded(v) for v in value] if isinstance(value, (list, tuple)) else value
+
+
+def _kept(
+    old: Mapping[str, Any], every: Mapping[str, Result], chosen: Mapping[str, Result], source: Source
+) -> dict[str, Any]:
+    """The file to fill: chosen cells anew, other cells as they were while their runs are the same."""
+    before = old.get("cells", {})
+    cells = {i: _cell(r, order) for order, (i, r) in enumerate(every.items())}
+    cells = {i: cell for i, cell in cells.items() if i in chosen or before.get(i, {}).get("runs") == cell["runs"]}
+    here = {x.run_id for r in chosen.values() for x in r.runs}
+    runs = {i for cell in cells.values() for i in cell["runs"]}
+    left_out = {i: why for i, why in old.get("left_out", {}).items() if i in runs - here} | source.left_out
+    runs -= set(left_out)
+    lone = [r.id for r in chosen.values() if r.cell.adapter and len({x.config["seed"] for x in r.runs}) == 1]
+    return {
+        "schema": SCHEMA, "cells": cells, "left_out": left_out, "notes": [ALONE] if len(lone) > 1 else [],
+        "runs": {i: entry for i, entry in old.get("runs", {}).items() if i in runs},
+        "similarity": [x for x in old.get("similarity", []) if {i for pair in x["runs"] for i in pair} <= runs],
+    }  # fmt: skip
+
+
+def _cell(r: Result, order: int) -> dict[str, Any]:
+    c = r.cell
+    return {
+        "order": order, "name": r.name, "method": c.method, "r": c.r, "alpha": c.alpha, "targets": c.targets, "role": r.role,
+        "lr": r.lr, "runs": [x.run_id for x in r.runs],
+    }  # fmt: skip
+
+
+def _known(entry: Mapping[str, Any] | None, opened: Opened, names: Sequence[str], asked: Asked) -> bool:
+    """Whether an earlier analysis measured these layers of these very weights, with intruders if they are asked for."""
+    if entry is None or entry["weights"] != opened.checksum or (asked.intruders and not entry["intruders"]):
+        return False
+    return {*entry["layers"], *entry["left_out"]} == set(names)
+
+
+# -- the face ------------------------------------------------------------------------------------------------------------
+
+
+def terminal(made: Table) -> RichTable:
+    from rich import box
+    from rich.markup import escape
+    from rich.table import Table as RichTable
+
+    out = RichTable(box=box.SIMPLE_HEAD, caption=escape("\n".join(made.notes)), caption_justify="left", pad_edge=False)
+    for column in made.columns:
+        out.add_column(escape(column.title), justify=column.align, vertical="bottom")
+    for row in made.rows:
+        out.add_row(*map(escape, row.texts))
+    return out
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Exit 0: written; 2: bad input."""
+    args = parser().parse_args(argv)
+    from rich.console import Console
+    from rich.progress import Progress
+
+    from lorabench.report import weights
+    from lorabench.scope import Asked
+
+    asked, console = Asked(tuple(args.cells), tuple(args.layers), args.intruders), Console(stderr=True)
+    try:
+        with Progress(console=console, transient=True, disable=not console.is_terminal) as bar:
+            task = bar.add_task("layers", total=None)
+            doc = analyze(args.sweep, asked, lambda done, total: bar.update(task, completed=done, total=total))
+    except (ConfigError, OSError) as e:
+        print(f"error: {e}", file=sys.stderr)
+        return 2
+    Console().print(terminal(weights.table(weights.tidy(doc))))
+    print(f"analysis: {args.sweep / FILE}")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,232 @@
+"""What finished runs added to their bases, layer by layer, measured: between saved runs and `spectra`.
+
+Every matrix is that of the layer's map x -> W x, [O, I]: Conv1D and Embedding hold theirs the other way round, and a
+convolution's is [O, I * kh * kw]. Shape letters: I in, O out, r rank.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from lorabench import spectra
+from lorabench.base import BaseInfo
+from lorabench.config import digest
+from lorabench.methods.targets import within
+from lorabench.saved import SavedRun, open_run
+from lorabench.schema import ConfigError
+from lorabench.slice_plan import SlicePlan
+from lorabench.spectra import SVD
+
+SPECTRUM = 64  # leading singular values kept of a layer
+State = Mapping[str, Tensor]
+
+
+@dataclass(frozen=True)
+class Opened:
+    """A run with trained weights, and what of it trained; the weights themselves are read when they are asked for."""
+
+    saved: SavedRun
+    plan: SlicePlan
+
+    @property
+    def run_id(self) -> str:
+        return self.saved.record.run_id
+
+    @property
+    def seed(self) -> int:
+        return self.saved.run.seed
+
+    def state(self) -> State:
+        return self.saved.weights()[0]
+
+    @cached_property
+    def checksum(self) -> str:
+        """SHA-256 over names and content of the weights' files."""
+        folder = self.saved.path / "adapter"
+        folder = folder if folder.is_dir() else self.saved.path / ".adapter.old"
+        found = hashlib.sha256()
+        for path in sorted(p for p in folder.iterdir() if p.is_file()):
+            with open(path, "rb") as f:
+                found.update(f"{path.name}\0{hashlib.file_digest(f, 'sha256').hexdigest()}\0".encode())
+        return found.hexdigest()[:16]
+
+    @cached_property
+    def base_key(self) -> str:
+        """Equal where two runs trained on the same base under the same head."""
+        fingerprint = self.saved.record.provenance.get("model_fingerprint")
+        return digest([asdict(self.saved.run.model), asdict(self.saved.head), fingerprint])
+
+
+def open_weights(path: str | Path) -> Opened:
+    """The run behind a directory. Raises `ConfigError` where it has no weights, or torn ones, or trains no matrix."""
+    saved = open_run(path)
+    opened = Opened(saved, saved.weights()[1])
+    if not opened.plan.adapters and not opened.plan.full:
+        raise ConfigError("run", str(path), f"a run that trains matrices of its base; {saved.run.method.name} has none")
+    return opened
+
+
+# -- the frozen side -----------------------------------------------------------------------------------------------------
+
+
+def matrix(layer: nn.Module, weight: Tensor) -> Tensor:
+    """A layer's weight as [O, I] in float64."""
+    weight = weight.detach().double()
+    if isinstance(layer, nn.Embedding) or type(layer).__name__ == "Conv1D":
+        return weight.T
+    return weight.flatten(1)
+
+
+class Frozen:
+    """The weights of one base as matrices. The SVD of each is kept once it was asked for: twice the base's own memory."""
+
+    def __init__(self, model: nn.Module) -> None:
+        self.model = model
+        self._svd: dict[str, SVD] = {}
+
+    def layer(self, name: str) -> nn.Module:
+        try:
+            return self.model.get_submodule(name)
+        except AttributeError as e:
+            raise ConfigError("adapter", name, "layers of this base; it has none of this name") from e
+
+    def weight(self, name: str) -> Tensor:
+        layer = self.layer(name)
+        assert isinstance(layer.weight, Tensor)
+        return matrix(layer, layer.weight)
+
+    def svd(self, name: str) -> SVD:
+        if name not in self._svd:
+            self._svd[name] = spectra.svd(self.weight(name))
+        return self._svd[name]
+
+
+class Bases:
+    """Loads a base when it is first asked for; holds one at a time."""
+
+    def __init__(self) -> None:
+        self._held: tuple[str, Frozen] | None = None
+        self._infos: dict[str, BaseInfo] = {}
+
+    def info(self, opened: Opened) -> BaseInfo:
+        """The layers of a run's base; no weights are read for it."""
+        if opened.base_key not in self._infos:
+            self._infos[opened.base_key] = opened.saved.run.model.info(opened.saved.head)
+        return self._infos[opened.base_key]
+
+    def of(self, opened: Opened) -> Frozen:
+        """Raises `ConfigError` where the base's files are gone or changed."""
+        if self._held is None or self._held[0] != opened.base_key:
+            self._held = None  # the one before goes first
+            self._held = (opened.base_key, Frozen(opened.saved.base(dtype="float32").model))
+        return self._held[1]
+
+    def linear_layers(self, opened: Opened) -> list[str]:
+        """What full fine-tuning is measured on where no adapter beside it says so: linear layers, but head and output."""
+        info = self.info(opened)
+        left_out = (*info.head, *info.output)
+        return [x.name for x in info.layers if x.kind in ("Linear", "Conv1D") and not within(x.name, left_out)]
+
+
+# -- the update ----------------------------------------------------------------------------------------------------------
+
+
+def unmeasured(opened: Opened, state: State, name: str) -> str | None:
+    """Why a layer has no update that can be measured; None where it has one."""
+    parts = ("weight",) if opened.plan.full else ("lora_A", "lora_B")
+    tensors = [state[f"{name}.{part}"] for part in parts]
+    if not all(bool(t.isfinite().all()) for t in tensors):
+        return "its weights are not all finite"
+    if opened.plan.full:
+        return None
+    if (kind := opened.plan.adapters[name].kind) != "lora":
+        return f"its update is not a product of two factors ({kind})"
+    if tensors[0].shape[0] != tensors[1].shape[1]:
+        return "a convolution with groups: its adapter reads all channels, so no update has the weight's shape"
+    return None
+
+
+def factors(opened: Opened, state: State, name: str) -> tuple[Tensor, Tensor, float]:
+    """B [O, r], A [r, I] in float64, and the scaling."""
+    a, b = (state[f"{name}.{part}"].detach().double().flatten(1) for part in ("lora_A", "lora_B"))
+    return b, a, opened.plan.adapters[name].scaling
+
+
+def update(opened: Opened, state: State, name: str, frozen: Frozen | None) -> SVD:
+    """The SVD of dW of a layer that `unmeasured` has no word against. frozen: needed for full fine-tuning alone."""
+    if opened.plan.full:
+        assert frozen is not None
+        return spectra.svd(matrix(frozen.layer(name), state[f"{name}.weight"]) - frozen.weight(name))
+    return spectra.svd_of_product(*factors(opened, state, name))
+
+
+def tuned(opened: Opened, state: State, name: str, frozen: Frozen) -> Tensor:
+    """W + dW [O, I], for intruders alone."""
+    if opened.plan.full:
+        return matrix(frozen.layer(name), state[f"{name}.weight"])
+    b, a, scaling = factors(opened, state, name)
+    return frozen.weight(name) + scaling * (b @ a)
+
+
+@torch.no_grad()
+def measure(
+    opened: Opened,
+    names: Sequence[str],
+    frozen: Frozen,
+    *,
+    intruders: bool,
+    tick: Callable[[int], None] = lambda done: None,
+) -> dict[str, Any]:
+    """The measures of one run: {"layers": {name: {...}}, "left_out": {name: reason}}. tick: layers done so far.
+
+    Raises `ConfigError` for weights that do not fit the base.
+    """
+    state = opened.state()
+    layers: dict[str, Any] = {}
+    left_out: dict[str, str] = {}
+    for done, name in enumerate(names, 1):
+        if reason := unmeasured(opened, state, name):
+            left_out[name] = reason
+        else:
+            layers[name] = _measures(opened, update(opened, state, name, frozen), name, frozen)
+            if intruders:
+                layers[name] |= _beside_own(opened, state, name, frozen, layers[name]["directions"])
+        tick(done)
+    return {"layers": layers, "left_out": left_out}
+
+
+def _measures(opened: Opened, found: SVD, name: str, frozen: Frozen) -> dict[str, Any]:
+    """directions: of dW that the projection of W takes, an adapter's rank, or what holds 90 % of a dense update."""
+    W, (U, S, Vh) = frozen.weight(name), found
+    shape = (U.shape[0], Vh.shape[1])
+    if shape != tuple(W.shape):
+        raise ConfigError("adapter", f"{name} {list(shape)}", f"weights that fit this base; it has {list(W.shape)}")
+    spec = opened.plan.adapters.get(name)
+    ninety = spectra.variance_rank(S, 0.9)
+    n = spectra.numerical_rank(S, *shape) if spec else ninety
+    weight_norm = float(W.norm())
+    return {
+        "shape": list(shape), "r": spec.r if spec else None, "norm": float(S.norm()), "weight_norm": weight_norm,
+        "relative_norm": spectra.relative_norm(S, W), "stable_rank": spectra.stable_rank(S), "effective_rank": spectra.effective_rank(S),
+        "variance_rank": ninety, "directions": n, "amplification": spectra.amplification(found, W, n),
+        "projected": spectra.projected_norm(U[:, :n], Vh[:n], W), "projected_own": None, "intruders": None,
+        "projected_random": spectra.random_projected_norm(weight_norm, n, *shape), "singular_values": S[:SPECTRUM].tolist(),
+    }  # fmt: skip
+
+
+def _beside_own(opened: Opened, state: State, name: str, frozen: Frozen, n: int) -> dict[str, Any]:
+    """What takes the SVD of W itself: intruders, and what W holds in its own n leading directions."""
+    own = frozen.svd(name)
+    found = spectra.intruder_dimensions(own.U, tuned(opened, state, name, frozen))
+    return {
+        "intruders": {f"{threshold:g}": count for threshold, count in found.items()},
+        "projected_own": float(own.S[:n].norm()),
+    }

@@ -1,0 +1,423 @@
+"""`python -m lorabench.analyze` on run directories made by hand: its numbers against dense float64 numpy, resume, errors."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+import transformers as tf
+from torch import Tensor
+
+from lorabench import analyze as face
+from lorabench import deltas
+from lorabench.adapters import inject
+from lorabench.adapters.files import save_slice
+from lorabench.config import RunConfig
+from lorabench.records import Record, Store
+from lorabench.saved import SavedRun
+from lorabench.scope import Asked
+from tiny import make_base, make_data, make_run
+
+QUERY = "bert.encoder.layer.0.attention.self.query"
+LORA = {"method.target_modules": ["query", "value"], "method.alpha": 8.0}
+CELLS: dict[str, dict[str, Any]] = {
+    "r2": {**LORA, "method.r": 2},
+    "r4": {**LORA, "method.r": 4},
+    "full": {"method.name": "full"},
+    "head": {"method.name": "head"},
+}
+
+
+class Made:
+    """A sweep with a record and saved weights a cell and seed; `states` and `starts` by run_id, as they were saved."""
+
+    def __init__(self, root: Path, base: Path, data: Path) -> None:
+        self.store, self.base, self.data = Store(root), base, data
+        self.ids: dict[tuple[str, int], str] = {}
+        self.states: dict[str, dict[str, Tensor]] = {}
+        self.starts: dict[str, dict[str, Tensor]] = {}
+        self.runs: dict[str, RunConfig] = {}
+
+    @property
+    def root(self) -> Path:
+        return self.store.root
+
+    @property
+    def file(self) -> Path:
+        return self.root / "analysis" / "weights.json"
+
+    def add(self, cell: str, seed: int, settings: dict[str, Any]) -> None:
+        run = make_run(self.base, self.data, role="confirm", **settings, seed=seed)
+        self.ids[cell, seed], self.runs[run.run_id] = run.run_id, run
+        self.train(run.run_id)
+        self.manifest()
+
+    def train(self, run_id: str, noise: int = 0) -> None:
+        """What training would leave: the start and some noise."""
+        run = self.runs[run_id]
+        head = run.task.head(run.task.load())
+        base = run.model.load(head)
+        plan = run.method.plan(base.info, seed=run.seed)
+        stack = inject(base.model, [plan], info=base.info)
+        g = torch.Generator().manual_seed(1000 * noise + run.seed)
+        self.starts[run_id] = {k: t.clone() for k, t in stack.slice_state(0).items()}
+        state = {k: t + 0.05 * torch.randn(t.shape, generator=g) for k, t in self.starts[run_id].items()}
+        self.states[run_id] = state
+        save_slice(self.store.run_dir(run_id) / "adapter", state, plan, info=base.info, run=run.to_dict(), head=head)
+        provenance = {"head": {"auto_class": head.auto_class, "label_names": list(head.label_names)},
+                      "model_fingerprint": base.fingerprint, "attention": "eager"}  # fmt: skip
+        metrics = {"val/loss": 0.5, "val/accuracy": 0.5, "test/accuracy": 0.75, "primary": "accuracy"}
+        self.store.write(Record(run_id, "confirm", "completed", run.to_dict(), metrics, provenance=provenance))
+
+    def manifest(self) -> None:
+        cells: dict[str, dict[str, Any]] = {}
+        for (cell, _), run_id in self.ids.items():
+            label = {**self.runs[run_id].method.label(), "alpha_rule": "8", "trainable": 1, "extra": {}}
+            entry = cells.setdefault(cell, {"id": cell, "label": label, "runs": {"tune": [], "confirm": []}})
+            entry["runs"]["confirm"].append(run_id)
+        runs = {i: {"role": "confirm", "lr": r.optimizer.lr, "seed": r.seed} for i, r in self.runs.items()}
+        self.store.write_manifest(
+            {"schema": 1, "name": "tiny", "cells": list(cells.values()), "runs": runs, "packs": []}
+        )
+
+    def weight(self, layer: str) -> np.ndarray:
+        """From transformers itself, as [O, I] for a Linear."""
+        model = tf.AutoModelForSequenceClassification.from_pretrained(self.base)
+        return model.state_dict()[f"{layer}.weight"].numpy().astype(np.float64)
+
+    def dW(self, run_id: str, layer: str, scaling: float) -> np.ndarray:
+        state = {k: t.numpy().astype(np.float64) for k, t in self.states[run_id].items()}
+        if f"{layer}.lora_A" in state:
+            return scaling * state[f"{layer}.lora_B"] @ state[f"{layer}.lora_A"]
+        return state[f"{layer}.weight"] - self.weight(layer)
+
+
+@pytest.fixture(scope="module")
+def bases(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
+    root = tmp_path_factory.mktemp("bases")
+    return lambda kind: root / kind if (root / kind).exists() else make_base(root / kind, kind)
+
+
+@pytest.fixture(scope="module")
+def original(tmp_path_factory: pytest.TempPathFactory, bases: Callable[[str], Path]) -> Made:
+    """r = 2 and 4 with three seeds, full with two, head with one."""
+    root = tmp_path_factory.mktemp("original")
+    made = Made(root / "sweep", bases("bert"), make_data(root / "data.csv"))
+    for cell, settings in CELLS.items():
+        for seed in {"full": (0, 1), "head": (0,)}.get(cell, (0, 1, 2)):
+            made.add(cell, seed, settings)
+    return made
+
+
+@pytest.fixture
+def sweep(original: Made, tmp_path: Path) -> Made:
+    """A copy to work on."""
+    copied = Made(shutil.copytree(original.root, tmp_path / "sweep"), original.base, original.data)
+    for name in ("ids", "states", "starts", "runs"):
+        setattr(copied, name, dict(getattr(original, name)))
+    return copied
+
+
+def counted(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """run_ids in the order they are measured."""
+    seen: list[str] = []
+    real = deltas.measure
+
+    def measure(opened: Any, *args: Any, **kwargs: Any) -> Any:
+        seen.append(opened.run_id)
+        return real(opened, *args, **kwargs)
+
+    monkeypatch.setattr(deltas, "measure", measure)
+    return seen
+
+
+def intruders(W: np.ndarray, tuned: np.ndarray, threshold: float) -> int:
+    cosines = np.abs(np.linalg.svd(tuned)[0][:, :10].T @ np.linalg.svd(W)[0]).max(1)
+    return int((cosines < threshold).sum())
+
+
+class TestNumbers:
+    @pytest.mark.parametrize(("cell", "scaling", "directions"), [("r2", 4.0, 2), ("r4", 2.0, 4), ("full", 0.0, None)])
+    def test_against_dense_numpy(self, sweep: Made, cell: str, scaling: float, directions: int | None) -> None:
+        doc = face.analyze(sweep.root, Asked())
+        run = sweep.ids[cell, 1]
+        x = doc["runs"][run]["layers"][QUERY]
+        W, dW = sweep.weight(QUERY), sweep.dW(run, QUERY, scaling)
+        U, S, Vh = np.linalg.svd(dW)
+        n = directions or int(np.searchsorted(np.cumsum(S**2), 0.9 * np.sum(S**2))) + 1
+        p = S / S.sum()
+        expected = {
+            "norm": np.linalg.norm(dW), "weight_norm": np.linalg.norm(W), "relative_norm": np.linalg.norm(dW) / np.linalg.norm(W),
+            "stable_rank": np.sum(S**2) / S[0] ** 2, "effective_rank": np.exp(-np.sum(p[p > 1e-12] * np.log(p[p > 1e-12]))),
+            "projected": np.linalg.norm(U[:, :n].T @ W @ Vh[:n].T), "projected_random": np.linalg.norm(W) * n / 32,
+            "projected_own": np.linalg.norm(np.linalg.svd(W)[1][:n]),
+        }  # fmt: skip
+        expected["amplification"] = expected["norm"] / expected["projected"]
+        assert {key: x[key] for key in expected} == pytest.approx(expected, rel=2e-5)
+        assert x["variance_rank"] == int(np.searchsorted(np.cumsum(S**2), 0.9 * np.sum(S**2))) + 1
+        assert (x["shape"], x["r"], x["directions"]) == ([32, 32], directions, n)
+        assert x["singular_values"] == pytest.approx(S[: directions or 32].tolist(), rel=2e-5, abs=1e-6)
+        assert x["intruders"] == {f"{t:g}": intruders(W, W + dW, t) for t in (0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9)}
+
+    def test_something_intrudes(self, sweep: Made) -> None:
+        """Or the counts above would agree on nothing."""
+        doc = face.analyze(sweep.root, Asked(cells=("r2",)))
+        assert sum(x["intruders"]["0.9"] for run in doc["runs"].values() for x in run["layers"].values()) > 0
+
+    def test_layers_held_the_other_way_round(self, tmp_path: Path, bases: Callable[[str], Path]) -> None:
+        """transformers' Conv1D and an embedding: dW, W and the left side of the intruders are of the map x -> W x."""
+        made = Made(tmp_path / "sweep", bases("gpt2"), make_data(tmp_path / "data.csv"))
+        made.add("mixed", 0, {"method.target_modules": ["c_attn", "wte"], "method.r": 2, "method.alpha": 2.0})
+        run = made.ids["mixed", 0]
+        doc = face.analyze(made.root, Asked())
+        for layer in ("transformer.h.1.attn.c_attn", "transformer.wte"):
+            x, W, dW = doc["runs"][run]["layers"][layer], made.weight(layer).T, made.dW(run, layer, 1.0)
+            assert x["shape"] == list(W.shape) == list(dW.shape)
+            s = np.linalg.svd(dW, compute_uv=False)
+            assert x["singular_values"] == pytest.approx(s[:2].tolist(), rel=2e-5)
+            own, tuned = np.linalg.svd(W, full_matrices=False)[0], np.linalg.svd(W + dW, full_matrices=False)[0]
+            cosines = np.abs(tuned[:, :10].T @ own).max(1)
+            assert x["intruders"]["0.9"] == int((cosines < 0.9).sum())
+            assert x["relative_norm"] == pytest.approx(np.linalg.norm(dW) / np.linalg.norm(W), rel=2e-5)
+
+    def test_full_alone_is_measured_on_its_linear_layers(self, tmp_path: Path, bases: Callable[[str], Path]) -> None:
+        made = Made(tmp_path / "sweep", bases("bert"), make_data(tmp_path / "data.csv"))
+        made.add("full", 0, CELLS["full"])
+        layers = face.analyze(made.root, Asked(intruders=False))["runs"][made.ids["full", 0]]["layers"]
+        parts = ("attention.self.query", "attention.self.key", "attention.self.value", "attention.output.dense",
+                 "intermediate.dense", "output.dense")  # fmt: skip
+        assert set(layers) >= {f"bert.encoder.layer.{k}.{part}" for k in (0, 1) for part in parts}
+        assert not any("classifier" in name or "embeddings" in name for name in layers)
+        assert all(x["intruders"] is None and x["projected_own"] is None for x in layers.values())
+
+    def test_an_adapter_that_learned_nothing(self, sweep: Made) -> None:
+        run = sweep.ids["r2", 0]
+        folder, run_config = sweep.store.run_dir(run) / "adapter", sweep.runs[run]
+        state, plan = deltas.open_weights(folder.parent).saved.weights()
+        zero = {k: t * 0 if k.endswith("lora_B") else t for k, t in state.items()}
+        info = run_config.model.info(deltas.open_weights(folder.parent).saved.head)
+        save_slice(folder, zero, plan, info=info, run=run_config.to_dict())
+        doc = face.analyze(sweep.root, Asked(cells=("r2",)))
+        x = doc["runs"][run]["layers"][QUERY]
+        assert x["stable_rank"] is x["effective_rank"] is x["amplification"] is None
+        assert (x["norm"], x["variance_rank"], x["intruders"]["0.9"]) == (0, 0, 0)
+        assert all(np.isfinite(s["phi"]).all() for s in doc["similarity"])
+
+
+class TestSimilarity:
+    def test_which_runs_are_compared(self, sweep: Made) -> None:
+        doc = face.analyze(sweep.root, Asked())
+        seeds = {i: r.seed for i, r in sweep.runs.items()}
+        found = {(s["kind"], *s["cells"], s["of"]): s["runs"] for s in doc["similarity"]}
+        assert set(found) == {
+            *(("seeds", cell, cell, of) for cell in ("r2", "r4") for of in ("A", "dW")), ("seeds", "full", "full", "dW"),
+            ("ranks", "r2", "r4", "A"), ("ranks", "r2", "r4", "dW"),
+        }  # fmt: skip
+        assert all(seeds[a] != seeds[b] for runs in found.values() for a, b in runs)
+        assert [(seeds[a], seeds[b]) for a, b in found["seeds", "r2", "r2", "A"]] == [(0, 1), (1, 2), (0, 2)]
+        assert [(seeds[a], seeds[b]) for a, b in found["ranks", "r2", "r4", "A"]] == [(0, 1), (1, 2), (2, 0)]
+
+    def test_against_dense_numpy(self, sweep: Made) -> None:
+        """The mean over layers and pairs of phi of A, of A's start as the stack drew it, and of dW."""
+        doc = face.analyze(sweep.root, Asked())
+        layers = list(doc["runs"][sweep.ids["r2", 0]]["layers"])
+        assert len(layers) == 4
+
+        def phi(a: np.ndarray, b: np.ndarray, i: int, j: int) -> float:
+            V, other = np.linalg.svd(a)[2][:i], np.linalg.svd(b)[2][:j]
+            return float(np.linalg.norm(V @ other.T) ** 2 / min(i, j))
+
+        for of in ("A", "dW"):
+            s = next(s for s in doc["similarity"] if s["kind"] == "ranks" and s["of"] == of)
+            assert (s["i"], s["j"], s["inverse_width"]) == ([1, 2], [1, 2, 3, 4], 1 / 32)
+            for i, j in ((1, 1), (2, 3), (2, 4)):
+                trained, start = [], []
+                for a, b in s["runs"]:
+                    for name in layers:
+                        matrix: Any = self.A if of == "A" else self.update
+                        trained.append(
+                            phi(matrix(sweep.states[a], name, 4.0), matrix(sweep.states[b], name, 2.0), i, j)
+                        )
+                        start.append(phi(self.A(sweep.starts[a], name), self.A(sweep.starts[b], name), i, j))
+                assert s["phi"][i - 1][j - 1] == pytest.approx(np.mean(trained), rel=1e-4)
+                if of == "A":
+                    assert s["start"][i - 1][j - 1] == pytest.approx(np.mean(start), rel=1e-4)
+            if of == "dW":
+                assert s["start"] is None
+            assert all(x["random"] == 4 / 32 for x in s["layers"].values())
+            everywhere = np.mean([x["all"] for x in s["layers"].values()])
+            assert everywhere == pytest.approx(s["phi"][-1][-1], rel=1e-4)
+
+    @staticmethod
+    def A(state: dict[str, Tensor], name: str, scaling: float = 1.0) -> np.ndarray:
+        return state[f"{name}.lora_A"].numpy().astype(np.float64)
+
+    @staticmethod
+    def update(state: dict[str, Tensor], name: str, scaling: float) -> np.ndarray:
+        a, b = (state[f"{name}.{part}"].numpy().astype(np.float64) for part in ("lora_A", "lora_B"))
+        return scaling * b @ a
+
+    def test_one_seed_compares_nothing_across_ranks(self, tmp_path: Path, bases: Callable[[str], Path]) -> None:
+        """From one seed the smaller A starts inside the larger: phi would be 1 before anything was learned."""
+        made = Made(tmp_path / "sweep", bases("bert"), make_data(tmp_path / "data.csv"))
+        for cell in ("r2", "r4"):
+            made.add(cell, 0, CELLS[cell])
+        a, b = (made.starts[made.ids[cell, 0]][f"{QUERY}.lora_A"] for cell in ("r2", "r4"))
+        V, other = (np.linalg.svd(x.double().numpy(), full_matrices=False)[2] for x in (a, b))
+        assert np.linalg.norm(V @ other.T) ** 2 / 2 == pytest.approx(1)
+        doc = face.analyze(made.root, Asked())
+        assert doc["similarity"] == [] and doc["notes"] == [face.ALONE]
+
+
+class TestResume:
+    def test_what_is_known_is_not_measured_again(self, sweep: Made, monkeypatch: pytest.MonkeyPatch) -> None:
+        seen = counted(monkeypatch)
+        ticks: list[tuple[int, int]] = []
+        face.analyze(sweep.root, Asked(), lambda *tick: ticks.append(tick))
+        assert len(seen) == 8 and ticks == [(k, 32) for k in range(1, 33)]
+        first = sweep.file.read_bytes()
+
+        def no_base(self: SavedRun, **kwargs: Any) -> None:
+            raise AssertionError("the base was loaded for nothing")
+
+        monkeypatch.setattr(SavedRun, "base", no_base)
+        face.analyze(sweep.root, Asked())
+        face.analyze(sweep.root, Asked(intruders=False))  # what is there holds more than is asked for
+        assert len(seen) == 8
+        assert sweep.file.read_bytes() == first
+        assert sorted(p.name for p in sweep.file.parent.iterdir()) == ["weights.json"]
+
+    def test_equal_weights_give_equal_files(self, sweep: Made) -> None:
+        face.analyze(sweep.root, Asked())
+        first = sweep.file.read_bytes()
+        sweep.file.unlink()
+        face.analyze(sweep.root, Asked())
+        assert sweep.file.read_bytes() == first
+
+    def test_weights_that_changed(self, sweep: Made, monkeypatch: pytest.MonkeyPatch) -> None:
+        before = face.analyze(sweep.root, Asked())
+        changed = sweep.ids["r4", 1]
+        sweep.train(changed, noise=1)
+        seen = counted(monkeypatch)
+        after = face.analyze(sweep.root, Asked())
+        assert seen == [changed]
+        for a, b in zip(before["similarity"], after["similarity"], strict=True):
+            assert a["runs"] == b["runs"]
+            assert (a["phi"] == b["phi"]) == all(changed not in pair for pair in a["runs"])
+
+    def test_other_layers_or_intruders(self, sweep: Made, monkeypatch: pytest.MonkeyPatch) -> None:
+        seen = counted(monkeypatch)
+        face.analyze(sweep.root, Asked(cells=("r2",), layers=("value",), intruders=False))
+        doc = face.analyze(sweep.root, Asked(cells=("r2",), layers=("0.*.query",), intruders=False))
+        assert all(list(run["layers"]) == [QUERY] for run in doc["runs"].values())
+        assert all(list(s["layers"]) == [QUERY] for s in doc["similarity"])
+        face.analyze(sweep.root, Asked(cells=("r2",), layers=("0.*.query",)))
+        assert len(seen) == 9
+
+    def test_a_killed_analysis_goes_on(self, sweep: Made, monkeypatch: pytest.MonkeyPatch) -> None:
+        real, seen = deltas.measure, list[str]()
+
+        def killed(opened: Any, *args: Any, **kwargs: Any) -> Any:
+            if len(seen) == 2:
+                raise KeyboardInterrupt
+            seen.append(opened.run_id)
+            return real(opened, *args, **kwargs)
+
+        monkeypatch.setattr(deltas, "measure", killed)
+        with pytest.raises(KeyboardInterrupt):
+            face.analyze(sweep.root, Asked())
+        assert set(json.loads(sweep.file.read_text())["runs"]) == set(seen)
+        monkeypatch.setattr(deltas, "measure", real)
+        again = counted(monkeypatch)
+        doc = face.analyze(sweep.root, Asked())
+        assert len(again) == 6 and not set(again) & set(seen) and len(doc["runs"]) == 8
+
+    def test_other_cells_stay(self, sweep: Made, monkeypatch: pytest.MonkeyPatch) -> None:
+        whole = face.analyze(sweep.root, Asked())
+        seen = counted(monkeypatch)
+        sweep.train(sweep.ids["r2", 0], noise=2)
+        part = face.analyze(sweep.root, Asked(cells=("r2",)))
+        assert seen == [sweep.ids["r2", 0]]
+        assert {i for i in whole["runs"] if part["runs"].get(i) != whole["runs"][i]} == {sweep.ids["r2", 0]}
+        assert set(part["cells"]) == {"r2", "r4", "full", "head"}
+
+    @pytest.mark.parametrize("text", ["", "{", "[]", '{"schema": 0, "runs": {}}'])
+    def test_a_torn_or_older_file_is_made_again(self, sweep: Made, text: str) -> None:
+        sweep.file.parent.mkdir()
+        sweep.file.write_text(text)
+        assert len(face.analyze(sweep.root, Asked(cells=("r2",)))["runs"]) == 3
+
+    def test_the_sweep_directory_stays_a_sweeps(self, sweep: Made) -> None:
+        face.analyze(sweep.root, Asked(cells=("r2",), intruders=False))
+        sweep.store.check_foreign()
+
+
+class TestCommandLine:
+    def test_table_and_what_was_left_out(self, sweep: Made, capsys: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setenv("COLUMNS", "200")
+        shutil.rmtree(sweep.store.run_dir(sweep.ids["full", 0]) / "adapter")
+        assert face.main([str(sweep.root)]) == 0
+        said = capsys.readouterr()
+        out = " ".join(said.out.split())
+        assert "LoRA r = 2" in out and "full fine-tuning" in out and "amplification" in out and "intruders < 0.5" in out
+        assert "full fine-tuning: 1 of 2 runs not analysed" in out and "trainer.save_weights was false" in out
+        assert "head only: 1 of 1 run not analysed" in out or "head: 1 of 1 run not analysed" in out
+        assert f"analysis: {sweep.file}" in said.out
+        assert said.err == ""
+
+    def fails(self, argv: list[str], text: str, capsys: Any) -> None:
+        assert face.main(argv) == 2
+        said = capsys.readouterr()
+        assert said.out == "" and said.err.startswith("error: ") and said.err.count("\n") == 1
+        assert text in said.err
+
+    def test_bad_input(self, sweep: Made, tmp_path: Path, capsys: Any) -> None:
+        (tmp_path / "empty").mkdir()
+        self.fails([str(tmp_path / "nowhere")], "an existing directory", capsys)
+        self.fails([str(tmp_path / "empty")], "neither sweep.json nor runs", capsys)
+        self.fails([str(sweep.root), "--cells", "r2", "r3"], "--cells=r3: cells of this sweep: r2, r4", capsys)
+        self.fails([str(sweep.root), "--layers", "dense"], "--layers=dense: layers that were trained", capsys)
+        self.fails([str(sweep.root), "--cells", "head"], "trains matrices of its base; head has none", capsys)
+        assert not sweep.file.parent.exists()
+
+    def test_no_finished_run(self, sweep: Made, capsys: Any) -> None:
+        for record in sweep.store.records():
+            record.status, record.error = "failed", "out of memory"
+            sweep.store.write(record)
+        self.fails([str(sweep.root)], "a sweep with finished runs", capsys)
+
+    def test_nothing_was_saved(self, sweep: Made, capsys: Any) -> None:
+        for run in sweep.runs:
+            shutil.rmtree(sweep.store.run_dir(run) / "adapter")
+        self.fails([str(sweep.root)], "trainer.save_weights was false, or they were deleted", capsys)
+        assert not sweep.file.parent.exists()
+
+    def test_torn_weights_are_left_out(self, sweep: Made, capsys: Any) -> None:
+        path = sweep.store.run_dir(sweep.ids["r2", 1]) / "adapter" / "adapter_model.safetensors"
+        path.write_bytes(path.read_bytes()[:100])
+        assert face.main([str(sweep.root), "--cells", "r2", "--no-intruders"]) == 0
+        out = " ".join(capsys.readouterr().out.split())
+        assert "1 of 3 runs not analysed" in out and "a whole safetensors file" in out
+
+    def test_a_base_that_changed(self, sweep: Made, capsys: Any) -> None:
+        for record in sweep.store.records():
+            record.provenance["model_fingerprint"] = "0" * 64
+            sweep.store.write(record)
+        self.fails([str(sweep.root)], "these differ", capsys)
+        assert not sweep.file.parent.exists()
+
+    def test_help_imports_nothing_heavy(self) -> None:
+        code = "import sys, lorabench.analyze as face\ntry: face.main(['--help'])\nexcept SystemExit: pass\n"
+        code += (
+            "print('heavy' if {'torch', 'transformers', 'omegaconf', 'rich', 'scipy'} & set(sys.modules) else 'light')"
+        )
+        done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, timeout=60)
+        assert done.stdout.endswith("light\n") and "usage: python -m lorabench.analyze" in done.stdout
