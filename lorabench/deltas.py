@@ -141,14 +141,15 @@ class Bases:
 
 def unmeasured(opened: Opened, state: State, name: str) -> str | None:
     """Why a layer has no update that can be measured; None where it has one."""
+    kind = "full" if opened.plan.full else opened.plan.adapters[name].kind
+    if kind not in ("full", "lora"):
+        return f"its update is not a product of two factors ({kind})"
     parts = ("weight",) if opened.plan.full else ("lora_A", "lora_B")
     tensors = [state[f"{name}.{part}"] for part in parts]
     if not all(bool(t.isfinite().all()) for t in tensors):
         return "its weights are not all finite"
     if opened.plan.full:
         return None
-    if (kind := opened.plan.adapters[name].kind) != "lora":
-        return f"its update is not a product of two factors ({kind})"
     if tensors[0].shape[0] != tensors[1].shape[1]:
         return "a convolution with groups: its adapter reads all channels, so no update has the weight's shape"
     return None

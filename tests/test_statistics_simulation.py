@@ -99,11 +99,6 @@ def test_coverage_and_family_wise_error_in_full(setting: Setting) -> None:
     check(setting, 5000)
 
 
-LIBERAL = (
-    "Bartlett's test as a gate: where seeds dominate and are few, the error is up to 6.2 % (pooled at all times: 5.2)"
-)
-
-
 @pytest.mark.slow
 @pytest.mark.parametrize(
     "setting",
@@ -111,10 +106,9 @@ LIBERAL = (
         Setting(8, 200, 0.1, 0.3),
         Setting(5, 200, 0.1, 0.3),
         Setting(3, 1000, 0.01, 0.3),
-        *(
-            pytest.param(s, marks=pytest.mark.xfail(reason=LIBERAL))
-            for s in (Setting(3, 200, 0.1, 0.3), Setting(3, 1000, 0.1, 0.3), Setting(5, 1000, 0.1, 0.3))
-        ),
+        Setting(3, 200, 0.1, 0.3),  # at a gate of .10 these three were above 6 %
+        Setting(3, 1000, 0.1, 0.3),
+        Setting(5, 1000, 0.1, 0.3),
     ],
     ids=str,
 )
