@@ -8,7 +8,7 @@ from typing import Any
 from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
 
-from lorabench.report import answer, cautions, faces, figures, runs, style, tables
+from lorabench.report import answer, cautions, faces, figures, runs, sections, style, tables
 from lorabench.report.budget import about, budget
 from lorabench.report.findings import Findings
 from lorabench.report.tables import Table
@@ -29,7 +29,7 @@ HOW_TO_READ = (
 
 def files(f: Findings, title: str | None) -> dict[str, str | bytes]:
     """Every file of the report by its relative name. Equal findings give equal bytes."""
-    drawings, made = figures.draw(f), tables.every(f)
+    drawings, made = [*figures.draw(f), *sections.drawings(f)], {**tables.every(f), **sections.tables(f)}
     words = {
         "title": title or f.sweep.name,
         "about": about(f), "question": f.sweep.study.get("question") or "", "confirmed": f.confirmed, "answer": answer.answer(f),
