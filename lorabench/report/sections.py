@@ -24,13 +24,11 @@ def drawings(f: Findings) -> list[Drawing]:
 def claimed(verdicts: list[Verdict]) -> Table:
     """The claims this sweep speaks to; how many it does not is a note."""
     columns = (
-        Column("claim", "claim"),
-        Column("status", "here it"),
-        Column("number", "number (95 %)"),
+        Column("claim", "claim"), Column("source", "source"), Column("status", "here"), Column("number", "number (95 %)"),
         Column("why", "why"),
-    )
+    )  # fmt: skip
     asked = [v for v in verdicts if v.status != "not applicable"]
-    rows = tuple(Row((f"{v.claim} ({v.source})", v.status, claims.shown(v) or "–", _why(v))) for v in asked)
+    rows = tuple(Row((v.claim, v.source, v.status, claims.shown(v) or "–", _why(v))) for v in asked)
     notes = [
         "Holds: the 90 % interval lies inside what is claimed; contradicted: the 95 % interval lies outside. Claims are judged one by one, without a "
         "correction for their number."
