@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from lorabench.report import style, weights, weights_figures
+from lorabench.report import render, style, weights, weights_figures
 from lorabench.report.load import load
 from lorabench.schema import ConfigError
 from report_fixture import RANK_SWEEP, build
@@ -249,3 +249,15 @@ class TestFigures:
 def test_rows_and_pictures_need_no_torch() -> None:
     code = "import sys, lorabench.report.weights, lorabench.report.weights_figures\nassert 'torch' not in sys.modules"
     subprocess.run([sys.executable, "-c", code], check=True, timeout=60)
+
+
+def test_an_analysis_joins_the_report(doc: dict[str, Any], tmp_path: Path) -> None:
+    path = build(tmp_path / "s", RANK_SWEEP).root / "analysis" / "weights.json"
+    path.parent.mkdir()
+    path.write_text(json.dumps(doc))
+    render(tmp_path / "s", tmp_path / "r")
+    page = (tmp_path / "r" / "report.html").read_text(encoding="utf-8")
+    assert "What training added to the weights" in page and 'id="spectra"' in page and 'id="subspaces"' in page
+    assert (tmp_path / "r" / "figures" / "spectra.svg").is_file() and (
+        tmp_path / "r" / "tables" / "weights.tex"
+    ).is_file()
