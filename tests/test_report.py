@@ -27,7 +27,7 @@ from lorabench.schema import ConfigError, ExistingWork
 from report_fixture import RANK_SWEEP, Planted, build
 
 FILES = {
-    "report.md", "report.html", "runs.csv", "tables/comparison.tex", "tables/rates.tex",
+    "report.md", "report.html", "runs.csv", "tables/comparison.tex", "tables/rates.tex", "tables/claims.tex",
     *(f"figures/{name}.{ending}" for name in ("metric_by_rank", "learning_rates", "training") for ending in ("svg", "png")),
 }  # fmt: skip
 SMALL = (RANK_SWEEP[1], RANK_SWEEP[3], RANK_SWEEP[4])  # r = 4, r = 64, head only

@@ -80,6 +80,11 @@ class TestRows:
         assert found.measures["relative_norm"].sd == pytest.approx(np.std([0.2, 0.3], ddof=1))
         assert found.intruders[0.5].mean == 2 and list(found.intruders) == [0.3, 0.5, 0.9]
 
+    def test_one_vast_amplification_does_not_speak_for_all_layers(self, doc: dict[str, Any]) -> None:
+        for run in IDS[SMALL]:
+            doc["runs"][run]["layers"]["k"] = layer(4, 0.1, amplification=1e6)
+        assert weights.tidy(doc).cells[0].measures["amplification"].mean == 4.0
+
     def test_cells_in_the_order_of_the_report(self, doc: dict[str, Any]) -> None:
         doc["cells"] = dict(sorted(doc["cells"].items()))
         assert [c.id for c in weights.tidy(doc).cells] == list(CELLS)

@@ -6,7 +6,7 @@ Pure functions of the content of <sweep>/analysis/weights.json; every row names 
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -19,6 +19,7 @@ from lorabench.schema import ConfigError
 
 FILE = Path("analysis", "weights.json")
 SCHEMA = 1
+RATIOS = ("amplification",)  # one direction that W hardly holds makes a layer's vast: the median over layers is shown
 MEASURES = ("relative_norm", "stable_rank", "effective_rank", "variance_rank", "amplification")
 SHOWN = 0.5  # the threshold whose intruders a table shows
 
@@ -138,7 +139,10 @@ Runs = Sequence[tuple[str, Mapping[str, Any]]]  # run_id, layers
 
 def _cell(cell: str, about: Mapping[str, Any], runs: Runs) -> CellWeights:
     by_run = [list(layers.values()) for _, layers in runs]
-    measures = {name: _mean([[x[name] for x in layers] for layers in by_run]) for name in MEASURES}
+    measures = {
+        name: _mean([[x[name] for x in layers] for layers in by_run], np.median if name in RATIOS else np.mean)
+        for name in MEASURES
+    }
     thresholds = sorted({t for layers in by_run for x in layers for t in x["intruders"] or {}}, key=float)
     intruders = {
         float(t): _mean([[(x["intruders"] or {}).get(t) for x in layers] for layers in by_run]) for t in thresholds
@@ -150,9 +154,9 @@ def _cell(cell: str, about: Mapping[str, Any], runs: Runs) -> CellWeights:
     )  # fmt: skip
 
 
-def _mean(by_run: Sequence[Sequence[float | None]]) -> Mean | None:
+def _mean(by_run: Sequence[Sequence[float | None]], over_layers: Callable[[list[float]], Any] = np.mean) -> Mean | None:
     """by_run: [runs][layers]; layers without the measure are left out, runs without one too."""
-    runs = [float(np.mean(known)) for layers in by_run if (known := [x for x in layers if x is not None])]
+    runs = [float(over_layers(known)) for layers in by_run if (known := [x for x in layers if x is not None])]
     return Mean(float(np.mean(runs)), float(np.std(runs, ddof=1)) if len(runs) > 1 else None) if runs else None
 
 
@@ -209,7 +213,7 @@ def table(w: Weights) -> Table:
     )  # fmt: skip
     rows = tuple(Row((c.name, str(len(c.runs)), *_texts(c)), c.runs) for c in w.cells)
     notes = [
-        "Means over layers and seeds. Intruders: of the ten leading singular vectors of W + ΔW those whose largest cosine with one of W's is below "
+        "Means over layers and seeds; of amplification the median over layers. Intruders: of the ten leading singular vectors of W + ΔW those whose largest cosine with one of W's is below "
         f"{SHOWN:g}. Amplification: ‖ΔW‖ over what W holds in ΔW's directions, an adapter's rank of them, else those that hold 90 % of ΔW."
     ]  # fmt: skip
     if any(c.role == "tune" for c in w.cells):
