@@ -97,13 +97,14 @@ def _group_limit() -> int | None:
 
 
 RUNTIME = 700 * 2**20  # Python, torch, transformers and a data set of some thousand texts, resident
+HELD = 1.8  # on a CPU the allocator holds on to what parts of many lengths leave behind
 KEPT = 3.5  # how often a layer's input and output are held at the peak: for backward, norms, non-linearities, products under way
 
 
 def estimate(info: Any, plans: Any, run: Any, *, dtype: str, device: str, part_tokens: int) -> int:
     """Bytes a pack needs at its peak, before it runs: the process, weights, what trains with its AdamW state, activations.
 
-    Activations are those of one part of full-length rows; attention keeps two T x T maps a head of width 64. `KEPT` and
+    Activations are those of one part of full-length rows; attention keeps two T x T maps a head of width 64. `KEPT`, `HELD` and
     `RUNTIME` are fitted to the reference records, whose measured peaks a test holds against this.
     """
     size = {"float32": 4, "bfloat16": 2, "float64": 8}[dtype]
@@ -118,4 +119,5 @@ def estimate(info: Any, plans: Any, run: Any, *, dtype: str, device: str, part_t
         rows * ((1 if frozen_trunk else KEPT) * tokens * widths + maps) * size / (len(layers) if frozen_trunk else 1)
     )
     trainable = sum(p.trainable(info) for p in plans)
-    return int((RUNTIME if device == "cpu" else 0) + info.parameters * size + trainable * 16 + activations)
+    moving = trainable * 16 + activations
+    return int(info.parameters * size + (RUNTIME + HELD * moving if device == "cpu" else moving))

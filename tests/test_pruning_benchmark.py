@@ -144,14 +144,15 @@ def test_the_interval_is_wilsons(pruning: Any, agree: int, n: int) -> None:
 
 
 def test_the_reference_sweep(pruning: Any, repo: Path, tmp_path: Path, capsys: Any) -> None:
-    """Four cells of four rates with one rung, at half: only r = 1 has a rate to drop."""
+    """Four cells of four rates with one rung, at half; the best so far and its neighbours stay, so at most two rates go."""
     pruning.main([str(repo / "sweeps/ref_rank_sweep"), "--json", str(tmp_path / "out.json")])
     out = capsys.readouterr().out
     assert "4 of 4 = 100.0%, Wilson 95 % 51.0% to 100.0%" in out
     found = json.loads((tmp_path / "out.json").read_text())
     assert set(found) == {"cell", "seed"}
     assert {t["cell"]: t["pruned_at"] for t in found["cell"]["list"] if t["pruned_at"]} == {
-        "lora-r1-a16-all-linear": {"0.004": 50}
+        "lora-r1-a16-all-linear": {"0.0005": 50},
+        **{f"lora-r{r}-a16-all-linear": {"0.0005": 50, "0.001": 50} for r in (4, 16, 64)},
     }
-    assert found["cell"]["spared"] == pytest.approx(50 / 1600)
+    assert found["cell"]["spared"] == pytest.approx(7 * 50 / 1600)
     assert str(repo) not in (tmp_path / "out.json").read_text()
