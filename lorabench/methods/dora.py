@@ -6,7 +6,7 @@ from dataclasses import dataclass, replace
 from typing import Any, ClassVar
 
 from lorabench.base import LayerInfo
-from lorabench.methods.low_rank import LowRank
+from lorabench.methods.low_rank import LowRank, linear_only
 from lorabench.schema import knob
 from lorabench.slice_plan import AdapterSpec
 
@@ -20,7 +20,7 @@ class Config(LowRank):
     pack_group: ClassVar[str | None] = "dora"
 
     def _spec(self, layer: LayerInfo) -> AdapterSpec:
-        self._linear_only(layer)
+        linear_only(self, layer)
         return replace(super()._spec(layer), kind="dora")
 
     def label(self) -> dict[str, Any]:

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import Any, ClassVar
 
 from lorabench.base import BaseInfo
-from lorabench.methods.low_rank import check_targets
+from lorabench.methods.low_rank import check_targets, linear_only
 from lorabench.methods.targets import resolve, whole_modules
 from lorabench.schema import ConfigError, knob
 from lorabench.slice_plan import AdapterSpec, SlicePlan
@@ -40,9 +40,7 @@ class Config:
             raise ConfigError("method.feedforward_modules", self.feedforward_modules,
                               f"some of method.target_modules; {missing[0]} is not")  # fmt: skip
         for layer in layers:
-            if layer.kind not in ("Linear", "Conv1D"):
-                raise ConfigError("method.target_modules", self.target_modules,
-                                  f"linear layers for method=ia3; {layer.name} is {layer.kind}")  # fmt: skip
+            linear_only(self, layer)
         specs = {
             x.name: AdapterSpec(r=1, scaling=1.0, alpha=1.0, kind="ia3_input" if x.name in inputs else "ia3")
             for x in layers

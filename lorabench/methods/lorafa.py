@@ -6,8 +6,8 @@ from dataclasses import dataclass, replace
 from typing import Any, ClassVar
 
 from lorabench.base import LayerInfo
-from lorabench.methods.low_rank import LowRank
-from lorabench.schema import ConfigError, knob
+from lorabench.methods.low_rank import LowRank, drawn_only
+from lorabench.schema import knob
 from lorabench.slice_plan import AdapterSpec
 
 
@@ -20,9 +20,7 @@ class Config(LowRank):
     pack_group: ClassVar[str | None] = "lora"
 
     def _spec(self, layer: LayerInfo) -> AdapterSpec:
-        if layer.kind == "Embedding":
-            raise ConfigError("method.target_modules", self.target_modules,
-                              f"layers that are no embeddings, whose A starts at zero; {layer.name} is one")  # fmt: skip
+        drawn_only(self, layer)
         return replace(super()._spec(layer), rate_A=0.0)
 
     def label(self) -> dict[str, Any]:

@@ -98,18 +98,44 @@ class LowRank:
         scaling = alpha / math.sqrt(r) if self.use_rslora else alpha / r
         return AdapterSpec(r=r, scaling=scaling, alpha=alpha, dropout=self.dropout, init=self.init)
 
-    def _linear_only(self, layer: LayerInfo) -> None:
-        """For the relatives that are defined on matrices. Raises `ConfigError` for any other layer."""
-        if layer.kind not in ("Linear", "Conv1D"):
-            raise ConfigError("method.target_modules", self.target_modules,
-                              f"linear layers for method={self.name}; {layer.name} is {layer.kind}")  # fmt: skip
-
     def label(self) -> dict[str, Any]:
         target = self.target_modules
         return {
             "method": "rsLoRA" if self.use_rslora else "LoRA", "r": self.r, "alpha": self.alpha,
             "targets": target if isinstance(target, str) else "+".join(target),
         }  # fmt: skip
+
+
+def only(config: Any, layer: LayerInfo, kinds: tuple[str, ...], what: str) -> None:
+    """For methods that not every layer can carry. Raises `ConfigError` for a layer of another kind."""
+    if layer.kind not in kinds:
+        allowed = f"{what} for method={config.name}; {layer.name} is {layer.kind}"
+        raise ConfigError("method.target_modules", config.target_modules, allowed)
+
+
+def linear_only(config: Any, layer: LayerInfo) -> None:
+    """For methods that are defined on matrices."""
+    only(config, layer, ("Linear", "Conv1D"), "linear layers")
+
+
+def drawn_only(config: Any, layer: LayerInfo) -> None:
+    """For methods in which A is what is drawn: an embedding's starts at zero."""
+    only(config, layer, ("Linear", "Conv1D", "Conv2d"), "layers that are no embeddings")
+
+
+@dataclass(frozen=True)
+class FromWeight(LowRank):
+    """LoRA's settings, on linear layers, without dropout: A and B start as a part of the weight (`adapters/variants.py`)."""
+
+    def validate(self, key: str) -> None:
+        super().validate(key)
+        if self.dropout:
+            name = self.label()["method"]
+            raise ConfigError(f"{key}.dropout", self.dropout, f"0 for {name}: it would drop parts of the weight itself")
+
+    def _spec(self, layer: LayerInfo) -> AdapterSpec:
+        linear_only(self, layer)
+        return super()._spec(layer)
 
 
 def check_targets(key: str, target: Any, layers: list[int] | None, *, field: str = "target_modules") -> None:

@@ -6,9 +6,9 @@ from dataclasses import dataclass
 from typing import Any, ClassVar
 
 from lorabench.base import BaseInfo
-from lorabench.methods.low_rank import check_targets
+from lorabench.methods.low_rank import check_targets, linear_only
 from lorabench.methods.targets import resolve, whole_modules
-from lorabench.schema import ConfigError, knob
+from lorabench.schema import knob
 from lorabench.slice_plan import AdapterSpec, SlicePlan
 
 
@@ -34,9 +34,7 @@ class Config:
         modules = whole_modules(base, self.modules_to_save)
         layers = resolve(base, self.target_modules, self.layers, modules)
         for layer in layers:
-            if layer.kind not in ("Linear", "Conv1D"):
-                raise ConfigError("method.target_modules", self.target_modules,
-                                  f"linear layers for method=vera; {layer.name} is {layer.kind}")  # fmt: skip
+            linear_only(self, layer)
         widest = max(x.in_features for x in layers), max(x.out_features for x in layers)
         spec = AdapterSpec(r=self.r, scaling=1.0, alpha=1.0, dropout=self.dropout, kind="vera",
                            d_initial=self.d_initial, projection=(self.projection_key, *widest))  # fmt: skip
