@@ -65,14 +65,14 @@ class GridSweeper(Sweeper):
 
         sweep.require_fresh(settings)
         sweep.declare(list(jobs.values()))
-        returned = list(self.launcher.launch(_once(jobs), 0))
+        returned, cells = list(self.launcher.launch(_once(jobs), 0)), _cells(jobs, listed)
         if settings.sweep.extend_lr and role == "tune" and not settings.sweep.dry_run:
-            returned += self._extend(composer, settings, jobs, listed, always)
+            returned += self._extend(composer, settings, jobs, cells, always)
         if settings.sweep.confirm_seeds and role == "tune" and not settings.sweep.dry_run:
             chosen = sweep.chosen_rates(settings)
             confirm = {
                 (*p.fixed, f"{RATE}={chosen[name]!r}", f"{SEED}={seed}", "sweep.role=confirm", *always): extra
-                for name, (p, extra) in _cells({o: jobs[o] for o in listed}, listed).items()
+                for name, (p, extra) in cells.items()
                 if name in chosen
                 for seed in settings.sweep.confirm_seeds
             }
@@ -89,7 +89,7 @@ class GridSweeper(Sweeper):
         composer: Any,
         settings: Any,
         jobs: dict[tuple[str, ...], Any],
-        listed: Mapping[tuple[str, ...], Any],
+        cells: Mapping[str, Any],
         always: Sequence[str],
     ) -> list[Any]:
         """Tune one more rate outward in every cell whose best lies at an end, until none does; jobs grow by what was added."""
@@ -97,7 +97,6 @@ class GridSweeper(Sweeper):
 
         assert self.config is not None and self.launcher is not None
         returned: list[Any] = []
-        cells = _cells({o: jobs[o] for o in listed}, listed)
         for _ in range(EXTENSIONS):
             added = {
                 (*p.fixed, f"{RATE}={lr!r}", f"{SEED}={seed}", *always): extra
