@@ -66,8 +66,9 @@ class Study:
     @cached_property
     def _drawings(self) -> dict[str, Drawing]:
         from lorabench.report import figures
+        from lorabench.report.sections import sections
 
-        return {d.key: d for d in figures.draw(self.findings)}
+        return {d.key: d for d in (*figures.draw(self.findings), *sections(self.findings)[1])}
 
     @property
     def figures(self) -> list[str]:

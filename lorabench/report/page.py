@@ -29,7 +29,8 @@ HOW_TO_READ = (
 
 def files(f: Findings, title: str | None) -> dict[str, str | bytes]:
     """Every file of the report by its relative name. Equal findings give equal bytes."""
-    drawings, made = [*figures.draw(f), *sections.drawings(f)], {**tables.every(f), **sections.tables(f)}
+    more, drawn = sections.sections(f)
+    drawings, made = [*figures.draw(f), *drawn], {**tables.every(f), **more}
     words = {
         "title": title or f.sweep.name,
         "about": about(f), "question": f.sweep.study.get("question") or "", "confirmed": f.confirmed, "answer": answer.answer(f),

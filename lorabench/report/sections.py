@@ -9,16 +9,12 @@ from lorabench.report.style import Drawing
 from lorabench.report.tables import Column, Row, Table
 
 
-def tables(f: Findings) -> dict[str, Table]:
-    """By key, those that have rows."""
+def sections(f: Findings) -> tuple[dict[str, Table], list[Drawing]]:
+    """Tables by key, those that have rows, and drawings."""
     found = weights.load(f.sweep.store.root)
     made = [claimed(claims.judge(f.sweep)), *([weights.table(found)] if found else [])]
-    return {t.key: t for t in made if t.rows}
-
-
-def drawings(f: Findings) -> list[Drawing]:
-    found = weights.load(f.sweep.store.root)
-    return weights_figures.draw(found, style.looks(f.sweep.cells)) if found else []
+    drawn = weights_figures.draw(found, style.looks(f.sweep.cells)) if found else []
+    return {t.key: t for t in made if t.rows}, drawn
 
 
 def claimed(verdicts: list[Verdict]) -> Table:
