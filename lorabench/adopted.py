@@ -38,7 +38,7 @@ WANTED = (
     "task.name",
     "seed",
 )
-NO_SEED = 10_000  # rows without a seed are numbered from here: no two of them are taken for the same seed
+NO_SEED = 2**30  # runs without a seed get a number from here on, by what they say: no two are taken for the same seed
 
 
 def from_table(
@@ -70,17 +70,17 @@ def from_table(
             k: _value(v) for k, v in fixed.items()
         }
         values = {name: _number(row[column], f"{path.name}, row {i + 1}, {column}") for name, column in scored.items()}
-        records.append(_record(said, values, primary, {"file": path.name, "row": i + 1}, i))
+        records.append(_record(said, values, primary, {"file": path.name, "row": i + 1}))
     return records
 
 
 def from_folders(folders: Sequence[Path], *, fixed: Mapping[str, str], primary: str | None) -> list[Record]:
     """One record a folder with adapter_config.json (PEFT) and trainer_state.json, or all_results.json, eval_results.json.
 
-    Pickled files (training_args.bin, optimizer.pt) are not opened.
+    Pickled files (training_args.bin, optimizer.pt) are not opened: the largest rate that was logged stands for the peak.
     """
     records = []
-    for i, folder in enumerate(folders):
+    for folder in folders:
         if not folder.is_dir():
             raise ConfigError("source", str(folder), "a folder that PEFT or transformers' Trainer wrote")
         adapter, state = _json(folder / "adapter_config.json"), _state(folder)
@@ -94,7 +94,7 @@ def from_folders(folders: Sequence[Path], *, fixed: Mapping[str, str], primary: 
                 "source", str(folder), "trainer_state.json or eval_results.json with eval_ or test_ numbers"
             )
         said = _of_adapter(adapter) | _of_state(state) | {k: _value(v) for k, v in fixed.items()}
-        records.append(_record(said, values, primary, {"folder": folder.name}, i))
+        records.append(_record(said, values, primary, {"folder": folder.name}))
     return records
 
 
@@ -151,7 +151,6 @@ def _record(
     values: Mapping[str, float | None],
     primary: str | None,
     where: Mapping[str, Any],
-    number: int,
 ) -> Record:
     said = {key: value for key, value in said.items() if value is not None and value != ""}
     name = str(said.get("method.name", "lora" if "method.r" in said else "full")).lower()
@@ -176,7 +175,8 @@ def _record(
         "optimizer": {},
         "trainer": {},
     }
-    config["seed"] = int(said.get("seed", NO_SEED + number))
+    told = json.dumps([dict(said), dict(values), dict(where)], sort_keys=True).encode()
+    config["seed"] = int(said.get("seed", NO_SEED + int(hashlib.sha256(told).hexdigest()[:7], 16)))
     for key, value in said.items():
         section, _, field = key.partition(".")
         if field:

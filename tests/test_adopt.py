@@ -69,6 +69,9 @@ def test_columns_of_ones_own_names(tmp_path: Path) -> None:
     assert sorted(r.metrics["test/accuracy"] for r in records) == [0.51, 0.52]
     assert len({r.config["seed"] for r in records}) == 2, "rows without a seed are never taken for the same seed"
     assert all("seed" in r.provenance["missing"] for r in records)
+    again = table(tmp_path / "more.csv", [{**rows[0], "acc": 0.7}])
+    assert main([str(again), *argv[1:], "--metric", "test/accuracy=acc"]) == 0
+    assert len({r.config["seed"] for r in Store(out).records()}) == 3, "nor are those of another call"
 
 
 def test_folders_that_peft_and_trainer_wrote(tmp_path: Path) -> None:
