@@ -190,6 +190,8 @@ def cautions(study: Study) -> Iterator[str]:
         yield "The study declares no confirmation seeds: it tunes, and compares nothing."
     elif study.seeds < FEWEST:
         yield f"{formats.plural(study.seeds, 'confirmation seed')}: no verdict, that takes {FEWEST}."
+    if sweep.extend_lr:
+        yield "sweep.extend_lr may add rates where the best lies at an end of the grid; runs and hours are without them."
     if sweep.prune:
         yield "sweep.prune shortens the tuning; hours are without it."
 

@@ -88,7 +88,7 @@ def _layer(x: Mapping[str, Any]) -> Layer:
     counts = {float(t): float(n) for t, n in (x.get("intruders") or {}).items() if n is not None}
     shape = x.get("shape")
     return Layer(
-        _number(x.get("variance_rank", x.get("variance_rank_90"))), counts, _number(x.get("relative_norm")),
+        _number(x.get("variance_rank")), counts, _number(x.get("relative_norm")),
         (int(shape[0]), int(shape[1])) if shape else None,
     )  # fmt: skip
 
