@@ -18,11 +18,8 @@ from lorabench.records import atomic_write, dump_json
 from lorabench.schema import ConfigError
 
 if TYPE_CHECKING:
-    from rich.table import Table as RichTable
-
     from lorabench.deltas import Bases, Opened
     from lorabench.report.results import Result
-    from lorabench.report.tables import Table
     from lorabench.scope import Asked, Comparison, Source
 
 FILE = Path("analysis", "weights.json")
@@ -181,26 +178,13 @@ def _known(entry: Mapping[str, Any] | None, opened: Opened, names: Sequence[str]
 # -- the face ------------------------------------------------------------------------------------------------------------
 
 
-def terminal(made: Table) -> RichTable:
-    from rich import box
-    from rich.markup import escape
-    from rich.table import Table as RichTable
-
-    out = RichTable(box=box.SIMPLE_HEAD, caption=escape("\n".join(made.notes)), caption_justify="left", pad_edge=False)
-    for column in made.columns:
-        out.add_column(escape(column.title), justify=column.align, vertical="bottom")
-    for row in made.rows:
-        out.add_row(*map(escape, row.texts))
-    return out
-
-
 def main(argv: Sequence[str] | None = None) -> int:
     """Exit 0: written; 2: bad input."""
     args = parser().parse_args(argv)
     from rich.console import Console
     from rich.progress import Progress
 
-    from lorabench.report import weights
+    from lorabench.report import faces, weights
     from lorabench.scope import Asked
 
     asked, console = Asked(tuple(args.cells), tuple(args.layers), args.intruders), Console(stderr=True)
@@ -211,7 +195,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     except (ConfigError, OSError) as e:
         print(f"error: {e}", file=sys.stderr)
         return 2
-    Console().print(terminal(weights.table(weights.tidy(doc))))
+    Console().print(faces.rich_table(weights.table(weights.tidy(doc))))
     print(f"analysis: {args.sweep / FILE}")
     return 0
 

@@ -92,8 +92,6 @@ def markdown(c: Comparison) -> str:
 
 
 def terminal(c: Comparison) -> Iterator[RichTable | Text]:
-    from rich import box
-    from rich.table import Table as RichTable
     from rich.text import Text
 
     for line in top(c):
@@ -103,10 +101,4 @@ def terminal(c: Comparison) -> Iterator[RichTable | Text]:
         if not table.rows:
             yield Text(f"{table.title}: nothing.")
             continue
-        made = RichTable(title=table.title, title_justify="left", box=box.SIMPLE_HEAD, pad_edge=False)
-        for column in table.columns:
-            made.add_column(Text(column.title), justify=column.align, overflow="fold")
-        for row in table.rows:
-            made.add_row(*map(Text, row.texts))
-        made.caption, made.caption_justify = Text(" ".join(table.notes)), "left"
-        yield made
+        yield faces.rich_table(table)

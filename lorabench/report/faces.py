@@ -55,6 +55,21 @@ def latex(table: Table) -> str:
     return "\n".join(lines) + "\n"
 
 
+def rich_table(table: Table) -> RichTable:
+    """A table for a terminal, its notes below it; no markup of a user's is read."""
+    from rich import box
+    from rich.table import Table as RichTable
+    from rich.text import Text
+
+    out = RichTable(title=Text(table.title), title_justify="left", box=box.SIMPLE_HEAD, pad_edge=False)
+    for column in table.columns:
+        out.add_column(Text(column.title), justify=column.align, vertical="bottom", overflow="fold")
+    for row in table.rows:
+        out.add_row(*map(Text, row.texts))
+    out.caption, out.caption_justify = Text("\n".join(table.notes)), "left"
+    return out
+
+
 def terminal(f: Findings, caption: str) -> RichTable:
     """The comparison at the width of a terminal: one name a cell, what decides, what it costs."""
     from rich import box
