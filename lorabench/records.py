@@ -6,29 +6,35 @@
 <sweep dir>/runs/<run_id>/test.npz           per-example test results (confirm role): example, loss, weight, ...
 <sweep dir>/runs/<run_id>/adapter/           trained weights, PEFT's format where it has one
 <sweep dir>/analysis/weights.json            what `lorabench.analyze` measured on those weights
+<sweep dir>/locks/                           leases: who trains which pack now, who writes the manifest
 """
 
 from __future__ import annotations
 
-import fcntl
+import errno
+import io
 import json
 import os
 import re
 import secrets
+import zipfile
+import zlib
 from collections.abc import Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from lorabench.schema import ExistingWork
+from lorabench.leases import Lease, LeaseLost, Leases, refuse_link
+from lorabench.schema import ExistingWork, Unwritable
 
 if TYPE_CHECKING:
     import pandas as pd
 
-MANIFEST = "sweep.json"
+MANIFEST, HISTORY = "sweep.json", "history.jsonl"
+APPEND = os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_NOFOLLOW
 STATUSES = ("completed", "failed", "diverged", "pruned")
 RUN_ID = re.compile(r"[0-9a-f]{12}")
 OURS = {MANIFEST, "runs", "locks", "analysis", "README.md", ".gitkeep"}
@@ -54,19 +60,29 @@ class Record:
         assert RUN_ID.fullmatch(self.run_id) and self.status in STATUSES
 
 
+@contextmanager
+def writing(path: Path) -> Iterator[None]:
+    """What the system says against a write becomes `Unwritable`, with the path."""
+    try:
+        yield
+    except OSError as e:
+        raise Unwritable(e.errno or errno.EIO, e.strerror or str(e), str(path)) from e
+
+
 def atomic_write(path: Path, data: str | bytes) -> None:
     """Write to a temporary name beside `path`, fsync, rename: a reader sees the old file or the new one."""
-    path.parent.mkdir(parents=True, exist_ok=True)
     tmp = path.with_name(f".{path.name}.{secrets.token_hex(4)}.tmp")
     raw = data.encode() if isinstance(data, str) else data
-    try:
-        with open(tmp, "wb") as f:
-            f.write(raw)
-            f.flush()
-            os.fsync(f.fileno())
-        os.replace(tmp, path)
-    finally:
-        tmp.unlink(missing_ok=True)
+    with writing(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            with open(tmp, "xb") as f:
+                f.write(raw)
+                f.flush()
+                os.fsync(f.fileno())
+            os.replace(tmp, path)
+        finally:
+            tmp.unlink(missing_ok=True)
 
 
 def dump_json(value: Any) -> str:
@@ -86,23 +102,39 @@ def _finite(value: Any) -> Any:
     return value
 
 
-class Store:
-    """A sweep directory."""
+def _parts_are_tables(record: Record) -> bool:
+    return all(isinstance(x, dict) for x in (record.config, record.metrics, record.resources, record.provenance))
 
-    def __init__(self, root: str | Path) -> None:
-        self.root = Path(root)
+
+class Store:
+    """A sweep directory. lease: the file of the lease (`Lease.file`) under which runs may be written, if under any."""
+
+    def __init__(self, root: str | Path, lease: str | Path | None = None) -> None:
+        self.root, self.lease = Path(root), Path(lease) if lease else None
+        self.leases = Leases(self.root / "locks")
+
+    def under(self, lease: Lease) -> Store:
+        """The same store as the holder of a lease writes it: once that is another's, writing raises `LeaseLost`."""
+        return Store(self.root, lease.file)
 
     @contextmanager
     def locked(self) -> Iterator[None]:
-        """Hold the manifest against other launchers on this machine; the kernel frees it when its holder dies."""
-        path = self.root / "locks" / "manifest"
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with open(path, "a") as f:
-            fcntl.flock(f, fcntl.LOCK_EX)
+        """Hold the manifest against other launchers. Raises `ExistingWork` where the directory may not be written."""
+        try:
+            lease = self.leases.wait(MANIFEST)
+        except OSError as e:
+            if e.errno not in (errno.EROFS, errno.EACCES, errno.EPERM):
+                raise Unwritable(e.errno, e.strerror, str(self.root)) from e
+            raise ExistingWork("sweep.dir", str(self.root), f"a directory that can be written ({e.strerror})") from e
+        with lease:
+            for torn in self.root.glob(f".{MANIFEST}.*.tmp"):  # of a process that was killed while it wrote
+                torn.unlink(missing_ok=True)
             yield
 
     def check_foreign(self) -> None:
-        """Raise `ExistingWork` when the directory holds files that are not a sweep's."""
+        """Raise `ExistingWork` when the directory holds files that are not a sweep's, or leads elsewhere."""
+        for path in (self.root, *(self.root / name for name in sorted(OURS))):
+            refuse_link(path, "sweep.dir")
         if self.root.exists() and not self.root.is_dir():
             raise ExistingWork("sweep.dir", str(self.root), "a directory; this is a file")
         if not self.root.is_dir():
@@ -116,18 +148,51 @@ class Store:
         assert RUN_ID.fullmatch(run_id), run_id
         return self.root / "runs" / run_id
 
+    def own_dir(self, run_id: str) -> Path:
+        """A run's directory, made, to write into. Raises `LeaseLost`, and `ExistingWork` for a symbolic link."""
+        if self.lease is not None and not self.lease.exists():
+            raise LeaseLost(f"the lease {self.lease.parent} was taken over: this process was away for too long")
+        path = self.run_dir(run_id)
+        refuse_link(path, "sweep.dir")
+        with writing(path):
+            path.mkdir(parents=True, exist_ok=True)
+        return path
+
     def write(self, record: Record) -> None:
-        atomic_write(self.run_dir(record.run_id) / "run.json", dump_json(asdict(record)))
+        path = self.own_dir(record.run_id)
+        with writing(path / HISTORY), suppress(FileNotFoundError), open(path / HISTORY, "rb") as f:
+            os.fsync(f.fileno())  # a record that survives a power cut says that all beside it does
+        atomic_write(path / "run.json", dump_json(asdict(record)))
 
     def read(self, run_id: str) -> Record | None:
-        """The record of a run that has ended, or None. A torn or foreign file counts as none."""
+        """The record of a run that has ended, or None. A torn file and one of another run count as none.
+
+        Raises `ExistingWork` for a record of another version of lorabench.
+        """
+        path = self.run_dir(run_id) / "run.json"
         try:
-            data = json.loads((self.run_dir(run_id) / "run.json").read_text(encoding="utf-8"))
-            return Record(**data)
+            data = json.loads(path.read_text(encoding="utf-8"))
         except (FileNotFoundError, NotADirectoryError):
             return None
-        except (json.JSONDecodeError, TypeError, AssertionError, UnicodeDecodeError):
+        except (ValueError, RecursionError):  # bad JSON, bad UTF-8
             return None
+        except IsADirectoryError as e:
+            raise ExistingWork("sweep.dir", str(path), "a record; this is a directory") from e
+        if isinstance(data, dict) and data.get("schema", 1) != 1:
+            raise ExistingWork("sweep.dir", str(path), f"a record of schema 1; this one has {data['schema']!r}")
+        try:
+            record = Record(**data)
+        except (TypeError, AssertionError):
+            return None
+        return record if record.run_id == run_id and _parts_are_tables(record) else None
+
+    def stamp(self, run_id: str) -> tuple[int, int] | None:
+        """What changes whenever a run's record is written anew; None where there is none."""
+        try:
+            about = (self.run_dir(run_id) / "run.json").stat()
+        except OSError:
+            return None
+        return about.st_mtime_ns, about.st_ino
 
     def run_ids(self) -> list[str]:
         runs = self.root / "runs"
@@ -139,19 +204,22 @@ class Store:
         return [r for r in map(self.read, self.run_ids()) if r is not None]
 
     def append_history(self, run_id: str, rows: Iterable[Mapping[str, Any]]) -> None:
-        path = self.run_dir(run_id) / "history.jsonl"
-        path.parent.mkdir(parents=True, exist_ok=True)
+        path = self.own_dir(run_id) / HISTORY
         text = "".join(json.dumps(_finite(row), allow_nan=False) + "\n" for row in rows)
-        with open(path, "a", encoding="utf-8") as f:
+        with writing(path), open(os.open(path, APPEND, 0o666), "w", encoding="utf-8") as f:
             f.write(text)
 
     def reset_history(self, run_id: str) -> None:
         """A pack that starts again starts its histories again."""
-        (self.run_dir(run_id) / "history.jsonl").unlink(missing_ok=True)
+        path = self.own_dir(run_id)
+        for stale in (path / HISTORY, *path.glob(".*.tmp")):  # the latter of a process that was killed while it wrote
+            if not stale.is_dir():
+                with writing(stale):
+                    stale.unlink(missing_ok=True)
 
     def history(self, run_id: str) -> list[dict[str, Any]]:
         try:
-            lines = (self.run_dir(run_id) / "history.jsonl").read_text(encoding="utf-8").splitlines()
+            lines = (self.run_dir(run_id) / HISTORY).read_text(encoding="utf-8", errors="replace").splitlines()
         except FileNotFoundError:
             return []
         rows = []
@@ -164,26 +232,38 @@ class Store:
 
     def write_arrays(self, run_id: str, name: str, arrays: Mapping[str, np.ndarray]) -> None:
         """Per-example results as `<name>.npz`: [N] arrays, no pickles."""
-        path = self.run_dir(run_id) / f"{name}.npz"
-        path.parent.mkdir(parents=True, exist_ok=True)
-        tmp = path.with_name(f".{name}.tmp.npz")
-        np.savez_compressed(tmp, **arrays)  # type: ignore[arg-type]
-        os.replace(tmp, path)
+        buffer = io.BytesIO()
+        np.savez_compressed(buffer, **arrays)  # type: ignore[arg-type]
+        atomic_write(self.own_dir(run_id) / f"{name}.npz", buffer.getvalue())
 
     def arrays(self, run_id: str, name: str) -> dict[str, np.ndarray] | None:
+        """What `write_arrays` wrote, or None. Raises `ExistingWork` for a file that is torn or another's."""
         path = self.run_dir(run_id) / f"{name}.npz"
         if not path.is_file():
             return None
-        with np.load(path, allow_pickle=False) as data:
-            return {key: data[key] for key in data.files}
+        try:
+            with np.load(path, allow_pickle=False) as data:
+                return {key: data[key] for key in data.files}
+        except (
+            ValueError,
+            EOFError,
+            KeyError,
+            AttributeError,
+            zipfile.BadZipFile,
+            zlib.error,
+            NotImplementedError,
+        ) as e:
+            allowed = f"a whole file of arrays ({type(e).__name__}); the sweep's own command trains the run again"
+            raise ExistingWork("sweep.dir", str(path), allowed) from e
 
     def manifest(self) -> dict[str, Any]:
         try:
             data: dict[str, Any] = json.loads((self.root / MANIFEST).read_text(encoding="utf-8"))
         except FileNotFoundError:
             return {}
-        except json.JSONDecodeError as e:
-            raise ExistingWork("sweep.dir", str(self.root), f"its {MANIFEST} is not valid JSON ({e})") from e
+        except (ValueError, RecursionError) as e:
+            why = f"its {MANIFEST} is not valid JSON ({e}); moved away, it is made anew and finished runs are kept"
+            raise ExistingWork("sweep.dir", str(self.root), why) from e
         if not isinstance(data, dict) or data.get("schema") != 1:
             raise ExistingWork("sweep.dir", str(self.root), f"its {MANIFEST} is not a lorabench manifest of schema 1")
         return data

@@ -21,6 +21,10 @@ class ExistingWork(ConfigError):
     """What is on disk does not fit what was asked (foreign files, changed data): nothing was touched."""
 
 
+class Unwritable(OSError):
+    """A file of a store or a report cannot be written (disk full, gone, no right): no run's fault. Exit code 1."""
+
+
 def _show(value: Any) -> str:
     text = value if isinstance(value, str) else repr(value)
     return text if len(text) <= 200 else text[:197] + "..."

@@ -20,12 +20,14 @@ from lorabench import prepare as prep
 from lorabench.adapters import SlicesMix, inject, probe
 from lorabench.batches import EvalStream, PackStream
 from lorabench.config import RunConfig
+from lorabench.leases import LeaseLost
 from lorabench.memory import PeakMemory, out_of_memory, release
 from lorabench.module import PackModule
 from lorabench.outcome import Session, failed, records_of
 from lorabench.prepare import Pack
 from lorabench.records import Record, Store
 from lorabench.reuse import Reuse
+from lorabench.schema import Unwritable
 
 __all__ = ["Listener", "OutOfMemory", "Pack", "SlicesMix", "measure", "train"]
 
@@ -46,7 +48,7 @@ def train(pack: Pack, store: Store, listener: Listener | None = None, *, keep: C
     keep: run_ids whose record stands already (a pack that was cut while it wrote): trained along; record and history stay.
 
     Raises `SlicesMix` when the base cannot be shared between slices, and `OutOfMemory` when the pack does not fit: the
-    caller then trains the runs one by one, or the pack in halves. Neither leaves a record.
+    caller then trains the runs one by one, or the pack in halves. Neither leaves a record; nor do `LeaseLost` and `Unwritable`.
     """
     listener = listener or Listener()
     for run in pack.runs:
@@ -56,7 +58,7 @@ def train(pack: Pack, store: Store, listener: Listener | None = None, *, keep: C
     records: list[Record] | None = None
     try:
         records = _train(pack, store, listener, keep)
-    except SlicesMix:
+    except (SlicesMix, LeaseLost, Unwritable):  # no run's fault: nothing is recorded
         raise
     except Exception as e:
         if not (out_of_memory(e) and len(pack.runs) > 1):

@@ -23,9 +23,11 @@ from typing import Any
 import torch
 
 from lorabench.config import RunConfig
+from lorabench.leases import LeaseLost
 from lorabench.outcome import failed
 from lorabench.prepare import Pack
 from lorabench.records import Record, Store
+from lorabench.schema import Unwritable
 from lorabench.train import Listener, OutOfMemory, SlicesMix, train
 
 GROUP = 8  # cores a CPU worker: more threads than that have little to do in one part
@@ -117,7 +119,8 @@ class _Worker:
         self, pack: Pack, store: Store, heard: dict[str, Callable[..., None]], keep: Iterable[str]
     ) -> list[Record]:
         runs = [run.to_dict() for run in pack.runs]
-        future = self.pool.submit(_train, pack.id, runs, pack.prune, str(store.root), list(keep))
+        lease = str(store.lease) if store.lease else None
+        future = self.pool.submit(_train, pack.id, runs, pack.prune, str(store.root), list(keep), lease)
         while not (future.done() and self.channel.empty()):
             with suppress(queue.Empty):
                 name, args = self.channel.get(timeout=0.1)
@@ -127,6 +130,10 @@ class _Worker:
             raise SlicesMix(*value)
         if kind == "memory":
             raise OutOfMemory(value)
+        if kind == "lost":
+            raise LeaseLost(value)
+        if kind == "unwritable":
+            raise Unwritable(*value)
         return [Record(**r) for r in value]
 
 
@@ -152,7 +159,9 @@ def _begin(index: int, count: int, device: str, channel: Any) -> None:
             os.sched_setaffinity(0, own)
 
 
-def _train(pack_id: str, runs: list[dict[str, Any]], prune: bool, root: str, keep: list[str]) -> tuple[str, Any]:
+def _train(
+    pack_id: str, runs: list[dict[str, Any]], prune: bool, root: str, keep: list[str], lease: str | None
+) -> tuple[str, Any]:
     """In the worker: train a pack; what the caller must know of an error comes back as data."""
     pack = Pack(pack_id, tuple(RunConfig.from_dict(r) for r in runs), prune=prune)
     listener = Listener(
@@ -162,8 +171,12 @@ def _train(pack_id: str, runs: list[dict[str, Any]], prune: bool, root: str, kee
         finish=lambda record: _channel.put(("finish", (record,))),
     )
     try:
-        return "records", [asdict(r) for r in train(pack, Store(Path(root)), listener, keep=keep)]
+        return "records", [asdict(r) for r in train(pack, Store(Path(root), lease), listener, keep=keep)]
     except SlicesMix as e:
         return "mix", (e.layer, e.reason)
     except OutOfMemory as e:
         return "memory", str(e)
+    except LeaseLost as e:
+        return "lost", str(e)
+    except Unwritable as e:
+        return "unwritable", (e.errno, e.strerror, e.filename)
