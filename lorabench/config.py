@@ -10,6 +10,7 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -103,6 +104,14 @@ class SweepConfig:
     retry_failed: bool = knob(False, help="train runs again whose record says failed")
     measure_solo: bool = knob(True, help="time a few steps of each cell alone: the seconds and memory that tables show")
     progress: bool = knob(True, help="live progress on the terminal")
+
+    def validate(self, key: str) -> None:
+        """The name is a folder's, under `sweeps/` and `reports/`: no way out of them."""
+        if self.name is not None and not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._+=,-]{0,99}", self.name):
+            allowed = (
+                "letters, digits and . _ - + = , (at most 100, a letter or digit first); sweep.dir may be any folder"
+            )
+            raise ConfigError(f"{key}.name", self.name, allowed)
 
 
 @dataclass(frozen=True)
@@ -251,6 +260,9 @@ def _translate(e: OmegaConfBaseException, cls: type, key: str, cfg: DictConfig) 
 
 
 def _name(cfg: DictConfig, section: str, field: str) -> str:
+    node = cfg.get(section)
+    if node is not None and not isinstance(node, (DictConfig, Mapping)):
+        raise ConfigError(section, node, "a mapping of settings")
     name = OmegaConf.select(cfg, f"{section}.{field}", default=None)
     if not isinstance(name, str):
         raise ConfigError(f"{section}.{field}", name, f"allowed: {', '.join(available(section))}")

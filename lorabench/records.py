@@ -15,18 +15,16 @@ import errno
 import io
 import json
 import os
-import re
 import secrets
-import zipfile
-import zlib
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from lorabench import shapes
 from lorabench.leases import Lease, LeaseLost, Leases, refuse_link
 from lorabench.schema import ExistingWork, Unwritable
 
@@ -36,7 +34,7 @@ if TYPE_CHECKING:
 MANIFEST, HISTORY = "sweep.json", "history.jsonl"
 APPEND = os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_NOFOLLOW
 STATUSES = ("completed", "failed", "diverged", "pruned")
-RUN_ID = re.compile(r"[0-9a-f]{12}")
+RUN_ID = shapes.RUN_ID
 OURS = {MANIFEST, "runs", "locks", "analysis", "README.md", ".gitkeep"}
 
 
@@ -58,6 +56,9 @@ class Record:
 
     def __post_init__(self) -> None:
         assert RUN_ID.fullmatch(self.run_id) and self.status in STATUSES
+
+
+_FIELDS = {f.name for f in fields(Record)}
 
 
 @contextmanager
@@ -100,10 +101,6 @@ def _finite(value: Any) -> Any:
     if isinstance(value, float) and not np.isfinite(value):
         return None
     return value
-
-
-def _parts_are_tables(record: Record) -> bool:
-    return all(isinstance(x, dict) for x in (record.config, record.metrics, record.resources, record.provenance))
 
 
 class Store:
@@ -165,26 +162,20 @@ class Store:
         atomic_write(path / "run.json", dump_json(asdict(record)))
 
     def read(self, run_id: str) -> Record | None:
-        """The record of a run that has ended, or None. A torn file and one of another run count as none.
-
-        Raises `ExistingWork` for a record of another version of lorabench.
-        """
+        """The record of a run that has ended, or None. A torn file, one of another run and one of another version count
+        as none; a sweep that would train such a run refuses the last (`damage.damaged`)."""
         path = self.run_dir(run_id) / "run.json"
         try:
             data = json.loads(path.read_text(encoding="utf-8"))
         except (FileNotFoundError, NotADirectoryError):
             return None
-        except (ValueError, RecursionError):  # bad JSON, bad UTF-8
+        except (ValueError, RecursionError):  # ValueError: bad JSON, bad UTF-8, a number of too many digits
             return None
         except IsADirectoryError as e:
             raise ExistingWork("sweep.dir", str(path), "a record; this is a directory") from e
-        if isinstance(data, dict) and data.get("schema", 1) != 1:
-            raise ExistingWork("sweep.dir", str(path), f"a record of schema 1; this one has {data['schema']!r}")
-        try:
-            record = Record(**data)
-        except (TypeError, AssertionError):
+        if shapes.fault(data, shapes.RECORD) or data["run_id"] != run_id or set(data) - _FIELDS:
             return None
-        return record if record.run_id == run_id and _parts_are_tables(record) else None
+        return Record(**data)
 
     def stamp(self, run_id: str) -> tuple[int, int] | None:
         """What changes whenever a run's record is written anew; None where there is none."""
@@ -232,31 +223,31 @@ class Store:
 
     def write_arrays(self, run_id: str, name: str, arrays: Mapping[str, np.ndarray]) -> None:
         """Per-example results as `<name>.npz`: [N] arrays, no pickles."""
-        buffer = io.BytesIO()
-        np.savez_compressed(buffer, **arrays)  # type: ignore[arg-type]
-        atomic_write(self.own_dir(run_id) / f"{name}.npz", buffer.getvalue())
+        raw = io.BytesIO()
+        np.savez_compressed(raw, **arrays)  # type: ignore[arg-type]
+        atomic_write(self.own_dir(run_id) / f"{name}.npz", raw.getvalue())
 
     def arrays(self, run_id: str, name: str) -> dict[str, np.ndarray] | None:
-        """What `write_arrays` wrote, or None. Raises `ExistingWork` for a file that is torn or another's."""
+        """What `write_arrays` wrote, or None. Raises `ExistingWork` for a torn or foreign file: it is a result that is lost."""
         path = self.run_dir(run_id) / f"{name}.npz"
-        if not path.is_file():
-            return None
         try:
-            with np.load(path, allow_pickle=False) as data:
-                return {key: data[key] for key in data.files}
-        except (
-            ValueError,
-            EOFError,
-            KeyError,
-            AttributeError,
-            zipfile.BadZipFile,
-            zlib.error,
-            NotImplementedError,
-        ) as e:
-            allowed = f"a whole file of arrays ({type(e).__name__}); the sweep's own command trains the run again"
-            raise ExistingWork("sweep.dir", str(path), allowed) from e
+            with open(path, "rb") as f, np.load(f, allow_pickle=False) as data:
+                found = {key: data[key] for key in data.files}
+        except FileNotFoundError:
+            return None
+        except Exception as e:  # zipfile and numpy raise a dozen kinds for broken files
+            raise self._lost(path, run_id, type(e).__name__) from e
+        sizes = {column.shape for column in found.values()}
+        if len(sizes) > 1 or any(len(size) != 1 for size in sizes):
+            raise self._lost(path, run_id, "columns of unequal length")
+        return found
+
+    def _lost(self, path: Path, run_id: str, why: str) -> ExistingWork:
+        allowed = f"a whole file of arrays ({why}); start the sweep of {run_id} again: it trains that run anew"
+        return ExistingWork("sweep.dir", str(path), allowed)
 
     def manifest(self) -> dict[str, Any]:
+        """The manifest, {} where there is none. Raises `ExistingWork` for a file that is torn or not one."""
         try:
             data: dict[str, Any] = json.loads((self.root / MANIFEST).read_text(encoding="utf-8"))
         except FileNotFoundError:
@@ -264,8 +255,9 @@ class Store:
         except (ValueError, RecursionError) as e:
             why = f"its {MANIFEST} is not valid JSON ({e}); moved away, it is made anew and finished runs are kept"
             raise ExistingWork("sweep.dir", str(self.root), why) from e
-        if not isinstance(data, dict) or data.get("schema") != 1:
-            raise ExistingWork("sweep.dir", str(self.root), f"its {MANIFEST} is not a lorabench manifest of schema 1")
+        if wrong := shapes.fault(data, shapes.MANIFEST):
+            allowed = f"its {MANIFEST} is not a lorabench manifest of schema 1 (at {wrong})"
+            raise ExistingWork("sweep.dir", str(self.root), allowed)
         return data
 
     def write_manifest(self, manifest: Mapping[str, Any]) -> None:

@@ -18,7 +18,7 @@ PLUGINS = "hydra_plugins/lorabench"
 # Who may know a library at all, inside functions too. A library that is not here is anybody's.
 KNOWN_TO = {
     "hydra": {"__main__", "app", PLUGINS},
-    "omegaconf": {"config", "__main__", "app", PLUGINS},
+    "omegaconf": {"config", "guards", "__main__", "app", PLUGINS},
     "pytorch_lightning": {"module", "train"},
     "transformers": {"models", "tasks"},
     "wandb": {"trackers"},
