@@ -13,6 +13,7 @@ import pytorch_lightning as pl
 import torch
 from torch import Tensor
 
+from lorabench import replicas
 from lorabench.adapters import Stack
 from lorabench.batches import Part
 from lorabench.config import RunConfig
@@ -105,7 +106,7 @@ class PackModule(pl.LightningModule):
         return {"optimizer": optimizer, "lr_scheduler": torch.optim.lr_scheduler.LambdaLR(optimizer, factor)}
 
     def training_step(self, batch: list[Part], batch_idx: int) -> None:
-        losses, weights = torch.zeros(2, len(self.runs), dtype=torch.float64)
+        losses, weights, tokens = sums = torch.zeros(3, len(self.runs), dtype=torch.float64)
         micros = 1 + max((part.micro for part in batch), default=0)
         self.packed.zero_grad(set_to_none=True)
         for part in batch:
@@ -116,7 +117,11 @@ class PackModule(pl.LightningModule):
                 self.manual_backward(out.loss_sum.sum())
             losses[list(part.slices)] += by_slice(out.loss_sum.detach(), part)
             weights[list(part.slices)] += by_slice(out.weight, part)
-            self._count_tokens(part)
+            if "attention_mask" in part.batch:
+                tokens[list(part.slices)] += by_slice(part.batch["attention_mask"].sum(1), part)
+        self._add_up(sums)
+        for k, s in enumerate(self.slices):
+            s.tokens += int(tokens[k])
         weights[weights == 0] = 1  # slices that have left
         self._scale_and_freeze(losses / weights, weights)
         for k in self.live:
@@ -128,10 +133,13 @@ class PackModule(pl.LightningModule):
         self._log_training(losses / weights, rate)
         self.trainer.should_stop = not self.live
 
-    def _count_tokens(self, part: Part) -> None:
-        if "attention_mask" in part.batch:
-            for k, tokens in zip(part.slices, by_slice(part.batch["attention_mask"].sum(1), part), strict=True):
-                self.slices[k].tokens += int(tokens)
+    def _add_up(self, sums: Tensor) -> None:
+        """Sums [3, K] and gradients over the processes that share this pack's batches."""
+        if replicas.world() > 1:
+            there = sums.to(self.device)
+            replicas.add_up([there])
+            sums.copy_(there.cpu())
+            replicas.add_up_gradients(t.parameter for t in self.stack.named_trainables())
 
     def _key_dropout(self, step: int, batch: Mapping[str, Tensor]) -> None:
         self.stack.context.set(seeds=[r.seed for r in self.runs], step=step, examples=batch["example"])
@@ -179,7 +187,9 @@ class PackModule(pl.LightningModule):
     def _end_evaluation(self) -> dict[int, dict[str, np.ndarray]]:
         """Per-example results of each slice that was evaluated, in the order of the example's own id."""
         results = {}
-        for k, chunks in self._chunks.items():
+        everywhere = replicas.gather(self._chunks)
+        for k in sorted({k for chunks in everywhere for k in chunks}):
+            chunks = [c for one in everywhere for c in one.get(k, ())]
             table = {name: np.concatenate([c[name] for c in chunks]) for name in chunks[0]}
             order = np.argsort(table["example"], kind="stable")
             results[k] = {name: column[order] for name, column in table.items()}
