@@ -19,7 +19,7 @@ PLUGINS = "hydra_plugins/lorabench"
 KNOWN_TO = {
     "hydra": {"__main__", "app", PLUGINS},
     "omegaconf": {"config", "__main__", "app", PLUGINS},
-    "pytorch_lightning": {"module", "train"},
+    "pytorch_lightning": {"module", "fit"},
     "transformers": {"models", "tasks"},
     "wandb": {"trackers"},
     "tensorboard": {"trackers"},
@@ -34,6 +34,8 @@ NEEDS_TORCH = {
     "module",
     "outcome",
     "reuse",
+    "snapshot",
+    "fit",
     "train",
     "workers",
     "terminal",
