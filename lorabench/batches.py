@@ -50,7 +50,7 @@ class Part(NamedTuple):
 
 
 class PackStream:
-    """All steps of a pack, indexed by the global step: `stream[step]` is the list of its parts.
+    """All steps of a pack, indexed by the global step: `stream[step]` is the list of its parts. Iteration begins at `start`.
 
     seeds: one a slice; slices of equal seeds share their order, which is computed once. budget: the most padded tokens
     (of whatever `lengths` counts) that go through the base at once: neighbouring slices share a part as far as it
@@ -68,6 +68,7 @@ class PackStream:
         accumulate: int,
         total_steps: int,
         collate: Collate,
+        start: int = 0,
         budget: int | None = None,
         live: Callable[[], Sequence[int]] | None = None,
         share: Callable[[np.ndarray], np.ndarray] = lambda own: own,
@@ -75,15 +76,15 @@ class PackStream:
         self.examples, self.lengths, self.seeds, self.collate = examples, np.asarray(lengths), tuple(seeds), collate
         self.share = share
         self.batch_size, self.accumulate, self.total_steps, self.budget = batch_size, accumulate, total_steps, budget
-        self.live = live or (lambda: range(len(self.seeds)))
+        self.live, self.start = live or (lambda: range(len(self.seeds))), start
         self.per_epoch = steps_per_epoch(len(examples), batch_size, accumulate)
         self._orders: dict[tuple[int, int], list[np.ndarray]] = {}
 
     def __len__(self) -> int:
-        return self.total_steps
+        return self.total_steps - self.start
 
     def __iter__(self) -> Iterator[list[Part]]:
-        return (self[step] for step in range(self.total_steps))
+        return (self[step] for step in range(self.start, self.total_steps))
 
     def __getitem__(self, step: int) -> list[Part]:
         epoch, position = divmod(step, self.per_epoch)

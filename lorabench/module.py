@@ -71,6 +71,8 @@ class PackModule(pl.LightningModule):
         self._chunks: dict[int, list[dict[str, np.ndarray]]] = {}
         self.steps_done = 0
         self.evaluated_at = -1
+        self.packed: PackedAdamW | None = None
+        self.moments: Mapping[str, Mapping[str, Tensor]] = {}  # of a checkpoint, until the optimizer is made
 
     @property
     def live(self) -> list[int]:
@@ -102,10 +104,34 @@ class PackModule(pl.LightningModule):
         decays = [r.optimizer.weight_decay for r in self.runs]
         optimizer = PackedAdamW(groups, lr=rates, weight_decay=decays, betas=(o.beta1, o.beta2), eps=o.eps)
         factor = schedule(o.schedule, self.total_steps, o.warmup_ratio)
-        self.packed = optimizer
-        return {"optimizer": optimizer, "lr_scheduler": torch.optim.lr_scheduler.LambdaLR(optimizer, factor)}
+        self.packed = self._begin(optimizer)
+        scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, factor, last_epoch=self.steps_done - 1)
+        return {"optimizer": optimizer, "lr_scheduler": scheduler}
+
+    def _begin(self, optimizer: PackedAdamW) -> PackedAdamW:
+        """An optimizer as it stands at `steps_done`: moments of a checkpoint, and slices that have left."""
+        for group in optimizer.param_groups:
+            group["initial_lr"] = group["lr"]  # what a schedule that begins later than step 0 asks for
+        for t in self.stack.named_trainables():
+            for key, value in self.moments.get(t.name, {}).items():
+                like = t.parameter if key != "steps" else torch.zeros(len(self.runs), device=t.parameter.device)
+                optimizer.state[t.parameter][key] = torch.zeros_like(like).copy_(value)
+        self.moments = {}
+        optimizer.freeze(torch.tensor([s.status != "running" for s in self.slices]))
+        return optimizer
+
+    def optimizer_state(self) -> dict[str, Mapping[str, Tensor]]:
+        """The optimizer's tensors by trainable: exp_avg and exp_avg_sq shaped as the trainable, steps [K]."""
+        if self.packed is None:
+            return dict(self.moments)
+        return {t.name: self.packed.state.get(t.parameter, {}) for t in self.stack.named_trainables()}
+
+    def on_fit_start(self) -> None:
+        if len(set(replicas.gather(self.steps_done))) > 1:
+            raise RuntimeError("the processes of this pack do not stand at one step")
 
     def training_step(self, batch: list[Part], batch_idx: int) -> None:
+        assert self.packed is not None
         losses, weights, tokens = sums = torch.zeros(3, len(self.runs), dtype=torch.float64)
         micros = 1 + max((part.micro for part in batch), default=0)
         self.packed.zero_grad(set_to_none=True)
@@ -162,7 +188,8 @@ class PackModule(pl.LightningModule):
         self.slices[k].status, self.slices[k].reason = status, why
         mask = torch.zeros(len(self.runs), dtype=torch.bool)
         mask[k] = True
-        self.packed.freeze(mask)
+        if self.packed is not None:  # else one that is made now knows
+            self.packed.freeze(mask)
 
     def _log_training(self, losses: Tensor, factor: float) -> None:
         if self.steps_done % self.runs[0].trainer.log_interval:

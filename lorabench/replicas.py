@@ -11,21 +11,47 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+from pytorch_lightning.plugins.environments import LightningEnvironment
+from pytorch_lightning.strategies import DDPStrategy
 from torch import Tensor
+
+
+class Replicas(DDPStrategy):
+    """Lightning's process group without torch's DistributedDataParallel: gradients are summed once a step, by the module."""
+
+    def configure_ddp(self) -> None:
+        pass
+
+
+_place = (0, 1)  # rank and world of this process
+
+
+def join(rank: int, world: int) -> None:
+    """Make this process one of a group; the group itself is formed when a Trainer starts."""
+    global _place
+    _place = rank, world
+
+
+def placed(device: str, devices: Any) -> dict[str, Any]:
+    """What a Trainer is told of devices: the first for one process; in a process of a group how to form it."""
+    if world() == 1:
+        return {"devices": devices[:1] if isinstance(devices, list) else 1}
+    joins = Replicas(process_group_backend="nccl" if device == "cuda" else "gloo")
+    return {"devices": devices, "strategy": joins, "plugins": [LightningEnvironment()]}
 
 
 def world() -> int:
     """Processes that train this pack."""
-    return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
+    return _place[1]
 
 
 def rank() -> int:
     """Which of them this is."""
-    return dist.get_rank() if world() > 1 else 0
+    return _place[0]
 
 
 def leads() -> bool:
-    """Whether this process writes: records, histories, weights."""
+    """Whether this process writes: records, histories, weights, checkpoints."""
     return rank() == 0
 
 
