@@ -5,6 +5,7 @@
 <sweep dir>/runs/<run_id>/history.jsonl      rows {"step": int, "train/loss": ..., "val/accuracy": ...}
 <sweep dir>/runs/<run_id>/test.npz           per-example test results (confirm role): example, loss, weight, ...
 <sweep dir>/runs/<run_id>/adapter/           trained weights, PEFT's format where it has one
+<sweep dir>/checkpoints/<pack id>/           where packs in training stand; see `checkpoints`
 <sweep dir>/analysis/weights.json            what `lorabench.analyze` measured on those weights
 """
 
@@ -32,7 +33,7 @@ if TYPE_CHECKING:
 MANIFEST = "sweep.json"
 STATUSES = ("completed", "failed", "diverged", "pruned")
 RUN_ID = shapes.RUN_ID
-OURS = {MANIFEST, "runs", "locks", "analysis", "README.md", ".gitkeep"}
+OURS = {MANIFEST, "runs", "locks", "checkpoints", "analysis", "README.md", ".gitkeep"}
 
 
 @dataclass
@@ -154,6 +155,29 @@ class Store:
     def reset_history(self, run_id: str) -> None:
         """A pack that starts again starts its histories again."""
         (self.run_dir(run_id) / "history.jsonl").unlink(missing_ok=True)
+
+    def history_size(self, run_id: str) -> int:
+        """Bytes; 0 where there is none."""
+        try:
+            return (self.run_dir(run_id) / "history.jsonl").stat().st_size
+        except FileNotFoundError:
+            return 0
+
+    def sync_history(self, run_id: str) -> int:
+        """Bytes of a run's history, all of which are on disk when this returns."""
+        try:
+            with open(self.run_dir(run_id) / "history.jsonl", "rb") as f:
+                os.fsync(f.fileno())
+                return os.fstat(f.fileno()).st_size
+        except FileNotFoundError:
+            return 0
+
+    def cut_history(self, run_id: str, size: int) -> None:
+        """Drop what follows the first `size` bytes: rows beyond the checkpoint that a pack goes on from."""
+        if size:
+            os.truncate(self.run_dir(run_id) / "history.jsonl", size)
+        else:
+            self.reset_history(run_id)
 
     def history(self, run_id: str) -> list[dict[str, Any]]:
         try:
