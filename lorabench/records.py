@@ -5,6 +5,7 @@
 <sweep dir>/runs/<run_id>/history.jsonl      rows {"step": int, "train/loss": ..., "val/accuracy": ...}
 <sweep dir>/runs/<run_id>/test.npz           per-example test results (confirm role): example, loss, weight, ...
 <sweep dir>/runs/<run_id>/adapter/           trained weights, PEFT's format where it has one
+<sweep dir>/checkpoints/<pack id>/           where packs in training stand; see `checkpoints`
 <sweep dir>/analysis/weights.json            what `lorabench.analyze` measured on those weights
 <sweep dir>/locks/                           leases: who trains which pack now, who writes the manifest
 """
@@ -17,7 +18,7 @@ import json
 import os
 import secrets
 from collections.abc import Iterable, Iterator, Mapping
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -26,7 +27,7 @@ import numpy as np
 
 from lorabench import shapes
 from lorabench.leases import Lease, LeaseLost, Leases, refuse_link
-from lorabench.schema import ExistingWork, Unwritable
+from lorabench.schema import ExistingWork, Unwritable, writing
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -35,7 +36,7 @@ MANIFEST, HISTORY = "sweep.json", "history.jsonl"
 APPEND = os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_NOFOLLOW
 STATUSES = ("completed", "failed", "diverged", "pruned")
 RUN_ID = shapes.RUN_ID
-OURS = {MANIFEST, "runs", "locks", "analysis", "README.md", ".gitkeep"}
+OURS = {MANIFEST, "runs", "locks", "checkpoints", "analysis", "README.md", ".gitkeep"}
 
 
 @dataclass
@@ -59,15 +60,6 @@ class Record:
 
 
 _FIELDS = {f.name for f in fields(Record)}
-
-
-@contextmanager
-def writing(path: Path) -> Iterator[None]:
-    """What the system says against a write becomes `Unwritable`, with the path."""
-    try:
-        yield
-    except OSError as e:
-        raise Unwritable(e.errno or errno.EIO, e.strerror or str(e), str(path)) from e
 
 
 def atomic_write(path: Path, data: str | bytes) -> None:
@@ -118,10 +110,11 @@ class Store:
     def locked(self) -> Iterator[None]:
         """Hold the manifest against other launchers. Raises `ExistingWork` where the directory may not be written."""
         try:
-            lease = self.leases.wait(MANIFEST)
-        except OSError as e:
+            with writing(self.root):
+                lease = self.leases.wait(MANIFEST)
+        except Unwritable as e:
             if e.errno not in (errno.EROFS, errno.EACCES, errno.EPERM):
-                raise Unwritable(e.errno, e.strerror, str(self.root)) from e
+                raise
             raise ExistingWork("sweep.dir", str(self.root), f"a directory that can be written ({e.strerror})") from e
         with lease:
             for torn in self.root.glob(f".{MANIFEST}.*.tmp"):  # of a process that was killed while it wrote
@@ -145,10 +138,13 @@ class Store:
         assert RUN_ID.fullmatch(run_id), run_id
         return self.root / "runs" / run_id
 
-    def own_dir(self, run_id: str) -> Path:
-        """A run's directory, made, to write into. Raises `LeaseLost`, and `ExistingWork` for a symbolic link."""
+    def check_lease(self) -> None:
         if self.lease is not None and not self.lease.exists():
             raise LeaseLost(f"the lease {self.lease.parent} was taken over: this process was away for too long")
+
+    def own_dir(self, run_id: str) -> Path:
+        """A run's directory, made, to write into. Raises `LeaseLost`, and `ExistingWork` for a symbolic link."""
+        self.check_lease()
         path = self.run_dir(run_id)
         refuse_link(path, "sweep.dir")
         with writing(path):
@@ -157,8 +153,7 @@ class Store:
 
     def write(self, record: Record) -> None:
         path = self.own_dir(record.run_id)
-        with writing(path / HISTORY), suppress(FileNotFoundError), open(path / HISTORY, "rb") as f:
-            os.fsync(f.fileno())  # a record that survives a power cut says that all beside it does
+        self.sync_history(record.run_id)  # a record that survives a power cut says that all beside it does
         atomic_write(path / "run.json", dump_json(asdict(record)))
 
     def read(self, run_id: str) -> Record | None:
@@ -207,6 +202,29 @@ class Store:
             if not stale.is_dir():
                 with writing(stale):
                     stale.unlink(missing_ok=True)
+
+    def history_size(self, run_id: str) -> int:
+        """Bytes; 0 where there is none."""
+        try:
+            return (self.run_dir(run_id) / "history.jsonl").stat().st_size
+        except FileNotFoundError:
+            return 0
+
+    def sync_history(self, run_id: str) -> int:
+        """Bytes of a run's history, all of which are on disk when this returns."""
+        try:
+            with open(self.run_dir(run_id) / "history.jsonl", "rb") as f:
+                os.fsync(f.fileno())
+                return os.fstat(f.fileno()).st_size
+        except FileNotFoundError:
+            return 0
+
+    def cut_history(self, run_id: str, size: int) -> None:
+        """Drop what follows the first `size` bytes: rows beyond the checkpoint that a pack goes on from."""
+        if size:
+            os.truncate(self.own_dir(run_id) / HISTORY, size)
+        else:
+            self.reset_history(run_id)
 
     def history(self, run_id: str) -> list[dict[str, Any]]:
         try:

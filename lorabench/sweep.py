@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import time
 from collections import Counter
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from contextlib import nullcontext
@@ -10,6 +9,7 @@ from typing import Any
 
 from rich.console import Console
 
+from lorabench import checkpoints
 from lorabench import prepare as prep
 from lorabench.config import RunConfig, Settings
 from lorabench.damage import damaged
@@ -17,12 +17,14 @@ from lorabench.leases import LeaseLost
 from lorabench.planning import Job, cell_id, label_of, parts_of, plan_packs, planned_packs, replan, write_cells
 from lorabench.prepare import Pack
 from lorabench.provenance import code_fingerprint
+from lorabench.ranks import train
 from lorabench.records import Record, Store
 from lorabench.report.select import Choice, choose
 from lorabench.schema import ConfigError, ExistingWork
+from lorabench.sharing import Ended, freed
 from lorabench.slice_plan import SlicePlan
 from lorabench.terminal import Progress, dry_run_table
-from lorabench.train import Listener, OutOfMemory, SlicesMix, measure, train
+from lorabench.train import Listener, OutOfMemory, SlicesMix, measure
 from lorabench.workers import Workers, worker_count
 
 Executor = Callable[[Callable[[Pack], list[Record]], Sequence[Pack]], Iterable[list[Record]]]
@@ -62,6 +64,9 @@ def execute(jobs: Sequence[Job], *, executor: Executor = map, console: Console |
         console.print(f"{store.run_dir(run_id)}: {name} cannot be read; the run trains again", highlight=False)
     finished = _finished(store, settings, [run for run in runs if run.run_id not in torn])
     todo = [p for p in packs if any(i in plans and i not in finished for i in p.run_ids)]
+    for pack in packs:  # cut after its last record and before its checkpoints went
+        if all(i in finished and finished[i].status != "failed" for i in pack.run_ids):
+            checkpoints.remove(store.root, pack.id)
     other = sum(record.provenance.get("code") != code_fingerprint() for record in finished.values())
     if other and settings.sweep.progress:
         console.print(
@@ -70,23 +75,12 @@ def execute(jobs: Sequence[Job], *, executor: Executor = map, console: Console |
     if not todo and settings.sweep.progress:
         console.print(f"{store.root}: all {len(plans)} runs are finished, nothing to train", highlight=False)
     with Progress(console, todo, enabled=settings.sweep.progress) as progress:
-        _run(todo, store, settings, _Ended(store, finished, stamps), executor, progress)
+        _run(todo, store, settings, Ended(store, finished, stamps), executor, progress)
     return [store.read(j.run.run_id) for j in jobs]
 
 
-class _Ended:
-    """Which runs need no training: those that had ended when this launcher looked first, and what others have ended since."""
-
-    def __init__(self, store: Store, finished: Collection[str], stamps: Mapping[str, Any]) -> None:
-        self.store, self.finished, self.stamps = store, frozenset(finished), stamps
-
-    def of(self, pack: Pack) -> set[str]:
-        new = {i for i in set(pack.run_ids) - self.finished if self.store.stamp(i) != self.stamps.get(i)}
-        return self.finished.intersection(pack.run_ids) | {i for i in new if self.store.read(i)}
-
-
 def _run(
-    todo: Sequence[Pack], store: Store, settings: Settings, ended: _Ended, executor: Executor, progress: Progress
+    todo: Sequence[Pack], store: Store, settings: Settings, ended: Ended, executor: Executor, progress: Progress
 ) -> None:
     from lorabench.trackers import make_tracker
 
@@ -107,8 +101,9 @@ def _run(
             keep = ended.of(pack)  # another launcher may have ended some since, or all
             parts = parts_of(store, pack)
             if not parts and not keep.issuperset(pack.run_ids):
+                listener, drift = _listener(progress, pack, tracker), settings.sweep.accept_drift
                 try:
-                    return train_pack(pack, store.under(lease), _listener(progress, pack, tracker), keep=keep)
+                    return train_pack(pack, store.under(lease), listener, keep=keep, accept_drift=drift)
                 except LeaseLost as e:
                     progress.say(f"{pack.id}: {e}")
                     others.append(pack)
@@ -127,7 +122,7 @@ def _run(
             while todo:
                 for records in executor(one, todo):
                     progress.done(records)
-                todo = _freed(store, others, progress)
+                todo = freed(store, others, progress)
     finally:
         if tracker is not None:
             tracker.close()
@@ -136,23 +131,6 @@ def _run(
 def _split(pack: Pack, size: int) -> list[Pack]:
     parts = [pack.runs[i : i + size] for i in range(0, len(pack.runs), size)]
     return [Pack(f"{pack.id}.{k}", runs) for k, runs in enumerate(parts)]
-
-
-def _freed(store: Store, held: list[Pack], progress: Progress) -> list[Pack]:
-    """Wait until another launcher has let go of some of the packs it holds, or died; they are taken off the list."""
-    pause = 0.0
-    while held:
-        holders = {pack.id: store.leases.holder(pack.id) for pack in held}
-        free = [pack for pack in held if holders[pack.id] is None]
-        if free:
-            held[:] = [pack for pack in held if pack not in free]
-            return free
-        if not pause:
-            named = ", ".join(f"{i} ({holder})" for i, holder in holders.items())
-            progress.say(f"waiting for packs that other launchers train: {named}")
-        pause = min(2.0, 0.1 + 1.5 * pause)
-        time.sleep(pause)
-    return []
 
 
 def _listener(progress: Progress, pack: Pack, tracker: Any) -> Listener:

@@ -11,8 +11,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from lorabench.leases import Leases
-from lorabench.records import writing
-from lorabench.schema import ConfigError, ExistingWork
+from lorabench.schema import ConfigError, ExistingWork, writing
 
 OURS = {"report.md", "report.html", "runs.csv", "figures", "tables"}
 INSIDE = {"figures": (".svg", ".png"), "tables": (".tex",)}
