@@ -18,6 +18,7 @@ from lorabench.config import RunConfig
 from lorabench.module import PackModule
 from lorabench.prepare import Pack, Prepared, Resolved, user_code
 from lorabench.records import Record, Store
+from lorabench.schema import writing
 from lorabench.slice_plan import SlicePlan
 
 
@@ -75,9 +76,10 @@ def records_of(s: Session) -> list[Record]:
         status = state.status if state.status in ("diverged", "pruned") else "completed"
         metrics = _metrics(s, k, run, status)
         if run.trainer.save_weights and status == "completed":
-            folder = s.store.run_dir(run.run_id) / "adapter"
+            folder = s.store.own_dir(run.run_id) / "adapter"
             trained, plan = s.stack.exported(k)
-            save_slice(folder, trained, plan, info=s.base.info, run=run.to_dict(), head=s.prepared.head)
+            with writing(folder):
+                save_slice(folder, trained, plan, info=s.base.info, run=run.to_dict(), head=s.prepared.head)
         error = None if status == "completed" else state.reason
         records.append(
             Record(run.run_id, run.role, status, run.to_dict(), metrics, _resources(s, k), _provenance(s, state), error)

@@ -185,6 +185,7 @@ class Saver:
             return
         s, start = self.session, time.monotonic()
         where = checkpoints.folder(s.store.root, s.pack.id)
+        s.store.check_lease()
         try:
             checkpoints.write(where, s.module.steps_done, *capture(s, self.peak(), self._facts))
         except OSError as e:

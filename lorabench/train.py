@@ -18,12 +18,14 @@ from lorabench import prepare as prep
 from lorabench.adapters import SlicesMix, inject, probe
 from lorabench.config import RunConfig
 from lorabench.fit import Checkpoints, Progress, fit, make_trainer, quiet
+from lorabench.leases import LeaseLost
 from lorabench.memory import PeakMemory, out_of_memory, release
 from lorabench.module import PackModule
 from lorabench.outcome import Session, failed, records_of
 from lorabench.prepare import Pack
 from lorabench.records import Record, Store
 from lorabench.reuse import Reuse
+from lorabench.schema import Unwritable
 from lorabench.snapshot import Begun, Saver, begun, restore
 
 __all__ = ["Listener", "OutOfMemory", "Pack", "SlicesMix", "measure", "train"]
@@ -58,7 +60,7 @@ def train(
     accept_drift: go on from a checkpoint although code, packages, data or model changed; else `ExistingWork` is raised.
 
     Raises `SlicesMix` when the base cannot be shared between slices, and `OutOfMemory` when the pack does not fit: the
-    caller then trains the runs one by one, or the pack in halves. Neither leaves a record.
+    caller then trains the runs one by one, or the pack in halves. Neither leaves a record; nor do `LeaseLost` and `Unwritable`.
     """
     listener = listener or Listener()
     start = begun(pack, store, keep, accept_drift=accept_drift)
@@ -72,6 +74,8 @@ def train(
     records: list[Record] | None = None
     try:
         records = _train(pack, store, listener, keep, start)
+    except (LeaseLost, Unwritable):  # no run's fault: nothing is recorded
+        raise
     except SlicesMix:
         if leads:
             checkpoints.remove(store.root, pack.id)

@@ -24,10 +24,11 @@ import torch
 
 from lorabench import checkpoints
 from lorabench.config import RunConfig
+from lorabench.leases import LeaseLost
 from lorabench.outcome import failed
 from lorabench.prepare import Pack
 from lorabench.records import Record, Store
-from lorabench.schema import ExistingWork
+from lorabench.schema import ExistingWork, Unwritable
 from lorabench.train import Listener, OutOfMemory, SlicesMix, train
 
 GROUP = 8  # cores a CPU worker: more threads than that have little to do in one part
@@ -151,7 +152,9 @@ class _Worker:
         self, pack: Pack, store: Store, heard: dict[str, Callable[..., None]], keep: Iterable[str], accept_drift: bool
     ) -> list[Record]:
         runs = [run.to_dict() for run in pack.runs]
-        future = self.pool.submit(_train, pack.id, runs, pack.prune, str(store.root), list(keep), accept_drift)
+        lease = str(store.lease) if store.lease else None
+        told = pack.id, runs, pack.prune, str(store.root), lease, list(keep), accept_drift
+        future = self.pool.submit(_train, *told)
         while not (future.done() and self.channel.empty()):
             with suppress(queue.Empty):
                 name, args = self.channel.get(timeout=0.1)
@@ -161,6 +164,10 @@ class _Worker:
             raise SlicesMix(*value)
         if kind == "memory":
             raise OutOfMemory(value)
+        if kind == "lost":
+            raise LeaseLost(value)
+        if kind == "unwritable":
+            raise Unwritable(*value)
         if kind == "drift":
             raise ExistingWork(*value)
         return [Record(**r) for r in value]
@@ -189,7 +196,13 @@ def _begin(index: int, count: int, device: str, channel: Any) -> None:
 
 
 def _train(
-    pack_id: str, runs: list[dict[str, Any]], prune: bool, root: str, keep: list[str], accept_drift: bool
+    pack_id: str,
+    runs: list[dict[str, Any]],
+    prune: bool,
+    root: str,
+    lease: str | None,
+    keep: list[str],
+    accept_drift: bool,
 ) -> tuple[str, Any]:
     """In the worker: train a pack; what the caller must know of an error comes back as data."""
     pack = Pack(pack_id, tuple(RunConfig.from_dict(r) for r in runs), prune=prune)
@@ -200,7 +213,7 @@ def _train(
         finish=lambda record: _channel.put(("finish", (record,))),
     )
     try:
-        records = train(pack, Store(Path(root)), listener, keep=keep, accept_drift=accept_drift)
+        records = train(pack, Store(Path(root), lease), listener, keep=keep, accept_drift=accept_drift)
         return "records", [asdict(r) for r in records]
     except ExistingWork as e:
         return "drift", (e.key, e.value, e.allowed)
@@ -208,3 +221,7 @@ def _train(
         return "mix", (e.layer, e.reason)
     except OutOfMemory as e:
         return "memory", str(e)
+    except LeaseLost as e:
+        return "lost", str(e)
+    except Unwritable as e:
+        return "unwritable", (e.errno, e.strerror, e.filename)

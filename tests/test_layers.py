@@ -40,6 +40,7 @@ NEEDS_TORCH = {
     "fit",
     "train",
     "workers",
+    "sharing",
     "terminal",
     "sweep",
     "study",

@@ -97,11 +97,17 @@ class GridSweeper(Sweeper):
 
         assert self.config is not None and self.launcher is not None
         returned: list[Any] = []
-        for _ in range(EXTENSIONS):
+        rates: dict[str, set[float]] = {}
+        for job in jobs.values():
+            rates.setdefault(sweep.cell_id(job.label), set()).add(job.run.optimizer.lr)
+        most = {name: len(tried) + EXTENSIONS for name, tried in rates.items()}
+        while True:
+            outward = {n: lr for n, lr in sweep.outward_rates(settings, rates, most).items() if n in cells}
+            for name, lr in outward.items():
+                rates[name].add(lr)
             added = {
                 (*p.fixed, f"{RATE}={lr!r}", f"{SEED}={seed}", *always): extra
-                for name, lr in sweep.outward_rates(settings).items()
-                if name in cells
+                for name, lr in outward.items()
                 for p, extra in [cells[name]]
                 for seed in _seeds(p, self.config.sweep.tune_seeds)
             }
