@@ -347,6 +347,20 @@ def foreign(path: Path) -> None:
     checkpoints.write(path.parent, checkpoints.step_of(path), tensors, state | {"runs": ["0" * 12]})
 
 
+def renamed(path: Path) -> None:
+    """Whole and of these runs, yet its tensors have other names: as another version's might."""
+    tensors, state = checkpoints.read(path)
+    path.unlink()
+    checkpoints.write(path.parent, checkpoints.step_of(path), {f"x{name}": t for name, t in tensors.items()}, state)
+
+
+def partial(path: Path) -> None:
+    tensors, state = checkpoints.read(path)
+    path.unlink()
+    del state["slices"]
+    checkpoints.write(path.parent, checkpoints.step_of(path), tensors, state)
+
+
 def pickled(path: Path) -> None:
     """Bytes under a name that fits them, and nothing in them that is ours."""
     raw = pickle.dumps({"state": print})
@@ -354,7 +368,7 @@ def pickled(path: Path) -> None:
     path.with_name(f"{path.name[:8]}-{hashlib.sha256(raw).hexdigest()}.safetensors").write_bytes(raw)
 
 
-@pytest.mark.parametrize("harm", [truncated, flipped, emptied, foreign, pickled])
+@pytest.mark.parametrize("harm", [truncated, flipped, emptied, foreign, partial, pickled])
 def test_a_bad_checkpoint_falls_back_to_the_one_before(
     places: Any, tmp_path: Path, whole: Any, capsys: pytest.CaptureFixture[str], harm: Callable[[Path], None]
 ) -> None:
@@ -376,6 +390,17 @@ def test_without_a_readable_checkpoint_the_pack_starts_anew(
         truncated(path)
     assert "resumed" not in train(pack, store)[0].provenance
     assert "torn or corrupt" in (err := capsys.readouterr().err) and "the pack starts anew" in err
+    assert left(store, pack) == whole
+
+
+def test_one_that_does_not_fit_after_all_starts_anew(
+    places: Any, tmp_path: Path, whole: Any, capsys: pytest.CaptureFixture[str]
+) -> None:
+    store = Store(tmp_path)
+    pack, paths = interrupted(places, store, 7)
+    renamed(paths[0])
+    assert "resumed" not in train(pack, store)[0].provenance
+    assert "not as this version writes it (KeyError: 'trained/" in capsys.readouterr().err
     assert left(store, pack) == whole
 
 
@@ -468,9 +493,11 @@ def test_by_default_they_come_with_evaluations_while_these_are_cheap(
     from lorabench import snapshot
 
     pack = pack_of(places, **{"trainer.checkpoint_interval": None})
+    monkeypatch.setattr(snapshot.Saver, "cost", 0.0)
     monkeypatch.setattr(snapshot, "SHARE", 1e9)
     killed(pack, Store(tmp_path / "cheap"), 7)
     monkeypatch.setattr(snapshot, "SHARE", 1e-9)
+    monkeypatch.setattr(snapshot.Saver, "cost", 0.0)
     killed(pack, Store(tmp_path / "dear"), 7)
     monkeypatch.setattr(snapshot, "SHARE", 1e9)
     monkeypatch.setattr(snapshot, "EVERY", 0.0)
