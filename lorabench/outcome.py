@@ -144,7 +144,7 @@ def _resources(s: Session, k: int) -> dict[str, Any]:
 
 
 def _provenance(s: Session, state: Any) -> dict[str, Any]:
-    again = {"resumed": s.resumed} if s.resumed else {}
+    again: dict[str, Any] = {"resumed": s.resumed} if s.resumed else {}
     again |= {"resumed_with_drift": s.changed} if s.changed else {}
     return again | {
         "code": provenance.code_fingerprint(), "git": provenance.git_state(), "packages": provenance.packages(),

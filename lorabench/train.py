@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 import time
 import traceback
 from collections.abc import Callable, Collection, Iterator
@@ -16,6 +17,7 @@ import torch
 from lorabench import checkpoints, replicas
 from lorabench import prepare as prep
 from lorabench.adapters import SlicesMix, inject, probe
+from lorabench.checkpoints import Unreadable
 from lorabench.config import RunConfig
 from lorabench.fit import Checkpoints, Progress, fit, make_trainer, quiet
 from lorabench.leases import LeaseLost
@@ -80,6 +82,10 @@ def train(
         if leads:
             checkpoints.remove(store.root, pack.id)
         raise
+    except Unreadable as e:  # whole, ours, and yet it does not fit
+        print(f"checkpoint of pack {pack.id}: {e}; the pack starts anew", file=sys.stderr)
+        checkpoints.remove(store.root, pack.id)
+        return train(pack, store, listener, keep=keep)
     except Exception as e:
         if not (out_of_memory(e) and len(pack.runs) > 1):
             error = "".join(traceback.format_exception(e)[-3:]).strip()

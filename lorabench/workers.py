@@ -17,7 +17,7 @@ from concurrent.futures.process import BrokenProcessPool
 from contextlib import suppress
 from dataclasses import asdict
 from pathlib import Path
-from threading import Lock, current_thread, main_thread
+from threading import Event, Lock, current_thread, main_thread
 from typing import Any
 
 import torch
@@ -59,7 +59,7 @@ class Workers:
         self.count, self.device = count, device
         self._free: queue.Queue[_Worker] = queue.Queue()
         self._lock = Lock()
-        self._ending = False
+        self._ending = Event()
 
     def __enter__(self) -> Workers:
         self._all = [_Worker(i, self.count, self.device) for i in range(self.count)]
@@ -71,7 +71,7 @@ class Workers:
         return self
 
     def _end(self, *args: Any) -> None:
-        self._ending = True
+        self._ending.set()
         for worker in self._all:
             worker.terminate()
 
@@ -91,12 +91,12 @@ class Workers:
         worker = self._free.get()
         heard = self._locked(listener)
         try:
-            while not self._ending:
+            while not self._ending.is_set():
                 began = checkpoints.reached(store.root, pack.id) or 0
                 try:
                     return worker.train(pack, store, heard, keep, accept_drift)
                 except BrokenProcessPool:
-                    if self._ending:
+                    if self._ending.is_set():
                         break
                     worker.restart()
                     if (checkpoints.reached(store.root, pack.id) or 0) <= began:
