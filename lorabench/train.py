@@ -263,7 +263,8 @@ class _quiet(warnings.catch_warnings):
         self._levels = [x.level for x in self._loggers]
         for x in self._loggers:
             x.setLevel(logging.ERROR)
-        for text in (".*does not have many workers.*", ".*`isinstance\\(treespec.*", ".*GPU available but not used.*"):
+        for text in (".*does not have many workers.*", ".*`isinstance\\(treespec.*", ".*GPU available but not used.*",
+                     ".*`srun` command is available.*"):  # fmt: skip
             warnings.filterwarnings("ignore", message=text)
 
     def __exit__(self, *args: Any) -> None:

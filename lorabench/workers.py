@@ -18,7 +18,7 @@ from contextlib import suppress
 from dataclasses import asdict
 from pathlib import Path
 from threading import Lock
-from typing import Any
+from typing import Any, Protocol, runtime_checkable
 
 import torch
 
@@ -45,8 +45,18 @@ def _cores() -> list[int]:
     return sorted(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else list(range(os.cpu_count() or 1))
 
 
+@runtime_checkable
+class Crew(Protocol):
+    """Others who train packs, as a context: `train` has the meaning of `train.train`, `map` that of `map`."""
+
+    def __enter__(self) -> Any: ...
+    def __exit__(self, *args: Any) -> None: ...
+    def map(self, one: Callable[[Pack], list[Record]], packs: Sequence[Pack]) -> Iterable[list[Record]]: ...
+    def train(self, pack: Pack, store: Store, listener: Listener, *, keep: Collection[str]) -> list[Record]: ...
+
+
 class Workers:
-    """Processes that train packs; use as a context. `train` has the meaning of `train.train`, `map` that of `map`."""
+    """Processes of this machine that train packs."""
 
     def __init__(self, count: int, device: str) -> None:
         self.count, self.device = count, device
