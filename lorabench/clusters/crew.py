@@ -103,12 +103,12 @@ class JobCrew:
             try:
                 self._place()
                 self._look()
-            except Exception as e:
+            except BaseException as e:  # told to those who wait: their threads are the ones that are heard
                 self._give_up(e)
         self._waiting += self._arrived()
         self._give_up(Stopped())
 
-    def _give_up(self, error: Exception) -> None:
+    def _give_up(self, error: BaseException) -> None:
         for watch in (*self._waiting, *self._watched):
             _settle(watch, error=error)
         self._waiting, self._watched = [], []
