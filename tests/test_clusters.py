@@ -69,7 +69,9 @@ def sweep(cli, tiny, monkeypatch):
     def run(engine, *argv):
         monkeypatch.setattr("lorabench.clusters.engines.EXECUTORS", ("inline", "here"))
         monkeypatch.setattr(crew, "engine", lambda *args: engine)
-        return cli(*GRID, *tiny, "sweep.name=s", "hydra.launcher.executor=here", "hydra.launcher.poll_seconds=0.05", *argv)
+        return cli(
+            *GRID, *tiny, "sweep.name=s", "hydra.launcher.executor=here", "hydra.launcher.poll_seconds=0.05", *argv
+        )
 
     return run
 
