@@ -37,13 +37,8 @@ def check_all(jobs: Sequence[Job]) -> dict[str, SlicePlan]:
     return {job.run.run_id: prep.check(job.run) for job in jobs}
 
 
-def execute(
-    jobs: Sequence[Job], *, executor: Executor | Crew = map, console: Console | None = None
-) -> list[Record | None]:
-    """Train the listed runs that have no record yet; returns the jobs' records in their order, None after a dry run.
-
-    executor: maps this process's training over packs, or a crew that trains them elsewhere.
-    """
+def execute(jobs: Sequence[Job], *, executor: Executor = map, console: Console | None = None) -> list[Record | None]:
+    """Train the listed runs that have no record yet; returns the jobs' records in their order, None after a dry run."""
     settings = jobs[0].settings
     console = console or Console(stderr=True)
     store = Store(settings.sweep.dir)
@@ -76,15 +71,17 @@ def _run(
     store: Store,
     settings: Settings,
     finished: Collection[str],
-    executor: Executor | Crew,
+    executor: Executor,
     progress: Progress,
 ) -> None:
     from lorabench.trackers import make_tracker
 
     tracker = make_tracker(settings.tracker, sweep=store.root.name, sweep_dir=store.root)
 
-    crew = executor if isinstance(executor, Crew) else _workers(settings, todo)
-    train_pack, each = (crew.train, crew.map) if crew else (train, executor)
+    count = worker_count(settings.sweep.workers, prep.resolve(todo[0].runs[0]).device, len(todo)) if todo else 1
+    own = Workers(count, prep.resolve(todo[0].runs[0]).device) if count > 1 else None
+    workers = executor if isinstance(executor, Crew) else own
+    train_pack, executor = (workers.train, workers.map) if workers else (train, executor)
 
     def one(pack: Pack) -> list[Record]:
         try:
@@ -101,18 +98,12 @@ def _run(
         return [record for part in unfinished for record in one(part)]
 
     try:
-        with crew or nullcontext():
-            for records in each(one, todo):
+        with workers or nullcontext():
+            for records in executor(one, todo):
                 progress.done(records)
     finally:
         if tracker is not None:
             tracker.close()
-
-
-def _workers(settings: Settings, todo: Sequence[Pack]) -> Workers | None:
-    device = prep.resolve(todo[0].runs[0]).device if todo else ""
-    count = worker_count(settings.sweep.workers, device, len(todo)) if todo else 1
-    return Workers(count, device) if count > 1 else None
 
 
 def _listener(progress: Progress, pack: Pack, tracker: Any) -> Listener:

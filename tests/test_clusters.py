@@ -9,10 +9,10 @@ import itertools
 
 import pytest
 
-from lorabench.clusters import crew, job
+from lorabench.clusters import crew, engines, job, watch
 from lorabench.clusters.engines import Death, check
 from lorabench.records import Store
-from lorabench.schema import ConfigError
+from lorabench.schema import ConfigError, ExistingWork
 from lorabench.train import Listener, OutOfMemory
 from tiny import make_base, make_data
 
@@ -191,6 +191,19 @@ def test_an_end_is_that_of_one_job(tmp_path):
         job.entry(store, "../../x")
 
 
+def test_jobs_of_another_engine_are_not_trained_here_too(tmp_path, monkeypatch):
+    store = Store(tmp_path)
+    for pack, made in (("p0", "7_0"), ("p1", "7_1"), ("p2", "7_2")):
+        job.note(store, pack, engine="slurm", job=made, tries=1)
+    (job.folder(store) / "p1.end.json").write_text('{"kind": "done", "job": "7_1"}')
+    monkeypatch.setattr(engines, "alive", lambda name, ids, logs: set(ids) - {"7_2"})
+    with pytest.raises(ExistingWork, match=r"p0: slurm jobs still \(7_0\)"):
+        engines.refuse_others(store, "inline")
+    engines.refuse_others(store, "slurm")
+    monkeypatch.setattr(engines, "alive", lambda name, ids, logs: None)
+    engines.refuse_others(store, "inline")
+
+
 def test_an_executor_that_is_none(cli):
     code, out = cli("hydra.launcher.executor=slrum", "-m")
     assert code == 2 and "allowed: null, inline, local, slurm, ray" in out
@@ -210,7 +223,7 @@ def test_slurm_needs_its_commands(monkeypatch):
         check("slurm")
 
 
-def test_a_watch_hears_each_row_once(tmp_path):
+def test_a_watch_hears_each_row_once(tmp_path, monkeypatch):
     """A pack that was requeued starts its history again; rows that repeat were heard."""
 
     class Run:
@@ -224,13 +237,10 @@ def test_a_watch_hears_each_row_once(tmp_path):
 
     store, heard, began = Store(tmp_path), [], []
     listener = Listener(rows=lambda i, rows: heard.extend(r["step"] for r in rows), start=began.append)
-    watch = crew.Watch(OnePack(), store, listener, ())
-    crew._total, total = (lambda pack: 9), crew._total
-    try:
-        for rows in ([1, 2], [1], [1, 2], [1, 2, 3]):
-            store.reset_history(Run.run_id)
-            store.append_history(Run.run_id, [{"step": s} for s in rows])
-            crew._hear(watch)
-    finally:
-        crew._total = total
+    monkeypatch.setattr(watch, "_total", lambda pack: 9)
+    seen = watch.Watch(OnePack(), store, listener, ())
+    for rows in ([1, 2], [1], [1, 2], [1, 2, 3]):
+        store.reset_history(Run.run_id)
+        store.append_history(Run.run_id, [{"step": s} for s in rows])
+        watch.hear(seen)
     assert heard == [1, 2, 3] and len(began) == 1

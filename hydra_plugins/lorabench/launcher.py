@@ -83,6 +83,11 @@ class PackedLauncher(Launcher):
         return [self._returned(o, record, primary(record)) for o, record in zip(job_overrides, records, strict=True)]
 
     def _executor(self, sweep: Any) -> Any:
+        from lorabench.clusters.engines import refuse_others
+        from lorabench.records import Store
+
+        if not sweep.dry_run:
+            refuse_others(Store(sweep.dir), self.executor)
         if not self.elsewhere:
             return map
         from lorabench.clusters.crew import JobCrew

@@ -7,39 +7,22 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
-from dataclasses import dataclass, field
 from typing import Any
 
-from lorabench import prepare as prep
 from lorabench.clusters import job as jobs
+from lorabench.clusters import watch as watching
 from lorabench.clusters.engines import Death, Engine, engine
+from lorabench.clusters.watch import Watch
 from lorabench.outcome import failed
 from lorabench.prepare import Pack
 from lorabench.records import Record, Store
-from lorabench.train import Listener, OutOfMemory, SlicesMix
+from lorabench.train import Listener, OutOfMemory
 
 GONE = 3  # looks in a row that must miss a job, its end and its records before it counts as dead
+LATE = 20  # the same for records after its end: a network file system may show them later
 THREADS = 1000  # packs that wait at once
-
-
-@dataclass(eq=False)
-class Watch:
-    """A pack on its way: its job, and how much of its histories the listener has heard."""
-
-    pack: Pack
-    store: Store
-    listener: Listener
-    keep: Collection[str]
-    result: Future[list[Record]] = field(default_factory=Future)
-    job: str | None = None
-    tries: int = 0
-    missed: int = 0
-    heard: dict[str, int] = field(default_factory=dict)
-    sizes: dict[str, int] = field(default_factory=dict)
-    step: int = 0
-    begun: bool = False
 
 
 class JobCrew:
@@ -83,8 +66,13 @@ class JobCrew:
                 threads.shutdown(wait=False, cancel_futures=True)
                 raise
 
-    def train(self, pack: Pack, store: Store, listener: Listener, *, keep: Collection[str]) -> list[Record]:
-        watch = Watch(pack, Store(store.root.resolve()), listener, keep)
+    __call__ = map  # as an executor without a `train` of its own is called
+
+    def train(
+        self, pack: Pack, store: Store, listener: Listener, *, keep: Collection[str], **options: Any
+    ) -> list[Record]:
+        """options: what else `train.train` is told there."""
+        watch = Watch(pack, Store(store.root.resolve()), listener, keep, options)
         self._inbox.put(watch)
         while not self._stop.is_set():
             with suppress(TimeoutError):
@@ -110,7 +98,7 @@ class JobCrew:
 
     def _give_up(self, error: BaseException) -> None:
         for watch in (*self._waiting, *self._watched):
-            _settle(watch, error=error)
+            watching.settle(watch, error=error)
         self._waiting, self._watched = [], []
 
     def _arrived(self) -> list[Watch]:
@@ -150,15 +138,17 @@ class JobCrew:
             return True
         told = jobs.end(watch.store, watch.pack.id, job)
         if told.get("kind") in ("mix", "memory"):
-            _close(watch, told)
-        elif all(watch.store.read(i) and i not in _again(watch) for i in watch.pack.run_ids):
-            _close(watch, {"kind": "done"})
+            watching.close(watch, told)
+        elif all(watch.store.read(i) and i not in watching.again(watch) for i in watch.pack.run_ids):
+            watching.close(watch, {"kind": "done"})
         return watch.result.done()
 
     def _submit(self, store: Store, fresh: Sequence[Watch]) -> None:
         assert self._engine is not None
         cpus = self.settings.get("cpus_per_task")
-        made = [jobs.PackJob(str(store.root), w.pack.id, w.pack.prune, _again(w), cpus) for w in fresh]
+        made = [
+            jobs.PackJob(str(store.root), w.pack.id, w.pack.prune, watching.again(w), w.options, cpus) for w in fresh
+        ]
         for watch, job in zip(fresh, self._engine.submit(made), strict=True):
             watch.job, watch.tries, watch.missed = job, watch.tries + 1, 0
             jobs.note(store, watch.pack.id, engine=self.name, job=job, tries=watch.tries)
@@ -173,10 +163,13 @@ class JobCrew:
         assert self._engine is not None
         alive = self._engine.alive([str(w.job) for w in self._watched])
         for watch in list(self._watched):
-            _hear(watch)
+            watching.hear(watch)
             told = jobs.end(watch.store, watch.pack.id, str(watch.job))
             if told:
-                _close(watch, told)
+                watching.close(watch, told)
+                watch.missed += not watch.result.done()
+                if watch.missed >= LATE:
+                    self._died(watch, Death(f"{self.name} job {watch.job} ended and left no record"))
             elif alive is not None and watch.job not in alive:
                 watch.missed += 1
                 if watch.missed >= GONE:
@@ -188,90 +181,19 @@ class JobCrew:
     def _died(self, watch: Watch, death: Death) -> None:
         """Once more, in halves, or failed: what a job that left no word is worth."""
         if death.memory and len(watch.pack.runs) > 1:
-            _settle(watch, error=OutOfMemory(f"{watch.pack.id}: {death.reason}"))
+            watching.settle(watch, error=OutOfMemory(f"{watch.pack.id}: {death.reason}"))
         elif death.again and watch.tries <= self.resubmit:
             self.say(f"{watch.pack.id}: {death.reason}; submitted again")
             watch.job = None
             self._waiting.append(watch)
         else:
             why = f"{death.reason}; sweep.retry_failed=true trains it again"
-            kept = [i for i in watch.pack.run_ids if i not in _again(watch) and watch.store.read(i)]
+            kept = [i for i in watch.pack.run_ids if i not in watching.again(watch) and watch.store.read(i)]
             for run in watch.pack.runs:
                 if run.run_id not in kept:
                     watch.store.write(failed(run, why, ""))
-            _close(watch, {"kind": "done"})
+            watching.close(watch, {"kind": "done"})
 
 
 class Stopped(Exception):
     """The launcher ends; its jobs do not."""
-
-
-def _begin(watch: Watch) -> None:
-    """What a listener hears first, once. Runs that keep their record are not told of: they were before."""
-    if not watch.begun:
-        watch.begun = True
-        for run in watch.pack.runs:
-            if run.run_id not in watch.keep:
-                watch.listener.start(run)
-
-
-def _again(watch: Watch) -> list[str]:
-    """Runs whose record is to be replaced: one that failed, or that was pruned where pruning is off now."""
-    found = {i: watch.store.read(i) for i in watch.pack.run_ids if i not in watch.keep}
-    return [i for i, record in found.items() if record and record.status in ("failed", "pruned")]
-
-
-def _hear(watch: Watch) -> None:
-    """Pass on what the histories have grown by. A pack that starts again repeats its rows: those were heard."""
-    for run in watch.pack.runs:
-        try:
-            size = (watch.store.run_dir(run.run_id) / "history.jsonl").stat().st_size
-        except OSError:
-            continue
-        if run.run_id in watch.keep or watch.sizes.get(run.run_id) == size:
-            continue
-        watch.sizes[run.run_id] = size
-        rows = watch.store.history(run.run_id)
-        _begin(watch)
-        if new := rows[watch.heard.get(run.run_id, 0) :]:
-            watch.heard[run.run_id] = len(rows)
-            watch.listener.rows(run.run_id, new)
-        step = max((int(row.get("step") or 0) for row in rows), default=0)
-        if step > watch.step:
-            watch.step = step
-            watch.listener.step(step, _total(watch.pack))
-
-
-def _total(pack: Pack) -> int:
-    first = pack.runs[0]
-    return prep.total_steps(first, len(prep.load_data(first.task).splits["train"]))
-
-
-def _close(watch: Watch, told: Mapping[str, Any]) -> None:
-    """The pack's end as the caller of `train` knows it."""
-    if told["kind"] == "mix":
-        _settle(watch, error=SlicesMix(told["layer"], told["reason"]))
-    elif told["kind"] == "memory":
-        _settle(watch, error=OutOfMemory(told["reason"]))
-    else:
-        _hear(watch)
-        found = [watch.store.read(i) for i in watch.pack.run_ids]
-        records = [r for r in found if r is not None]
-        if len(records) < len(found):
-            return  # a network file system that is late: the next look may find it
-        _begin(watch)
-        for record in records:
-            if record.run_id not in watch.keep:
-                watch.listener.finish(record)
-        if 0 < watch.step < (total := _total(watch.pack)):
-            watch.listener.step(total, total)
-        _settle(watch, records)
-
-
-def _settle(watch: Watch, records: list[Record] | None = None, error: BaseException | None = None) -> None:
-    if watch.result.done():
-        return
-    if error is not None:
-        watch.result.set_exception(error)
-    else:
-        watch.result.set_result(records or [])

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import os
+import re
 import secrets
 import shutil
 import subprocess
@@ -12,8 +13,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
-from lorabench.clusters.job import PackJob
-from lorabench.schema import ConfigError
+from lorabench.clusters.job import PackJob, folder, unended
+from lorabench.records import Store
+from lorabench.schema import ConfigError, ExistingWork
 
 EXECUTORS = ("inline", "local", "slurm", "ray")
 EXTRA = {"slurm": ("slurm", "submitit"), "local": ("slurm", "submitit"), "ray": ("ray", "ray")}
@@ -98,33 +100,26 @@ class Submitit:
             for i in range(0, len(jobs), ARRAY):
                 with self._executor.batch():
                     made += [self._executor.submit(job) for job in jobs[i : i + ARRAY]]
-        except submitit.core.utils.FailedSubmissionError as e:
+        except (submitit.core.utils.FailedSubmissionError, submitit.core.utils.FailedJobError) as e:
             words = [line for line in str(e).splitlines() if "error" in line.lower()] or str(e).splitlines()
             raise ConfigError("hydra.launcher", self.name, " ".join(words[-1].split())) from e
         self._started.update((job.job_id, job) for job in made)
         return [job.job_id for job in made]
 
     def alive(self, ids: Iterable[str]) -> set[str] | None:
-        if self.name == "local":
-            return {i for i in ids if self._breathes(i)}
-        out = _said("squeue", "--noheader", "--array", f"--user={os.getuid()}", "--format=%i")
-        return None if out is None else set(out.split()) & set(ids)
-
-    def _breathes(self, job: str) -> bool:
-        if job in self._started:
-            return self._started[job].state == "RUNNING"
-        try:  # another launcher's, which may be gone: its id is that of a process, if it is that process still
-            command = Path(f"/proc/{job}/cmdline").read_bytes()
-            return b"submitit" in command and str(self.logs).encode() in command
-        except OSError:
-            return False
+        if self.name == "slurm":
+            return alive(self.name, ids, self.logs)
+        own = {i for i in ids if i in self._started}
+        return {i for i in own if self._started[i].state == "RUNNING"} | (
+            alive("local", set(ids) - own, self.logs) or set()
+        )
 
     def death(self, job: str) -> Death:
         last = self._last_words(job)
         if self.name == "local":
             return Death(f"local job {job} died{last}")
         state, code = _state(job)
-        memory = state == "OUT_OF_MEMORY" or "oom" in last.lower()
+        memory = state == "OUT_OF_MEMORY" or re.search(r"\boom[-_ ]?kill", last, re.IGNORECASE) is not None
         again = not state.startswith(("CANCELLED", "TIMEOUT", "DEADLINE"))
         hint = "; hydra.launcher.timeout_min is its limit" if state == "TIMEOUT" else ""
         return Death(f"Slurm job {job} ended: {state or 'it left the queue'}{code}{hint}{last}", again, memory)
@@ -139,6 +134,36 @@ class Submitit:
 
     def close(self) -> None:
         """Jobs go on."""
+
+
+def alive(name: str, ids: Iterable[str], logs: Path) -> set[str] | None:
+    """Which jobs are still there, whoever submitted them; None where nobody can say."""
+    if name == "slurm":
+        out = _said("squeue", "--noheader", "--array", f"--user={os.getuid()}", "--format=%i")
+        return None if out is None else set(out.split()) & set(ids)
+    return {i for i in ids if _breathes(i, logs)}
+
+
+def _breathes(pid: str, logs: Path) -> bool:
+    """A local job's id is that of a process, if it is that process still."""
+    try:
+        command = Path(f"/proc/{pid}/cmdline").read_bytes()
+    except OSError:
+        return False
+    return b"submitit" in command and str(logs).encode() in command
+
+
+def refuse_others(store: Store, name: str) -> None:
+    """Raise `ExistingWork` while packs of the sweep are jobs of another engine: they would be trained twice."""
+    noted = unended(store)
+    for other in {"slurm", "local"} - {name}:
+        ids = {e["job"]: pack for pack, e in noted.items() if e.get("engine") == other}
+        if ids and (left := alive(other, ids, folder(store).resolve() / "log")):
+            raise ExistingWork(
+                "hydra.launcher.executor", name,
+                f"{', '.join(ids[i] for i in sorted(left))}: {other} jobs still ({', '.join(sorted(left))}); "
+                f"start with hydra.launcher.executor={other}, which waits for them, or end them",
+            )  # fmt: skip
 
 
 def _state(job: str) -> tuple[str, str]:

@@ -14,12 +14,13 @@ import json
 import os
 import re
 import time
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from lorabench.records import Store, atomic_write, dump_json
+from lorabench.schema import ConfigError
 
 NOTED = 60.0  # seconds that a job waits for the launcher to note its id
 PACK_ID = re.compile(r"p\d+(\.\d+)*")
@@ -34,6 +35,12 @@ def entry(store: Store, pack_id: str) -> dict[str, Any]:
     return _read(_path(store, pack_id, ".json"))
 
 
+def unended(store: Store) -> dict[str, dict[str, Any]]:
+    """The entries whose job has left no word yet, by pack."""
+    found = {p.stem: _read(p) for p in sorted(folder(store).glob("p*.json")) if PACK_ID.fullmatch(p.stem)}
+    return {i: e for i, e in found.items() if e.get("job") and not end(store, i, e["job"])}
+
+
 def note(store: Store, pack_id: str, **values: Any) -> None:
     """Name the job that may train a pack; what an earlier job left is no longer its end."""
     _path(store, pack_id, ".end.json").unlink(missing_ok=True)
@@ -41,7 +48,7 @@ def note(store: Store, pack_id: str, **values: Any) -> None:
 
 
 def end(store: Store, pack_id: str, job: str) -> dict[str, Any]:
-    """What that job says became of its training: `kind` done, mix or memory; empty before."""
+    """What that job says became of its training: `kind` done, mix, memory or refused; empty before."""
     found = _read(_path(store, pack_id, ".end.json"))
     return found if found.get("job") == job else {}
 
@@ -63,13 +70,15 @@ def _read(path: Path) -> dict[str, Any]:
 class PackJob:
     """A pack to train, small enough to send: the manifest holds the rest.
 
-    again: run_ids with a record that is to be replaced. Every other run with a record keeps it.
+    again: run_ids with a record that is to be replaced; every other run with a record keeps it. options: what else
+    `train` is told. cpus: threads, where the engine does not say.
     """
 
     root: str
     pack_id: str
     prune: bool = False
     again: Sequence[str] = ()
+    options: Mapping[str, Any] = field(default_factory=dict)
     cpus: int | None = None
 
     def __call__(self) -> None:
@@ -101,11 +110,13 @@ class PackJob:
         ended: dict[str, Any] = {"kind": "done"}
         try:
             if len(keep) < len(pack.runs):
-                train(pack, store, Listener(), keep=keep)
+                train(pack, store, Listener(), keep=keep, **self.options)
         except SlicesMix as e:
             ended = {"kind": "mix", "layer": e.layer, "reason": e.reason}
         except OutOfMemory as e:
             ended = {"kind": "memory", "reason": str(e)}
+        except ConfigError as e:  # what the job finds is not what the launcher checked, or not what was trained before
+            ended = {"kind": "refused", "key": e.key, "value": str(e.value), "allowed": e.allowed}
         if leader:
             atomic_write(_path(store, self.pack_id, ".end.json"), dump_json({**ended, "job": me}))
 
