@@ -5,6 +5,7 @@
 <sweep dir>/runs/<run_id>/history.jsonl      rows {"step": int, "train/loss": ..., "val/accuracy": ...}
 <sweep dir>/runs/<run_id>/test.npz           per-example test results (confirm role): example, loss, weight, ...
 <sweep dir>/runs/<run_id>/adapter/           trained weights, PEFT's format where it has one
+<sweep dir>/optuna/journal                   a study's trials, where Optuna chose them
 <sweep dir>/analysis/weights.json            what `lorabench.analyze` measured on those weights
 """
 
@@ -31,7 +32,7 @@ if TYPE_CHECKING:
 MANIFEST = "sweep.json"
 STATUSES = ("completed", "failed", "diverged", "pruned")
 RUN_ID = re.compile(r"[0-9a-f]{12}")
-OURS = {MANIFEST, "runs", "locks", "analysis", "README.md", ".gitkeep"}
+OURS = {MANIFEST, "runs", "locks", "analysis", "optuna", "README.md", ".gitkeep"}
 
 
 @dataclass

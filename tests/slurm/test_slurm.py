@@ -57,9 +57,10 @@ def sweep(cli, tiny):
 
 
 @pytest.fixture
-def launcher(tmp_path, tiny):
+def launcher(tmp_path, tiny, monkeypatch):
     """The same as a process of its own, which a test may kill. It ends with the test."""
     started = []
+    monkeypatch.chdir(tmp_path)
 
     def run(name, *argv, steps=6):
         command = [sys.executable, "-m", "lorabench", *GRID, *tiny, f"sweep.name={name}", f"trainer.max_steps={steps}"]
