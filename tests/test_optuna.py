@@ -20,7 +20,7 @@ from hydra_plugins.lorabench._space import space  # noqa: E402
     [
         ("tag(log,interval(1e-4,1e-2))", FloatDistribution(1e-4, 1e-2, log=True)),
         ("interval(0.0,0.5)", FloatDistribution(0.0, 0.5)),
-        ("interval(1,64)", IntDistribution(1, 64)),
+        ("int(interval(1,64))", IntDistribution(1, 64)),
         ("tag(log,int,interval(1.0,64.0))", IntDistribution(1, 64, log=True)),
         ("range(2,10,3)", IntDistribution(2, 8, step=3)),
         ("1,4,16", CategoricalDistribution(["1", "4", "16"])),
@@ -32,9 +32,9 @@ def test_the_grammar_of_an_axis(text, expected):
 
 
 def test_the_command_line_wins_and_values_keep_to_their_bounds():
-    found = space({"a": "1,2", "b": "interval(0.12346,0.2)"}, ["a=5", "c=x"])
+    found = space({"a": "1,2", "b": "interval(0.12344,0.2)"}, ["a=5", "c=x"])
     assert set(found.axes) == {"b"} and found.fixed == ("a=5", "c=x")
-    assert found.overrides({"b": 0.12346}) == ("a=5", "c=x", "b=0.12346")  # 0.1235 is inside, 0.1234 would not be
+    assert found.overrides({"b": 0.12344}) == ("a=5", "c=x", "b=0.12344")  # 0.1234 would lie outside
     assert found.overrides({"b": 0.123456})[-1] == "b=0.1235"
 
 

@@ -66,7 +66,7 @@ def _axis(key: str, override: Override) -> Any:
             return FloatDistribution(numbers[0], numbers[-1], step=abs(float(value.step)))
         return CategoricalDistribution(list(override.sweep_string_iterator()))
     except (ValueError, IndexError) as e:
-        raise ConfigError(key, override.get_value_element_as_str(), f"bounds that can be searched ({e})") from e
+        raise ConfigError(key, str(override.input_line).split("=", 1)[-1], f"bounds that can be searched ({e})") from e
 
 
 def _text(value: Any, axis: Any) -> str:
