@@ -6,7 +6,7 @@ import queue
 import sys
 import threading
 import time
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from typing import Any
@@ -123,6 +123,8 @@ class JobCrew:
             if alive is None:
                 return
             fresh = [w for w in self._waiting if not self._found(w, noted[w.pack.id], alive)]
+            if there := [str(w.job) for w in self._waiting if w.job is not None]:
+                self.say(f"{store.root.name}: {len(there)} packs have jobs already, {_named(there)}")
             if self._engine.room is not None:
                 fresh = fresh[: max(0, self._engine.room - len(self._watched))]
             if fresh:
@@ -153,9 +155,7 @@ class JobCrew:
             watch.job, watch.tries, watch.missed = job, watch.tries + 1, 0
             jobs.note(store, watch.pack.id, engine=self.name, job=job, tries=watch.tries)
             self._watched.append(watch)
-        ids = sorted({str(w.job).split("_")[0] for w in fresh})
-        named = ", ".join(ids[:4]) + (f" and {len(ids) - 4} more" if len(ids) > 4 else "")
-        self.say(f"{store.root.name}: {len(fresh)} packs submitted, {self.name} job {named}")
+        self.say(f"{store.root.name}: {len(fresh)} packs submitted, {self.name} job {_named(w.job for w in fresh)}")
 
     def _look(self) -> None:
         if not self._watched:
@@ -193,6 +193,12 @@ class JobCrew:
                 if run.run_id not in kept:
                     watch.store.write(failed(run, why, ""))
             watching.close(watch, {"kind": "done"})
+
+
+def _named(made: Iterable[str | None]) -> str:
+    """Jobs in a few words, an array once."""
+    ids = sorted({str(job).split("_")[0] for job in made})
+    return ", ".join(ids[:4]) + (f" and {len(ids) - 4} more" if len(ids) > 4 else "")
 
 
 class Stopped(Exception):

@@ -124,7 +124,7 @@ def test_a_killed_launcher_finds_its_jobs_again(sweep, launcher):
     first.wait()
     code, out = sweep("s", *JOBS, steps=400)
     assert code == 0, out
-    assert "submitted" not in out
+    assert "2 packs have jobs already" in out and "submitted" not in out
     assert [noted("s", "p0"), noted("s", "p1")] == jobs
     assert len(list(Path("sweeps/s/locks/jobs/log").glob("*_submitted.pkl"))) == 2
     assert {s for s, _ in metrics("s").values()} == {"completed"} and len(metrics("s")) == 4
@@ -156,7 +156,9 @@ def test_stopped_launchers_leave_their_jobs_and_cancelled_jobs_fail(launcher):
     assert first.returncode == 130 and "the same command goes on from here" in out, out
     assert set(slurm_says("squeue", "--noheader", "--array", "--format=%i").split()) >= set(ids)
     second = launcher("s", *JOBS, waits)
-    time.sleep(5)
+    while line := second.stdout.readline():
+        if b"2 packs have jobs already" in line:
+            break
     subprocess.run(["scancel", *ids], check=True)
     out = second.communicate(timeout=120)[0].decode()
     assert second.returncode == 1, out
