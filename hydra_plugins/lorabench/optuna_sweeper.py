@@ -45,6 +45,7 @@ class OptunaSweeper(Sweeper):
         )
 
     def sweep(self, arguments: list[str]) -> Any:
+        from hydra_plugins.lorabench._compose import elsewhere
         from hydra_plugins.lorabench._study import Search
 
         assert self.config is not None and self.launcher is not None
@@ -57,5 +58,5 @@ class OptunaSweeper(Sweeper):
             search.tell(batch)
         if confirm := search.confirmation():
             returned += self.launcher.launch(confirm, len(returned))
-        search.finish(solo=not getattr(self.launcher, "elsewhere", False))
+        search.finish(solo=not elsewhere(self.launcher))
         return returned
