@@ -190,8 +190,8 @@ def _said(*command: str) -> str | None:
 class Ray:
     """Ray's own tasks. They end with the launcher; the same command then trains what has no record."""
 
-    name = "ray"
-    room = None
+    name: str = "ray"
+    room: int | None = None
 
     def __init__(self, settings: Mapping[str, Any]) -> None:
         import ray
