@@ -6,6 +6,7 @@
 <sweep dir>/runs/<run_id>/test.npz           per-example test results (confirm role): example, loss, weight, ...
 <sweep dir>/runs/<run_id>/adapter/           trained weights, PEFT's format where it has one
 <sweep dir>/checkpoints/<pack id>/           where packs in training stand; see `checkpoints`
+<sweep dir>/optuna/journal                   a study's trials, where Optuna chose them
 <sweep dir>/analysis/weights.json            what `lorabench.analyze` measured on those weights
 <sweep dir>/locks/                           leases: who trains which pack now, who writes the manifest
 """
@@ -36,7 +37,7 @@ MANIFEST, HISTORY = "sweep.json", "history.jsonl"
 APPEND = os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_NOFOLLOW
 STATUSES = ("completed", "failed", "diverged", "pruned")
 RUN_ID = shapes.RUN_ID
-OURS = {MANIFEST, "runs", "locks", "checkpoints", "analysis", "README.md", ".gitkeep"}
+OURS = {MANIFEST, "runs", "locks", "checkpoints", "analysis", "optuna", "README.md", ".gitkeep"}
 
 
 @dataclass

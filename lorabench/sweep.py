@@ -25,7 +25,7 @@ from lorabench.sharing import Ended, freed
 from lorabench.slice_plan import SlicePlan
 from lorabench.terminal import Progress, dry_run_table
 from lorabench.train import Listener, OutOfMemory, SlicesMix, measure
-from lorabench.workers import Workers, worker_count
+from lorabench.workers import Crew, Workers, worker_count
 
 Executor = Callable[[Callable[[Pack], list[Record]], Sequence[Pack]], Iterable[list[Record]]]
 
@@ -87,7 +87,8 @@ def _run(
     tracker = make_tracker(settings.tracker, sweep=store.root.name, sweep_dir=store.root)
 
     count = worker_count(settings.sweep.workers, prep.resolve(todo[0].runs[0]).device, len(todo)) if todo else 1
-    workers = Workers(count, prep.resolve(todo[0].runs[0]).device) if count > 1 else None
+    own = Workers(count, prep.resolve(todo[0].runs[0]).device) if count > 1 else None
+    workers = executor if isinstance(executor, Crew) else own
     train_pack, executor = (workers.train, workers.map) if workers else (train, executor)
 
     others: list[Pack] = []  # packs that another launcher holds

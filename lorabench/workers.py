@@ -18,7 +18,7 @@ from contextlib import suppress
 from dataclasses import asdict
 from pathlib import Path
 from threading import Event, Lock, current_thread, main_thread
-from typing import Any
+from typing import Any, Protocol, runtime_checkable
 
 import torch
 
@@ -46,6 +46,18 @@ def worker_count(asked: int | None, device: str, packs: int) -> int:
 
 def _cores() -> list[int]:
     return sorted(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else list(range(os.cpu_count() or 1))
+
+
+@runtime_checkable
+class Crew(Protocol):
+    """Others who train packs, as a context: `train` has the meaning of `train.train`, `map` that of `map`."""
+
+    def __enter__(self) -> Any: ...
+    def __exit__(self, *args: Any) -> None: ...
+    def map(self, one: Callable[[Pack], list[Record]], packs: Sequence[Pack]) -> Iterable[list[Record]]: ...
+    def train(
+        self, pack: Pack, store: Store, listener: Listener, *, keep: Collection[str], accept_drift: bool = False
+    ) -> list[Record]: ...
 
 
 class Workers:
