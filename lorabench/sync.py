@@ -22,7 +22,7 @@ from lorabench.schema import ConfigError
 from lorabench.trackers import wandb_report
 from lorabench.trackers import wandb_runs as wb
 from lorabench.trackers.wandb import TARGET
-from lorabench.trackers.wandb_api import Away, Server, api_key, base_url
+from lorabench.trackers.wandb_api import Server, api_key, base_url
 
 AT_ONCE = 8  # questions to the server side by side
 PROJECT = "lorabench"
@@ -108,7 +108,8 @@ def _bar(total: int) -> Iterator[Any]:
 def main(argv: Sequence[str] | None = None) -> int:
     """Exit code 0: all is at W&B; 1: something did not arrive; 2: bad input, no key, or a server that does not answer."""
     args = parser().parse_args(argv)
-    os.environ.update({"WANDB_ERROR_REPORTING": "false", "WANDB_SILENT": "true"})
+    for key, value in wb.QUIET.items():
+        os.environ.setdefault(key, value)
     try:
         to = target(args.sweep, project=args.project, entity=args.entity, artifacts=args.artifacts)
         assert to.server is not None

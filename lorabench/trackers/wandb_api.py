@@ -82,8 +82,8 @@ class Server:
         return out
 
     def write_summary(self, run: Mirrored, values: Mapping[str, Any]) -> None:
-        """Set these values of the summary; the others stay."""
-        merged = json.dumps({**run.summary, **values}, allow_nan=False)
+        """Set these values of the summary, take out those that are None; the others stay."""
+        merged = json.dumps({k: v for k, v in {**run.summary, **values}.items() if v is not None}, allow_nan=False)
         self._ask(SUMMARY, {"id": run.id, "summaryMetrics": merged})
 
     def _ask(self, query: str, variables: Mapping[str, Any]) -> dict[str, Any]:

@@ -125,7 +125,8 @@ class Follower:
             run, one.run = one.run, None
             self.target.end(run, one.record)
             if server is not None:
-                wb.check(server, known, wb.steps(self.target.store.history(one.run_id)))
+                want = wb.steps(self.target.store.history(one.run_id))
+                wb.check(server, known, want, self.target.summary(one.record))
             del self.live[one.run_id]
 
     def _log(self, one: Live) -> None:

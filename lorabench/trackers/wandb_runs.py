@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     import wandb
 
 INIT, FINISH = 60.0, 120.0  # seconds that W&B's client may take to open a run, and to send the last of it
+QUIET = {"WANDB_ERROR_REPORTING": "false", "WANDB_SILENT": "true"}  # read when W&B's client is imported
 Steps = list[tuple[int, dict[str, Any]]]  # (step, what was measured at it), by step
 
 
@@ -57,8 +58,9 @@ def _plain(value: Any) -> bool:
 
 
 def lacking(want: Mapping[str, Any], has: Mapping[str, Any]) -> dict[str, Any]:
-    """The values of `want` that `has` does not have."""
-    return {k: v for k, v in want.items() if k not in has or has[k] != v}
+    """The values of `want` that `has` does not have; None for what a run that failed once left in it."""
+    stale = {k: None for k in ("error", "pruned_step") if k in has and k not in want}
+    return {k: v for k, v in want.items() if k not in has or has[k] != v} | stale
 
 
 @dataclass(frozen=True)
@@ -158,13 +160,15 @@ def bring(target: Target, record: Record, verdict: Mapping[str, Any] | None = No
             f"{known}: the history at the server begins otherwise than the records'; delete that run there"
         )
     last = -1 if has is None else has.last_step if back_to is None else back_to
+    if has is not None and has.summary.get("_step", -1) > last:
+        server.write_summary(has, {"_step": last if last >= 0 else None})  # from here W&B's client counts on
     run = target.open(
         record.run_id, record.config, method=method(record.config), tags=tags(record.config), back_to=back_to
     )
     new = [(step, values) for step, values in want if step > last]
     log(run, new)
     target.end(run, record, verdict)
-    check(server, known, want)
+    check(server, known, want, target.summary(record, verdict))
     return len(new)
 
 
@@ -173,12 +177,14 @@ def complete(has: Mirrored, want: Steps) -> bool:
     return has.rows == len(want) and has.last_step == (want[-1][0] if want else -1) and "status" in has.summary
 
 
-def check(server: Server, known: str, want: Steps) -> None:
-    """Raises `Away` unless the server has the history that was sent to it; it may take a moment to count."""
+def check(server: Server, known: str, want: Steps, values: Mapping[str, Any]) -> None:
+    """Raises `Away` unless the server has the history that was sent; it may take a moment to count. Mends the summary."""
     for pause in (0.0, 0.3, 1.0, 2.0):
         time.sleep(pause)
         has = server.run(known)
         if has is not None and complete(has, want):
+            if new := lacking(values, has.summary):
+                server.write_summary(has, new)
             return
     raise Away(f"{server.url} has {has.rows if has else 0} of {len(want)} history rows of {known}")
 
@@ -206,5 +212,5 @@ def quiet(server: Server | None) -> wandb.Settings:
 
 
 def environment() -> dict[str, str]:
-    """For a process with W&B's client: no error reports to its makers, and a service process of its own."""
-    return {k: v for k, v in os.environ.items() if k != "WANDB_SERVICE"} | {"WANDB_ERROR_REPORTING": "false"}
+    """For a process with W&B's client: nothing on the terminal, no error reports, a service process of its own."""
+    return {k: v for k, v in os.environ.items() if k != "WANDB_SERVICE"} | QUIET
