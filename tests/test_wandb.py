@@ -534,9 +534,18 @@ def test_steps_are_one_row_each_of_finite_values() -> None:
     assert wb.steps(rows) == [(2, {"a": 1.0, "c": 3}), (3, {"a": 4})]
 
 
-def test_a_page_that_is_no_w_and_b_server_is_away(server: WandbServer) -> None:
-    with pytest.raises(Away, match="HTTP 501|does not answer"):
-        Server(server.url.replace("http", "ftp"), KEY, "p", None).entity()
+def test_an_answer_that_is_none_of_w_and_b_is_away(server: WandbServer, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked = Server(server.url, KEY, "p", None)
+    server.refuse = 404
+    with pytest.raises(Away, match="the server failed \\(HTTP 404\\)"):
+        asked.entity()
+    server.refuse = 0
+    monkeypatch.setattr(server, "answer", lambda name, v: ["a page"])
+    with pytest.raises(Away, match="an answer that is none of W&B"):
+        asked.entity()
+    monkeypatch.setattr(server, "answer", lambda name, v: {"viewer": None})
+    with pytest.raises(Away, match="does not know this key"):
+        asked.entity()
 
 
 def test_the_key_is_the_servers_own(server: WandbServer, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

@@ -62,6 +62,7 @@ class WandbServer:
     def reset(self) -> None:
         self.runs: dict[str, Bucket] = {}
         self.artifacts: dict[str, dict[str, Any]] = {}
+        self.views: list[dict[str, Any]] = []
         self.operations: Counter[str] = Counter()
         self.keys: set[str] = set()
         self.delay, self.refuse = 0.0, 0
@@ -77,6 +78,7 @@ class WandbServer:
             handler = type("Handler", (_Handler,), {"owner": self})
             self.httpd = ThreadingHTTPServer(("127.0.0.1", self.port), handler)
             self.httpd.daemon_threads = True
+            self.httpd.handle_error = lambda *args: None  # type: ignore[method-assign]  # a client that was cut off
             threading.Thread(target=self.httpd.serve_forever, args=(0.02,), daemon=True).start()
 
     def stop(self) -> None:
@@ -178,6 +180,10 @@ class WandbServer:
     def _CommitArtifact(self, v: dict[str, Any]) -> Any:
         self.artifacts[v["artifactID"]]["state"] = "COMMITTED"
         return {"commitArtifact": {"artifact": {"id": v["artifactID"], "digest": "d"}}}
+
+    def _UpsertView2(self, v: dict[str, Any]) -> Any:
+        self.views.append(v)
+        return {"upsertView": {"view": {"id": "v", "name": v["name"]}, "inserted": True}}
 
     # -- files -----------------------------------------------------------------------------------------------------------
 
