@@ -48,6 +48,8 @@ def mirror(kind: str, sweep_dir: Path, runs: tuple[str, ...] = RUNS) -> None:
         store.write(record(run_id))
         tracker.finish(run_id, record(run_id))
     tracker.close()
+    if hasattr(tracker.tracker, "leave"):
+        tracker.tracker.leave()
 
 
 def test_none_is_no_tracker(sweep_dir: Path) -> None:

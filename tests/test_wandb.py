@@ -290,19 +290,25 @@ def track(store: Store, *runs: str, **settings: Any) -> Any:
     return tracker
 
 
+def leave(tracker: Any) -> None:
+    """As at the end of a sweep and of its process."""
+    tracker.close()
+    tracker.tracker.leave()
+
+
 def test_the_tracker_sends_and_no_key_is_left_anywhere(
     server: WandbServer, store: Store, capsys: pytest.CaptureFixture[str]
 ) -> None:
     tracker = track(store, *RUNS[:2])
     argv = Path(f"/proc/{tracker.tracker.process.pid}/cmdline")
     assert not argv.is_file() or KEY.encode() not in argv.read_bytes()
-    tracker.close()
+    leave(tracker)
     assert "".join(capsys.readouterr()) == ""
     for run_id in RUNS[:2]:
         arrived(server, run_id)
     assert any(server.keys)  # it was used
     offline = track(store, RUNS[2], mode="offline")
-    offline.close()
+    leave(offline)
     assert list(store.run_dir(RUNS[2]).glob("wandb/offline-run-*/*.wandb"))
     assert wb.wandb_id("my sweep", RUNS[2]) not in {r.name for r in server.runs.values()}
     files = [p for p in store.root.rglob("*") if p.is_file()]
@@ -319,18 +325,30 @@ def test_a_hanging_server_does_not_hold_a_sweep(
     server.delay = 3600.0
     tracker = track(store, *RUNS)
     process = tracker.tracker.process
-    tracker.close()
+    leave(tracker)
     assert process.poll() is not None
     said = capsys.readouterr().err
     assert said.count("tracker wandb:") == 1 and f"python -m lorabench.sync {store.root}" in said
     assert len(store.records()) == 3 and not server.runs
 
 
+def test_phases_of_a_sweep_share_one_process(server: WandbServer, store: Store) -> None:
+    """Tuning ends, confirmation begins: no wait between them, and what tuning left is sent meanwhile."""
+    tuned = track(store, RUNS[0])
+    tuned.start(RUNS[1], CONFIG, method="lora", tags=[])  # stopped: it has no record
+    tuned.close()
+    confirmed = track(store, RUNS[2])
+    assert confirmed.tracker.process is tuned.tracker.process
+    leave(confirmed)
+    arrived(server, RUNS[0])
+    arrived(server, RUNS[2])
+
+
 def test_online_without_a_key_is_said_once(
     server: WandbServer, store: Store, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.delenv("WANDB_API_KEY")
-    track(store, *RUNS, mode="online").close()
+    leave(track(store, *RUNS, mode="online"))
     said = capsys.readouterr().err
     assert said.count("set WANDB_API_KEY") == 1 and said.count("\n") == 1
     assert not server.operations
@@ -364,7 +382,7 @@ time.sleep(60)
         time.sleep(0.1)
     assert not Path(f"/proc/{child}").exists()
     store.reset_history(RUNS[0])
-    track(store, RUNS[0]).close()
+    leave(track(store, RUNS[0]))
     arrived(server, RUNS[0])
 
 
@@ -557,3 +575,60 @@ def test_the_key_is_the_servers_own(server: WandbServer, monkeypatch: pytest.Mon
     (tmp_path / "netrc").write_text(f"machine 127.0.0.1 login user password {KEY}\n")
     assert api_key() == KEY
     assert os.environ["WANDB_BASE_URL"] == server.url
+
+
+# -- the workspace -----------------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def workspace(repo: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
+    monkeypatch.syspath_prepend(str(repo / "sweeps"))
+    import wandb_workspace
+
+    return wandb_workspace
+
+
+def test_workspace_panels_name_what_is_written(workspace: Any, repo: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Keys of the reference sweep's records, histories and figures."""
+    from lorabench.report.mirrored import mirrored
+
+    store = Store(repo / "sweeps/ref_rank_sweep")
+    verdicts = mirrored(store.root)["verdicts"]
+    configs: set[str] = set()
+    values: set[str] = set()
+    rows: set[str] = set()
+    for one in store.records():
+        configs |= {f"{k}.{x}" for k, v in one.config.items() if isinstance(v, dict) for x in v}
+        values |= set(wb.summary(one, verdicts.get(one.run_id)))
+        rows |= {key for _, found in wb.steps(store.history(one.run_id)) for key in found}
+    figures = {f"figures/{p.stem}" for p in (repo / "reports/ref_rank_sweep/figures").glob("*.png")}
+    assert workspace.main(["ref_rank_sweep", "--entity", "me", "--print"]) == 0
+    made = json.loads(capsys.readouterr().out)
+    assert list(made) == ["Answer", "Rank", "Rate", "Alpha", "Cost"]
+    for panel in (p for panels in made.values() for p in panels):
+        if panel["kind"] == "media":
+            assert set(panel["keys"]) <= figures | {"report"}
+        elif panel["kind"] == "lines":
+            assert panel["y"] in rows and panel["by"] in configs
+        else:
+            x = panel["x"]
+            assert x.removeprefix("summary:") in values if x.startswith("summary:") else x in configs
+            assert panel["y"] in values
+    assert not [p for p in made["Rate"] if "test/" in json.dumps(p)]
+
+
+def test_workspace_without_its_package_is_a_message(
+    workspace: Any, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setitem(sys.modules, "wandb_workspaces", None)
+    assert workspace.main(["s", "--entity", "me"]) == 2
+    assert "pip install wandb-workspaces" in capsys.readouterr().err
+
+
+def test_workspace_is_saved_with_its_panels(server: WandbServer, workspace: Any) -> None:
+    pytest.importorskip("wandb_workspaces")
+    assert workspace.main(["s", "--entity", "me"]) == 0
+    (view,) = server.views
+    sections = json.loads(view["spec"])["section"]["panelBankConfig"]["sections"]
+    assert [s["name"] for s in sections] == ["Answer", "Rank", "Rate", "Alpha", "Cost"]
+    assert sections[1]["panels"][0]["config"]["xAxis"] == "config:method.value.r"

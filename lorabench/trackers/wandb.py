@@ -6,7 +6,9 @@ process can be ended where W&B's client would wait on.
 
 from __future__ import annotations
 
+import atexit
 import json
+import multiprocessing
 import os
 import queue
 import subprocess
@@ -25,19 +27,34 @@ from lorabench.trackers.wandb_api import api_key
 from lorabench.trackers.wandb_runs import environment
 
 PATIENCE, SHARE = 10.0, 0.05  # seconds to wait for W&B at the end of a sweep, or this share of its time if that is more
+STOPPED = 2.0  # seconds, for a sweep that was told to stop
 TARGET = ".wandb/target.json"  # in the sweep's directory: the project it went to, for `lorabench.sync`
 MESSAGES = 100_000  # that may wait for the mirror's process; a message starts or ends a run
 
 
+_running: dict[
+    tuple[Path, str, TrackerConfig], WandbTracker
+] = {}  # one process for all phases of a sweep and its report
+
+
 def build(settings: TrackerConfig, *, sweep: str, sweep_dir: Path) -> WandbTracker:
-    return WandbTracker(settings, sweep, Store(sweep_dir))
+    key = (sweep_dir.resolve(), sweep, settings)
+    if key not in _running or _running[key].process.poll() is not None:
+        _running[key] = WandbTracker(settings, sweep, Store(sweep_dir))
+    return _running[key]
 
 
 class WandbTracker:
-    """Tells the mirror's process which runs start and end. Offline, W&B's files lie in `<run dir>/wandb`."""
+    """Tells the mirror's process which runs start and end. Offline, W&B's files lie in `<run dir>/wandb`.
+
+    `close` waits for nothing: what is left is sent while the sweep goes on to its next phase or its report, and `leave`,
+    when this process ends, gives it a little time.
+    """
 
     def __init__(self, settings: TrackerConfig, sweep: str, store: Store) -> None:
         self.store, self.began = store, time.monotonic()
+        self.live: set[str] = set()
+        self.stopped = False  # in the middle of training
         found = mode(settings.mode)
         if found != "disabled":
             atomic_write(store.root / TARGET, dump_json({"project": settings.project, "entity": settings.entity}))
@@ -57,27 +74,37 @@ class WandbTracker:
         self.threads = [threading.Thread(target=f, daemon=True) for f in (self._write, self._read)]
         for thread in self.threads:
             thread.start()
+        atexit.register(self.leave)
 
     def start(self, run_id: str, config: Mapping[str, Any], *, method: str, tags: list[str]) -> None:
+        self.live.add(run_id)
         self._send(do="start", run=run_id, config=config, method=method, tags=tags)
 
     def log(self, run_id: str, row: Row) -> None:
         """The row stands in the run's history, where the mirror reads it."""
 
     def finish(self, run_id: str, record: Record) -> None:
+        self.live.discard(run_id)
         self._send(do="finish", run=run_id)
 
     def report(self, report_dir: Path, tables: Mapping[str, Any]) -> None:
         self._send(do="report", dir=str(report_dir.resolve()), tables=tables)
-        self.began -= sum(float(r.resources.get("train_seconds") or 0) for r in self.store.records())
 
     def close(self) -> None:
-        """Wait for what is still to be sent, a little; raises `ConnectionError` where something is not at W&B."""
-        wait = max(PATIENCE, SHARE * (time.monotonic() - self.began))
-        if self.result is None:
-            self._send(do="close", wait=wait)
+        """Runs without a record were stopped; their W&B runs go on when the sweep does."""
+        self.stopped = self.stopped or bool(self.live)
+        self.live.clear()
+        self._send(do="rest")
+        if multiprocessing.parent_process() is not None:  # such a process ends without its exit hooks
+            self.leave()
+
+    def leave(self) -> None:
+        """Wait for what is still to be sent, a little; then end the process and say what is not at W&B."""
+        atexit.unregister(self.leave)
+        wait = STOPPED if self.stopped else max(PATIENCE, SHARE * (time.monotonic() - self.began))
+        self._send(do="close", wait=wait)
         try:
-            self.process.wait(wait + 2.0)
+            self.process.wait(wait + 1.0)
         except subprocess.TimeoutExpired:
             self.process.kill()
             self.process.wait()
@@ -87,8 +114,10 @@ class WandbTracker:
         result = self.result or {"left": ["some runs"], "why": f"not done {wait:.0f} s after the end"}
         if left := result["left"]:
             who = left[0] if len(left) == 1 else f"{len(left)} runs"
-            raise ConnectionError(
-                f"{who} not at W&B ({result['why']}); python -m lorabench.sync {self.store.root} sends what is missing"
+            again = f"python -m lorabench.sync {self.store.root} sends what is missing"
+            print(
+                f"tracker wandb: not at W&B: {who} ({result['why']}); the records are complete; {again}",
+                file=sys.stderr,
             )
 
     def _send(self, **message: Any) -> None:

@@ -67,6 +67,9 @@ class Follower:
             self.live[run_id].record = self.target.store.read(run_id)
         elif what == "report":
             self.report = dict(message)
+        elif what == "rest":  # what has no record by now was stopped; its W&B run goes on when the sweep does
+            for stopped in [i for i, one in self.live.items() if one.record is None]:
+                del self.live[stopped]
 
     def turn(self) -> None:
         """One look at everything; a server that does not answer ends it, until its pause is over."""
@@ -160,12 +163,8 @@ def serve(follower: Follower, heard: queue.Queue[dict[str, Any] | None]) -> None
                     break
         except queue.Empty:
             pass
-        closing = deadline < float("inf")
-        if closing:  # what has no record by now was stopped; its W&B run goes on when the sweep does
-            for run_id in [i for i, one in follower.live.items() if one.record is None]:
-                del follower.live[run_id]
         follower.turn()
-        if closing and follower.silences:
+        if follower.silences and deadline < float("inf"):
             return
 
 
