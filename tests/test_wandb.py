@@ -386,6 +386,67 @@ time.sleep(60)
     arrived(server, RUNS[0])
 
 
+@pytest.fixture
+def sweep(cli: Callable[..., tuple[int, str]], tmp_path: Path) -> Callable[..., str]:
+    """A real sweep of two tuning and four confirmation runs on a tiny base; returns what it said."""
+    from lorabench.trackers.wandb import _running
+    from tiny import make_base, make_data
+
+    base, data = make_base(tmp_path / "base", "bert"), make_data(tmp_path / "data.csv")
+
+    def run(*more: str) -> str:
+        code, out = cli(
+            "-m", "method.r=1,4", "sweep.confirm_seeds=[7,8]", "sweep.name=s", "model=hf", f"model.source={base}",
+            "model.name=tiny", "task=text_file", f"task.file={data}", "task.max_length=32", "trainer.max_steps=6",
+            "trainer.batch_size=4", "trainer.precision=64", "trainer.accelerator=cpu", *more,
+        )  # fmt: skip
+        for tracker in _running.values():
+            if tracker.process.poll() is None:
+                tracker.leave()
+        assert code == 0, out
+        return out
+
+    return run
+
+
+@pytest.mark.slow
+def test_a_sweep_its_report_and_its_verdicts_arrive_and_no_key_is_written(
+    server: WandbServer, sweep: Callable[..., str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = sweep("tracker=wandb", "tracker.artifacts=true")
+    out += "".join(capsys.readouterr())
+    assert "tracker wandb" not in out and KEY not in out
+    store = Store("sweeps/s")
+    records = store.records()
+    assert len(records) == 6
+    for one in records:
+        run = bucket(server, one.run_id, "s")
+        assert run.steps == [step for step, _ in wb.steps(store.history(one.run_id))] and not run.faults
+        assert run.fields["groupName"] == "s" and run.fields["tags"] == ["tiny", "text_file", one.role]
+        assert run.summary["val/loss"] == one.metrics["val/loss"] and run.summary["status"] == "completed"
+        assert ("test/accuracy" in run.summary) == (one.role == "confirm")
+        assert run.summary["verdict/cell"] in {c["id"] for c in store.manifest()["cells"]}
+    assert len([a for a in server.artifacts.values() if a["type"] == "adapter" and a["state"] == "COMMITTED"]) == 6
+    assert "report/answer" in bucket(server, "report", "s").summary
+    written = [p for p in tmp_path.rglob("*") if p.is_file() and not p.is_relative_to(tmp_path / "base")]
+    assert len(written) > 50 and not [p for p in written if KEY.encode() in p.read_bytes()]
+
+
+@pytest.mark.slow
+def test_a_sweep_without_its_server_is_the_same_sweep(
+    server: WandbServer, sweep: Callable[..., str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    server.stop()
+    said = sweep("tracker=wandb") + "".join(capsys.readouterr())
+    assert "does not answer" in said and "python -m lorabench.sync sweeps/s sends what is missing" in said
+    assert [r.status for r in Store("sweeps/s").records()] == ["completed"] * 6
+    server.start()
+    assert sync.main(["sweeps/s"]) == 0
+    assert "6 runs brought up to date; report sent" in capsys.readouterr().out
+    assert sync.main(["sweeps/s"]) == 0
+    assert "6 of 6 ended runs are there; 0 history rows to send" in capsys.readouterr().out
+
+
 # -- sync ----------------------------------------------------------------------------------------------------------------------
 
 

@@ -151,7 +151,7 @@ def serve(follower: Follower, heard: queue.Queue[dict[str, Any] | None]) -> None
     while not (deadline < float("inf") and (follower.idle or time.monotonic() > deadline)):
         try:
             while True:
-                message = heard.get(timeout=LOOK if follower.live else 0.05)
+                message = heard.get(timeout=LOOK)
                 if message is None:
                     return
                 if message["do"] == "close":
