@@ -195,6 +195,15 @@ def test_a_server_that_refuses_costs_nothing_but_the_mirror(
     arrived(server, RUNS[0])
 
 
+def test_a_slow_server_gets_all_of_it(server: WandbServer, store: Store) -> None:
+    server.delay = 0.25
+    follower = follow(to(server, store), RUNS[0])
+    store.append_history(RUNS[0], ROWS)
+    end(follower, RUNS[0])
+    turns(follower, lambda: follower.idle)
+    assert arrived(server, RUNS[0]).sent == 20 and not follower.lost
+
+
 def test_rows_that_were_refused_are_missed_and_sent_again(
     server: WandbServer, store: Store, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -105,13 +105,15 @@ class WandbTracker:
         self._send(do="close", wait=wait)
         try:
             self.process.wait(wait + 1.0)
+            why = "the mirror's process died"
         except subprocess.TimeoutExpired:
             self.process.kill()
             self.process.wait()
+            why = f"not done {wait:.0f} s after the end"
         self.outbox.put_nowait("")
         for thread in self.threads:
             thread.join(1.0)
-        result = self.result or {"left": ["some runs"], "why": f"not done {wait:.0f} s after the end"}
+        result = self.result or {"left": ["some runs"], "why": why}
         if left := result["left"]:
             who = left[0] if len(left) == 1 else f"{len(left)} runs"
             again = f"python -m lorabench.sync {self.store.root} sends what is missing"

@@ -171,8 +171,10 @@ def serve(follower: Follower, heard: queue.Queue[dict[str, Any] | None]) -> None
 def main() -> None:
     """argv: {"dir", "sweep", "project", "entity", "mode", "artifacts"} as JSON."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the sweep's: it says when to end
-    os.nice(10)
-    out, sys.stdout = sys.stdout, sys.stderr
+    if hasattr(os, "nice"):
+        os.nice(10)
+    out = os.fdopen(os.dup(1), "w")  # for us alone: what others print, and W&B's own process, get stderr
+    os.dup2(2, 1)
 
     def tell(**what: Any) -> None:
         out.write(json.dumps(what) + "\n")
