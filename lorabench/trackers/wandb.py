@@ -115,7 +115,7 @@ class WandbTracker:
             thread.join(1.0)
         result = self.result or {"left": ["some runs"], "why": why}
         if left := result["left"]:
-            who = left[0] if len(left) == 1 else f"{len(left)} runs"
+            who = ", ".join(left[:3]) + (f" and {len(left) - 3} more" if len(left) > 3 else "")
             again = f"python -m lorabench.sync {self.store.root} sends what is missing"
             print(
                 f"tracker wandb: not at W&B: {who} ({result['why']}); the records are complete; {again}",
