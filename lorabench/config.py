@@ -85,6 +85,7 @@ class TrackerConfig:
     mode: str = knob(
         "auto", help="auto: online when a key is there, else offline", choices=("auto", "online", "offline")
     )
+    artifacts: bool = knob(False, help="W&B: send each run's adapter, too")
 
 
 @dataclass(frozen=True)

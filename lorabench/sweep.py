@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from contextlib import nullcontext
+from pathlib import Path
 from typing import Any
 
 from rich.console import Console
@@ -256,6 +257,7 @@ def finish(settings: Settings, *, console: Console | None = None) -> None:
         if settings.report.enabled:
             render(settings.sweep.dir, settings.report.dir, title=settings.report.title)
             console.print(f"report: {settings.report.dir}/report.html", soft_wrap=True, highlight=False)
+            _mirror_report(settings, store)
     counts = Counter(r.status for r in records)
     console.print(
         f"{len(records)} runs: " + ", ".join(f"{n} {status}" for status, n in sorted(counts.items())), highlight=False
@@ -265,6 +267,19 @@ def finish(settings: Settings, *, console: Console | None = None) -> None:
         for r in failed[:10]:
             console.print(f"failed {r.run_id}: {r.error}", highlight=False, markup=False)
         raise SweepFailed(f"{len(failed)} of {len(records)} runs failed; start again with sweep.retry_failed=true")
+
+
+def _mirror_report(settings: Settings, store: Store) -> None:
+    """Let the sweep's tracker show the report, if it can."""
+    from lorabench.trackers import make_tracker
+
+    tracker = make_tracker(settings.tracker, sweep=store.root.name, sweep_dir=store.root)
+    if tracker is None:
+        return
+    from lorabench.report.mirrored import mirrored
+
+    tracker.report(Path(settings.report.dir), mirrored(store.root))
+    tracker.close()
 
 
 def require_fresh(settings: Settings) -> None:
