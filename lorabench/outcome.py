@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from lorabench import provenance
+from lorabench import probes, provenance
 from lorabench.adapters import Stack
 from lorabench.adapters.files import save_slice
 from lorabench.base import Base
@@ -35,6 +35,7 @@ class Session:
     trainer: Any  # Lightning's
     seconds: dict[str, float] = field(default_factory=lambda: {"train": 0.0, "eval": 0.0})
     peak_memory: int | None = None
+    extras: dict[int, dict[str, float]] = field(default_factory=dict)  # metrics of a slice from beside its own task
 
 
 def records_of(s: Session) -> list[Record]:
@@ -67,7 +68,7 @@ def _metrics(s: Session, k: int, run: RunConfig, status: str) -> dict[str, Any]:
         rows = s.module.results[k]
         metrics |= {f"test/{name}": value for name, value in run.task.metrics(rows).items()}
         s.store.write_arrays(run.run_id, "test", _kept(rows))
-    return metrics
+    return metrics | s.extras.get(k, {})
 
 
 def _kept(rows: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
@@ -103,6 +104,8 @@ def _resources(s: Session, k: int) -> dict[str, Any]:
         "train_examples": len(s.prepared.encoded.splits["train"]), "val_examples": len(s.prepared.encoded.splits["val"]),
         "test_examples": len(s.prepared.encoded.splits["test"]),
     }  # fmt: skip
+    if "beside" in s.seconds:
+        found["beside_seconds"] = s.seconds["beside"] / size
     if tokens:
         found |= {
             "tokens": tokens,
@@ -120,7 +123,7 @@ def _provenance(s: Session, state: Any) -> dict[str, Any]:
         "data_fingerprint": s.prepared.data.fingerprint, "model_fingerprint": s.base.fingerprint, "model_notes": s.base.notes,
         "data_notes": {**s.prepared.data.notes, **s.prepared.encoded.notes}, "pack": s.pack.id, "pack_runs": s.pack.run_ids,
         "head": {"auto_class": s.prepared.head.auto_class, "label_names": list(s.prepared.head.label_names)},
-        "user_code": user_code(s.pack.runs[0]),
+        "user_code": user_code(s.pack.runs[0]), "probe_fingerprint": probes.fingerprint(s.pack.runs[0]),
         "stopped": state.reason if state.status == "stopped" else None,
     }  # fmt: skip
 

@@ -19,6 +19,7 @@ import torch
 from lorabench import prepare as prep
 from lorabench.adapters import SlicesMix, inject, probe
 from lorabench.batches import EvalStream, PackStream
+from lorabench.beside import Beside
 from lorabench.config import RunConfig
 from lorabench.memory import PeakMemory, out_of_memory, release
 from lorabench.module import PackModule
@@ -81,9 +82,12 @@ def _train(pack: Pack, store: Store, listener: Listener, keep: Collection[str]) 
         _probe(session)
         if pack.runs[0].trainer.reuse_trunk:
             session.module.reuse = Reuse(session)
+        beside = Beside(session) if pack.runs[0].role == "confirm" else None
         with PeakMemory(session.resolved.device) as memory, _quiet():
             _fit(session)
             session.peak_memory = memory.peak()
+        if beside:
+            beside.finish()
         return records_of(session)
 
 
