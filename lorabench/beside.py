@@ -26,7 +26,7 @@ class Beside:
         prompts = getattr(run.task, "style_prompts", 0)
         self.style = Style(session, prompts) if prompts else None
         self.samples = samples.before(session)
-        session.seconds["beside"] = time.perf_counter() - start
+        session.beside_seconds = time.perf_counter() - start
 
     def finish(self) -> None:
         s, start = self.session, time.perf_counter()
@@ -42,7 +42,7 @@ class Beside:
                 s.extras[k] |= self.style.metrics(adapted)
         if self.samples and kept:
             samples.write(s, self.samples)
-        s.seconds["beside"] += time.perf_counter() - start
+        s.beside_seconds = (s.beside_seconds or 0.0) + time.perf_counter() - start
 
 
 class Style:

@@ -36,6 +36,7 @@ class Session:
     seconds: dict[str, float] = field(default_factory=lambda: {"train": 0.0, "eval": 0.0})
     peak_memory: int | None = None
     extras: dict[int, dict[str, float]] = field(default_factory=dict)  # metrics of a slice from beside its own task
+    beside_seconds: float | None = None  # what they took
 
 
 def records_of(s: Session) -> list[Record]:
@@ -104,8 +105,8 @@ def _resources(s: Session, k: int) -> dict[str, Any]:
         "train_examples": len(s.prepared.encoded.splits["train"]), "val_examples": len(s.prepared.encoded.splits["val"]),
         "test_examples": len(s.prepared.encoded.splits["test"]),
     }  # fmt: skip
-    if "beside" in s.seconds:
-        found["beside_seconds"] = s.seconds["beside"] / size
+    if s.beside_seconds is not None:
+        found["beside_seconds"] = s.beside_seconds / size
     if tokens:
         found |= {
             "tokens": tokens,

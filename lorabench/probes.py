@@ -83,7 +83,9 @@ def _read(key: str, run: RunConfig, task: Any, head: HeadSpec) -> Probe:
     if wanted == CLASSES and any("label" not in e for examples in splits.values() for e in examples):
         raise ConfigError("task.probe", task.name, "a task whose examples hold one label each")
     if len(splits["test"]) < FEWEST:
-        raise ConfigError("task.probe", task.name, f"at least {FEWEST} examples to test on; it has {len(splits['test'])}")
+        raise ConfigError(
+            "task.probe", task.name, f"at least {FEWEST} examples to test on; it has {len(splits['test'])}"
+        )
     lengths = {name: encoded.lengths[name][: len(examples)] for name, examples in splits.items()}
     return Probe(key, task, processor, METRICS[wanted], splits, lengths, data.fingerprint)
 

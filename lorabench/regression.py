@@ -44,7 +44,9 @@ def log_softmax(z: np.ndarray) -> np.ndarray:
     return made
 
 
-def held_out_accuracy(x: np.ndarray, y: np.ndarray, x_test: np.ndarray, y_test: np.ndarray, *, l2: float = 1.0) -> float:
+def held_out_accuracy(
+    x: np.ndarray, y: np.ndarray, x_test: np.ndarray, y_test: np.ndarray, *, l2: float = 1.0
+) -> float:
     """Share right on x_test [M, D] of a classifier fitted on x [N, D]; features are standardised by those of x."""
     mean, spread = x.mean(0), x.std(0)
     spread = np.where(spread > 0, spread, 1.0)

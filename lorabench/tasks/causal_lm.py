@@ -31,7 +31,9 @@ class Config:
 
     kind: str = knob("causal_lm", help="the task's module", choices=("causal_lm",))
     name: str = knob("language modelling", help="what tables call it")
-    source: str = knob("text", help="text: plain text files; file: a table", choices=("chitchat", "bbc", "text", "file"))
+    source: str = knob(
+        "text", help="text: plain text files; file: a table", choices=("chitchat", "bbc", "text", "file")
+    )
     file: str | None = knob(None, help="a text file, a folder of them, or a csv, tsv, json, jsonl or parquet file")
     text_column: str = knob("text", help="column of the text, where there are no prompts")
     prompt_column: str | None = knob(None, help="column of the prompt; with response_column")
