@@ -43,39 +43,34 @@ def of_base(s: Session, prompts: Sequence[np.ndarray]) -> list[str]:
 def written(s: Session, prompts: Sequence[np.ndarray], slices: Sequence[int]) -> list[list[str]]:
     """Of each slice, or with [] of the base alone, its reply to each prompt (token ids [T]).
 
-    Prompts are padded on the left and sorted by length; what is too long for the base loses its beginning.
+    Prompts of one length go together, so that nothing is padded: some attention gives NaN where all of a row is masked.
+    What is too long for the base loses its beginning.
     """
     model: Any = s.base.model
     limit = getattr(model.config.get_text_config(), "max_position_embeddings", None) or 10**9
-    cut = [p[-max(1, limit - NEW_TOKENS) :] for p in prompts]
-    order = sorted(range(len(cut)), key=lambda i: len(cut[i]))
+    alike: dict[int, list[int]] = {}
+    for i, prompt in enumerate(prompts):
+        alike.setdefault(min(len(prompt), max(1, limit - NEW_TOKENS)), []).append(i)
     size = max(1, len(slices))
-    out = [[""] * len(cut) for _ in range(size)]
-    per = max(1, ROWS // size)
+    out, per = [[""] * len(prompts) for _ in range(size)], max(1, ROWS // size)
     with evaluating(s) as device, s.stack.active(slices), quiet():
-        for start in range(0, len(order), per):
-            chunk = order[start : start + per]
-            ids, mask = _left([cut[i] for i in chunk], s.base.processor.pad_token_id)
-            made = model.generate(
-                input_ids=ids.repeat(size, 1).to(device), attention_mask=mask.repeat(size, 1).to(device),
-                max_new_tokens=NEW_TOKENS, do_sample=False, pad_token_id=s.base.processor.pad_token_id,
-                eos_token_id=end_tokens(model, s.base.processor),
-            )  # fmt: skip
-            rows = made[:, ids.shape[1] :].view(size, len(chunk), -1).tolist()
-            for k, own in enumerate(rows):
-                for i, tokens in zip(chunk, own, strict=True):
-                    out[k][i] = _text(s.base.processor, tokens)
+        for length, same in alike.items():
+            for start in range(0, len(same), per):
+                chunk = same[start : start + per]
+                ids = np.stack([prompts[i][-length:] for i in chunk] * size).astype(np.int64)
+                rows = _greedy(model, s.base.processor, torch.from_numpy(ids).to(device))
+                for position, text in enumerate(rows):
+                    out[position // len(chunk)][chunk[position % len(chunk)]] = text
     return out
 
 
-def _left(prompts: Sequence[np.ndarray], pad: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """Ids and mask [B, T], padded on the left."""
-    ids = np.full((len(prompts), max(map(len, prompts))), pad, dtype=np.int64)
-    mask = np.zeros_like(ids)
-    for row, seen, own in zip(ids, mask, prompts, strict=True):
-        row[len(row) - len(own) :] = own
-        seen[len(row) - len(own) :] = 1
-    return torch.from_numpy(ids), torch.from_numpy(mask)
+def _greedy(model: Any, processor: Any, ids: torch.Tensor) -> list[str]:
+    """The reply to each row of ids [N, T]."""
+    made = model.generate(
+        input_ids=ids, attention_mask=torch.ones_like(ids), max_new_tokens=NEW_TOKENS, do_sample=False,
+        pad_token_id=processor.pad_token_id, eos_token_id=end_tokens(model, processor),
+    )  # fmt: skip
+    return [_text(processor, row) for row in made[:, ids.shape[1] :].tolist()]
 
 
 def _text(processor: Any, tokens: list[int]) -> str:

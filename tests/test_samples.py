@@ -60,7 +60,7 @@ def test_replies_are_those_of_transformers_one_at_a_time(places, tmp_path):
                 break
         want = s.base.processor.decode(ids[0, len(prompt) :], skip_special_tokens=True).strip()
         assert said == want
-    assert len(set(map(len, prompts))) > 1, "prompts of one length would not show what padding does"
+    assert len(set(map(len, prompts))) > 1, "prompts of one length would not show that each finds its place"
 
 
 def test_a_pack_says_what_its_runs_say_alone(places, tmp_path):
