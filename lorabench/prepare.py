@@ -174,7 +174,7 @@ def taught(run: RunConfig, prepared: Prepared, base: Base) -> Prepared:
 def user_code(run: RunConfig) -> str | None:
     """SHA-256 prefix over the Python files of the user's own that a run names; None where it names none."""
     parts = (run.task, run.model, getattr(run.task, "probe", None))
-    named = [s.file for s in parts if getattr(s, "kind", None) == "local"]
+    named = [s.file for s in parts if s is not None and getattr(s, "kind", None) == "local"]
     named += [spec.rpartition(":")[0] for spec in getattr(run.task, "extra_metrics", ())]
     if not named:
         return None
