@@ -31,10 +31,10 @@ class Probe:
     metric: str  # loss (nats a token) or accuracy
     splits: dict[str, list[dict[str, Any]]]  # "test", and where there is a classifier to fit "train"
     lengths: dict[str, list[int]]
-    fingerprint: str
 
 
 _probes: dict[str, Probe] = {}
+_fingerprints: dict[str, str] = {}
 
 
 def of(run: RunConfig, head: HeadSpec) -> Probe | None:
@@ -46,7 +46,7 @@ def of(run: RunConfig, head: HeadSpec) -> Probe | None:
     task = getattr(run.task, "probe", None)
     if task is None:
         return None
-    parts = [dataclasses.asdict(task), dataclasses.asdict(run.model), run.task.probe_examples, head.auto_class]
+    parts = [dataclasses.asdict(task), dataclasses.asdict(run.model), _most(run), head.auto_class]
     key = digest(parts)
     if key not in _probes:
         try:
@@ -61,14 +61,23 @@ def of(run: RunConfig, head: HeadSpec) -> Probe | None:
 def fingerprint(run: RunConfig) -> str | None:
     """Of the data of a run's probe; None where it has none."""
     task = getattr(run.task, "probe", None)
-    found = next((p for p in _probes.values() if p.task == task), None)
-    return None if task is None else found.fingerprint if found else task.load().fingerprint
+    if task is None:
+        return None
+    key = digest(dataclasses.asdict(task))
+    if key not in _fingerprints:
+        _fingerprints[key] = task.load().fingerprint
+    return _fingerprints[key]
+
+
+def _most(run: RunConfig) -> int:
+    return int(getattr(run.task, "probe_examples", 1000))
 
 
 def _read(key: str, run: RunConfig, task: Any, head: HeadSpec) -> Probe:
     if _where(task) == _where(run.task):
         raise ConfigError("task.probe", task.name, "another task than the one that is trained on")
     data = task.load()
+    _fingerprints[digest(dataclasses.asdict(task))] = data.fingerprint
     wanted = task.head(data).auto_class
     if wanted not in METRICS:
         raise ConfigError("task.probe", task.name, "a task of language modelling or of text classification")
@@ -79,7 +88,7 @@ def _read(key: str, run: RunConfig, task: Any, head: HeadSpec) -> Probe:
     processor = run.model.processor()
     encoded = encoded_cache.encoded(task, run.model, data, processor)
     needed = ("test",) if wanted == LM else ("train", "test")
-    splits = {name: encoded.splits[name][: run.task.probe_examples] for name in needed}
+    splits = {name: encoded.splits[name][: _most(run)] for name in needed}
     if wanted == CLASSES and any("label" not in e for examples in splits.values() for e in examples):
         raise ConfigError("task.probe", task.name, "a task whose examples hold one label each")
     if len(splits["test"]) < FEWEST:
@@ -87,7 +96,7 @@ def _read(key: str, run: RunConfig, task: Any, head: HeadSpec) -> Probe:
             "task.probe", task.name, f"at least {FEWEST} examples to test on; it has {len(splits['test'])}"
         )
     lengths = {name: encoded.lengths[name][: len(examples)] for name, examples in splits.items()}
-    return Probe(key, task, processor, METRICS[wanted], splits, lengths, data.fingerprint)
+    return Probe(key, task, processor, METRICS[wanted], splits, lengths)
 
 
 def _where(task: Any) -> list[Any]:

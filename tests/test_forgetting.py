@@ -12,7 +12,8 @@ from lorabench import forgetting, prepare, probes
 from lorabench.beside import Beside
 from lorabench.config import RunConfig
 from lorabench.records import Store
-from lorabench.schema import ConfigError
+from lorabench.schema import ConfigError, ExistingWork
+from lorabench.sweep import _check_drift
 from lorabench.train import Listener, Pack, _opened, train
 from tiny import WORDS, make_base, make_data, make_decoder, make_run
 
@@ -203,6 +204,14 @@ def test_fewer_examples_of_the_probe(places):
     few, many = (probes.of(r, prepare.prepare(r).head).splits["test"] for r in (run, lm_run(places)))
     assert len(few) == 20 < len(many)
     assert [e["example"] for e in few] == [e["example"] for e in many[:20]]
+
+
+def test_a_probe_whose_data_changed_is_refused(places, tmp_path):
+    (record,) = train(Pack("p0", (label_run(places),)), Store(tmp_path))
+    _check_drift(record, label_run(places))
+    record.provenance["probe_fingerprint"] = "another"
+    with pytest.raises(ExistingWork, match=r"task\.probe=.*the probe's data files are not those"):
+        _check_drift(record, label_run(places))
 
 
 # -- identity and errors ----------------------------------------------------------------------------------------------

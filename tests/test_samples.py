@@ -29,7 +29,7 @@ def places(tmp_path_factory):
 
 def chat_run(places, **changes):
     task = {"kind": "causal_lm", "name": "chat", "source": "file", "file": str(places["pairs"]), "prompt_column": "prompt",
-            "response_column": "reply", "group_column": "talk", "max_length": 32, "style_prompts": 60}  # fmt: skip
+            "response_column": "reply", "group_column": "talk", "max_length": 32, "style_prompts": 40}  # fmt: skip
     settings = {"role": "confirm", "trainer.max_steps": 4, **changes}
     run = make_run(places["llama"], places["data"], task=task, **settings)
     return run
@@ -65,7 +65,7 @@ def test_replies_are_those_of_transformers_one_at_a_time(places, tmp_path):
 
 def test_a_pack_says_what_its_runs_say_alone(places, tmp_path):
     runs = [
-        chat_run(places, **{"method.r": r, "optimizer.lr": lr, "trainer.max_steps": 60})
+        chat_run(places, **{"method.r": r, "optimizer.lr": lr, "trainer.max_steps": 40})
         for r, lr in ((1, 1e-5), (8, 3e-2))
     ]
     packed, solo = Store(tmp_path / "packed"), Store(tmp_path / "solo")
@@ -87,7 +87,7 @@ def test_a_pack_says_what_its_runs_say_alone(places, tmp_path):
         <= together[1].metrics["style/moved_high"]
     )
     assert together[1].metrics["style/real"] > 0.5 > together[1].metrics["style/base"]
-    halves = tone.halves([r["group"] for r in prepare.load_data(runs[0].task).splits["test"]][:60])
+    halves = tone.halves([r["group"] for r in prepare.load_data(runs[0].task).splits["test"]][:40])
     assert together[1].metrics["style/examples"] == len(halves[1])
 
 
