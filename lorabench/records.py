@@ -4,6 +4,7 @@
 <sweep dir>/runs/<run_id>/run.json           the record, written once, when the run has ended
 <sweep dir>/runs/<run_id>/history.jsonl      rows {"step": int, "train/loss": ..., "val/accuracy": ...}
 <sweep dir>/runs/<run_id>/test.npz           per-example test results (confirm role): example, loss, weight, ...
+<sweep dir>/runs/<run_id>/samples.json       text tasks (confirm role): at most 8 of {"prompt" or "text", "expected", "before", "after"}
 <sweep dir>/runs/<run_id>/adapter/           trained weights, PEFT's format where it has one
 <sweep dir>/checkpoints/<pack id>/           where packs in training stand; see `checkpoints`
 <sweep dir>/optuna/journal                   a study's trials, where Optuna chose them

@@ -10,7 +10,7 @@ from typing import Any
 
 from rich.console import Console
 
-from lorabench import checkpoints
+from lorabench import checkpoints, probes
 from lorabench import prepare as prep
 from lorabench.config import RunConfig, Settings
 from lorabench.damage import damaged
@@ -172,6 +172,7 @@ def _check_drift(record: Record, run: RunConfig) -> None:
     now = (
         ("task", "data", "data_fingerprint", prep.load_data(run.task).fingerprint),
         ("model", "model", "model_fingerprint", prep.model_fingerprint(run)),
+        ("task.probe", "probe's data", "probe_fingerprint", probes.fingerprint(run)),
         ("task.file", "Python", "user_code", prep.user_code(run)),
     )
     for key, what, name, value in now:

@@ -17,6 +17,7 @@ import torch
 from lorabench import checkpoints, replicas
 from lorabench import prepare as prep
 from lorabench.adapters import SlicesMix, inject, probe
+from lorabench.beside import Beside
 from lorabench.checkpoints import Unreadable
 from lorabench.config import RunConfig
 from lorabench.fit import Checkpoints, Progress, fit, make_trainer, quiet
@@ -113,6 +114,8 @@ def _train(pack: Pack, store: Store, listener: Listener, keep: Collection[str], 
         _probe(session)
         if pack.runs[0].trainer.reuse_trunk:
             session.module.reuse = Reuse(session)
+        measured = pack.runs[0].role == "confirm" and replicas.leads()
+        beside = Beside(session) if measured else None  # the base as it is, before anything of a checkpoint
         if start:
             restore(session, start)
         with PeakMemory(session.resolved.device) as memory, quiet():
@@ -120,6 +123,8 @@ def _train(pack: Pack, store: Store, listener: Listener, keep: Collection[str], 
             session.trainer.callbacks.append(Checkpoints(saver))
             fit(session, saver)
             session.peak_memory = saver.peak()
+        if beside:
+            beside.finish()
         return records_of(session) if replicas.leads() else []
 
 
