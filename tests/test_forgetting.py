@@ -243,7 +243,7 @@ def test_a_probe_is_identity_and_none_is_not(places):
         (lambda p: labelled(p["other"]) | {"probe": labelled(p["data"])}, "task.probe.probe"),
         (lambda p: labelled(p["other"]) | {"test_examples": 5}, "task.probe=other: at least 10 examples"),
     ],
-    ids=str,
+    ids=lambda value: value if isinstance(value, str) else "",
 )  # fmt: skip
 def test_probes_that_cannot_be(places, probe, key):
     with pytest.raises(ConfigError) as e:
