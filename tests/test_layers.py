@@ -42,6 +42,7 @@ NEEDS_TORCH = {
     "export",
     "predict",
     "spectra",
+    "updates",
     "deltas",
     "subspaces",
 }

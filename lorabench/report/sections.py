@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from lorabench.report import claims, style, weights, weights_figures
+from lorabench.report import analysis, claims, style, weights, weights_figures
 from lorabench.report.evidence import Verdict
 from lorabench.report.findings import Findings
 from lorabench.report.style import Drawing
@@ -11,7 +11,8 @@ from lorabench.report.tables import Column, Row, Table
 
 def sections(f: Findings) -> tuple[dict[str, Table], list[Drawing]]:
     """Tables by key, those that have rows, and drawings."""
-    found = weights.load(f.sweep.store.root)
+    read = analysis.read(f.sweep.store.root)
+    found = weights.tidy(read) if read else None
     made = [claimed(claims.judge(f.sweep)), *([weights.table(found)] if found else [])]
     drawn = weights_figures.draw(found, style.looks(f.sweep.cells)) if found else []
     return {t.key: t for t in made if t.rows}, drawn
