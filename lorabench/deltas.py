@@ -6,10 +6,8 @@ convolution's is [O, I * kh * kw]. Shape letters: I in, O out, r rank.
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass
-from functools import cached_property
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +17,6 @@ from torch import Tensor, nn
 from lorabench import spectra
 from lorabench.adapters.peft_format import OF_KIND
 from lorabench.base import BaseInfo
-from lorabench.config import digest
 from lorabench.methods.targets import within
 from lorabench.saved import SavedRun, open_run
 from lorabench.schema import ConfigError
@@ -49,22 +46,13 @@ class Opened:
     def state(self) -> State:
         return self.saved.weights()[0]
 
-    @cached_property
+    @property
     def checksum(self) -> str:
-        """SHA-256 over names and content of the weights' files."""
-        folder = self.saved.path / "adapter"
-        folder = folder if folder.is_dir() else self.saved.path / ".adapter.old"
-        found = hashlib.sha256()
-        for path in sorted(p for p in folder.iterdir() if p.is_file()):
-            with open(path, "rb") as f:
-                found.update(f"{path.name}\0{hashlib.file_digest(f, 'sha256').hexdigest()}\0".encode())
-        return found.hexdigest()[:16]
+        return self.saved.checksum
 
-    @cached_property
+    @property
     def base_key(self) -> str:
-        """Equal where two runs trained on the same base under the same head."""
-        fingerprint = self.saved.record.provenance.get("model_fingerprint")
-        return digest([asdict(self.saved.run.model), asdict(self.saved.head), fingerprint])
+        return self.saved.base_key
 
 
 def open_weights(path: str | Path) -> Opened:

@@ -6,6 +6,7 @@
 <sweep dir>/runs/<run_id>/test.npz           per-example test results (confirm role): example, loss, weight, ...
 <sweep dir>/runs/<run_id>/adapter/           trained weights, PEFT's format where it has one
 <sweep dir>/analysis/weights.json            what `lorabench.analyze` measured on those weights
+<sweep dir>/analysis/costs.json              what `lorabench.costs` measured of keeping and serving them
 """
 
 from __future__ import annotations

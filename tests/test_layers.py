@@ -43,6 +43,7 @@ NEEDS_TORCH = {
     "predict",
     "spectra",
     "updates",
+    "timings",
     "deltas",
     "subspaces",
 }
