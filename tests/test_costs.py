@@ -270,7 +270,7 @@ class TestTable:
         assert lora.runs == ("a" * 12,)
         assert lora.texts == ("LoRA r = 8", "900.0 KiB (0.98 %)", "15.1 (13.6 to 16.6)", "0.0025 (0.0023 to 0.0028)", "132 (119 to 145)",
                               "500 MiB (50 %)")  # fmt: skip
-        assert full.texts[1] == "91 MiB (101 %)" and full.texts[-2:] == ("–", "1,000 MiB (100 %)")
+        assert full.texts[1] == "91.0 MiB (101 %)" and full.texts[-2:] == ("–", "1,000 MiB (100 %)")
         assert [c.key for c in latency.columns][1:] == "served1 merged1 ratio1 served32 merged32 ratio32".split()
         assert latency.rows[0].texts[1:4] == ("5.00 (4.50 to 5.50)", "4.00 (3.60 to 4.40)", "1.25 (1.12 to 1.38)")
         assert latency.rows[1].texts[1:4] == ("–", "4.00 (3.60 to 4.40)", "–")

@@ -122,14 +122,13 @@ def _keeping(c: Costs) -> Table:
     )  # fmt: skip
     rows = []
     for x in c.cells:
-        size = formats.memory(x.bytes) if x.bytes >= 2**20 else f"{x.bytes / 2**10:,.1f} KiB"
         share = (
             ""
             if not c.full_memory or x.training_memory is None
             else f" ({formats.share(x.training_memory, c.full_memory)})"
         )
         rows.append(Row((
-            x.name, f"{size} ({formats.share(x.bytes, x.base_bytes)})", _ms(x.load), _ms(x.switch), _ms(x.merge),
+            x.name, f"{_size(x.bytes)} ({formats.share(x.bytes, x.base_bytes)})", _ms(x.load), _ms(x.switch), _ms(x.merge),
             formats.memory(x.training_memory) + share,
         ), (x.run,)))  # fmt: skip
     return Table("costs", "What it costs to keep and to serve", columns, tuple(rows), tuple(_notes(c)))
@@ -153,6 +152,13 @@ def _latency(c: Costs) -> Table:
         "fine-tuning. Medians and quartiles, on the machine named above.",
     )
     return Table("latency", "Latency, unmerged and merged", columns, rows, notes)
+
+
+def _size(n: int) -> str:
+    """KiB below a MiB; a decimal below 100 MiB."""
+    if n < 2**20:
+        return f"{n / 2**10:,.1f} KiB"
+    return f"{n / 2**20:.1f} MiB" if n < 100 * 2**20 else formats.memory(n)
 
 
 def _ms(t: Spread | None, ratio: bool = False) -> str:
@@ -179,6 +185,8 @@ def _notes(c: Costs) -> Iterator[str]:
         f"Load: from files the system still holds onto a base that is there, until a text can come; the base itself takes {' or '.join(loads)} ms. Switch: between two that are "
         "loaded; where they are merged, one out and another in. Full fine-tuning writes all of its weights to load and to switch."
     )
+    if any(x.method == "VeRA" for x in c.cells):
+        yield "VeRA's file holds the frozen pair of matrices too, which could be drawn again from its seed."
     if any(x.training_memory for x in c.cells):
         yield "Training memory: peak of the process, libraries and data with it, in a few steps of the cell alone, on the machine of the sweep; one measurement."
     yield from (f"{name}: not measured, as this asks for {why}" for name, why in c.left_out.items())
