@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from lorabench import spectra
+from lorabench.adapters.draw import Projections
 from lorabench.adapters.peft_format import OF_KIND
 from lorabench.base import BaseInfo
 from lorabench.methods.targets import within
@@ -80,7 +81,7 @@ class Frozen:
 
     def __init__(self, model: nn.Module) -> None:
         self.model = model
-        self.projections: dict[tuple[int, ...], tuple[Tensor, Tensor]] = {}  # VeRA's pairs, drawn once
+        self.projections: Projections = {}  # VeRA's pairs, drawn once
         self._svd: dict[str, SVD] = {}
 
     def layer(self, name: str) -> nn.Module:

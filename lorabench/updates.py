@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from lorabench import spectra
-from lorabench.adapters.draw import projection
+from lorabench.adapters.draw import Projections, projection
 from lorabench.slice_plan import AdapterSpec
 from lorabench.spectra import SVD
 
@@ -32,7 +32,7 @@ class Trained:
 
     spec: AdapterSpec | None  # None: full fine-tuning
     own: Mapping[str, Tensor]
-    projections: dict[tuple[int, ...], tuple[Tensor, Tensor]] = field(default_factory=dict)  # VeRA's pairs drawn so far
+    projections: Projections = field(default_factory=dict)  # VeRA's pairs drawn so far
 
     @property
     def kind(self) -> str:
