@@ -122,10 +122,11 @@ def serving(model: nn.Module, info: BaseInfo, folders: Sequence[Path]) -> Iterat
             bank.close()
         return
     attention = getattr(getattr(model, "config", None), "_attn_implementation", None)
+    switch: Callable[[str], None] | None = getattr(model, "set_attn_implementation", None)
     stack = inject(model, [_undropped(plan) for _, plan in slices], info=info)
     try:
-        if attention is not None and hasattr(model, "set_attn_implementation"):
-            model.set_attn_implementation(attention)  # eager is for training with dropout
+        if attention is not None and switch is not None:
+            switch(attention)  # eager is for training with dropout
         for k, (state, _) in enumerate(slices):
             stack.load_slice(k, state)
         yield lambda k: stack.active([k])
