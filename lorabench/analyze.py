@@ -172,6 +172,8 @@ def _known(entry: Mapping[str, Any] | None, opened: Opened, names: Sequence[str]
     """Whether an earlier analysis measured these layers of these very weights, with intruders if they are asked for."""
     if entry is None or entry["weights"] != opened.checksum or (asked.intruders and not entry["intruders"]):
         return False
+    if any("magnitude" not in x for x in entry["layers"].values()):  # of an earlier version
+        return False
     return {*entry["layers"], *entry["left_out"]} == set(names)
 
 
@@ -184,7 +186,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     from rich.console import Console
     from rich.progress import Progress
 
-    from lorabench.report import faces, weights
+    from lorabench.report import analysis, faces, weights
     from lorabench.scope import Asked
 
     asked, console = Asked(tuple(args.cells), tuple(args.layers), args.intruders), Console(stderr=True)
@@ -195,7 +197,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     except (ConfigError, OSError) as e:
         print(f"error: {e}", file=sys.stderr)
         return 2
-    Console().print(faces.rich_table(weights.table(weights.tidy(doc))))
+    Console().print(faces.rich_table(weights.table(weights.tidy(analysis.parse(doc)))))
     print(f"analysis: {args.sweep / FILE}")
     return 0
 

@@ -6,10 +6,8 @@ convolution's is [O, I * kh * kw]. Shape letters: I in, O out, r rank.
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass
-from functools import cached_property
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -17,13 +15,15 @@ import torch
 from torch import Tensor, nn
 
 from lorabench import spectra
+from lorabench.adapters.draw import Projections
+from lorabench.adapters.peft_format import OF_KIND
 from lorabench.base import BaseInfo
-from lorabench.config import digest
 from lorabench.methods.targets import within
 from lorabench.saved import SavedRun, open_run
 from lorabench.schema import ConfigError
 from lorabench.slice_plan import SlicePlan
 from lorabench.spectra import SVD
+from lorabench.updates import Trained
 
 SPECTRUM = 64  # leading singular values kept of a layer
 State = Mapping[str, Tensor]
@@ -47,22 +47,13 @@ class Opened:
     def state(self) -> State:
         return self.saved.weights()[0]
 
-    @cached_property
+    @property
     def checksum(self) -> str:
-        """SHA-256 over names and content of the weights' files."""
-        folder = self.saved.path / "adapter"
-        folder = folder if folder.is_dir() else self.saved.path / ".adapter.old"
-        found = hashlib.sha256()
-        for path in sorted(p for p in folder.iterdir() if p.is_file()):
-            with open(path, "rb") as f:
-                found.update(f"{path.name}\0{hashlib.file_digest(f, 'sha256').hexdigest()}\0".encode())
-        return found.hexdigest()[:16]
+        return self.saved.checksum
 
-    @cached_property
+    @property
     def base_key(self) -> str:
-        """Equal where two runs trained on the same base under the same head."""
-        fingerprint = self.saved.record.provenance.get("model_fingerprint")
-        return digest([asdict(self.saved.run.model), asdict(self.saved.head), fingerprint])
+        return self.saved.base_key
 
 
 def open_weights(path: str | Path) -> Opened:
@@ -90,6 +81,7 @@ class Frozen:
 
     def __init__(self, model: nn.Module) -> None:
         self.model = model
+        self.projections: Projections = {}  # VeRA's pairs, drawn once
         self._svd: dict[str, SVD] = {}
 
     def layer(self, name: str) -> nn.Module:
@@ -139,42 +131,23 @@ class Bases:
 # -- the update ----------------------------------------------------------------------------------------------------------
 
 
-def unmeasured(opened: Opened, state: State, name: str) -> str | None:
-    """Why a layer has no update that can be measured; None where it has one."""
-    kind = "full" if opened.plan.full else opened.plan.adapters[name].kind
-    if kind not in ("full", "lora"):
-        return f"its update is not a product of two factors ({kind})"
-    parts = ("weight",) if opened.plan.full else ("lora_A", "lora_B")
-    tensors = [state[f"{name}.{part}"] for part in parts]
-    if not all(bool(t.isfinite().all()) for t in tensors):
-        return "its weights are not all finite"
-    if opened.plan.full:
-        return None
-    if tensors[0].shape[0] != tensors[1].shape[1]:
-        return "a convolution with groups: its adapter reads all channels, so no update has the weight's shape"
-    return None
-
-
-def factors(opened: Opened, state: State, name: str) -> tuple[Tensor, Tensor, float]:
-    """B [O, r], A [r, I] in float64, and the scaling."""
-    a, b = (state[f"{name}.{part}"].detach().double().flatten(1) for part in ("lora_A", "lora_B"))
-    return b, a, opened.plan.adapters[name].scaling
-
-
-def update(opened: Opened, state: State, name: str, frozen: Frozen | None) -> SVD:
-    """The SVD of dW of a layer that `unmeasured` has no word against. frozen: needed for full fine-tuning alone."""
+def trained(opened: Opened, state: State, name: str, frozen: Frozen | None) -> Trained:
+    """A layer's own tensors and what they mean. frozen: full fine-tuning's weight is turned as its layer says."""
     if opened.plan.full:
         assert frozen is not None
-        return spectra.svd(matrix(frozen.layer(name), state[f"{name}.weight"]) - frozen.weight(name))
-    return spectra.svd_of_product(*factors(opened, state, name))
+        return Trained(None, {"weight": matrix(frozen.layer(name), state[f"{name}.weight"])})
+    spec = opened.plan.adapters[name]
+    own = {part: state[f"{name}.{part}"] for part in OF_KIND[spec.kind]}
+    return Trained(spec, own, frozen.projections if frozen else {})
 
 
-def tuned(opened: Opened, state: State, name: str, frozen: Frozen) -> Tensor:
-    """W + dW [O, I], for intruders alone."""
-    if opened.plan.full:
-        return matrix(frozen.layer(name), state[f"{name}.weight"])
-    b, a, scaling = factors(opened, state, name)
-    return frozen.weight(name) + scaling * (b @ a)
+def unmeasured(found: Trained) -> str | None:
+    """Why a layer has no update that can be measured; None where it has one."""
+    if not found.finite():
+        return "its weights are not all finite"
+    if found.kind == "lora" and found.own["lora_A"].shape[0] != found.own["lora_B"].shape[1]:
+        return "a convolution with groups: its adapter reads all channels, so no update has the weight's shape"
+    return None
 
 
 @torch.no_grad()
@@ -194,40 +167,43 @@ def measure(
     layers: dict[str, Any] = {}
     left_out: dict[str, str] = {}
     for done, name in enumerate(names, 1):
-        if reason := unmeasured(opened, state, name):
+        found = trained(opened, state, name, frozen)
+        if reason := unmeasured(found):
             left_out[name] = reason
         else:
-            layers[name] = _measures(opened, update(opened, state, name, frozen), name, frozen)
+            layers[name] = _measures(found, name, frozen)
             if intruders:
-                layers[name] |= _beside_own(opened, state, name, frozen, layers[name]["directions"])
+                layers[name] |= _beside_own(found, name, frozen, layers[name]["directions"])
         tick(done)
     return {"layers": layers, "left_out": left_out}
 
 
-def _measures(opened: Opened, found: SVD, name: str, frozen: Frozen) -> dict[str, Any]:
-    """directions: of dW that the projection of W takes, an adapter's rank, or what holds 90 % of a dense update."""
-    W, (U, S, Vh) = frozen.weight(name), found
-    shape = (U.shape[0], Vh.shape[1])
-    if shape != tuple(W.shape):
-        raise ConfigError("adapter", f"{name} {list(shape)}", f"weights that fit this base; it has {list(W.shape)}")
-    spec = opened.plan.adapters.get(name)
+def _measures(found: Trained, name: str, frozen: Frozen) -> dict[str, Any]:
+    """directions: of dW that the projection of W takes, the rank of a factored update, else what holds 90 % of it."""
+    W = frozen.weight(name)
+    shape = (W.shape[0], W.shape[1])
+    if not found.fits(*shape):
+        given = ", ".join(f"{part} {list(t.shape)}" for part, t in found.own.items())
+        raise ConfigError("adapter", f"{name}: {given}", f"weights that fit this base; it has {list(shape)}")
+    U, S, Vh = dW = found.svd(W)
     ninety = spectra.variance_rank(S, 0.9)
-    n = spectra.numerical_rank(S, *shape) if spec else ninety
-    weight_norm = float(W.norm())
+    n = spectra.numerical_rank(S, *shape) if found.factored else ninety
+    weight_norm, (magnitude, direction) = float(W.norm()), found.rows(W)
     return {
-        "shape": list(shape), "r": spec.r if spec else None, "norm": float(S.norm()), "weight_norm": weight_norm,
+        "kind": found.kind, "shape": list(shape), "r": found.r, "norm": float(S.norm()), "weight_norm": weight_norm,
         "relative_norm": spectra.relative_norm(S, W), "stable_rank": spectra.stable_rank(S), "effective_rank": spectra.effective_rank(S),
-        "variance_rank": ninety, "directions": n, "amplification": spectra.amplification(found, W, n),
+        "variance_rank": ninety, "directions": n, "amplification": spectra.amplification(dW, W, n),
         "projected": spectra.projected_norm(U[:, :n], Vh[:n], W), "projected_own": None, "intruders": None,
         "projected_random": spectra.random_projected_norm(weight_norm, n, *shape), "singular_values": S[:SPECTRUM].tolist(),
+        "magnitude": magnitude, "direction": direction,
     }  # fmt: skip
 
 
-def _beside_own(opened: Opened, state: State, name: str, frozen: Frozen, n: int) -> dict[str, Any]:
+def _beside_own(found: Trained, name: str, frozen: Frozen, n: int) -> dict[str, Any]:
     """What takes the SVD of W itself: intruders, and what W holds in its own n leading directions."""
     own = frozen.svd(name)
-    found = spectra.intruder_dimensions(own.U, tuned(opened, state, name, frozen))
+    counts = spectra.intruder_dimensions(own.U, found.tuned(frozen.weight(name)))
     return {
-        "intruders": {f"{threshold:g}": count for threshold, count in found.items()},
+        "intruders": {f"{threshold:g}": count for threshold, count in counts.items()},
         "projected_own": float(own.S[:n].norm()),
     }

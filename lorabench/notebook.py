@@ -12,6 +12,7 @@ if TYPE_CHECKING:
     import pandas as pd
     from matplotlib.figure import Figure
 
+    from lorabench.records import Record
     from lorabench.report.findings import Findings
     from lorabench.report.style import Drawing
 
@@ -41,6 +42,13 @@ class Study:
         return frames.history(self.findings)
 
     @property
+    def examples(self) -> pd.DataFrame:
+        """A row a confirmation run and test example: loss, weight, for classification label, prediction and correct."""
+        from lorabench.report import frames
+
+        return frames.examples(self.findings)
+
+    @property
     def cells(self) -> pd.DataFrame:
         """A row a cell: its chosen rate, test with a 95 % interval, validation, seconds, memory, parameters."""
         from lorabench.report import frames
@@ -62,6 +70,13 @@ class Study:
         from lorabench.report.claims import judge, rows
 
         return pd.DataFrame(rows(judge(self.findings.sweep)))
+
+    def record(self, run_id: str) -> Record:
+        """What a run left: settings, metrics, resources, provenance. Raises `ConfigError` for a run that has not ended."""
+        found = self.findings.sweep.records.get(run_id)
+        if found is None:
+            raise ConfigError("run_id", run_id, f"one of the {len(self.findings.sweep.records)} runs of {self.name}")
+        return found
 
     @cached_property
     def _drawings(self) -> dict[str, Drawing]:

@@ -10,6 +10,7 @@
 <sweep dir>/optuna/journal                   a study's trials, where Optuna chose them
 <sweep dir>/analysis/weights.json            what `lorabench.analyze` measured on those weights
 <sweep dir>/locks/                           leases: who trains which pack now, who writes the manifest
+<sweep dir>/analysis/costs.json              what `lorabench.costs` measured of keeping and serving them
 """
 
 from __future__ import annotations

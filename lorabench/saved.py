@@ -6,13 +6,15 @@ Torch is imported when weights are read, not before: the command-line faces abov
 from __future__ import annotations
 
 import dataclasses
+import hashlib
 import json
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from lorabench.base import Base, HeadSpec
-from lorabench.config import RunConfig
+from lorabench.config import RunConfig, digest
 from lorabench.records import Record
 from lorabench.schema import ConfigError
 
@@ -32,6 +34,27 @@ class SavedRun:
     record: Record
     run: RunConfig
     head: HeadSpec
+
+    @property
+    def folder(self) -> Path:
+        """Of its weights; where a writer was killed between two renames, of those before."""
+        folder = self.path / "adapter"
+        return folder if folder.is_dir() else self.path / ".adapter.old"
+
+    @cached_property
+    def checksum(self) -> str:
+        """SHA-256 prefix over names and content of the weights' files."""
+        found = hashlib.sha256()
+        for path in sorted(p for p in self.folder.iterdir() if p.is_file()):
+            with open(path, "rb") as f:
+                found.update(f"{path.name}\0{hashlib.file_digest(f, 'sha256').hexdigest()}\0".encode())
+        return found.hexdigest()[:16]
+
+    @cached_property
+    def base_key(self) -> str:
+        """Equal where two runs trained on the same base under the same head."""
+        fingerprint = self.record.provenance.get("model_fingerprint")
+        return digest([dataclasses.asdict(self.run.model), dataclasses.asdict(self.head), fingerprint])
 
     def weights(self) -> tuple[dict[str, Tensor], SlicePlan]:
         """What it trained. Raises `ConfigError` for torn or foreign files."""

@@ -16,7 +16,8 @@ from torch import Tensor
 
 from lorabench import spectra
 from lorabench.adapters import draw
-from lorabench.deltas import Bases, Opened, State, update
+from lorabench.adapters.variants import FROM_WEIGHT
+from lorabench.deltas import Bases, Opened, State, trained
 
 MOST = 64  # directions of one matrix that are compared
 SHOWN = (*range(1, 9), 10, 12, 16, 20, 24, 32, 40, 48, 64)  # i and j that are kept; the largest of all is added
@@ -26,18 +27,28 @@ Directions = Mapping[str, Mapping[str, Tensor]]  # layer -> "A", "start" or "dW"
 
 @torch.no_grad()
 def directions(opened: Opened, layers: Sequence[str], bases: Bases) -> Directions:
-    """Right-singular directions of A, of A as it was drawn, and of dW, the most important first; a zero matrix has none."""
+    """Right-singular directions of A, of A as it was drawn, and of dW, the most important first; a zero matrix has none.
+
+    A: of LoRA and DoRA; VeRA's is frozen and the same in every run.
+    """
     state = opened.state()
-    frozen = bases.of(opened) if opened.plan.full else None
+    plain = not opened.plan.full and all(opened.plan.adapters[name].kind == "lora" for name in layers)
+    frozen = None if plain else bases.of(opened)
     made: dict[str, dict[str, Tensor]] = {}
     for name in layers:
-        found = {"dW": update(opened, state, name, frozen)}
-        if not opened.plan.full:
+        own = trained(opened, state, name, frozen)
+        found = {"dW": own.svd(frozen.weight(name) if frozen else None)}
+        if "lora_A" in own.own and _drawn(opened):
             drawn = start(opened, state, name, bases)
-            found |= {"A": spectra.svd(state[f"{name}.lora_A"].flatten(1)), "start": spectra.svd(drawn.flatten(1))}
+            found |= {"A": spectra.svd(own.own["lora_A"].flatten(1)), "start": spectra.svd(drawn.flatten(1))}
         rows = {of: _rows(svd) for of, svd in found.items()}
         made[name] = {of: V for of, V in rows.items() if len(V)}
     return made
+
+
+def _drawn(opened: Opened) -> bool:
+    """Whether A started from a draw: PiSSA's and OLoRA's is a part of W, and saved beside the change from it."""
+    return getattr(opened.saved.run.method, "init", None) not in FROM_WEIGHT
 
 
 def start(opened: Opened, state: State, name: str, bases: Bases) -> Tensor:

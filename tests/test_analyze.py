@@ -13,18 +13,18 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-import transformers as tf
 from torch import Tensor
 
 from lorabench import analyze as face
 from lorabench import deltas
-from lorabench.adapters import inject
 from lorabench.adapters.files import save_slice
-from lorabench.config import RunConfig
-from lorabench.records import Record, Store
+from lorabench.adapters.merge import merge
 from lorabench.saved import SavedRun
 from lorabench.scope import Asked
-from tiny import make_base, make_data, make_run
+from lorabench.slice_plan import AdapterSpec
+from lorabench.updates import Trained
+from tiny import make_base, make_data
+from weighed import Made
 
 QUERY = "bert.encoder.layer.0.attention.self.query"
 LORA = {"method.target_modules": ["query", "value"], "method.alpha": 8.0}
@@ -34,70 +34,6 @@ CELLS: dict[str, dict[str, Any]] = {
     "full": {"method.name": "full"},
     "head": {"method.name": "head"},
 }
-
-
-class Made:
-    """A sweep with a record and saved weights a cell and seed; `states` and `starts` by run_id, as they were saved."""
-
-    def __init__(self, root: Path, base: Path, data: Path) -> None:
-        self.store, self.base, self.data = Store(root), base, data
-        self.ids: dict[tuple[str, int], str] = {}
-        self.states: dict[str, dict[str, Tensor]] = {}
-        self.starts: dict[str, dict[str, Tensor]] = {}
-        self.runs: dict[str, RunConfig] = {}
-
-    @property
-    def root(self) -> Path:
-        return self.store.root
-
-    @property
-    def file(self) -> Path:
-        return self.root / "analysis" / "weights.json"
-
-    def add(self, cell: str, seed: int, settings: dict[str, Any]) -> None:
-        run = make_run(self.base, self.data, role="confirm", **settings, seed=seed)
-        self.ids[cell, seed], self.runs[run.run_id] = run.run_id, run
-        self.train(run.run_id)
-        self.manifest()
-
-    def train(self, run_id: str, noise: int = 0) -> None:
-        """What training would leave: the start and some noise."""
-        run = self.runs[run_id]
-        head = run.task.head(run.task.load())
-        base = run.model.load(head)
-        plan = run.method.plan(base.info, seed=run.seed)
-        stack = inject(base.model, [plan], info=base.info)
-        g = torch.Generator().manual_seed(1000 * noise + run.seed)
-        self.starts[run_id] = {k: t.clone() for k, t in stack.slice_state(0).items()}
-        state = {k: t + 0.05 * torch.randn(t.shape, generator=g) for k, t in self.starts[run_id].items()}
-        self.states[run_id] = state
-        save_slice(self.store.run_dir(run_id) / "adapter", state, plan, info=base.info, run=run.to_dict(), head=head)
-        provenance = {"head": {"auto_class": head.auto_class, "label_names": list(head.label_names)},
-                      "model_fingerprint": base.fingerprint, "attention": "eager"}  # fmt: skip
-        metrics = {"val/loss": 0.5, "val/accuracy": 0.5, "test/accuracy": 0.75, "primary": "accuracy"}
-        self.store.write(Record(run_id, "confirm", "completed", run.to_dict(), metrics, provenance=provenance))
-
-    def manifest(self) -> None:
-        cells: dict[str, dict[str, Any]] = {}
-        for (cell, _), run_id in self.ids.items():
-            label = {**self.runs[run_id].method.label(), "alpha_rule": "8", "trainable": 1, "extra": {}}
-            entry = cells.setdefault(cell, {"id": cell, "label": label, "runs": {"tune": [], "confirm": []}})
-            entry["runs"]["confirm"].append(run_id)
-        runs = {i: {"role": "confirm", "lr": r.optimizer.lr, "seed": r.seed} for i, r in self.runs.items()}
-        self.store.write_manifest(
-            {"schema": 1, "name": "tiny", "cells": list(cells.values()), "runs": runs, "packs": []}
-        )
-
-    def weight(self, layer: str) -> np.ndarray:
-        """From transformers itself, as [O, I] for a Linear."""
-        model = tf.AutoModelForSequenceClassification.from_pretrained(self.base)
-        return model.state_dict()[f"{layer}.weight"].numpy().astype(np.float64)
-
-    def dW(self, run_id: str, layer: str, scaling: float) -> np.ndarray:
-        state = {k: t.numpy().astype(np.float64) for k, t in self.states[run_id].items()}
-        if f"{layer}.lora_A" in state:
-            return scaling * state[f"{layer}.lora_B"] @ state[f"{layer}.lora_A"]
-        return state[f"{layer}.weight"] - self.weight(layer)
 
 
 @pytest.fixture(scope="module")
@@ -137,6 +73,29 @@ def counted(monkeypatch: pytest.MonkeyPatch) -> list[str]:
 
     monkeypatch.setattr(deltas, "measure", measure)
     return seen
+
+
+def variant(method: str, kind: str) -> dict[str, Any]:
+    """A wide and a narrow side, and for IA3 both kinds of scaling."""
+    targets = {"bert": ["query", "intermediate.dense"], "gpt2": ["c_attn", "c_fc"]}[kind]
+    more: dict[str, Any] = {
+        "dora": {"r": 4, "alpha": 8.0},
+        "vera": {"r": 6},
+        "pissa": {"r": 2, "alpha": 2.0},
+        "ia3": {},
+    }[method]
+    if method == "ia3":
+        more = {"feedforward_modules": ["intermediate.dense"] if kind == "bert" else ["c_fc"]}
+    return {"method.name": method, "method.target_modules": targets, **{f"method.{k}": v for k, v in more.items()}}
+
+
+def merged(made: Made, run_id: str) -> tuple[dict[str, np.ndarray], dict[str, np.ndarray]]:
+    """The base's weights in float64 before and after a run is merged into them."""
+    saved = deltas.open_weights(made.store.run_dir(run_id)).saved
+    model = saved.base(dtype="float64").model
+    before = {name: t.numpy().copy() for name, t in model.state_dict().items()}
+    merge(model, *saved.weights())
+    return before, {name: t.numpy() for name, t in model.state_dict().items()}
 
 
 def intruders(W: np.ndarray, tuned: np.ndarray, threshold: float) -> int:
@@ -210,6 +169,91 @@ class TestNumbers:
         assert x["stable_rank"] is x["effective_rank"] is x["amplification"] is None
         assert (x["norm"], x["variance_rank"], x["intruders"]["0.9"]) == (0, 0, 0)
         assert all(np.isfinite(s["phi"]).all() for s in doc["similarity"])
+
+
+class TestVariants:
+    """DoRA, VeRA, IA3 and PiSSA against the merged base: merging and measuring share no formula."""
+
+    @pytest.mark.parametrize("kind", ["bert", "gpt2"])
+    @pytest.mark.parametrize("method", ["dora", "vera", "ia3", "pissa"])
+    def test_against_merged_minus_base(
+        self, tmp_path: Path, bases: Callable[[str], Path], method: str, kind: str
+    ) -> None:
+        made = Made(tmp_path / "sweep", bases(kind), make_data(tmp_path / "data.csv"))
+        for seed in (0, 1):
+            made.add(method, seed, variant(method, kind))
+        doc = face.analyze(made.root, Asked())
+        run = made.ids[method, 1]
+        layers = doc["runs"][run]["layers"]
+        assert not doc["runs"][run]["left_out"] and len(layers) >= 4
+        assert len({x["kind"] for x in layers.values()}) == (2 if method == "ia3" else 1)
+        before, after = merged(made, run)
+        for name, x in layers.items():
+            turn = (lambda m: m.T) if kind == "gpt2" else (lambda m: m)
+            W, tuned = turn(before[f"{name}.weight"]), turn(after[f"{name}.weight"])
+            dW = tuned - W
+            U, S, Vh = np.linalg.svd(dW)
+            ninety = int(np.searchsorted(np.cumsum(S**2), 0.9 * np.sum(S**2))) + 1
+            n = {"vera": min(6, *W.shape), "pissa": 4}.get(method, ninety)
+            p = S[: np.linalg.matrix_rank(dW, tol=1e-9 * float(S[0]))]
+            p = p / p.sum()
+            size, old = np.linalg.norm(tuned, axis=1), np.linalg.norm(W, axis=1)
+            expected = {
+                "norm": np.linalg.norm(dW), "relative_norm": np.linalg.norm(dW) / np.linalg.norm(W), "stable_rank": np.sum(S**2) / S[0] ** 2,
+                "effective_rank": np.exp(-np.sum(p * np.log(p))), "variance_rank": ninety, "directions": n,
+                "projected": np.linalg.norm(U[:, :n].T @ W @ Vh[:n].T), "magnitude": np.mean(np.abs(size / old - 1)),
+                "direction": np.mean(1 - np.sum(W * tuned, 1) / (size * old)),
+            }  # fmt: skip
+            assert {key: x[key] for key in expected} == pytest.approx(expected, rel=2e-5, abs=1e-9), name
+            assert x["singular_values"] == pytest.approx(S[: len(x["singular_values"])].tolist(), rel=2e-5, abs=1e-6)
+            assert x["r"] == {"dora": 4, "vera": 6, "ia3": None, "pissa": 4}[method]
+            own, leading = np.linalg.svd(W)[0], np.linalg.svd(tuned)[0][:, :10]
+            assert x["intruders"]["0.9"] == int((np.abs(leading.T @ own[:, : min(W.shape)]).max(1) < 0.9).sum())
+
+    def test_what_is_compared(self, tmp_path: Path, bases: Callable[[str], Path]) -> None:
+        """A where it trained from a draw; VeRA's directions lie in A's rows, which all runs share."""
+        made = Made(tmp_path / "sweep", bases("bert"), make_data(tmp_path / "data.csv"))
+        for method in ("dora", "vera", "ia3", "pissa"):
+            for seed in (0, 1):
+                made.add(method, seed, variant(method, "bert"))
+        doc = face.analyze(made.root, Asked(intruders=False))
+        found = {(s["cells"][0], s["of"]): s for s in doc["similarity"]}
+        assert set(found) == {("dora", "A"), *((method, "dW") for method in ("dora", "vera", "ia3", "pissa"))}
+        assert found["dora", "A"]["start"] is not None
+        assert found["vera", "dW"]["phi"][-1][-1] == pytest.approx(1, abs=1e-6)
+        assert found["vera", "dW"]["phi"][0][0] < 0.999
+        pairs = [merged(made, made.ids["ia3", seed]) for seed in (0, 1)]
+        first = []
+        for name in found["ia3", "dW"]["layers"]:
+            V = [np.linalg.svd(new[f"{name}.weight"] - old[f"{name}.weight"])[2][0] for old, new in pairs]
+            first.append(float(V[0] @ V[1]) ** 2)
+        assert found["ia3", "dW"]["phi"][0][0] == pytest.approx(np.mean(first), rel=1e-4)
+
+    def test_the_table_says_what_it_means(self, tmp_path: Path, bases: Callable[[str], Path], capsys: Any) -> None:
+        made = Made(tmp_path / "sweep", bases("bert"), make_data(tmp_path / "data.csv"))
+        for method in ("dora", "vera", "ia3"):
+            made.add(method, 0, variant(method, "bert"))
+        assert face.main([str(made.root), "--no-intruders"]) == 0
+        out = " ".join(capsys.readouterr().out.split())
+        assert "not analysed" not in out
+        for said in ("ΔW = m (W + s B A)", "ΔW = diag(b) B diag(d) A", "ΔW = diag(l − 1) W", "Δ row norm"):
+            assert said in out, said
+
+    def test_weights_of_another_base(self, tmp_path: Path, bases: Callable[[str], Path]) -> None:
+        for spec, own in (("dora", {"lora_A": (4, 32), "lora_B": (32, 4), "magnitude": (31,)}),
+                          ("ia3_input", {"ia3_l": (31,)}), ("vera", {"vera_lambda_d": (4,), "vera_lambda_b": (31,)})):  # fmt: skip
+            made = Trained(AdapterSpec(4, 1.0, 4.0, kind=spec), {key: torch.ones(size) for key, size in own.items()})
+            assert not made.fits(32, 32) and made.finite()
+        assert Trained(AdapterSpec(1, 1.0, 1.0, kind="ia3_input"), {"ia3_l": torch.ones(32)}).fits(48, 32)
+
+    def test_rows_that_hardly_turned(self) -> None:
+        """1 - cos of a change of 1e-7 is 5e-15: taken as a difference of float64 it would be mostly rounding."""
+        W, added = torch.tensor([[1.0, 0.0]]).double(), torch.tensor([[0.0, 1e-7]]).double()
+        spec = AdapterSpec(1, 1.0, 1.0)
+        found = Trained(spec, {"lora_A": added, "lora_B": torch.ones(1, 1)}).rows(W)
+        assert found == (pytest.approx(0, abs=1e-14), pytest.approx(5e-15, rel=1e-6))
+        assert Trained(None, {"weight": W + added}).rows(W)[1] == pytest.approx(5e-15, rel=1e-6)
+        assert Trained(None, {"weight": -2 * W}).rows(W) == (pytest.approx(1), pytest.approx(2))
 
 
 class TestSimilarity:

@@ -334,7 +334,8 @@ def analyse(e: Evidence, layers: Callable[[int, Record], dict[str, Any]]) -> Evi
     }
     path = e.sweep.store.root / "analysis" / "weights.json"
     path.parent.mkdir()
-    path.write_text(json.dumps({"runs": runs}))
+    doc = {"schema": 1, "cells": {}, "runs": runs, "similarity": [], "left_out": {}, "notes": []}
+    path.write_text(json.dumps(doc))
     return gather(load(e.sweep.store.root))
 
 

@@ -55,6 +55,8 @@ NEEDS_TORCH = {
     "export",
     "predict",
     "spectra",
+    "updates",
+    "timings",
     "deltas",
     "subspaces",
 }

@@ -58,6 +58,23 @@ def test_history_is_long_and_whole(study: Study, root: Path) -> None:
     assert wide["train/loss"].notna().sum() == 100
 
 
+def test_examples_are_those_behind_test(study: Study, root: Path) -> None:
+    examples, runs = study.examples, study.runs.set_index("run_id")
+    assert examples.columns.is_unique
+    confirmed = runs[(runs.role == "confirm") & runs.chosen]
+    assert set(examples.run_id) == set(confirmed.index)
+    means = examples.groupby("run_id").correct.mean()
+    assert np.allclose(means, confirmed.loc[means.index, "test/accuracy"])
+    assert (examples.groupby("run_id").example.apply(frozenset).nunique()) == 1
+
+
+def test_record_is_the_file(study: Study, root: Path) -> None:
+    run_id = study.runs.run_id.iloc[0]
+    assert study.record(run_id).metrics == json.loads((root / "runs" / run_id / "run.json").read_text())["metrics"]
+    with pytest.raises(ConfigError, match="run_id=nothing: one of the 40 runs"):
+        study.record("nothing")
+
+
 def test_cells_are_the_reports(study: Study, root: Path) -> None:
     cells, f = study.cells.set_index("cell"), find(read(root))
     assert list(cells.index) == list(f.results)

@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from lorabench.report import render, style, weights, weights_figures
+from lorabench.report import analysis, render, style, weights, weights_figures
 from lorabench.report.load import load
 from lorabench.schema import ConfigError
 from report_fixture import RANK_SWEEP, build
@@ -68,13 +68,17 @@ def doc() -> dict[str, Any]:
     return {"schema": 1, "cells": cells, "runs": runs, "similarity": found, "left_out": {}, "notes": []}
 
 
+def tidy(doc: dict[str, Any]) -> weights.Weights:
+    return weights.tidy(analysis.parse(doc))
+
+
 def looks(tmp_path: Path) -> dict[str, style.Look]:
     return style.looks(load(build(tmp_path / "s", RANK_SWEEP).root).cells)
 
 
 class TestRows:
     def test_means_over_layers_then_seeds(self, doc: dict[str, Any]) -> None:
-        found = weights.tidy(doc).cells[0]
+        found = tidy(doc).cells[0]
         assert (found.id, found.r, found.layers, found.runs) == (SMALL, 4, 2, tuple(IDS[SMALL]))
         assert found.measures["relative_norm"].mean == pytest.approx(0.25)  # .2 and .3
         assert found.measures["relative_norm"].sd == pytest.approx(np.std([0.2, 0.3], ddof=1))
@@ -83,11 +87,11 @@ class TestRows:
     def test_one_vast_amplification_does_not_speak_for_all_layers(self, doc: dict[str, Any]) -> None:
         for run in IDS[SMALL]:
             doc["runs"][run]["layers"]["k"] = layer(4, 0.1, amplification=1e6)
-        assert weights.tidy(doc).cells[0].measures["amplification"].mean == 4.0
+        assert tidy(doc).cells[0].measures["amplification"].mean == 4.0
 
     def test_cells_in_the_order_of_the_report(self, doc: dict[str, Any]) -> None:
         doc["cells"] = dict(sorted(doc["cells"].items()))
-        assert [c.id for c in weights.tidy(doc).cells] == list(CELLS)
+        assert [c.id for c in tidy(doc).cells] == list(CELLS)
 
     def test_missing_measures_are_left_out_of_the_mean(self, doc: dict[str, Any]) -> None:
         first, second = IDS[SMALL]
@@ -96,38 +100,38 @@ class TestRows:
         for run in (first, second):
             for x in doc["runs"][run]["layers"].values():
                 x["intruders"], x["amplification"] = None, None
-        found = weights.tidy(doc).cells[0]
+        found = tidy(doc).cells[0]
         assert found.measures["stable_rank"].mean == pytest.approx((3.0 + 1.5) / 2)
         assert "amplification" not in found.measures and found.intruders == {}
         texts = dict(
             zip(
-                (c.key for c in weights.table(weights.tidy(doc)).columns),
-                weights.table(weights.tidy(doc)).rows[0].texts,
+                (c.key for c in weights.table(tidy(doc)).columns),
+                weights.table(tidy(doc)).rows[0].texts,
             )
         )
         assert texts["amplification"] == texts["intruders"] == "–" and texts["stable_rank"] == "2.25"
 
     def test_one_seed_has_no_spread(self, doc: dict[str, Any]) -> None:
         del doc["runs"][IDS[SMALL][1]]
-        found = weights.tidy(doc).cells[0]
+        found = tidy(doc).cells[0]
         assert found.measures["relative_norm"] == weights.Mean(pytest.approx(0.2), None) and found.runs == (
             IDS[SMALL][0],
         )
 
     def test_layers(self, doc: dict[str, Any]) -> None:
-        rows = [x for x in weights.tidy(doc).layers if x.cell == LARGE]
+        rows = [x for x in tidy(doc).layers if x.cell == LARGE]
         assert [(x.run, x.layer) for x in rows] == [(run, name) for run in IDS[LARGE] for name in ("q", "v")]
         assert rows[3].measures["relative_norm"] == 0.4 and rows[3].intruders == {0.3: 0, 0.5: 2, 0.9: 4}
 
     def test_similarity_and_its_baseline(self, doc: dict[str, Any]) -> None:
-        s = next(s for s in weights.tidy(doc).similarities if s.kind == "ranks" and s.of == "A")
+        s = next(s for s in tidy(doc).similarities if s.kind == "ranks" and s.of == "A")
         assert s.names == ("LoRA r = 4", "LoRA r = 16") and s.runs == ((IDS[SMALL][0], IDS[LARGE][1]),)
         assert s.phi.shape == s.random.shape == (len(s.i), len(s.j)) == (4, 11)
         assert s.random[0, 0] == 1 / 32 and s.random[3, 10] == 16 / 32 and s.random[3, 1] == 4 / 32
         assert s.start is not None and s.start[0, 0] == 0.1
 
     def test_spectra_are_shares_of_the_weight(self, doc: dict[str, Any]) -> None:
-        s = weights.tidy(doc).spectra[1]
+        s = tidy(doc).spectra[1]
         assert (s.cell, len(s.median)) == (LARGE, 16)
         assert s.median[0] == pytest.approx(0.025) and s.low[0] == pytest.approx(
             np.quantile([0.01, 0.02, 0.03, 0.04], 0.25)
@@ -138,7 +142,7 @@ class TestRows:
         for run in IDS[SMALL]:
             for x in doc["runs"][run]["layers"].values():
                 x["norm"], x["singular_values"] = 0.0, [0.0] * 4
-        assert [s.cell for s in weights.tidy(doc).spectra] == [LARGE, FULL]
+        assert [s.cell for s in tidy(doc).spectra] == [LARGE, FULL]
 
     def test_what_was_left_out_is_said(self, doc: dict[str, Any]) -> None:
         gone = IDS[FULL][0]
@@ -146,7 +150,7 @@ class TestRows:
         doc["left_out"][gone] = "a run with weights"
         doc["runs"][IDS[SMALL][0]]["left_out"] = {"conv": "a convolution with groups"}
         doc["notes"] = ["A note."]
-        said = weights.tidy(doc)
+        said = tidy(doc)
         assert said.left_out[1] == "full fine-tuning: 1 of 2 runs not analysed, as this asks for a run with weights"
         assert said.left_out[0] == f"LoRA r = 4: conv of run {IDS[SMALL][0]} not analysed: a convolution with groups"
         assert set(weights.table(said).notes) >= {"A note.", *said.left_out}
@@ -154,11 +158,11 @@ class TestRows:
     def test_a_cell_without_any_run_has_no_row(self, doc: dict[str, Any]) -> None:
         for run in IDS[FULL]:
             del doc["runs"][run]
-        assert [c.id for c in weights.tidy(doc).cells] == [SMALL, LARGE]
+        assert [c.id for c in tidy(doc).cells] == [SMALL, LARGE]
 
     def test_the_table(self, doc: dict[str, Any]) -> None:
         doc["cells"][FULL]["role"] = "tune"
-        table = weights.table(weights.tidy(doc))
+        table = weights.table(tidy(doc))
         assert table.rows[0].texts == ("LoRA r = 4", "2", "0.2500", "1.50", "2.50", "2.0", "2.00", "4.00")
         assert table.rows[0].runs == tuple(IDS[SMALL])
         assert len(table.columns) == len(table.rows[0].texts)
@@ -173,23 +177,22 @@ class TestFile:
         return root
 
     def test_none_where_nothing_was_analysed(self, tmp_path: Path) -> None:
-        assert weights.load(tmp_path) is None
+        assert analysis.read(tmp_path) is None
 
     def test_as_it_was_written(self, tmp_path: Path, doc: dict[str, Any]) -> None:
-        found = weights.load(self.write(tmp_path, json.dumps(doc)))
-        assert found is not None and found.cells == weights.tidy(doc).cells
+        assert analysis.read(self.write(tmp_path, json.dumps(doc))) == analysis.parse(doc)
 
     @pytest.mark.parametrize(
         "text", ["", "{", "[]", '{"schema": 2}', '{"schema": 1}', '{"schema": 1, "cells": {"a": 1}}', "\x00"]
     )
     def test_torn_and_foreign_files(self, tmp_path: Path, text: str) -> None:
         with pytest.raises(ConfigError, match="weights.json"):
-            weights.load(self.write(tmp_path, text))
+            analysis.read(self.write(tmp_path, text))
 
 
 class TestFigures:
     def test_both_with_words_and_without_a_date(self, tmp_path: Path, doc: dict[str, Any]) -> None:
-        drawn = weights_figures.draw(weights.tidy(doc), looks(tmp_path))
+        drawn = weights_figures.draw(tidy(doc), looks(tmp_path))
         assert [d.key for d in drawn] == ["subspaces", "spectra"]
         for d in drawn:
             assert len(d.alt) > 40 and d.caption and "<dc:date>" not in d.svg and b"Software" not in d.png
@@ -200,7 +203,7 @@ class TestFigures:
 
     def test_equal_data_give_equal_pictures(self, tmp_path: Path, doc: dict[str, Any]) -> None:
         found = looks(tmp_path)
-        first, second = (weights_figures.draw(weights.tidy(copy.deepcopy(doc)), found) for _ in range(2))
+        first, second = (weights_figures.draw(tidy(copy.deepcopy(doc)), found) for _ in range(2))
         assert first == second
 
     def test_which_comparison_tells_most(self, doc: dict[str, Any]) -> None:
@@ -215,7 +218,7 @@ class TestFigures:
                     "start": None,
                     "cells": [SMALL, LARGE],
                 }
-                s = weights._similarity(x, doc["cells"])
+                s = weights._similarity(x, analysis.parse(doc).cells)
                 entries.append(dataclasses.replace(s, cells=(f"{n}", f"{m}")))
             s = weights_figures.telling(entries)[0]
             return s.kind, s.i[-1], s.j[-1]
@@ -229,21 +232,21 @@ class TestFigures:
         """Seeds alone, dW alone, one direction, nothing."""
         found = looks(tmp_path)
         doc["similarity"] = [similarity("seeds", "dW", SMALL, SMALL)]
-        (subspaces, _) = weights_figures.draw(weights.tidy(doc), found)
+        (subspaces, _) = weights_figures.draw(tidy(doc), found)
         assert subspaces.caption.startswith("Seeds of LoRA r = 4: ") and "ΔW φ(1, 1)" in subspaces.alt
         one = doc["similarity"][0]
         one |= {"i": [1], "j": [1], "phi": [[0.5]]}
         for run in doc["runs"].values():
             for x in run["layers"].values():
                 x["singular_values"] = x["singular_values"][:1]
-        assert len(weights_figures.draw(weights.tidy(doc), found)) == 2
-        assert weights_figures.draw(weights.tidy({**doc, "cells": {}, "similarity": []}), found) == []
+        assert len(weights_figures.draw(tidy(doc), found)) == 2
+        assert weights_figures.draw(tidy({**doc, "cells": {}, "similarity": []}), found) == []
 
     def test_what_rounding_left_of_a_zero_is_not_drawn(self, tmp_path: Path, doc: dict[str, Any]) -> None:
         for run in IDS[LARGE]:
             for x in doc["runs"][run]["layers"].values():
                 x["singular_values"][8:] = [1e-17] * 8
-        spectrum = weights.tidy(doc).spectra[1]
+        spectrum = tidy(doc).spectra[1]
         with style.canvas(3, 3) as figure:
             ax = figure.add_subplot()
             x, y, name, _ = weights_figures._curve(ax, spectrum, looks(tmp_path)[LARGE])
@@ -252,7 +255,7 @@ class TestFigures:
 
 
 def test_rows_and_pictures_need_no_torch() -> None:
-    code = "import sys, lorabench.report.weights, lorabench.report.weights_figures\nassert 'torch' not in sys.modules"
+    code = "import sys, lorabench.report.weights, lorabench.report.weights_figures, lorabench.report.analysis\nassert 'torch' not in sys.modules"
     subprocess.run([sys.executable, "-c", code], check=True, timeout=60)
 
 

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import warnings
+from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +19,7 @@ from torch import Tensor, nn
 from lorabench.adapters import Stack, inject
 from lorabench.adapters.files import load_slice, save_slice
 from lorabench.adapters.merge import merge
+from lorabench.adapters.product import AdaptedProduct, SharedProduct
 from lorabench.base import BaseInfo
 from lorabench.config import component
 from lorabench.module import PackModule
@@ -251,3 +254,93 @@ def test_bad_settings_are_told(method: str, change: dict[str, Any], says: str) -
 
     with pytest.raises(ConfigError, match=says):
         plan()
+
+
+@pytest.mark.parametrize("apart", [False, True], ids=["", "dropout"])
+def test_the_shared_product_is_veras_formula(apart: bool) -> None:
+    """Output and gradients, in float64, against autograd's own on W x + b * (B (l * (A d))) with the pair copied a slice."""
+    g = torch.Generator().manual_seed(0)
+
+    def draw(*shape: int) -> Tensor:
+        return torch.randn(*shape, generator=g, dtype=torch.float64)
+
+    x, d, W, bias, A, B = draw(6, 5), draw(6, 5), draw(4, 5), draw(4), draw(3, 5), draw(4, 3)
+    given = [t.requires_grad_() for t in (x, d, draw(2, 3), draw(2, 4))]
+    x, d, l, b = given
+    found = SharedProduct.apply(x, d if apart else None, W, bias, A, B, l, b)
+    pairs = [(l[k, :, None] * A, b[k, :, None] * B) for k in range(2)]
+    seen = d if apart else x
+    expected = x @ W.T + bias + torch.cat([seen[3 * k : 3 * k + 3] @ a.T @ c.T for k, (a, c) in enumerate(pairs)])
+    torch.testing.assert_close(found, expected, rtol=1e-12, atol=1e-12)
+    weight = draw(6, 4)
+    for wanted, t in zip(torch.autograd.grad((expected * weight).sum(), given, allow_unused=True), given, strict=True):
+        (mine,) = torch.autograd.grad((found * weight).sum(), t, retain_graph=True, allow_unused=True)
+        assert (mine is None) == (wanted is None)
+        if wanted is not None:
+            torch.testing.assert_close(mine, wanted, rtol=1e-12, atol=1e-12)
+
+
+def kept(run: Callable[[], Tensor]) -> tuple[Tensor, list[tuple[int, ...]]]:
+    """What is computed, and the shapes kept for its backward pass."""
+    shapes: list[tuple[int, ...]] = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: shapes.append(tuple(t.shape)) or t, lambda t: t):
+        return run(), shapes
+
+
+def test_vera_keeps_no_copy_of_the_pair_a_slice() -> None:
+    """Slices of one rank share it, those of another rank have another; a slice that has none is the base there."""
+    model, info = BASES["llama"]()
+    plans = [
+        plan_of("vera", info, "llama", r=6, seed=0),
+        plan_of("vera", info, "llama", r=6, seed=1),
+        plan_of("vera", info, "llama", r=3),
+    ]
+    elsewhere = {name: spec for name, spec in plans[2].adapters.items() if "q_proj" not in name}
+    stack = inject(model, [*plans, replace(plans[2], adapters=elsewhere)], info=info)
+    shake(stack, 0.1)
+    batch = token_batch(2, 8)
+    said, shapes = kept(lambda: losses(model, repeat(batch, 4)))
+    assert not [s for s in shapes if len(s) == 3 and s[0] in (3, 4) and s[1:] in ((6, 32), (32, 6))]
+    assert {key[0] for key in stack.context.projections} == {6, 3}
+    said.sum().backward()
+    states = [{name: t.clone() for name, t in stack.slice_state(k).items()} for k in range(4)]
+    grads = {t.name: t.parameter.grad.clone() for t in stack.named_trainables() if t.parameter.grad is not None}
+    packed = said.detach().view(4, -1)
+    plans = [*stack.plans]
+    stack.remove()
+    for k, (plan, state) in enumerate(zip(plans, states, strict=True)):
+        solo = inject(model, [plan], info=info)
+        solo.load_slice(0, state)
+        alone = losses(model, batch)
+        torch.testing.assert_close(alone.detach(), packed[k], rtol=1e-5, atol=1e-5)
+        alone.sum().backward()
+        for t in solo.named_trainables():
+            own = t.parameter.grad
+            if own is not None and t.name.endswith("vera_lambda_b"):
+                torch.testing.assert_close(own[0], grads[t.name][k], rtol=1e-4, atol=1e-5)
+        solo.remove()
+
+
+def test_a_frozen_a_costs_no_gradient_and_no_input() -> None:
+    """LoRA-FA's promise: of a layer's input [N, I] only the low products [K, M, r] are kept."""
+    x, W = torch.randn(12, 40), torch.randn(24, 40)
+    B, s = torch.randn(2, 24, 3, requires_grad=True), torch.ones(2)
+    for trains in (True, False):
+        A = torch.randn(2, 3, 40, requires_grad=trains)
+        y, shapes = kept(lambda A=A: AdaptedProduct.apply(x, None, W, None, A, B, s))
+        assert ((12, 40) in shapes) == trains
+        y.sum().backward()
+        assert (A.grad is None) != trains
+        low = torch.bmm(x.view(2, 6, 40), A.detach().transpose(1, 2))
+        torch.testing.assert_close(B.grad, torch.ones(2, 24, 6) @ low)
+        B.grad = None
+
+
+def test_lorafa_alone_has_no_gradient_of_a_and_beside_lora_its_own_is_dropped() -> None:
+    for mates, expected in ((("lorafa", "lorafa"), None), (("lorafa", "lora"), "some")):
+        model, info = BASES["llama"]()
+        stack = inject(model, [plan_of(m, info, "llama", seed=n) for n, m in enumerate(mates)], info=info)
+        losses(model, repeat(token_batch(2, 8), 2)).sum().backward()
+        grads = {t.name: t.parameter.grad for t in stack.named_trainables()}
+        assert all((g is None) == (expected is None) for name, g in grads.items() if name.endswith("lora_A"))
+        assert all(g is not None for name, g in grads.items() if name.endswith("lora_B"))

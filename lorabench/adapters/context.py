@@ -8,6 +8,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -39,7 +40,7 @@ class Context:
         self.seeds: tuple[int, ...] = tuple(range(size))
         self.step = 0
         self.examples: Tensor | None = None  # int64 [N]
-        self.projections: dict[tuple[int, ...], tuple[Tensor, Tensor]] = {}  # frozen pairs that layers share (VeRA)
+        self.projections: dict[tuple[Any, ...], tuple[Tensor, Tensor]] = {}  # frozen pairs that layers share (VeRA)
         self.leaves: dict[int, Tensor] = {}  # of the active slices, by the parameter they are part of
         self._only: int | None = None
 

@@ -70,14 +70,15 @@ def weight_start(weight: Tensor, spec: AdapterSpec) -> tuple[Tensor, Tensor]:
     return root[:, None] * vh[:r], u[:, :r] * root
 
 
-def projection(
-    known: dict[tuple[int, ...], tuple[Tensor, Tensor]], spec: AdapterSpec, like: Tensor
-) -> tuple[Tensor, Tensor]:
+Projections = dict[tuple[Any, ...], tuple[Tensor, Tensor]]  # by (r, seed, I, O, type, device)
+
+
+def projection(known: Projections, spec: AdapterSpec, like: Tensor) -> tuple[Tensor, Tensor]:
     """VeRA's frozen A [r, I] and B [O, r] for all layers, drawn as PEFT draws them: U(-b, b), b = sqrt(6 / fan_in).
 
-    known: pairs drawn before, by (r, seed, I, O); like: gives type and device.
+    known: pairs drawn before, which are returned again; like: gives type and device.
     """
-    found = (spec.r, *spec.projection)
+    found = (spec.r, *spec.projection, like.dtype, like.device)
     if found not in known:
         seed, inputs, outputs = spec.projection
         generator = torch.Generator().manual_seed(seed)

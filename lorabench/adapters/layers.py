@@ -141,9 +141,16 @@ class StackedAdapter(Wrapped):
         """The largest rank among the active slices; 0: none of them targets this layer."""
         return max((self.ranks[k] for k in self.context.active), default=0)
 
+    def picked_a(self) -> Tensor:
+        """A of the active slices; without a gradient where it is frozen in all of them (LoRA-FA): none is computed then,
+        and nothing is kept for it."""
+        specs = [self.specs[k] for k in self.context.active]
+        frozen = not any(spec and spec.rate_A for spec in specs)
+        return self.context.pick(self.lora_A.detach() if frozen else self.lora_A)
+
     def factors(self, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
         """A and scaling * B of the active slices, in the type of the activations."""
-        a, b, s = (self.context.pick(t) for t in (self.lora_A, self.lora_B, self.scaling))
+        a, b, s = self.picked_a(), *(self.context.pick(t) for t in (self.lora_B, self.scaling))
         return a.to(dtype), (b * s.view(-1, *[1] * (b.dim() - 1))).to(dtype)
 
     def dropped(self, x: Tensor) -> Tensor:
@@ -175,7 +182,7 @@ class StackedLinear(StackedAdapter):
 
     def pair(self) -> tuple[Tensor, Tensor]:
         """A [K, R, I] and B [K, O, R] of the active slices; what none of them uses of R is not computed with."""
-        return self.context.pick(self.lora_A)[:, : self.used], self.context.pick(self.lora_B)[..., : self.used]
+        return self.picked_a()[:, : self.used], self.context.pick(self.lora_B)[..., : self.used]
 
     def frozen(self, dtype: torch.dtype) -> tuple[Tensor, Tensor | None]:
         """Weight [O, I] and bias of the base; Conv1D holds its weight the other way round."""

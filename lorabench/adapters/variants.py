@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from itertools import groupby
 from typing import Any
 
 import torch
@@ -17,7 +18,7 @@ from torch import Tensor, nn
 from lorabench.adapters import draw
 from lorabench.adapters.context import Context
 from lorabench.adapters.layers import LAYERS, Own, StackedAdapter, StackedLinear, Wrapped
-from lorabench.adapters.product import AdaptedProduct
+from lorabench.adapters.product import AdaptedProduct, SharedProduct
 from lorabench.base import LayerInfo
 from lorabench.slice_plan import AdapterSpec
 
@@ -141,19 +142,30 @@ class StackedVera(StackedLinear):
                 if spec:
                     self.vera_lambda_d[k, : spec.r] = spec.d_initial
 
-    def pair(self) -> tuple[Tensor, Tensor]:
-        d, b = self.context.pick(self.vera_lambda_d), self.context.pick(self.vera_lambda_b)
-        As, Bs = zip(*(self._frozen_pair(k, d) for k in self.context.active), strict=True)
-        return torch.stack(As) * d[:, : self.used].unsqueeze(2), torch.stack(Bs) * b.unsqueeze(2)
+    def product(self, x: Tensor, d: Tensor | None) -> Tensor:
+        """Neighbouring slices of one pair go through it together; one that does not target the layer has W's output."""
+        weight, bias = self.frozen(x.dtype)
+        l, b = self.context.pick(self.vera_lambda_d), self.context.pick(self.vera_lambda_b)
+        groups = [(pair, len(list(members))) for pair, members in groupby(self.context.active, self._pair_of)]
+        counts = [n for _, n in groups]
+        rows = [n * (len(x) // len(l)) for n in counts]
+        seen = [None] * len(groups) if d is None else d.split(rows)
+        made = []
+        for (pair, _), own, dropped, own_l, own_b in zip(
+            groups, x.split(rows), seen, l.split(counts), b.split(counts), strict=True
+        ):
+            if pair is None:
+                made.append(F.linear(own, weight, bias))
+                continue
+            A, B = draw.projection(self.context.projections, pair, x)
+            corner = (A[:, : self.inputs], B[: self.outputs])
+            made.append(SharedProduct.apply(own, dropped, weight, bias, *corner, own_l[:, : pair.r], own_b))  # type: ignore[no-untyped-call]
+        return made[0] if len(made) == 1 else torch.cat(made)
 
-    def _frozen_pair(self, k: int, like: Tensor) -> tuple[Tensor, Tensor]:
-        """This layer's corner of slice k's A [R, I] and B [O, R], zero beyond its rank."""
+    def _pair_of(self, k: int) -> AdapterSpec | None:
+        """What a slice's frozen matrices are drawn from; None where it has none."""
         spec = self.specs[k]
-        if spec is None:
-            return like.new_zeros(self.used, self.inputs), like.new_zeros(self.outputs, self.used)
-        a, b = draw.projection(self.context.projections, spec, like)
-        rest = self.used - spec.r
-        return F.pad(a[:, : self.inputs], (0, 0, 0, rest)), F.pad(b[: self.outputs], (0, rest))
+        return None if spec is None else AdapterSpec(r=spec.r, scaling=1.0, alpha=1.0, projection=spec.projection)
 
     def slice_state(self, k: int) -> dict[str, Tensor]:
         if not self.ranks[k]:

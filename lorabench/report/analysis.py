@@ -1,14 +1,15 @@
-"""Weight-space results of a sweep's runs, as `python -m lorabench.analyze` left them, and the width of what was adapted.
+"""What `python -m lorabench.analyze` left of a sweep's weights, read once for tables, figures and claims. No torch.
 
-<sweep dir>/analysis/weights.json    {"runs": {run_id: {"layers": {name: {"variance_rank": .., "intruders": {"0.5": ..},
-                                      "relative_norm": .., "shape": [out, in]}}}}}
+<sweep dir>/analysis/weights.json    {"schema": 1, "cells": {id: {"order", "name", "method", "r", "role", "runs", ...}},
+    "runs": {run_id: {"layers": {name: {"kind", "shape", "relative_norm", "intruders": {"0.5": ..}, ...}}, "left_out": {..}}},
+    "similarity": [...], "left_out": {run_id: reason}, "notes": [...]}
 """
 
 from __future__ import annotations
 
 import json
 import struct
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from statistics import fmean, median
@@ -22,21 +23,61 @@ SCHEMA = 1
 ADAPTER = Path("adapter", "adapter_model.safetensors")
 INTRUDER = 0.5  # cosine to every singular vector of W below which a direction counts (2410.21228, section 4)
 HEADER = 2**26  # bytes; a longer one is not a header
+MEASURES = (
+    "relative_norm",
+    "stable_rank",
+    "effective_rank",
+    "variance_rank",
+    "amplification",
+    "magnitude",
+    "direction",
+)
 
 
 @dataclass(frozen=True)
 class Layer:
-    """One adapted or fine-tuned matrix of one run."""
+    """One adapted or fine-tuned matrix of one run. A measure that it does not have (a zero update has no rank) is None."""
 
-    variance_rank: float | None  # singular values that hold 90 % of the variance of ΔW
-    intruders: Mapping[float, float] = field(default_factory=dict)  # threshold -> directions
-    relative_norm: float | None = None  # ‖ΔW‖ / ‖W‖
+    measures: Mapping[str, float | None]  # of MEASURES
+    intruders: Mapping[float, float] = field(default_factory=dict)  # threshold -> directions; empty: not counted
     shape: tuple[int, int] | None = None  # out, in
+    kind: str | None = None  # lora, dora, vera, ia3, ia3_input, full; None: of an earlier version
+    norm: float | None = None  # ‖ΔW‖
+    weight_norm: float | None = None  # ‖W‖
+    singular_values: tuple[float, ...] = ()  # the leading ones of ΔW
+
+    @property
+    def variance_rank(self) -> float | None:
+        """Singular values that hold 90 % of the variance of ΔW."""
+        return self.measures["variance_rank"]
+
+    @property
+    def relative_norm(self) -> float | None:
+        """‖ΔW‖ / ‖W‖"""
+        return self.measures["relative_norm"]
+
+
+@dataclass(frozen=True)
+class About:
+    """A cell as it was when it was analysed."""
+
+    name: str
+    method: str
+    r: int | None
+    role: str  # of the runs: confirm, or tune where nothing is confirmed
+    runs: tuple[str, ...]
 
 
 @dataclass(frozen=True)
 class Analysis:
+    """The file's content. cells: in the order of the report's tables; similarity: its entries as they are."""
+
     runs: Mapping[str, Mapping[str, Layer]]  # run_id -> layer -> what was measured
+    cells: Mapping[str, About] = field(default_factory=dict)
+    similarity: Sequence[Mapping[str, Any]] = ()
+    left_out: Mapping[str, str] = field(default_factory=dict)  # run_id -> why it was not analysed
+    layers_left_out: Mapping[str, Mapping[str, str]] = field(default_factory=dict)  # run_id -> layer -> why
+    notes: tuple[str, ...] = ()
 
     @property
     def threshold(self) -> float:
@@ -66,30 +107,45 @@ class Analysis:
         return fmean(found) if found else None
 
 
-def read(sweep: Sweep) -> Analysis | None:
-    """None where nothing was analysed. Raises `ConfigError` for a file that is not the analysis."""
-    path = sweep.store.root / FILE
+def read(root: Path) -> Analysis | None:
+    """root: the sweep's directory. None where nothing was analysed. Raises `ConfigError` for a file that is no analysis."""
+    path = root / FILE
     try:
-        data = json.loads(path.read_text(encoding="utf-8"))
-        if data.get("schema", SCHEMA) != SCHEMA:
-            raise ValueError("written by another version")
-        return Analysis({str(i): _layers(run) for i, run in data["runs"].items()})
+        doc = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         return None
-    except (ValueError, KeyError, TypeError, AttributeError) as e:
-        raise ConfigError(FILE.as_posix(), str(path), "what `python -m lorabench.analyze` writes") from e
+    except (OSError, ValueError) as e:
+        raise ConfigError(
+            "analysis", str(path), f"a whole JSON file ({type(e).__name__}); analyse the sweep again"
+        ) from e
+    if not isinstance(doc, dict) or doc.get("schema") != SCHEMA:
+        raise ConfigError("analysis", str(path), f"an analysis of schema {SCHEMA}; analyse the sweep again")
+    try:
+        return parse(doc)
+    except (KeyError, TypeError, ValueError, AttributeError) as e:
+        raise ConfigError(
+            "analysis", str(path), f"an analysis as this version writes it ({type(e).__name__}: {e})"
+        ) from e
 
 
-def _layers(run: Mapping[str, Any]) -> dict[str, Layer]:
-    return {str(name): _layer(x) for name, x in run["layers"].items()}
+def parse(doc: Mapping[str, Any]) -> Analysis:
+    """The file's content, typed. Raises KeyError, TypeError, ValueError or AttributeError for what is none."""
+    cells = sorted(doc["cells"].items(), key=lambda item: item[1]["order"])
+    runs = doc["runs"].items()
+    return Analysis(
+        {str(i): {str(name): _layer(x) for name, x in run["layers"].items()} for i, run in runs},
+        {i: About(c["name"], c["method"], c["r"], c["role"], tuple(c["runs"])) for i, c in cells},
+        tuple(doc["similarity"]), dict(doc["left_out"]),
+        {str(i): dict(run["left_out"]) for i, run in runs if run.get("left_out")}, tuple(doc["notes"]),
+    )  # fmt: skip
 
 
 def _layer(x: Mapping[str, Any]) -> Layer:
     counts = {float(t): float(n) for t, n in (x.get("intruders") or {}).items() if n is not None}
     shape = x.get("shape")
     return Layer(
-        _number(x.get("variance_rank")), counts, _number(x.get("relative_norm")),
-        (int(shape[0]), int(shape[1])) if shape else None,
+        {key: _number(x.get(key)) for key in MEASURES}, counts, (int(shape[0]), int(shape[1])) if shape else None,
+        x.get("kind"), _number(x.get("norm")), _number(x.get("weight_norm")), tuple(map(float, x.get("singular_values") or ())),
     )  # fmt: skip
 
 

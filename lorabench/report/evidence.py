@@ -135,7 +135,7 @@ class Evidence:
 
     @cached_property
     def weights(self) -> Analysis | None:
-        return read(self.sweep)
+        return read(self.sweep.store.root)
 
     def lines(self, power: float) -> list[Line]:
         """LoRA's cells on which s * r^power is constant, the line of most ranks first. A cell may be on several: the rules

@@ -42,6 +42,18 @@ def history(f: Findings) -> pd.DataFrame:
     return pd.DataFrame(rows, columns=[*CELL, "run_id", "role", "lr", "seed", "step", "metric", "value"])
 
 
+def examples(f: Findings) -> pd.DataFrame:
+    """Long: a row a confirmation run at the chosen rate and test example. example: hash of its content, the same in all runs."""
+    made = []
+    for r in f.results.values():
+        for x in r.runs if r.role == "confirm" else ():
+            columns = f.sweep.store.arrays(x.run_id, "test")
+            if columns:
+                own = {**_of_cell(r), "run_id": x.run_id, "seed": x.config["seed"]}
+                made.append(pd.DataFrame({**own, **columns}))
+    return pd.concat(made, ignore_index=True) if made else pd.DataFrame(columns=[*CELL, "run_id", "seed", "example"])
+
+
 def cells(f: Findings) -> pd.DataFrame:
     """A row a cell: the chosen rate, test with its 95 % interval, validation, cost. Shares and times as recorded, unscaled."""
     return pd.DataFrame([_cell(f, r) for r in f.results.values()])

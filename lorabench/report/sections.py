@@ -1,8 +1,8 @@
-"""What a report holds beside the comparison, where the sweep has the data for it: claims of the literature, weights."""
+"""What a report holds beside the comparison, where the sweep has the data for it: claims of the literature, weights, costs."""
 
 from __future__ import annotations
 
-from lorabench.report import claims, style, weights, weights_figures
+from lorabench.report import analysis, claims, costs, style, weights, weights_figures
 from lorabench.report.evidence import Verdict
 from lorabench.report.findings import Findings
 from lorabench.report.style import Drawing
@@ -11,8 +11,14 @@ from lorabench.report.tables import Column, Row, Table
 
 def sections(f: Findings) -> tuple[dict[str, Table], list[Drawing]]:
     """Tables by key, those that have rows, and drawings."""
-    found = weights.load(f.sweep.store.root)
-    made = [claimed(claims.judge(f.sweep)), *([weights.table(found)] if found else [])]
+    read = analysis.read(f.sweep.store.root)
+    found = weights.tidy(read) if read else None
+    paid = costs.read(f.sweep.store.root)
+    made = [
+        claimed(claims.judge(f.sweep)),
+        *([weights.table(found)] if found else []),
+        *(costs.tables(paid) if paid else []),
+    ]
     drawn = weights_figures.draw(found, style.looks(f.sweep.cells)) if found else []
     return {t.key: t for t in made if t.rows}, drawn
 
