@@ -163,6 +163,13 @@ def planned_packs(store: Store, jobs: Sequence[Job]) -> list[Pack]:
     return known + fresh
 
 
+def planned_pack(store: Store, pack_id: str, *, prune: bool) -> Pack:
+    """A pack as the manifest has it: what a job that is told its id trains."""
+    manifest = store.manifest()
+    entry = next(e for e in manifest["packs"] if e["id"] == pack_id)
+    return Pack(pack_id, tuple(_run_from_manifest(manifest, i) for i in entry["runs"]), prune=prune)
+
+
 def _begun(manifest: Mapping[str, Any]) -> set[str]:
     """Keys of the cells that packs of the manifest hold runs of: rates that join such a cell later are not pruned."""
     planned = {i for entry in manifest["packs"] for i in entry["runs"]}

@@ -4,8 +4,10 @@
 <sweep dir>/runs/<run_id>/run.json           the record, written once, when the run has ended
 <sweep dir>/runs/<run_id>/history.jsonl      rows {"step": int, "train/loss": ..., "val/accuracy": ...}
 <sweep dir>/runs/<run_id>/test.npz           per-example test results (confirm role): example, loss, weight, ...
+<sweep dir>/runs/<run_id>/samples.json       text tasks (confirm role): at most 8 of {"prompt" or "text", "expected", "before", "after"}
 <sweep dir>/runs/<run_id>/adapter/           trained weights, PEFT's format where it has one
 <sweep dir>/checkpoints/<pack id>/           where packs in training stand; see `checkpoints`
+<sweep dir>/optuna/journal                   a study's trials, where Optuna chose them
 <sweep dir>/analysis/weights.json            what `lorabench.analyze` measured on those weights
 <sweep dir>/locks/                           leases: who trains which pack now, who writes the manifest
 """
@@ -36,7 +38,7 @@ MANIFEST, HISTORY = "sweep.json", "history.jsonl"
 APPEND = os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_NOFOLLOW
 STATUSES = ("completed", "failed", "diverged", "pruned")
 RUN_ID = shapes.RUN_ID
-OURS = {MANIFEST, "runs", "locks", "checkpoints", "analysis", "README.md", ".gitkeep"}
+OURS = {MANIFEST, "runs", "locks", "checkpoints", "analysis", "optuna", "README.md", ".gitkeep"}
 
 
 @dataclass

@@ -97,7 +97,10 @@ def _check_one(f: Field[Any], value: Any, key: str) -> None:
 
 
 def field_dict(section: Any, *, role: str) -> dict[str, Any]:
-    """Fields of a dataclass by role: `identity`, `varies` or `fixed` (everything that is not `varies`)."""
+    """Fields of a dataclass by role: `identity`, `varies` or `fixed` (everything that is not `varies`).
+
+    A field that holds a section of its own (a task's probe) is that section's fields, by the same role.
+    """
     out: dict[str, Any] = {}
     for f in dataclasses.fields(section):
         value = getattr(section, f.name)
@@ -107,7 +110,7 @@ def field_dict(section: Any, *, role: str) -> dict[str, Any]:
                 continue
         elif role == "varies" and not varies or role == "fixed" and varies:
             continue
-        out[f.name] = value
+        out[f.name] = field_dict(value, role=role) if dataclasses.is_dataclass(value) else value
     return out
 
 

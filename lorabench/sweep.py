@@ -5,11 +5,12 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from contextlib import nullcontext
+from pathlib import Path
 from typing import Any
 
 from rich.console import Console
 
-from lorabench import checkpoints
+from lorabench import checkpoints, probes
 from lorabench import prepare as prep
 from lorabench.config import RunConfig, Settings
 from lorabench.damage import damaged
@@ -25,7 +26,7 @@ from lorabench.sharing import Ended, freed
 from lorabench.slice_plan import SlicePlan
 from lorabench.terminal import Progress, dry_run_table
 from lorabench.train import Listener, OutOfMemory, SlicesMix, measure
-from lorabench.workers import Workers, worker_count
+from lorabench.workers import Crew, Workers, worker_count
 
 Executor = Callable[[Callable[[Pack], list[Record]], Sequence[Pack]], Iterable[list[Record]]]
 
@@ -87,7 +88,8 @@ def _run(
     tracker = make_tracker(settings.tracker, sweep=store.root.name, sweep_dir=store.root)
 
     count = worker_count(settings.sweep.workers, prep.resolve(todo[0].runs[0]).device, len(todo)) if todo else 1
-    workers = Workers(count, prep.resolve(todo[0].runs[0]).device) if count > 1 else None
+    own = Workers(count, prep.resolve(todo[0].runs[0]).device) if count > 1 else None
+    workers = executor if isinstance(executor, Crew) else own
     train_pack, executor = (workers.train, workers.map) if workers else (train, executor)
 
     others: list[Pack] = []  # packs that another launcher holds
@@ -170,6 +172,7 @@ def _check_drift(record: Record, run: RunConfig) -> None:
     now = (
         ("task", "data", "data_fingerprint", prep.load_data(run.task).fingerprint),
         ("model", "model", "model_fingerprint", prep.model_fingerprint(run)),
+        ("task.probe", "probe's data", "probe_fingerprint", probes.fingerprint(run)),
         ("task.file", "Python", "user_code", prep.user_code(run)),
     )
     for key, what, name, value in now:
@@ -255,6 +258,7 @@ def finish(settings: Settings, *, console: Console | None = None) -> None:
         if settings.report.enabled:
             render(settings.sweep.dir, settings.report.dir, title=settings.report.title)
             console.print(f"report: {settings.report.dir}/report.html", soft_wrap=True, highlight=False)
+            _mirror_report(settings, store)
     counts = Counter(r.status for r in records)
     console.print(
         f"{len(records)} runs: " + ", ".join(f"{n} {status}" for status, n in sorted(counts.items())), highlight=False
@@ -264,6 +268,19 @@ def finish(settings: Settings, *, console: Console | None = None) -> None:
         for r in failed[:10]:
             console.print(f"failed {r.run_id}: {r.error}", highlight=False, markup=False)
         raise SweepFailed(f"{len(failed)} of {len(records)} runs failed; start again with sweep.retry_failed=true")
+
+
+def _mirror_report(settings: Settings, store: Store) -> None:
+    """Let the sweep's tracker show the report, if it can."""
+    from lorabench.trackers import make_tracker
+
+    tracker = make_tracker(settings.tracker, sweep=store.root.name, sweep_dir=store.root)
+    if tracker is None:
+        return
+    from lorabench.report.mirrored import mirrored
+
+    tracker.report(Path(settings.report.dir), mirrored(store.root))
+    tracker.close()
 
 
 def require_fresh(settings: Settings) -> None:

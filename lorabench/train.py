@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 import time
 import traceback
 from collections.abc import Callable, Collection, Iterator
@@ -16,6 +17,8 @@ import torch
 from lorabench import checkpoints, replicas
 from lorabench import prepare as prep
 from lorabench.adapters import SlicesMix, inject, probe
+from lorabench.beside import Beside
+from lorabench.checkpoints import Unreadable
 from lorabench.config import RunConfig
 from lorabench.fit import Checkpoints, Progress, fit, make_trainer, quiet
 from lorabench.leases import LeaseLost
@@ -80,6 +83,10 @@ def train(
         if leads:
             checkpoints.remove(store.root, pack.id)
         raise
+    except Unreadable as e:  # whole, ours, and yet it does not fit
+        print(f"checkpoint of pack {pack.id}: {e}; the pack starts anew", file=sys.stderr)
+        checkpoints.remove(store.root, pack.id)
+        return train(pack, store, listener, keep=keep)
     except Exception as e:
         if not (out_of_memory(e) and len(pack.runs) > 1):
             error = "".join(traceback.format_exception(e)[-3:]).strip()
@@ -107,6 +114,8 @@ def _train(pack: Pack, store: Store, listener: Listener, keep: Collection[str], 
         _probe(session)
         if pack.runs[0].trainer.reuse_trunk:
             session.module.reuse = Reuse(session)
+        measured = pack.runs[0].role == "confirm" and replicas.leads()
+        beside = Beside(session) if measured else None  # the base as it is, before anything of a checkpoint
         if start:
             restore(session, start)
         with PeakMemory(session.resolved.device) as memory, quiet():
@@ -114,6 +123,8 @@ def _train(pack: Pack, store: Store, listener: Listener, keep: Collection[str], 
             session.trainer.callbacks.append(Checkpoints(saver))
             fit(session, saver)
             session.peak_memory = saver.peak()
+        if beside:
+            beside.finish()
         return records_of(session) if replicas.leads() else []
 
 

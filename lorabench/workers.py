@@ -17,8 +17,8 @@ from concurrent.futures.process import BrokenProcessPool
 from contextlib import suppress
 from dataclasses import asdict
 from pathlib import Path
-from threading import Lock, current_thread, main_thread
-from typing import Any
+from threading import Event, Lock, current_thread, main_thread
+from typing import Any, Protocol, runtime_checkable
 
 import torch
 
@@ -48,6 +48,18 @@ def _cores() -> list[int]:
     return sorted(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else list(range(os.cpu_count() or 1))
 
 
+@runtime_checkable
+class Crew(Protocol):
+    """Others who train packs, as a context: `train` has the meaning of `train.train`, `map` that of `map`."""
+
+    def __enter__(self) -> Any: ...
+    def __exit__(self, *args: Any) -> None: ...
+    def map(self, one: Callable[[Pack], list[Record]], packs: Sequence[Pack]) -> Iterable[list[Record]]: ...
+    def train(
+        self, pack: Pack, store: Store, listener: Listener, *, keep: Collection[str], accept_drift: bool = False
+    ) -> list[Record]: ...
+
+
 class Workers:
     """Processes that train packs; use as a context. `train` has the meaning of `train.train`, `map` that of `map`.
 
@@ -59,7 +71,7 @@ class Workers:
         self.count, self.device = count, device
         self._free: queue.Queue[_Worker] = queue.Queue()
         self._lock = Lock()
-        self._ending = False
+        self._ending = Event()
 
     def __enter__(self) -> Workers:
         self._all = [_Worker(i, self.count, self.device) for i in range(self.count)]
@@ -71,7 +83,7 @@ class Workers:
         return self
 
     def _end(self, *args: Any) -> None:
-        self._ending = True
+        self._ending.set()
         for worker in self._all:
             worker.terminate()
 
@@ -91,12 +103,12 @@ class Workers:
         worker = self._free.get()
         heard = self._locked(listener)
         try:
-            while not self._ending:
+            while not self._ending.is_set():
                 began = checkpoints.reached(store.root, pack.id) or 0
                 try:
                     return worker.train(pack, store, heard, keep, accept_drift)
                 except BrokenProcessPool:
-                    if self._ending:
+                    if self._ending.is_set():
                         break
                     worker.restart()
                     if (checkpoints.reached(store.root, pack.id) or 0) <= began:

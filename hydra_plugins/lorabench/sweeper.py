@@ -45,7 +45,7 @@ class GridSweeper(Sweeper):
         )
 
     def sweep(self, arguments: list[str]) -> Any:
-        from hydra_plugins.lorabench._compose import Composer
+        from hydra_plugins.lorabench._compose import Composer, elsewhere
 
         assert self.config is not None and self.launcher is not None
         composer = Composer.of(self.context, self.config)
@@ -80,7 +80,8 @@ class GridSweeper(Sweeper):
                 confirming = {overrides: composer.job(overrides, extra) for overrides, extra in confirm.items()}
                 sweep.declare(list(confirming.values()))
                 returned = [*returned, *self.launcher.launch(_once(confirming), len(listed))]
-        sweep.measure_cells(settings, list(jobs.values()))
+        if not elsewhere(self.launcher):  # seconds of this machine would say nothing of a node's
+            sweep.measure_cells(settings, list(jobs.values()))
         sweep.finish(settings)
         return returned
 
