@@ -195,17 +195,18 @@ class Store:
     def reset_history(self, run_id: str) -> None:
         """A pack that starts again starts its histories again."""
         path = self.own_dir(run_id)
-        for stale in (path / HISTORY, *path.glob(".*.tmp")):  # the latter of a process that was killed while it wrote
-            if not stale.is_dir():
-                with writing(stale):
+        with writing(path):
+            for stale in (
+                path / HISTORY,
+                *path.glob(".*.tmp"),
+            ):  # the latter of a process that was killed while it wrote
+                if not stale.is_dir():
                     stale.unlink(missing_ok=True)
 
     def history_size(self, run_id: str) -> int:
         """Bytes; 0 where there is none."""
-        try:
-            return (self.run_dir(run_id) / "history.jsonl").stat().st_size
-        except FileNotFoundError:
-            return 0
+        path = self.run_dir(run_id) / HISTORY
+        return path.stat().st_size if path.exists() else 0
 
     def sync_history(self, run_id: str) -> int:
         """Bytes of a run's history, all of which are on disk when this returns."""
