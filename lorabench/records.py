@@ -196,10 +196,7 @@ class Store:
         """A pack that starts again starts its histories again."""
         path = self.own_dir(run_id)
         with writing(path):
-            for stale in (
-                path / HISTORY,
-                *path.glob(".*.tmp"),
-            ):  # the latter of a process that was killed while it wrote
+            for stale in (path / HISTORY, *path.glob(".*.tmp")):  # torn by a kill
                 if not stale.is_dir():
                     stale.unlink(missing_ok=True)
 
