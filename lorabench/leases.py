@@ -180,6 +180,12 @@ class Leases:
                     shutil.rmtree(nest, ignore_errors=True)
 
 
+def check(lease: Path | None) -> None:
+    """Raise `LeaseLost` unless the file of a lease (`Lease.file`) is there still; None: no lease is asked for."""
+    if lease is not None and not lease.exists():
+        raise LeaseLost(f"the lease {lease.parent} was taken over: this process was away for too long")
+
+
 def refuse_link(path: Path, key: str = "path") -> None:
     """Raise `ExistingWork` for a symbolic link: it would lead reads and writes elsewhere."""
     if path.is_symlink():

@@ -29,7 +29,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from lorabench import shapes
-from lorabench.leases import Lease, LeaseLost, Leases, refuse_link
+from lorabench.leases import Lease, Leases, check, refuse_link
 from lorabench.schema import ExistingWork, Unwritable, writing
 
 if TYPE_CHECKING:
@@ -128,26 +128,22 @@ class Store:
         """Raise `ExistingWork` when the directory holds files that are not a sweep's, or leads elsewhere."""
         for path in (self.root, *(self.root / name for name in sorted(OURS))):
             refuse_link(path, "sweep.dir")
-        if self.root.exists() and not self.root.is_dir():
-            raise ExistingWork("sweep.dir", str(self.root), "a directory; this is a file")
-        if not self.root.is_dir():
+        if not self.root.exists():
             return
+        if not self.root.is_dir():
+            raise ExistingWork("sweep.dir", str(self.root), "a directory; this is a file")
         foreign = sorted(p.name for p in self.root.iterdir() if p.name not in OURS and not p.name.startswith("."))
         if foreign:
-            names = ", ".join(foreign[:5])
-            raise ExistingWork("sweep.dir", str(self.root), f"an empty or a sweep's directory; this one holds {names}")
+            allowed = f"an empty or a sweep's directory; this one holds {', '.join(foreign[:5])}"
+            raise ExistingWork("sweep.dir", str(self.root), allowed)
 
     def run_dir(self, run_id: str) -> Path:
         assert RUN_ID.fullmatch(run_id), run_id
         return self.root / "runs" / run_id
 
-    def check_lease(self) -> None:
-        if self.lease is not None and not self.lease.exists():
-            raise LeaseLost(f"the lease {self.lease.parent} was taken over: this process was away for too long")
-
     def own_dir(self, run_id: str) -> Path:
         """A run's directory, made, to write into. Raises `LeaseLost`, and `ExistingWork` for a symbolic link."""
-        self.check_lease()
+        check(self.lease)
         path = self.run_dir(run_id)
         refuse_link(path, "sweep.dir")
         with writing(path):
@@ -155,9 +151,8 @@ class Store:
         return path
 
     def write(self, record: Record) -> None:
-        path = self.own_dir(record.run_id)
         self.sync_history(record.run_id)  # a record that survives a power cut says that all beside it does
-        atomic_write(path / "run.json", dump_json(asdict(record)))
+        atomic_write(self.own_dir(record.run_id) / "run.json", dump_json(asdict(record)))
 
     def read(self, run_id: str) -> Record | None:
         """The record of a run that has ended, or None. A torn file, one of another run and one of another version count
@@ -201,17 +196,15 @@ class Store:
     def reset_history(self, run_id: str) -> None:
         """A pack that starts again starts its histories again."""
         path = self.own_dir(run_id)
-        for stale in (path / HISTORY, *path.glob(".*.tmp")):  # the latter of a process that was killed while it wrote
-            if not stale.is_dir():
-                with writing(stale):
+        with writing(path):
+            for stale in (path / HISTORY, *path.glob(".*.tmp")):  # torn by a kill
+                if not stale.is_dir():
                     stale.unlink(missing_ok=True)
 
     def history_size(self, run_id: str) -> int:
         """Bytes; 0 where there is none."""
-        try:
-            return (self.run_dir(run_id) / "history.jsonl").stat().st_size
-        except FileNotFoundError:
-            return 0
+        path = self.run_dir(run_id) / HISTORY
+        return path.stat().st_size if path.exists() else 0
 
     def sync_history(self, run_id: str) -> int:
         """Bytes of a run's history, all of which are on disk when this returns."""

@@ -22,7 +22,7 @@ class Ended:
 
     def of(self, pack: Pack) -> set[str]:
         new = {i for i in set(pack.run_ids) - self.finished if self.store.stamp(i) != self.stamps.get(i)}
-        return self.finished.intersection(pack.run_ids) | {i for i in new if self.store.read(i)}
+        return {i for i in pack.run_ids if i in self.finished or (i in new and self.store.read(i))}
 
 
 def freed(store: Store, held: list[Pack], progress: Progress) -> list[Pack]:

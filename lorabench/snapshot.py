@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lorabench import checkpoints, provenance, replicas
+from lorabench import checkpoints, leases, provenance, replicas
 from lorabench import prepare as prep
 from lorabench.checkpoints import Content, Unreadable
 from lorabench.memory import out_of_memory
@@ -204,7 +204,7 @@ class Saver:
             return
         s, start = self.session, time.monotonic()
         where = checkpoints.folder(s.store.root, s.pack.id)
-        s.store.check_lease()
+        leases.check(s.store.lease)
         try:
             checkpoints.write(where, s.module.steps_done, *capture(s, self.peak(), self._facts))
         except OSError as e:

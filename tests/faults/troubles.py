@@ -18,10 +18,10 @@ def count(log: str) -> None:
 
     train = sweep.train
 
-    def counted(pack: Any, store: Any, listener: Any, *, keep: Collection[str]) -> Any:
+    def counted(pack: Any, store: Any, listener: Any, *, keep: Collection[str], **rest: Any) -> Any:
         with open(log, "a") as f:
             f.write("".join(f"{run_id}\n" for run_id in pack.run_ids if run_id not in keep))
-        return train(pack, store, listener, keep=keep)
+        return train(pack, store, listener, keep=keep, **rest)
 
     sweep.train = counted
 
