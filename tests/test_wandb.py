@@ -431,7 +431,7 @@ def test_a_sweep_its_report_and_its_verdicts_arrive_and_no_key_is_written(
     for one in records:
         run = bucket(server, one.run_id, "s")
         assert run.steps == [step for step, _ in wb.steps(store.history(one.run_id))] and not run.faults
-        assert run.fields["groupName"] == "s" and run.fields["tags"] == ["tiny", "text_file", one.role]
+        assert run.fields["groupName"] == "s" and run.fields["tags"] == ["tiny", "text file", one.role]
         assert run.summary["val/loss"] == one.metrics["val/loss"] and run.summary["status"] == "completed"
         assert ("test/accuracy" in run.summary) == (one.role == "confirm")
         assert run.summary["verdict/cell"] in {c["id"] for c in store.manifest()["cells"]}

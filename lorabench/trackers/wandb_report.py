@@ -76,10 +76,10 @@ def _open(target: Target, known: str) -> wandb.Run:
     folder.mkdir(parents=True, exist_ok=True)
     if target.mode == "offline":
         shutil.rmtree(folder / "wandb", ignore_errors=True)  # one report a sweep: the last
-    how = {"resume": "allow"} if target.server else {}
+    how: dict[str, Any] = {"resume": "allow"} if target.server else {}
     return wandb.init(
         id=known, name=f"{target.sweep}: report", project=target.project, entity=target.entity, group=target.sweep,
-        job_type=REPORT, tags=["report"], dir=str(folder), mode=target.mode, reinit="create_new",
+        job_type=REPORT, tags=["report"], dir=str(folder.resolve()), mode=target.mode, reinit="create_new",
         settings=quiet(target.server), **how,
     )  # fmt: skip
 

@@ -9,7 +9,7 @@ import shutil
 import time
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 from lorabench.config import digest
 from lorabench.records import Record, Store
@@ -72,7 +72,7 @@ class Target:
     project: str
     entity: str | None
     server: Server | None
-    mode: str = "online"
+    mode: Literal["online", "offline", "disabled"] = "online"
     artifacts: bool = False
 
     def open(
@@ -87,17 +87,13 @@ class Target:
         if self.mode == "offline":
             for old in folder.glob(f"wandb/offline-run-*-{known}"):
                 shutil.rmtree(old, ignore_errors=True)  # one folder a run, complete in itself
-        how = (
-            {}
-            if self.server is None
-            else {"resume": "allow"}
-            if back_to is None
-            else {"resume_from": f"{known}?_step={back_to}"}
-        )
+        how: dict[str, Any] = {}
+        if self.server is not None:
+            how = {"resume": "allow"} if back_to is None else {"resume_from": f"{known}?_step={back_to}"}
         return wandb.init(
             id=known, name=name(run_id, config), project=self.project, entity=self.entity, group=self.sweep,
-            job_type=method, tags=[t[:64] for t in tags if t], config=dict(config), dir=str(folder),
-            mode=self.mode, reinit="create_new", settings=quiet(self.server), **how,  # type: ignore[arg-type]
+            job_type=method, tags=[t[:64] for t in tags if t], config=dict(config), dir=str(folder.resolve()),
+            mode=self.mode, reinit="create_new", settings=quiet(self.server), **how,
         )  # fmt: skip
 
     def end(self, run: wandb.Run, record: Record, verdict: Mapping[str, Any] | None = None) -> None:
@@ -203,7 +199,7 @@ def quiet(server: Server | None) -> wandb.Settings:
     """Nothing on the terminal, and nothing sent but what the record holds: no console, source, machine or its load."""
     import wandb
 
-    online = {} if server is None else {"base_url": server.url, "api_key": server.key}
+    online: dict[str, Any] = {} if server is None else {"base_url": server.url, "api_key": server.key}
     return wandb.Settings(
         console="off", silent=True, disable_code=True, disable_git=True, save_code=False, x_disable_stats=True,
         x_disable_meta=True, x_disable_machine_info=True, x_save_requirements=False, init_timeout=INIT,
