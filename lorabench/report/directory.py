@@ -11,7 +11,7 @@ from pathlib import Path
 from lorabench.schema import ConfigError, ExistingWork
 
 OURS = {"report.md", "report.html", "runs.csv", "figures", "tables"}
-INSIDE = {"figures": (".svg", ".png"), "tables": (".tex",)}
+INSIDE = {"figures": (".svg", ".png"), "tables": (".tex", ".csv")}
 IGNORED = {".gitkeep", ".DS_Store"}
 
 
