@@ -20,8 +20,16 @@ RANKS = (1, 8, 64)
 BEST = 4e-3  # at the anchor
 
 
-def rule_sweep(root: Path, slopes: Sequence[float] = (0.0, -0.5, -0.25), *, noise: float = 0.0004, **changes: Any) -> Store:
-    """LoRA with alpha = 16, LoRA with alpha = 2r, rsLoRA with alpha = 16/√8. slopes: of log best rate on log r, in that order."""
+def rule_sweep(
+    root: Path,
+    slopes: Sequence[float] = (0.0, -0.5, -0.25),
+    *,
+    noise: float = 0.0004,
+    diverges: float = math.inf,
+    **changes: Any,
+) -> Store:
+    """LoRA with alpha = 16, LoRA with alpha = 2r, rsLoRA with alpha = 16/√8. slopes: of log best rate on log r, in that order.
+    diverges: the rate from which alpha = 2r diverges at rank 64."""
     cells = []
     for rule, slope in zip(("fixed", "2r", "root"), slopes, strict=True):
         for r in RANKS:
@@ -32,7 +40,8 @@ def rule_sweep(root: Path, slopes: Sequence[float] = (0.0, -0.5, -0.25), *, nois
             rates = [BEST * 2.0 ** (middle + k) for k in range(-2, 3)]
             alpha = {"fixed": 16.0, "2r": 2.0 * r, "root": 16 / math.sqrt(8)}[rule]
             label = {"alpha_rule": {"fixed": "16", "2r": "2r", "root": f"{alpha:g}/sqrt(r)"}[rule]}
-            cells.append(Planted("lora", rates, best, 0.76, r=r, alpha=alpha, rslora=rule == "root", seed_sd=noise, label=label))
+            cells.append(Planted("lora", rates, best, 0.76, r=r, alpha=alpha, rslora=rule == "root", seed_sd=noise, label=label,
+                                 diverges_at=diverges if (rule, r) == ("2r", 64) else math.inf))  # fmt: skip
     return build(root, cells, tune=(0, 1), **changes)
 
 
@@ -41,7 +50,7 @@ def target_sweep(root: Path, **changes: Any) -> Store:
     rates, ranked = (1e-3, 2e-3, 4e-3), (("q", 0.70), ("v", 0.73), ("q+v", 0.74), ("mlp", 0.765), ("all", 0.77))
     sizes = {"q": 74_000, "v": 74_000, "q+v": 148_000, "mlp": 420_000, "all": 339_000}
     cells = [
-        Planted("lora", rates, 2e-3, q, r=8, targets=t, seed_sd=0.003, label={"trainable": sizes[t]}, )
+        Planted("lora", rates, 2e-3, q, r=8, targets=t, seed_sd=0.003, label={"trainable": sizes[t]})
         for t, q in ranked
     ]  # fmt: skip
     matched = (("attention", 45, 0.745, 1_902_000), ("mlp", 36, 0.77, 1_902_100), ("all", 20, 0.775, 1_902_000))
@@ -57,7 +66,11 @@ def with_solo(store: Store, seconds: dict[str, float]) -> None:
     manifest = store.manifest()
     for c in manifest["cells"]:
         if c["id"] in seconds:
-            c["solo"] = {"seconds": seconds[c["id"]] / 10, "steps": 10, "peak_memory_bytes": int(2**20 * 100 * seconds[c["id"]])}
+            c["solo"] = {
+                "seconds": seconds[c["id"]] / 10,
+                "steps": 10,
+                "peak_memory_bytes": int(2**20 * 100 * seconds[c["id"]]),
+            }
     store.write_manifest(manifest)
 
 
@@ -91,4 +104,14 @@ def opened(store: Store) -> tuple[Findings, Evidence]:
     return find(sweep), gather(sweep)
 
 
-__all__ = ["BEST", "RANKS", "RANK_SWEEP", "opened", "rule_sweep", "target_sweep", "with_probe", "with_samples", "with_solo"]
+__all__ = [
+    "BEST",
+    "RANKS",
+    "RANK_SWEEP",
+    "opened",
+    "rule_sweep",
+    "target_sweep",
+    "with_probe",
+    "with_samples",
+    "with_solo",
+]

@@ -18,7 +18,7 @@ from matplotlib.patches import Rectangle
 
 from lorabench.report import formats, style
 from lorabench.report.evidence import Evidence, scale
-from lorabench.report.load import Cell, pretty_rule, short
+from lorabench.report.load import Cell, short
 from lorabench.report.parts import Part
 from lorabench.report.results import Result
 from lorabench.report.select import Rate
@@ -88,7 +88,8 @@ def _scales(cells: Sequence[Result]) -> list[Band]:
 
 
 def _rule(cell: Cell) -> str:
-    rule = pretty_rule(cell.alpha_rule).removesuffix("/sqrt(r)")
+    rule = str(cell.alpha_rule or "")
+    rule = rule if rule.endswith("r") or cell.alpha is None else f"{cell.alpha:.4g}"  # 2r, or the number
     return f"rsLoRA α = {rule}" if cell.method == "rsLoRA" else f"α = {rule}"
 
 

@@ -13,6 +13,7 @@ from lorabench.report.evidence import Evidence, scale
 from lorabench.report.load import short
 from lorabench.report.parts import Part
 from lorabench.report.rates import Missing, Optimum
+from lorabench.report.results import Result
 from lorabench.report.slopes import Slope
 from lorabench.report.style import FAINT, INK, Drawing, Look
 from lorabench.report.tables import Column, Row, Table
@@ -67,8 +68,16 @@ def _rule(ax: Axes, s: Slope, looks: Mapping[str, Look]) -> None:
         look, at = looks[r.id], r.cell.r or 0
         if isinstance(o, Missing):
             if r.choice.lr is not None:
-                ax.plot(at, r.choice.lr, marker="^" if _above(r.choice.side) else "v", color=look.colour, markersize=7,
-                        markerfacecolor="white", markeredgewidth=1.5, zorder=4)  # fmt: skip
+                ax.plot(
+                    at,
+                    r.choice.lr,
+                    marker=_side(r),
+                    color=look.colour,
+                    markersize=7,
+                    markerfacecolor="white",
+                    markeredgewidth=1.5,
+                    zorder=4,
+                )
             continue
         if o.variance is not None:
             a, b = o.interval()
@@ -77,13 +86,15 @@ def _rule(ax: Axes, s: Slope, looks: Mapping[str, Look]) -> None:
         ax.plot(at, o.lr, marker=look.marker, color=look.colour, markersize=6.8, zorder=5,
                 **({"markeredgecolor": "white", "markeredgewidth": 0.8} if used else {"markerfacecolor": "white", "markeredgewidth": 1.5}))  # fmt: skip
     _lines(ax, s, style.hue(s.line.cells[-1].cell, looks))
-    second = f"slope {bounds(s)}" if s.slope is not None else "no slope: a best rate lies outside the grid"
+    second = f"slope {bounds(s)}" if s.slope is not None else "no slope: a best rate is not located"
     title = f"{s.rule.name}: {s.constant}\n{short(second, 44)}\ntheory {formats.number(s.rule.theory, 2)}"
     ax.set_title(title, fontsize=10, linespacing=1.35)
 
 
-def _above(side: str | None) -> bool:
-    return side != "low"
+def _side(r: Result) -> str:
+    """Where the minimum may lie: beyond the largest or the smallest rate that every seed survives, or between them."""
+    tried = [x.lr for x in r.choice.rates if x.eligible]
+    return "^" if r.choice.lr == max(tried) else "v" if r.choice.lr == min(tried) else "d"
 
 
 def _lines(ax: Axes, s: Slope, colour: str) -> None:
@@ -113,7 +124,7 @@ def _caption(made: Sequence[Slope], meet: Sequence[tuple[int, float]]) -> str:
     text = ("Minimum of a parabola in log2 of the rate, through the mean validation losses around each cell's best rate; bars are 95 % intervals "
             f"(delta method), cut at the figure's edge. Solid: the fitted slope; dashed: {THEORY}, through the same mean point.")  # fmt: skip
     if any(isinstance(o, Missing) for s in made for o in s.optima):
-        text += " Hollow triangles: no minimum inside the grid; the best rate tried is shown."
+        text += " Hollow triangles (or diamonds): the parabola has no minimum inside what was tried; the best rate tried is shown."
     if any(s.slope is not None and len(s.narrow.cells) < len(s.line.cells) for s in made):
         text += " Hollow points: r not far below the width, left out of the slope."
     if meet:

@@ -58,7 +58,7 @@ def _words(f: Findings, made: Forgetting) -> list[str]:
     for c, reference, d in pairs[:4]:
         low, high = d.interval()
         out.append(
-            f"{c.result.name} is shown to be within the margin of {reference.result.name} on the test {f.metric.title}; at the chosen rates its {p.what} is "
+            f"{c.result.name[:1].upper()}{c.result.name[1:]} is shown to be within the margin of {reference.result.name} on the test {f.metric.title}; at the chosen rates its {p.what} is "
             f"{p.metric.difference(d.mean, unit=True)} ({p.metric.bounds(low, high)}) against it (95 %, exploratory)."
         )
     return out

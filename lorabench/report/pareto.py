@@ -152,6 +152,8 @@ def _panel(ax: Axes, f: Findings, made: Front, looks: Mapping[str, Look]) -> Non
     scale = 2**20 if made.cost.key == "memory" else 1
     if made.cost.log:
         ax.set_xscale("log")
+    else:
+        ax.xaxis.set_major_formatter(FuncFormatter(lambda x, _: f"{x:,.6g}"))
     xy = {r.id: ((made.cost.of(r) or 0.0) / scale, *(score(f, r) or (0.0, 0.0, 0.0))) for r in made.cells}
     for r in made.cells:
         x, low, mean, high = xy[r.id]
@@ -180,15 +182,24 @@ def _panel(ax: Axes, f: Findings, made: Front, looks: Mapping[str, Look]) -> Non
     )
     style.tidy(ax, x=made.cost.axis, y=f"test {f.metric.axis}")
     style.per_metric(ax, f.metric)
-    ax.xaxis.set_major_formatter(FuncFormatter(lambda x, _: formats.compact(x).replace(".0 ", " ")))
     if made.cost.log:
-        ax.minorticks_off()
+        _decades(ax, [xy[r.id][0] for r in made.cells])
     _room(ax)
     _names(
         ax,
         [(xy[r.id][0], xy[r.id][2], short(r.name, LONGEST), looks[r.id].colour) for r in made.on],
         below=f.metric.lower_is_better,
     )
+
+
+def _decades(ax: Axes, values: Sequence[float]) -> None:
+    """Ticks at powers of ten, at 2 and 5 too where they are few."""
+    low, high = min(values), max(values)
+    steps = (1, 2, 5) if high / low < 300 else (1,)
+    powers = range(math.floor(math.log10(low)), math.ceil(math.log10(high)) + 1)
+    ticks = [t for p in powers for k in steps if low / 1.5 <= (t := k * 10.0**p) <= high * 1.5]
+    ax.set_xticks(ticks, [formats.compact(t).replace(".0 ", " ") for t in ticks])
+    ax.minorticks_off()
 
 
 def _room(ax: Axes) -> None:
