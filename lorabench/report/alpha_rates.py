@@ -11,6 +11,7 @@ from dataclasses import dataclass
 
 import numpy as np
 import seaborn as sns
+from matplotlib import colormaps
 from matplotlib.axes import Axes
 from matplotlib.cm import ScalarMappable
 from matplotlib.colors import PowerNorm
@@ -121,8 +122,8 @@ def draw(found: Sequence[Panel], of: int) -> Drawing:
         for ax, p in zip(axes, found, strict=True):
             _panel(ax, p, rates, norm, tall=max(len(q.bands) for row in rows if p in row for q in row))
         bar = figure.colorbar(ScalarMappable(norm, COLOURS), ax=axes, shrink=0.9, aspect=24, pad=0.02)
-        ticks = norm.inverse(np.linspace(0, 1, 5))
-        bar.set_ticks(ticks, labels=[formats.number(float(t), 3) for t in ticks])
+        ticks = [float(norm.inverse(share)) for share in (0, 0.25, 0.5, 0.75, 1)]
+        bar.set_ticks(ticks, labels=[formats.number(t, 3) for t in ticks])
         bar.set_label("validation loss (nats)")
         bar.outline.set_visible(False)
         title = "Validation loss over scale and learning rate"
@@ -160,7 +161,7 @@ def _field(ax: Axes, i: int, y: int, x: Rate, norm: PowerNorm, *, columns: int) 
         ax.add_patch(Rectangle((i, y), 1, 1, facecolor="#F2F2F2", edgecolor="#BBBBBB", hatch="////", linewidth=0))
         ax.plot(i + 0.5, y + 0.5, "x" if x.failures else "|", color=style.INK, markersize=9, markeredgewidth=2)
         return
-    colour = ScalarMappable(norm, COLOURS).to_rgba(x.mean)
+    colour = colormaps[COLOURS](float(norm(x.mean)))
     ax.add_patch(Rectangle((i, y), 1, 1, facecolor=colour, edgecolor="white", linewidth=1.2))
     if columns <= NUMBERED:
         wide = columns <= 7

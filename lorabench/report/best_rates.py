@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 import numpy as np
 from matplotlib.axes import Axes
@@ -83,8 +84,10 @@ def _rule(ax: Axes, s: Slope, looks: Mapping[str, Look]) -> None:
             a, b = o.interval()
             ax.vlines(at, max(a, low), min(b, high), color=look.colour, linewidth=2.6, alpha=0.45, zorder=3)
         used = s.slope is None or r in s.narrow.cells
-        ax.plot(at, o.lr, marker=look.marker, color=look.colour, markersize=6.8, zorder=5,
-                **({"markeredgecolor": "white", "markeredgewidth": 0.8} if used else {"markerfacecolor": "white", "markeredgewidth": 1.5}))  # fmt: skip
+        edge: dict[str, Any] = {"markeredgecolor": "white", "markeredgewidth": 0.8}
+        if not used:
+            edge = {"markerfacecolor": "white", "markeredgewidth": 1.5}
+        ax.plot(at, o.lr, marker=look.marker, color=look.colour, markersize=6.8, zorder=5, **edge)
     _lines(ax, s, style.hue(s.line.cells[-1].cell, looks))
     second = f"slope {bounds(s)}" if s.slope is not None else "no slope: a best rate is not located"
     title = f"{s.rule.name}: {s.constant}\n{short(second, 44)}\ntheory {formats.number(s.rule.theory, 2)}"
@@ -105,7 +108,7 @@ def _lines(ax: Axes, s: Slope, colour: str) -> None:
     x = np.log2([r.cell.r or 1 for r, _ in have])
     middle, height = float(x.mean()), float(np.mean([o.log2_rate for _, o in have]))
     ends = np.log2(np.array([min(s.line.ranks) / 1.25, max(s.line.ranks) * 1.25]))
-    drawn = [(s.rule.theory, INK, (0, (4, 2.5)), 1.3, 4)]
+    drawn: list[tuple[float, str, Any, float, int]] = [(s.rule.theory, INK, (0, (4, 2.5)), 1.3, 4)]
     drawn += [(s.slope, colour, "-", 2.4, 3)] if s.slope is not None else []
     for slope, ink, dashes, width, z in drawn:
         ax.plot(

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
-import numpy as np
 from matplotlib.axes import Axes
 
 from lorabench.report import formats, style
@@ -71,7 +70,7 @@ def draw(f: Findings, made: Forgetting, looks: Mapping[str, Look]) -> Drawing:
     """The change of the probe against the target; beside it, where cells are matched, their paths."""
     shown = [c for c in made.cells if score(f, c.result)]
     with style.canvas(6.2 if made.value is None else 10.4, 3.9) as figure:
-        axes = np.atleast_1d(figure.subplots(1, 1 if made.value is None else 2, sharey=True))
+        axes = figure.subplots(1, 1 if made.value is None else 2, sharey=True, squeeze=False)[0]
         target, where = axes[0], "test" if f.confirmed else "validation"
         for c in shown:
             _point(target, f, c, looks[c.result.id])
