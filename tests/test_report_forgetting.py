@@ -145,6 +145,21 @@ def test_an_accuracy_of_which_more_is_better_and_no_value_before(tmp_path: Path)
     assert [r.texts[-1] for r in said.tables[0].rows] == ["50.0 ± 0.0", "50.0 ± 0.0"]
 
 
+def test_a_probe_under_its_own_name(tmp_path: Path) -> None:
+    """`probe/<name>/<metric>` with `probe/<name>/before` and `probe/<name>/examples` beside it."""
+    store = build(tmp_path / "s", (LORA, FULL))
+    for record in store.records():
+        if record.role == "confirm":
+            own = {"probe/plain/accuracy": 0.4, "probe/plain/before": 0.5, "probe/plain/examples": 200}
+            store.write(dataclasses.replace(record, metrics={**record.metrics, **own}))
+    f, e = opened(store)
+    found = forgetting.measured(f, e)
+    assert found is not None and claims_weights.probed(e) == "probe/plain/accuracy"
+    assert (found.probe.name, found.probe.before, found.probe.less) == ("plain's", "probe/plain/before", False)
+    assert [c.change.mean for c in found.cells] == pytest.approx([-0.1, -0.1])
+    assert part(f, e).tables[0].rows[0].texts[-3:] == ("50.0", "40.0", "−10.0 ± 0.0")
+
+
 def test_nothing_without_probes(tmp_path: Path) -> None:
     f, e = opened(build(tmp_path / "s", (LORA,)))
     assert forgetting_faces.part(f, e, style.looks(f.sweep.cells)) is None

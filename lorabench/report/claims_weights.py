@@ -25,6 +25,7 @@ LOW_RANK = 16  # "low r"
 HARDLY = 0.5  # of LoRA's count: what full fine-tuning stays below where it has hardly any
 LEAST_RUNS = 8  # for a correlation with one variable held fixed
 WEAK = 0.3  # a correlation below it is not what "go with" means (Cohen's medium)
+BESIDE = ("before", "examples")  # last parts of names that hold no number of the trained model
 BEFORE = "probe/before/"  # the base's own value: no run's forgetting
 LOSSES = ("loss", "perplexity", "forgetting")  # probes for which less is better, by the last part of their name
 
@@ -127,9 +128,13 @@ def probed(e: Evidence) -> str | None:
         for r in e.cells
         for x in r.runs
         for k, v in x.metrics.items()
-        if k.startswith("probe/") and not k.startswith(BEFORE) and isinstance(v, (int, float))
+        if k.startswith("probe/") and isinstance(v, (int, float)) and not _beside(k)
     ]
     return min(set(found), key=lambda k: (-found.count(k), not less_is_better(k), k), default=None)
+
+
+def _beside(key: str) -> bool:
+    return key.startswith(BEFORE) or key.rpartition("/")[2] in BESIDE
 
 
 def less_is_better(probe: str) -> bool:

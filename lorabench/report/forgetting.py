@@ -1,6 +1,7 @@
 """What training cost the base on other data: the probe before and after, against the target metric, by cell.
 
-Records hold `probe/before/<metric>`, `probe/after/<metric>` and `probe/name`. A cell that learned less also forgets less, so
+Records hold `probe/<name>/<metric>` (after) and `probe/<name>/before`; or `probe/after/<metric>`, `probe/before/<metric>` and
+`probe/name`. A cell that learned less also forgets less, so
 cells are set side by side at one value of the target metric where their runs pass it: along the rates that were tuned, or
 along the evaluations of a run where its history has the probe. Which probe: as the claims choose it (`claims_weights.probed`).
 """
@@ -97,13 +98,16 @@ def _probe(f: Findings, e: Evidence) -> Probe | None:
     if key is None:
         return None
     runs = [x for r in f.results.values() for x in r.runs]
-    before = BEFORE + key.removeprefix(AFTER) if key.startswith(AFTER) else None
-    if before and all(x.metrics.get(before) is None for x in runs):
-        before = None
-    named = sorted({str(x.metrics["probe/name"]) for x in runs if x.metrics.get("probe/name")})
-    name = f"{named[0]}'s" if len(named) == 1 else "the probe's"
+    owner = key.rpartition("/")[0]
+    before = BEFORE + key.removeprefix(AFTER) if key.startswith(AFTER) else f"{owner}/before"
+    named = {str(x.metrics["probe/name"]) for x in runs if x.metrics.get("probe/name")}
+    if not key.startswith(AFTER) and owner.count("/") == 1:
+        named = {owner.removeprefix("probe/")}
+    name = f"{named.pop()}'s" if len(named) == 1 else "the probe's"
     less = less_is_better(key)
-    return Probe(key, name, less, formats.metric(key.rsplit("/", 1)[-1], lower_is_better=less), before)
+    known = any(x.metrics.get(before) is not None for x in runs)
+    metric = formats.metric(key.rpartition("/")[2], lower_is_better=less)
+    return Probe(key, name, less, metric, before if known else None)
 
 
 def _mean(runs: Iterable[Record], key: str | None) -> float | None:
