@@ -38,7 +38,7 @@ def test_marks_and_words(plane: Evidence) -> None:
     assert made is not None
     (drawing,) = made.drawings
     assert "A cross" in drawing.caption and "White: not tried" in drawing.caption and "A bar" not in drawing.caption
-    assert "s = 2 (α = 2r) lowest 0.61" in drawing.alt and "out: 2e-3, 4e-3" in drawing.alt
+    assert "s = 2 (α = 2r) chosen 1e-3 with 0.61" in drawing.alt and "out: 2e-3, 4e-3" in drawing.alt
     ax = drawing.figure.axes[2]  # r = 64
     crosses = [line.get_xdata()[0] for line in ax.lines if line.get_marker() == "x"]
     ticks = [t.get_text() for t in ax.get_xticklabels()]

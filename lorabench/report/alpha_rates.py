@@ -211,7 +211,7 @@ def _alt(found: Sequence[Panel]) -> str:
             best = (
                 "no rate eligible"
                 if choice.lr is None
-                else f"lowest {formats.number(choice.loss, 3)} at {formats.rate(choice.lr)}"
+                else f"chosen {formats.rate(choice.lr)} with {formats.number(choice.loss, 3)}"
             )
             out = [formats.rate(lr) for lr in choice.ineligible]
             label = b.label.replace("\n", " (") + ")"
