@@ -83,7 +83,7 @@ class Study:
         from lorabench.report import figures
         from lorabench.report.sections import sections
 
-        return {d.key: d for d in (*figures.draw(self.findings), *sections(self.findings)[1])}
+        return {d.key: d for d in (*figures.draw(self.findings), *sections(self.findings).drawings)}
 
     @property
     def figures(self) -> list[str]:

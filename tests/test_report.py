@@ -27,8 +27,9 @@ from lorabench.schema import ConfigError, ExistingWork
 from report_fixture import RANK_SWEEP, Planted, build
 
 FILES = {
-    "report.md", "report.html", "runs.csv", "tables/comparison.tex", "tables/rates.tex", "tables/claims.tex",
-    *(f"figures/{name}.{ending}" for name in ("metric_by_rank", "learning_rates", "training") for ending in ("svg", "png")),
+    "report.md", "report.html", "runs.csv",
+    *(f"tables/{name}.{ending}" for name in ("comparison", "rates", "claims", "slopes", "best_rates", "pareto") for ending in ("tex", "csv")),
+    *(f"figures/{name}.{ending}" for name in ("metric_by_rank", "learning_rates", "best_rates", "pareto", "training") for ending in ("svg", "png")),
 }  # fmt: skip
 SMALL = (RANK_SWEEP[1], RANK_SWEEP[3], RANK_SWEEP[4])  # r = 4, r = 64, head only
 
@@ -69,7 +70,7 @@ def cell(store: Store, name: str) -> dict[str, Any]:
 
 
 def test_the_files_of_a_report(report: Path) -> None:
-    assert names(report) == FILES | {"tables/lost.tex"}
+    assert names(report) == FILES | {"tables/lost.tex", "tables/lost.csv"}
 
 
 def test_the_answer_stands_at_the_top(rank: Path, report: Path) -> None:

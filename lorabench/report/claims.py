@@ -34,7 +34,10 @@ CLAIMS: tuple[Callable[[Evidence], Verdict], ...] = (
 
 def judge(sweep: Sweep) -> list[Verdict]:
     """Every claim of the table, in its order. Raises `ConfigError` for an analysis file that is none."""
-    evidence = gather(sweep)
+    return judged(gather(sweep))
+
+
+def judged(evidence: Evidence) -> list[Verdict]:
     return [claim(evidence) for claim in CLAIMS]
 
 

@@ -52,8 +52,8 @@ def attention_is_worse(e: Evidence) -> Verdict:
         return TARGETS.absent(
             "it takes a cell on attention and one on the MLP", "python -m lorabench +experiment=target_sweep"
         )
-    a, b = min(pairs, key=lambda pair: _apart(*pair))
-    if _apart(a, b) > MATCHED:
+    a, b = min(pairs, key=lambda pair: apart(*pair))
+    if apart(a, b) > MATCHED:
         rank = round((a.cell.trainable or 0) / ((b.cell.trainable or 1) / (b.cell.r or 1)))
         said = f"{a.name} trains {a.cell.trainable or 0:,} parameters, {b.name} {b.cell.trainable or 0:,}"
         return TARGETS.needs(said, f"the MLP at r about {max(1, rank)}, for {a.name}")
@@ -70,7 +70,7 @@ def _on(e: Evidence, named: Sequence[set[str]]) -> list[Result]:
     return [r for r in e.cells if r.cell.adapter and set(r.cell.targets.split("+")) in named]
 
 
-def _apart(a: Result, b: Result) -> float:
+def apart(a: Result, b: Result) -> float:
     """0 where both train the same number of parameters, 1 where one trains none."""
     x, y = a.cell.trainable or 0, b.cell.trainable or 0
     return abs(x - y) / max(x, y, 1)

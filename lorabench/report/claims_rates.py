@@ -9,7 +9,7 @@ import math
 from collections.abc import Sequence
 from itertools import combinations
 
-from lorabench.report import rates
+from lorabench.report import rates, slopes
 from lorabench.report import statistics as st
 from lorabench.report.analysis import width
 from lorabench.report.evidence import Claim, Evidence, Line, Verdict, decided, inside, more_seeds
@@ -24,7 +24,6 @@ SHORT_RUN = 100  # steps
 BETWEEN = math.sqrt(15 / 10)  # a ratio is "about 10" while it is nearer to 10 than to 15, and the other way round
 RANKS = (4, 512)  # over which the best rate was seen to move by less than a factor of 2
 SPAN = 8  # of ranks: over less, a slope of -1/2 would hide in an octave or two
-WIDE = 8  # "width much larger than r": r up to a width / 8
 
 # -- against full fine-tuning --------------------------------------------------------------------------------------------
 
@@ -146,45 +145,44 @@ ROOT = Claim("With s = alpha / √r the best rate falls as the fourth root of r 
 
 def slope_with_alpha_fixed(e: Evidence) -> Verdict:
     """Within 1/4 of 0: nearer to it than to −1/2."""
-    return _slope(e, FIXED, 1.0, 0.0, 0.25, "one alpha")
+    return _slope(e, FIXED, slopes.FIXED, 0.25, "one alpha")
 
 
 def slope_with_scale_fixed(e: Evidence) -> Verdict:
     """Within 1/4 of −1/2: nearer to it than to 0."""
-    return _slope(e, CONSTANT, 0.0, -0.5, 0.25, "alpha in proportion to r")
+    return _slope(e, CONSTANT, slopes.PROPORTIONAL, 0.25, "alpha in proportion to r")
 
 
 def slope_with_rslora(e: Evidence) -> Verdict:
     """Within 1/8 of −1/4: nearer to it than to 0 and −1/2."""
-    return _slope(e, ROOT, 0.5, -0.25, 0.125, "rsLoRA and one alpha")
+    return _slope(e, ROOT, slopes.ROOT, 0.125, "rsLoRA and one alpha")
 
 
-def _slope(e: Evidence, claim: Claim, power: float, theory: float, half: float, rule: str) -> Verdict:
-    settle = f"{rule} at ranks 4, 8, 16 and 32 or more, five rates each"
-    lines = e.lines(power)
+def _slope(e: Evidence, claim: Claim, rule: slopes.Rule, half: float, said_of: str) -> Verdict:
+    settle = f"{said_of} at ranks 4, 8, 16 and 32 or more, five rates each"
+    lines = e.lines(rule.power)
     if not lines or len(lines[0].cells) < 2:
-        return claim.absent(f"it takes several ranks with {rule}", settle)
+        return claim.absent(f"it takes several ranks with {said_of}", settle)
     if reason := _optimizer(lines[0].cells) or _initialisation(lines[0].cells):
         return claim.outside(reason)
     side = width(e.sweep, e.weights)
-    cells = [r for r in lines[0].cells if side is None or (r.cell.r or 0) * WIDE <= side]
+    line = slopes.narrow(lines[0], side)
+    cells = line.cells
     if len(cells) < 2:
         return claim.outside(
             f"made for a width much larger than r; here the width is {side} and r is {', '.join(map(str, lines[0].ranks))}"
         )
-    line = Line(lines[0].constant, tuple(cells))
-    if len(cells) < 3 or line.span() < SPAN:
+    if len(cells) < slopes.LEAST or line.span() < SPAN:
         return claim.needs(f"a slope takes three ranks over a factor of {SPAN}", settle)
     found = e.located(cells)
     if isinstance(found, Missing):
         return claim.lacks(found)
-    weights = rates.slope([math.log2(n) for n in line.ranks])
-    said = f"slope {number(rates.point(found, weights), 2)}"
-    made = rates.contrast(found, weights)
+    at, made = slopes.fit(found, line.ranks)
+    said = f"slope {number(at, 2)}"
     if made is None:
         return claim.lacks(_no_interval(cells), said)
-    low, high = theory - half, theory + half
-    reason = f"{line.where}; {number(theory, 2)} means {number(low, 3)} to {number(high, 3)}"
+    low, high = rule.theory - half, rule.theory + half
+    reason = f"{line.where}; {number(rule.theory, 2)} means {number(low, 3)} to {number(high, 3)}"
     reason += f"; width {side}" if side else "; the width is not in the records, so ranks near it were not left out"
     return claim.verdict(inside(made, low, high), said, made.interval(), reason, more_seeds(made, low, high, "tuning"))
 

@@ -25,8 +25,9 @@ LOW_RANK = 16  # "low r"
 HARDLY = 0.5  # of LoRA's count: what full fine-tuning stays below where it has hardly any
 LEAST_RUNS = 8  # for a correlation with one variable held fixed
 WEAK = 0.3  # a correlation below it is not what "go with" means (Cohen's medium)
-LOSSES = ("loss", "perplexity", "forgetting")  # probes for which less is better, by the last part of their name
 BESIDE = ("before", "examples")  # last parts of names that hold no number of the trained model
+BEFORE = "probe/before/"  # the base's own value: no run's forgetting
+LOSSES = ("loss", "perplexity", "forgetting")  # probes for which less is better, by the last part of their name
 
 # -- the rank of ΔW ------------------------------------------------------------------------------------------------------
 
@@ -81,7 +82,7 @@ FORGETS = Claim("LoRA forgets less than full fine-tuning, at matched target metr
 
 def forgets_less(e: Evidence) -> Verdict:
     """The adapter that is shown to be within the margin of full fine-tuning on the target, nearest first."""
-    probe = _probe(e)
+    probe = probed(e)
     if probe is None:
         return FORGETS.outside("no record has a probe/... metric: forgetting was not measured")
     matched: list[tuple[float, Result, Result]] = []
@@ -102,13 +103,13 @@ def forgets_less(e: Evidence) -> Verdict:
             )
         )
     _, r, full = min(matched, key=lambda found: found[0])
-    estimate = _between(_probed(r, probe), _probed(full, probe))
+    estimate = between(values(r, probe), values(full, probe))
     if estimate is None:
         return FORGETS.needs(
             f"fewer than three probed runs of {r.name} or {full.name}",
             "probes on three or more confirmation seeds of both",
         )
-    less = _less_is_better(probe)
+    less = less_is_better(probe)
     way = st.direction(estimate, p=estimate.p_value(), lower_is_better=less)
     reason = (
         f"{probe}: {r.name} minus {full.name}, which match on {e.metric.title} within {e.metric.size(e.sweep.margin)}"
@@ -120,23 +121,27 @@ def forgets_less(e: Evidence) -> Verdict:
     )  # fmt: skip
 
 
-def _probe(e: Evidence) -> str | None:
+def probed(e: Evidence) -> str | None:
     """The probe most runs have; of several a loss, then the first by name."""
     found = [
         k
         for r in e.cells
         for x in r.runs
         for k, v in x.metrics.items()
-        if k.startswith("probe/") and k.rpartition("/")[2] not in BESIDE and isinstance(v, (int, float))
+        if k.startswith("probe/") and isinstance(v, (int, float)) and not _beside(k)
     ]
-    return min(set(found), key=lambda k: (-found.count(k), not _less_is_better(k), k), default=None)
+    return min(set(found), key=lambda k: (-found.count(k), not less_is_better(k), k), default=None)
 
 
-def _less_is_better(probe: str) -> bool:
+def _beside(key: str) -> bool:
+    return key.startswith(BEFORE) or key.rpartition("/")[2] in BESIDE
+
+
+def less_is_better(probe: str) -> bool:
     return probe.rsplit("/", 1)[-1] in LOSSES
 
 
-def _probed(r: Result, probe: str) -> list[float]:
+def values(r: Result, probe: str) -> list[float]:
     return [float(x.metrics[probe]) for x in r.runs if x.metrics.get(probe) is not None]
 
 
@@ -166,7 +171,7 @@ def intruders_come_with_lora(e: Evidence) -> Verdict:
     if not ours or not theirs:
         return INTRUDERS.lacks(_unanalysed())
     said = f"{number(float(np.mean(ours)), 2)} and {number(float(np.mean(theirs)), 2)} a matrix"
-    made = _between(ours, [n / HARDLY for n in theirs])
+    made = between(ours, [n / HARDLY for n in theirs])
     if made is None:
         return INTRUDERS.needs(
             "fewer than three analysed runs of either", "three or more confirmation seeds, analysed", said
@@ -180,7 +185,7 @@ def intruders_come_with_lora(e: Evidence) -> Verdict:
 
 def intruders_go_with_forgetting(e: Evidence) -> Verdict:
     """Correlation over runs with log ‖ΔW‖ / ‖W‖ held fixed (both rise with the rate); Fisher's z for its interval."""
-    probe = _probe(e)
+    probe = probed(e)
     if probe is None:
         return COMPANY.outside("no record has a probe/... metric: forgetting was not measured")
     weights = e.weights
@@ -200,7 +205,7 @@ def intruders_go_with_forgetting(e: Evidence) -> Verdict:
 
 def _rows(e: Evidence, weights: Analysis, probe: str) -> list[tuple[float, float, float]]:
     """Of every run: intruders, forgetting (more is worse), log2 of the relative norm."""
-    sign = 1.0 if _less_is_better(probe) else -1.0
+    sign = 1.0 if less_is_better(probe) else -1.0
     rows = []
     for x in {x.run_id: x for r in e.cells for x in r.runs}.values():
         count, norm, value = weights.intruders(x.run_id), weights.relative_norm(x.run_id), x.metrics.get(probe)
@@ -224,7 +229,7 @@ def fisher(r: float, n: int, *, held: int) -> tuple[float, float]:
     return math.tanh(z - half), math.tanh(z + half)
 
 
-def _between(a: Sequence[float], b: Sequence[float]) -> st.Estimate | None:
+def between(a: Sequence[float], b: Sequence[float]) -> st.Estimate | None:
     """mean(a) − mean(b) of independent runs, degrees of freedom by Welch; None below three runs of either."""
     if min(len(a), len(b)) < 3:
         return None

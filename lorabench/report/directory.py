@@ -14,7 +14,7 @@ from lorabench.leases import Leases
 from lorabench.schema import ConfigError, ExistingWork, writing
 
 OURS = {"report.md", "report.html", "runs.csv", "figures", "tables"}
-INSIDE = {"figures": (".svg", ".png"), "tables": (".tex",)}
+INSIDE = {"figures": (".svg", ".png"), "tables": (".tex", ".csv")}
 IGNORED = {".gitkeep", ".DS_Store"}
 TOKEN = "[0-9a-f]" * 8
 

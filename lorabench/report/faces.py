@@ -34,7 +34,7 @@ def escape_markdown(text: str) -> str:
 TEX = {
     "\\": r"\textbackslash{}", "&": r"\&", "%": r"\%", "$": r"\$", "#": r"\#", "_": r"\_", "{": r"\{", "}": r"\}", "~": r"\textasciitilde{}",
     "^": r"\textasciicircum{}", "<": r"\textless{}", ">": r"\textgreater{}", "|": r"\textbar{}", "±": r"$\pm$", "−": "$-$", "α": r"$\alpha$", "Δ": r"$\Delta$",
-    "–": "--", "…": r"\ldots{}", "⚠": r"$\dagger$", "×": r"$\times$", "“": "``", "”": "''", "→": r"$\rightarrow$",
+    "–": "--", "…": r"\ldots{}", "⚠": r"$\dagger$", "×": r"$\times$", "“": "``", "”": "''", "→": r"$\rightarrow$", "√": r"$\surd$", "μ": r"$\mu$", "∞": r"$\infty$",
 }  # fmt: skip
 
 

@@ -29,13 +29,14 @@ HOW_TO_READ = (
 
 def files(f: Findings, title: str | None) -> dict[str, str | bytes]:
     """Every file of the report by its relative name. Equal findings give equal bytes."""
-    more, drawn = sections.sections(f)
-    drawings, made = [*figures.draw(f), *drawn], {**tables.every(f), **more}
+    more = sections.sections(f)
+    drawings, made = [*figures.draw(f), *more.drawings], {**tables.every(f), **more.tables}
     words = {
         "title": title or f.sweep.name,
         "about": about(f), "question": f.sweep.study.get("question") or "", "confirmed": f.confirmed, "answer": answer.answer(f),
         "warnings": cautions.warnings(f), "budget": budget(f), "how": HOW_TO_READ, "tables": made, "drawings": {d.key: d for d in drawings},
         "main": next((d for d in drawings if d.key.startswith("metric")), None), "traces": _traces(f),
+        "parts": more.parts,
     }  # fmt: skip
     out: dict[str, str | bytes] = {
         "report.md": _markdown(words),
@@ -44,7 +45,8 @@ def files(f: Findings, title: str | None) -> dict[str, str | bytes]:
     }
     for d in drawings:
         out |= {f"figures/{d.key}.svg": d.svg, f"figures/{d.key}.png": d.png}
-    out |= {f"tables/{key}.tex": faces.latex(t) for key, t in made.items()}
+    for key, t in made.items():
+        out |= {f"tables/{key}.tex": faces.latex(t), f"tables/{key}.csv": runs.table_csv(t)}
     return out
 
 

@@ -1,4 +1,4 @@
-"""Every run as a row of CSV, for the reader's own analysis."""
+"""Every run as a row of CSV, for the reader's own analysis; and the report's tables as they stand."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import Any
 from lorabench.records import Record
 from lorabench.report.findings import Findings
 from lorabench.report.load import flatten
-from lorabench.report.tables import reason
+from lorabench.report.tables import Table, reason
 
 CSV_RESOURCES = ("train_seconds", "eval_seconds", "pack_seconds", "pack_size", "solo_seconds", "peak_memory_bytes", "solo_peak_memory_bytes",
                  "trainable_parameters", "total_parameters", "steps", "examples", "tokens")  # fmt: skip
@@ -52,6 +52,16 @@ def runs_csv(f: Findings) -> str:
             *(x.resources.get(k) for k in resources), reason(x.error),
         ]  # fmt: skip
         writer.writerow([_csv(v) for v in row])
+    return out.getvalue()
+
+
+def table_csv(table: Table) -> str:
+    """A table's texts as the page has them, and the runs behind each row."""
+    out = io.StringIO()
+    writer = csv.writer(out, lineterminator="\n")
+    writer.writerow([_csv(c.title or c.key) for c in table.columns] + ["runs"])
+    for row in table.rows:
+        writer.writerow([_csv(t) for t in row.texts] + [" ".join(row.runs)])
     return out.getvalue()
 
 

@@ -1,26 +1,59 @@
-"""What a report holds beside the comparison, where the sweep has the data for it: claims of the literature, weights, costs."""
+"""What a report holds beside the comparison, where the sweep has the data for it."""
 
 from __future__ import annotations
 
-from lorabench.report import analysis, claims, costs, style, weights, weights_figures
-from lorabench.report.evidence import Verdict
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from lorabench.report import (
+    alpha_rates,
+    analysis,
+    best_rates,
+    claims,
+    costs,
+    forgetting_faces,
+    pareto,
+    samples,
+    style,
+    targets,
+    weights,
+    weights_figures,
+)
+from lorabench.report.evidence import Evidence, Verdict, gather
 from lorabench.report.findings import Findings
-from lorabench.report.style import Drawing
+from lorabench.report.parts import Part
+from lorabench.report.style import Drawing, Look
 from lorabench.report.tables import Column, Row, Table
 
 
-def sections(f: Findings) -> tuple[dict[str, Table], list[Drawing]]:
-    """Tables by key, those that have rows, and drawings."""
-    read = analysis.read(f.sweep.store.root)
+@dataclass(frozen=True)
+class More:
+    """Parts of the page in their order; every table and drawing of theirs and of claims and weights, by key."""
+
+    parts: tuple[Part, ...]
+    tables: dict[str, Table]
+    drawings: tuple[Drawing, ...]
+
+
+def sections(f: Findings) -> More:
+    """Tables are those that have rows. Raises `ConfigError` for an analysis file that is none."""
+    evidence, looks = gather(f.sweep), style.looks(f.sweep.cells)
+    read, paid = analysis.read(f.sweep.store.root), costs.read(f.sweep.store.root)
     found = weights.tidy(read) if read else None
-    paid = costs.read(f.sweep.store.root)
-    made = [
-        claimed(claims.judge(f.sweep)),
-        *([weights.table(found)] if found else []),
-        *(costs.tables(paid) if paid else []),
-    ]
-    drawn = weights_figures.draw(found, style.looks(f.sweep.cells)) if found else []
-    return {t.key: t for t in made if t.rows}, drawn
+    parts = _parts(f, evidence, looks)
+    made = [t for p in parts for t in p.tables]
+    made += [claimed(claims.judged(evidence)), *([weights.table(found)] if found else [])]
+    made += costs.tables(paid) if paid else []
+    drawn = [d for p in parts for d in p.drawings] + (weights_figures.draw(found, looks) if found else [])
+    return More(parts, {t.key: t for t in made if t.rows}, tuple(drawn))
+
+
+def _parts(f: Findings, e: Evidence, looks: Mapping[str, Look]) -> tuple[Part, ...]:
+    made = (
+        alpha_rates.part(e), best_rates.part(e, looks), targets.part(f, e, looks), pareto.part(f, e, looks),
+        forgetting_faces.part(f, e, looks), samples.part(f),
+    )  # fmt: skip
+    return tuple(p for p in made if p is not None)
 
 
 def claimed(verdicts: list[Verdict]) -> Table:

@@ -167,16 +167,19 @@ def rank_axis(ax: Axes, ranks: Sequence[int]) -> None:
     ax.minorticks_off()
 
 
-def rate_axis(ax: Axes, rates: Sequence[float]) -> None:
+def rate_axis(ax: Axes, rates: Sequence[float], axis: str = "x") -> None:
     """log10 with ticks at 1, 2 and 5 of each decade while they are few."""
-    ax.set_xscale("log")
+    scaled, ticked, limited = (
+        (ax.set_xscale, ax.set_xticks, ax.set_xlim) if axis == "x" else (ax.set_yscale, ax.set_yticks, ax.set_ylim)
+    )
+    scaled("log")
     low, high = min(rates), max(rates)
     decades = range(int(np.floor(np.log10(low))), int(np.ceil(np.log10(high))) + 1)
     steps = (1, 2, 5) if high / low < 300 else (1,)
     ticks = [s * 10.0**d for d in decades for s in steps if low / 1.5 <= s * 10.0**d <= high * 1.5]
-    ax.set_xticks(ticks, [formats.rate(t) for t in ticks])
+    ticked(ticks, [formats.rate(t) for t in ticks])
     ax.minorticks_off()
-    ax.set_xlim(low / 1.6, high * 1.6)
+    limited(low / 1.6, high * 1.6)
 
 
 def per_metric(ax: Axes, metric: formats.Metric, axis: str = "y") -> None:

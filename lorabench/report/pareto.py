@@ -1,0 +1,240 @@
+"""What a point of the metric costs: parameters, seconds and memory of a cell against its test metric, and the fronts."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from itertools import pairwise
+
+import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.ticker import FuncFormatter
+
+from lorabench.report import formats, style
+from lorabench.report.evidence import Evidence
+from lorabench.report.figures import score
+from lorabench.report.findings import Findings
+from lorabench.report.load import short
+from lorabench.report.parts import Part
+from lorabench.report.rates import Missing
+from lorabench.report.results import Result
+from lorabench.report.style import INK, Drawing, Look
+from lorabench.report.tables import Column, Row, Table, plus_minus
+
+GREY = "#9A9A9A"
+LONGEST = 28  # characters of a name beside a point
+LEAST = 3  # cells; of two there is no front to speak of
+
+
+@dataclass(frozen=True)
+class Cost:
+    """One thing that is paid, of a cell by itself."""
+
+    key: str
+    title: str
+    axis: str
+    of: Callable[[Result], float | None]
+    text: Callable[[float | None], str]
+    log: bool = False
+
+
+@dataclass(frozen=True)
+class Front:
+    cost: Cost
+    cells: tuple[Result, ...]  # all that have it, cheapest first
+    on: tuple[Result, ...]  # of these the ones no other beats, cheapest first
+
+
+def _seconds(r: Result) -> float | None:
+    """Measured alone: its solo steps scaled to a run, or runs that had their base to themselves."""
+    measured = r.cell.solo.get("seconds") or r.resource("solo_seconds") is not None
+    return r.seconds if measured or _alone(r) else None
+
+
+def _memory(r: Result) -> float | None:
+    measured = r.cell.solo.get("peak_memory_bytes") or r.resource("solo_peak_memory_bytes")
+    return r.memory if measured or _alone(r) else None
+
+
+def _alone(r: Result) -> bool:
+    return bool(r.runs) and all(x.resources.get("pack_size") == 1 for x in r.runs)
+
+
+COSTS = (
+    Cost("trainable", "trainable parameters", "trainable parameters (log scale)", lambda r: r.cell.trainable, formats.count, log=True),
+    Cost("seconds", "training time", "seconds of a run alone", _seconds, formats.seconds),
+    Cost("memory", "peak memory", "peak memory alone (MiB)", _memory, formats.memory),
+)  # fmt: skip
+
+
+def part(f: Findings, e: Evidence, looks: Mapping[str, Look]) -> Part | None:
+    """Where three cells or more have a test result and a cost."""
+    found = fronts(f)
+    if not found:
+        return None
+    texts = tuple(_said(f, e, front) for front in found)
+    return Part("pareto", "What a point costs", texts, (draw(f, found, looks),), (_table(f, found),))
+
+
+def fronts(f: Findings) -> list[Front]:
+    made = []
+    for cost in COSTS:
+        priced = sorted((cost.of(r), r.id, r) for r in f.results.values() if r.test is not None and cost.of(r))
+        cells = tuple(r for _, _, r in priced)
+        if len(cells) >= LEAST and len({x for x, _, _ in priced}) > 1:
+            made.append(Front(cost, cells, front(f, cost, cells)))
+    return made
+
+
+def front(f: Findings, cost: Cost, cells: Sequence[Result]) -> tuple[Result, ...]:
+    """Cells that no other beats by its point estimate: none costs no more, does no worse, and is better in one of the two."""
+    sign = -1.0 if f.metric.lower_is_better else 1.0
+    at = {r.id: (cost.of(r) or 0.0, sign * (r.test.mean if r.test else 0.0)) for r in cells}
+
+    def beaten(r: Result) -> bool:
+        x, y = at[r.id]
+        return any(a <= x and b >= y and (a, b) != (x, y) for a, b in at.values())
+
+    return tuple(r for r in cells if not beaten(r))
+
+
+def unresolved(e: Evidence, on: Sequence[Result]) -> list[tuple[Result, Result]]:
+    """Neighbours on a front whose difference on test is not shown: its 95 % interval holds zero, or there is none."""
+    out = []
+    for a, b in pairwise(on):
+        made = e.difference(a, b)
+        if isinstance(made, Missing) or made.interval()[0] <= 0 <= made.interval()[1]:
+            out.append((a, b))
+    return out
+
+
+def _said(f: Findings, e: Evidence, made: Front) -> str:
+    names = ", ".join(r.name for r in made.on)
+    open_pairs = unresolved(e, made.on)
+    text = f"{made.cost.title[:1].upper()}{made.cost.title[1:]}: on the front, from cheap to dear, {names}."
+    if len(made.on) == 1:
+        return f"{text} It costs least and scores best."
+    if not open_pairs:
+        return f"{text} Each is resolved from its neighbour (95 %, exploratory)."
+    pairs = "; ".join(f"{a.name} and {b.name}" for a, b in open_pairs)
+    return (
+        f"{text} Not resolved from each other (95 %, exploratory): {pairs}. A new sweep may put them in another order."
+    )
+
+
+# -- the picture ---------------------------------------------------------------------------------------------------------
+
+
+def draw(f: Findings, found: Sequence[Front], looks: Mapping[str, Look]) -> Drawing:
+    """A panel a cost, one below the other."""
+    with style.canvas(6.2, 0.3 + 2.5 * len(found)) as figure:
+        axes = np.atleast_1d(figure.subplots(len(found), 1, sharey=True))
+        for ax, made in zip(axes, found, strict=True):
+            _panel(ax, f, made, looks)
+        costs = ", ".join(made.cost.title for made in found)
+        caption = ("In colour and joined: cells that no other beats on both axes, by their point estimates. Grey: the others. Bars are 95 % intervals over "
+                   "seeds and test examples.")  # fmt: skip
+        if len(found) > 1:
+            caption += " Seconds and memory are of a cell measured alone."
+        alt = f"Test {f.metric.axis} against {costs}. " + " ".join(_alt(f, made) for made in found)
+        return style.drawing(
+            "pareto", f"{f.metric.title[:1].upper() + f.metric.title[1:]} against its cost", caption, alt, figure
+        )
+
+
+def _alt(f: Findings, made: Front) -> str:
+    said = "; ".join(f"{r.name} {made.cost.text(made.cost.of(r))}, {plus_minus(f, r)}" for r in made.on)
+    return f"On the front of {made.cost.title}: {said}."
+
+
+def _panel(ax: Axes, f: Findings, made: Front, looks: Mapping[str, Look]) -> None:
+    scale = 2**20 if made.cost.key == "memory" else 1
+    if made.cost.log:
+        ax.set_xscale("log")
+    else:
+        ax.xaxis.set_major_formatter(FuncFormatter(lambda x, _: f"{x:,.6g}"))
+    xy = {r.id: ((made.cost.of(r) or 0.0) / scale, *(score(f, r) or (0.0, 0.0, 0.0))) for r in made.cells}
+    for r in made.cells:
+        x, low, mean, high = xy[r.id]
+        on = r in made.on
+        colour = looks[r.id].colour if on else GREY
+        ax.vlines(
+            x, low, high, color=colour, linewidth=2.6 if on else 1.8, alpha=0.55 if on else 0.7, zorder=4 if on else 2
+        )
+        ax.plot(
+            x,
+            mean,
+            marker=looks[r.id].marker,
+            color=colour,
+            markersize=7 if on else 5,
+            markeredgecolor="white",
+            markeredgewidth=0.8,
+            zorder=5 if on else 3,
+        )
+    ax.plot(
+        [xy[r.id][0] for r in made.on],
+        [xy[r.id][2] for r in made.on],
+        drawstyle="steps-post",
+        color=INK,
+        linewidth=1.1,
+        zorder=2.5,
+    )
+    style.tidy(ax, x=made.cost.axis, y=f"test {f.metric.axis}")
+    style.per_metric(ax, f.metric)
+    if made.cost.log:
+        _decades(ax, [xy[r.id][0] for r in made.cells])
+    _room(ax)
+    _names(
+        ax,
+        [(xy[r.id][0], xy[r.id][2], short(r.name, LONGEST), looks[r.id].colour) for r in made.on],
+        below=f.metric.lower_is_better,
+    )
+
+
+def _decades(ax: Axes, values: Sequence[float]) -> None:
+    """Ticks at powers of ten, at 2 and 5 too where they are few."""
+    low, high = min(values), max(values)
+    steps = (1, 2, 5) if high / low < 300 else (1,)
+    powers = range(math.floor(math.log10(low)), math.ceil(math.log10(high)) + 1)
+    ticks = [t for p in powers for k in steps if low / 1.5 <= (t := k * 10.0**p) <= high * 1.5]
+    ax.set_xticks(ticks, [formats.compact(t).replace(".0 ", " ") for t in ticks])
+    ax.minorticks_off()
+
+
+def _room(ax: Axes) -> None:
+    """Left of the cheapest cell for its name."""
+    low, high = ax.get_xlim()
+    log = ax.get_xscale() == "log"
+    ax.set_xlim(low * (low / high) ** 0.2 if log else low - 0.2 * (high - low), high)
+
+
+def _names(ax: Axes, labels: Sequence[tuple[float, float, str, str]], *, below: bool) -> None:
+    """Left of and above each point of a front (below, where less is better): no cell can lie there. Moved apart where they overlap."""
+    (left, right), (low, high) = ax.get_xlim(), ax.get_ylim()
+    log = ax.get_xscale() == "log"
+    lift, gap = (-0.075 if below else 0.075), 0.09
+    ordered = sorted(labels, key=lambda label: (label[1], label[0]))
+    wanted = [(y - low) / (high - low) + lift for _, y, _, _ in ordered]
+    for at, (x, y, text, colour) in zip(style.spread(wanted, gap), ordered, strict=True):
+        across = math.log(x / left) / math.log(right / left) if log else (x - left) / (right - left)
+        ax.annotate(
+            text, (x, y), xytext=(across - 0.014, at), textcoords="axes fraction", ha="right", va="center", fontsize=9, zorder=6,
+            color=style.readable(colour), bbox={"facecolor": "white", "alpha": 0.8, "linewidth": 0, "pad": 0.6},
+        )  # fmt: skip
+
+
+def _table(f: Findings, found: Sequence[Front]) -> Table:
+    unit = f" ({f.metric.unit})" if f.metric.unit else ""
+    titles = {"trainable": "trainable", "seconds": "train s (solo)", "memory": "memory (solo peak)"}
+    columns = (
+        Column("cell", "cell"), Column("test", f"test {f.metric.title}{unit}", "right"),
+        *(Column(made.cost.key, titles[made.cost.key], "right") for made in found), Column("on", "on the front of"),
+    )  # fmt: skip
+    rows = []
+    for r in (r for r in f.results.values() if any(r in made.cells for made in found)):
+        costs = tuple(made.cost.text(made.cost.of(r)) for made in found)
+        on = ", ".join(made.cost.title for made in found if r in made.on)
+        rows.append(Row((r.name, plus_minus(f, r), *costs, on or formats.DASH), tuple(x.run_id for x in r.runs)))
+    note = "A cell is on a front by its point estimates: no other cell costs no more and scores no worse. Which neighbours are resolved from each other is said in the text."
+    return Table("pareto", "Costs and fronts", columns, tuple(rows), (note,))
