@@ -9,6 +9,7 @@ from typing import Any
 
 from rich.console import Console
 
+from lorabench import declaration
 from lorabench import prepare as prep
 from lorabench.config import RunConfig, Settings
 from lorabench.planning import Job, cell_id, label_of, plan_packs, planned_packs, replan, write_cells
@@ -34,6 +35,8 @@ class SweepFailed(Exception):
 
 def check_all(jobs: Sequence[Job]) -> dict[str, SlicePlan]:
     """Check every listed run before anything is written. Raises `ConfigError` for the first bad one."""
+    for job in jobs:
+        declaration.check_run(job)
     return {job.run.run_id: prep.check(job.run) for job in jobs}
 
 
@@ -49,6 +52,7 @@ def execute(jobs: Sequence[Job], *, executor: Executor = map, console: Console |
         packs = plan_packs([j.run for j in unique], settings.sweep.max_pack, prune=settings.sweep.prune)
         console.print(dry_run_table(packs, unique, plans))
         return [None] * len(jobs)
+    declaration.check_unchanged(store.manifest(), settings.study, store.root)
     write_cells(store, jobs, plans, only_new=True)
     with store.locked():
         packs = planned_packs(store, jobs)
@@ -160,6 +164,7 @@ def declare(jobs: Sequence[Job]) -> None:
     store = Store(jobs[0].settings.sweep.dir)
     store.check_foreign()
     if not jobs[0].settings.sweep.dry_run:
+        declaration.check_unchanged(store.manifest(), jobs[0].settings.study, store.root)
         write_cells(store, jobs, plans, only_new=False)
 
 
@@ -221,6 +226,11 @@ def finish(settings: Settings, *, console: Console | None = None) -> None:
         for r in failed[:10]:
             console.print(f"failed {r.run_id}: {r.error}", highlight=False, markup=False)
         raise SweepFailed(f"{len(failed)} of {len(records)} runs failed; start again with sweep.retry_failed=true")
+
+
+def require_declared(jobs: Sequence[Job]) -> None:
+    """Reference, family and anchor must fit the cells. Raises `ConfigError`; nothing is written yet."""
+    declaration.check_cells(jobs, Store(jobs[0].settings.sweep.dir).manifest())
 
 
 def require_fresh(settings: Settings) -> None:

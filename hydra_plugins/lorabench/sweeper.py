@@ -64,6 +64,7 @@ class GridSweeper(Sweeper):
         from lorabench import sweep
 
         sweep.require_fresh(settings)
+        sweep.require_declared(list(jobs.values()))
         sweep.declare(list(jobs.values()))
         returned, cells = list(self.launcher.launch(_once(jobs), 0)), _cells(jobs, listed)
         if settings.sweep.extend_lr and role == "tune" and not settings.sweep.dry_run:

@@ -6,7 +6,7 @@ import re
 from collections.abc import Iterable
 from typing import TYPE_CHECKING
 
-from lorabench.report import formats
+from lorabench.report import declared, formats
 from lorabench.report.findings import Findings
 from lorabench.report.tables import Table, comparison, plus_minus
 
@@ -87,7 +87,7 @@ def terminal(f: Findings, caption: str) -> RichTable:
     unit = f" {f.metric.unit}" if f.metric.unit else ""
     head = ["cell", "best\nlr", f"{'test' if f.confirmed else 'val'}\n{f.metric.title}{unit}"]
     if f.versus and f.reference:
-        head += ["Δ to the\nreference", f"within\n± {f.metric.size(f.sweep.margin, unit=False)}"]
+        head += ["Δ to the\nreference", f"within\n± {declared.margin(f, unit=False)}"]
     for title in [*head, "trainable", "train\ns"]:
         left = title == "cell" or title.startswith("within")
         out.add_column(
