@@ -32,7 +32,7 @@ FAST = [
     "trainer.max_steps=2",
     "trainer.batch_size=4",
 ]
-R1_FAST, R2_FAST = "lora-r1-a16-query+value", "lora-r2-a16-query+value"
+R1_FAST, R2_FAST = "lora-r1-a16-all-linear", "lora-r2-a16-all-linear"
 
 
 def sweep(tmp_path: Path, **study: Any) -> Path:
