@@ -60,9 +60,9 @@ def clock(args: argparse.Namespace, K: int) -> dict[str, Any]:
     pack, marks = tr.Pack("scaling", tuple(replace(run, seed=k) for k in range(K))), []
     listener = tr.Listener(step=lambda done, total: marks.append((time.perf_counter(), s.module.tokens)))
     with tempfile.TemporaryDirectory() as folder, tr._opened(pack, Store(Path(folder)), listener) as s, tr._quiet():
-        lengths = [sum(part.batch["input_ids"].numel() for part in x) / K / B for x in tr._train_stream(s)]
+        lengths = [sum(part.batch["input_ids"].numel() for part in x) / K / B for x in s.train_stream()]
         with PeakMemory("cpu") as peak:
-            s.trainer.fit(s.module, tr._train_stream(s), tr._val_stream(s))
+            s.trainer.fit(s.module, s.train_stream(), s.val_stream())
             high = peak.peak()
         eager, size = s.resolved.attention == "eager", s.base.model.dtype.itemsize
         work = asdict(Work(K, B, 0, args.r, size, s.resolved.part_tokens, eager))

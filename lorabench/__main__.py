@@ -11,6 +11,7 @@ from hydra.errors import HydraException
 from omegaconf.errors import OmegaConfBaseException
 
 from lorabench.app import config_dir, task
+from lorabench.guards import check_arguments, guard_yaml
 from lorabench.schema import ConfigError
 
 
@@ -20,6 +21,8 @@ def main() -> None:
     # the core they spin on, every operation waits that long: a step then takes ten times as long.
     os.environ.setdefault("GOMP_SPINCOUNT", "10000")
     try:
+        check_arguments(sys.argv[1:])
+        guard_yaml()
         hydra.main(version_base="1.3", config_path=config_dir(), config_name="config")(task)()
     except (ConfigError, HydraException, OmegaConfBaseException, yaml.YAMLError) as e:
         print(f"error: {e}", file=sys.stderr)

@@ -50,11 +50,12 @@ class Part(NamedTuple):
 
 
 class PackStream:
-    """All steps of a pack, indexed by the global step: `stream[step]` is the list of its parts.
+    """All steps of a pack, indexed by the global step: `stream[step]` is the list of its parts. Iteration begins at `start`.
 
     seeds: one a slice; slices of equal seeds share their order, which is computed once. budget: the most padded tokens
     (of whatever `lengths` counts) that go through the base at once: neighbouring slices share a part as far as it
     allows, one slice's micro-batch is never cut. live: the slices that still train, asked at each step.
+    share: this process's part of a micro-batch, where several train one pack.
     """
 
     def __init__(
@@ -67,30 +68,35 @@ class PackStream:
         accumulate: int,
         total_steps: int,
         collate: Collate,
+        start: int = 0,
         budget: int | None = None,
         live: Callable[[], Sequence[int]] | None = None,
+        share: Callable[[np.ndarray], np.ndarray] = lambda own: own,
     ) -> None:
         self.examples, self.lengths, self.seeds, self.collate = examples, np.asarray(lengths), tuple(seeds), collate
+        self.share = share
         self.batch_size, self.accumulate, self.total_steps, self.budget = batch_size, accumulate, total_steps, budget
-        self.live = live or (lambda: range(len(self.seeds)))
+        self.live, self.start = live or (lambda: range(len(self.seeds))), start
         self.per_epoch = steps_per_epoch(len(examples), batch_size, accumulate)
         self._orders: dict[tuple[int, int], list[np.ndarray]] = {}
 
     def __len__(self) -> int:
-        return self.total_steps
+        return self.total_steps - self.start
 
     def __iter__(self) -> Iterator[list[Part]]:
-        return (self[step] for step in range(self.total_steps))
+        return (self[step] for step in range(self.start, self.total_steps))
 
     def __getitem__(self, step: int) -> list[Part]:
         epoch, position = divmod(step, self.per_epoch)
         first, live = position * self.accumulate, tuple(self.live())
         orders = {k: self._order(self.seeds[k], epoch)[first : first + self.accumulate] for k in live}
         micros = len(orders[live[0]]) if live else 0
-        return [part for i in range(micros) for part in self._parts(i, {k: orders[k][i] for k in live})]
+        return [part for i in range(micros) for part in self._parts(i, {k: self.share(orders[k][i]) for k in live})]
 
     def _parts(self, micro: int, indices: Mapping[int, np.ndarray]) -> list[Part]:
-        """As few parts of about one size as the budget allows."""
+        """As few parts of about one size as the budget allows; none where this process's share is empty."""
+        if not all(len(own) for own in indices.values()):
+            return []
         longest = max(self.lengths[own].max() for own in indices.values())
         tokens = sum(map(len, indices.values())) * int(longest)
         count = min(len(indices), math.ceil(tokens / self.budget)) if self.budget else 1
@@ -110,6 +116,7 @@ class EvalStream:
     """Every example once for every live slice, sorted by length outright, in parts of all live slices.
 
     A part holds at most `rows` rows and, unless one example a slice is more, at most `budget` padded tokens.
+    shares: (rank, world) where several processes evaluate one pack, each every `world`-th example.
     """
 
     def __init__(
@@ -121,10 +128,12 @@ class EvalStream:
         rows: int,
         collate: Collate,
         budget: int | None = None,
+        shares: tuple[int, int] = (0, 1),
     ) -> None:
         self.examples, self.live, self.collate = examples, live, collate
         self.rows, self.budget = rows, budget
-        self.order = np.argsort(np.asarray(lengths), kind="stable")
+        rank, world = shares
+        self.order = np.argsort(np.asarray(lengths), kind="stable")[rank::world]
         self.sorted = np.asarray(lengths)[self.order]
 
     def __len__(self) -> int:

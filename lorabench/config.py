@@ -10,6 +10,7 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -65,6 +66,12 @@ class TrainerConfig:
     num_nodes: int = knob(1, help="Lightning's num_nodes", low=1, identity=False)
     strategy: str = knob("auto", help="Lightning's strategy", identity=False)
     log_interval: int = knob(1, help="steps between training rows of the history", low=1, identity=False)
+    checkpoint_interval: int | None = knob(
+        None,
+        help="steps between checkpoints of a pack; 0: none; null: at evaluations or every 3 minutes, for 3 % of the time at most",
+        low=0,
+        identity=False,
+    )
     save_weights: bool = knob(True, help="keep the trained weights beside the record", identity=False)
 
 
@@ -99,10 +106,18 @@ class SweepConfig:
         None, help="processes that train packs side by side; null: one a GPU, one for every 8 CPU cores", low=1
     )
     dry_run: bool = knob(False, help="print runs, packs, parameters and memory; write nothing")
-    accept_drift: bool = knob(False, help="reuse records although data, model or code changed")
+    accept_drift: bool = knob(False, help="reuse records and checkpoints although data, model or code changed")
     retry_failed: bool = knob(False, help="train runs again whose record says failed")
     measure_solo: bool = knob(True, help="time a few steps of each cell alone: the seconds and memory that tables show")
     progress: bool = knob(True, help="live progress on the terminal")
+
+    def validate(self, key: str) -> None:
+        """The name is a folder's, under `sweeps/` and `reports/`: no way out of them."""
+        if self.name is not None and not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._+=,-]{0,99}", self.name):
+            allowed = (
+                "letters, digits and . _ - + = , (at most 100, a letter or digit first); sweep.dir may be any folder"
+            )
+            raise ConfigError(f"{key}.name", self.name, allowed)
 
 
 @dataclass(frozen=True)
@@ -255,6 +270,9 @@ def _translate(e: OmegaConfBaseException, cls: type, key: str, cfg: DictConfig) 
 
 
 def _name(cfg: DictConfig, section: str, field: str) -> str:
+    node = cfg.get(section)
+    if node is not None and not isinstance(node, (DictConfig, Mapping)):
+        raise ConfigError(section, node, "a mapping of settings")
     name = OmegaConf.select(cfg, f"{section}.{field}", default=None)
     if not isinstance(name, str):
         raise ConfigError(f"{section}.{field}", name, f"allowed: {', '.join(available(section))}")

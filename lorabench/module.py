@@ -13,6 +13,7 @@ import pytorch_lightning as pl
 import torch
 from torch import Tensor
 
+from lorabench import replicas
 from lorabench.adapters import Stack
 from lorabench.batches import Part
 from lorabench.config import RunConfig
@@ -70,6 +71,8 @@ class PackModule(pl.LightningModule):
         self._chunks: dict[int, list[dict[str, np.ndarray]]] = {}
         self.steps_done = 0
         self.evaluated_at = -1
+        self.packed: PackedAdamW | None = None
+        self.moments: Mapping[str, Mapping[str, Tensor]] = {}  # of a checkpoint, until the optimizer is made
 
     @property
     def live(self) -> list[int]:
@@ -101,11 +104,35 @@ class PackModule(pl.LightningModule):
         decays = [r.optimizer.weight_decay for r in self.runs]
         optimizer = PackedAdamW(groups, lr=rates, weight_decay=decays, betas=(o.beta1, o.beta2), eps=o.eps)
         factor = schedule(o.schedule, self.total_steps, o.warmup_ratio)
-        self.packed = optimizer
-        return {"optimizer": optimizer, "lr_scheduler": torch.optim.lr_scheduler.LambdaLR(optimizer, factor)}
+        self.packed = self._begin(optimizer)
+        scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, factor, last_epoch=self.steps_done - 1)
+        return {"optimizer": optimizer, "lr_scheduler": scheduler}
+
+    def _begin(self, optimizer: PackedAdamW) -> PackedAdamW:
+        """An optimizer as it stands at `steps_done`: moments of a checkpoint, and slices that have left."""
+        for group in optimizer.param_groups:
+            group["initial_lr"] = group["lr"]  # what a schedule that begins later than step 0 asks for
+        for t in self.stack.named_trainables():
+            for key, value in self.moments.get(t.name, {}).items():
+                like = t.parameter if key != "steps" else torch.zeros(len(self.runs), device=t.parameter.device)
+                optimizer.state[t.parameter][key] = torch.zeros_like(like).copy_(value)
+        self.moments = {}
+        optimizer.freeze(torch.tensor([s.status != "running" for s in self.slices]))
+        return optimizer
+
+    def optimizer_state(self) -> dict[str, Mapping[str, Tensor]]:
+        """The optimizer's tensors by trainable: exp_avg and exp_avg_sq shaped as the trainable, steps [K]."""
+        if self.packed is None:
+            return dict(self.moments)
+        return {t.name: self.packed.state.get(t.parameter, {}) for t in self.stack.named_trainables()}
+
+    def on_fit_start(self) -> None:
+        if len(set(replicas.gather(self.steps_done))) > 1:
+            raise RuntimeError("the processes of this pack do not stand at one step")
 
     def training_step(self, batch: list[Part], batch_idx: int) -> None:
-        losses, weights = torch.zeros(2, len(self.runs), dtype=torch.float64)
+        assert self.packed is not None
+        losses, weights, tokens = sums = torch.zeros(3, len(self.runs), dtype=torch.float64)
         micros = 1 + max((part.micro for part in batch), default=0)
         self.packed.zero_grad(set_to_none=True)
         for part in batch:
@@ -116,7 +143,11 @@ class PackModule(pl.LightningModule):
                 self.manual_backward(out.loss_sum.sum())
             losses[list(part.slices)] += by_slice(out.loss_sum.detach(), part)
             weights[list(part.slices)] += by_slice(out.weight, part)
-            self._count_tokens(part)
+            if "attention_mask" in part.batch:
+                tokens[list(part.slices)] += by_slice(part.batch["attention_mask"].sum(1), part)
+        self._add_up(sums)
+        for k, s in enumerate(self.slices):
+            s.tokens += int(tokens[k])
         weights[weights == 0] = 1  # slices that have left
         self._scale_and_freeze(losses / weights, weights)
         for k in self.live:
@@ -128,10 +159,13 @@ class PackModule(pl.LightningModule):
         self._log_training(losses / weights, rate)
         self.trainer.should_stop = not self.live
 
-    def _count_tokens(self, part: Part) -> None:
-        if "attention_mask" in part.batch:
-            for k, tokens in zip(part.slices, by_slice(part.batch["attention_mask"].sum(1), part), strict=True):
-                self.slices[k].tokens += int(tokens)
+    def _add_up(self, sums: Tensor) -> None:
+        """Sums [3, K] and gradients over the processes that share this pack's batches."""
+        if replicas.world() > 1:
+            there = sums.to(self.device)
+            replicas.add_up([there])
+            sums.copy_(there.cpu())
+            replicas.add_up_gradients(t.parameter for t in self.stack.named_trainables())
 
     def _key_dropout(self, step: int, batch: Mapping[str, Tensor]) -> None:
         self.stack.context.set(seeds=[r.seed for r in self.runs], step=step, examples=batch["example"])
@@ -154,7 +188,8 @@ class PackModule(pl.LightningModule):
         self.slices[k].status, self.slices[k].reason = status, why
         mask = torch.zeros(len(self.runs), dtype=torch.bool)
         mask[k] = True
-        self.packed.freeze(mask)
+        if self.packed is not None:  # else one that is made now knows
+            self.packed.freeze(mask)
 
     def _log_training(self, losses: Tensor, factor: float) -> None:
         if self.steps_done % self.runs[0].trainer.log_interval:
@@ -179,7 +214,9 @@ class PackModule(pl.LightningModule):
     def _end_evaluation(self) -> dict[int, dict[str, np.ndarray]]:
         """Per-example results of each slice that was evaluated, in the order of the example's own id."""
         results = {}
-        for k, chunks in self._chunks.items():
+        everywhere = replicas.gather(self._chunks)
+        for k in sorted({k for chunks in everywhere for k in chunks}):
+            chunks = [c for one in everywhere for c in one.get(k, ())]
             table = {name: np.concatenate([c[name] for c in chunks]) for name in chunks[0]}
             order = np.argsort(table["example"], kind="stable")
             results[k] = {name: column[order] for name, column in table.items()}

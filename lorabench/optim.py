@@ -33,6 +33,8 @@ class PackedAdamW(torch.optim.Optimizer):
     lr, weight_decay: one number a slice.
     """
 
+    STATE = ("exp_avg", "exp_avg_sq", "steps")  # of a parameter that was stepped: as the parameter, twice, and [K]
+
     def __init__(
         self,
         groups: Iterable[dict[str, Any]],

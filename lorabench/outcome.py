@@ -2,17 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
 import torch
 
-from lorabench import provenance
+from lorabench import provenance, replicas
 from lorabench.adapters import Stack
 from lorabench.adapters.files import save_slice
 from lorabench.base import Base
+from lorabench.batches import EvalStream, PackStream
 from lorabench.config import RunConfig
 from lorabench.module import PackModule
 from lorabench.prepare import Pack, Prepared, Resolved, user_code
@@ -22,7 +23,11 @@ from lorabench.slice_plan import SlicePlan
 
 @dataclass
 class Session:
-    """The parts of one pack in training."""
+    """The parts of one pack in training.
+
+    keep: run_ids whose record stands already. seconds, peak_memory: over all restarts. resumed: the steps at which the
+    pack went on from a checkpoint; changed: what had changed then, {name: [then, now]}.
+    """
 
     pack: Pack
     store: Store
@@ -33,8 +38,33 @@ class Session:
     stack: Stack
     module: PackModule
     trainer: Any  # Lightning's
+    progress: Any  # the callback with the clock
+    keep: Collection[str] = ()
     seconds: dict[str, float] = field(default_factory=lambda: {"train": 0.0, "eval": 0.0})
     peak_memory: int | None = None
+    resumed: list[int] = field(default_factory=list)
+    changed: dict[str, list[Any]] = field(default_factory=dict)
+
+    def train_stream(self) -> PackStream:
+        """The steps that are left; where several processes train the pack, this one's share of each."""
+        t, encoded = self.pack.runs[0].trainer, self.prepared.encoded
+        return PackStream(
+            encoded.splits["train"], encoded.lengths["train"], [r.seed for r in self.pack.runs],
+            collate=self.module.task.collate, batch_size=t.batch_size, accumulate=t.accumulate_grad_batches,
+            start=self.module.steps_done, total_steps=self.module.total_steps, budget=self.resolved.part_tokens,
+            live=lambda: self.module.live, share=replicas.share,
+        )  # fmt: skip
+
+    def eval_stream(self, split: str, live: Callable[[], list[int]], *, dealt: bool = True) -> EvalStream:
+        """All examples of a split, for each live slice; dealt: out to the processes that train the pack."""
+        encoded, rows = self.prepared.encoded, self.pack.runs[0].trainer.eval_batch_size
+        return EvalStream(
+            encoded.splits[split], encoded.lengths[split], live, rows=rows, collate=self.module.task.collate,
+            budget=self.resolved.part_tokens, shares=(replicas.rank(), replicas.world()) if dealt else (0, 1),
+        )  # fmt: skip
+
+    def val_stream(self) -> EvalStream:
+        return self.eval_stream("val", lambda: self.module.live)
 
 
 def records_of(s: Session) -> list[Record]:
@@ -112,13 +142,15 @@ def _resources(s: Session, k: int) -> dict[str, Any]:
 
 
 def _provenance(s: Session, state: Any) -> dict[str, Any]:
-    return {
+    again = {"resumed": s.resumed} if s.resumed else {}
+    again |= {"resumed_with_drift": s.changed} if s.changed else {}
+    return again | {
         "code": provenance.code_fingerprint(), "git": provenance.git_state(), "packages": provenance.packages(),
         "machine": provenance.machine(), "device": s.resolved.device, "threads": torch.get_num_threads(),
         "precision": s.resolved.precision, "base_dtype": s.resolved.base_dtype, "attention": s.resolved.attention,
         "part_tokens": s.resolved.part_tokens, "reused_blocks": getattr(s.module.reuse, "depth", 0),
         "data_fingerprint": s.prepared.data.fingerprint, "model_fingerprint": s.base.fingerprint, "model_notes": s.base.notes,
-        "data_notes": {**s.prepared.data.notes, **s.prepared.encoded.notes}, "pack": s.pack.id, "pack_runs": s.pack.run_ids,
+        "data_notes": {**s.prepared.data.notes, **s.prepared.encoded.notes}, "pack": s.pack.id, "pack_runs": s.pack.run_ids, **({"devices": replicas.world()} if replicas.world() > 1 else {}),
         "head": {"auto_class": s.prepared.head.auto_class, "label_names": list(s.prepared.head.label_names)},
         "user_code": user_code(s.pack.runs[0]),
         "stopped": state.reason if state.status == "stopped" else None,

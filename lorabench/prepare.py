@@ -204,17 +204,11 @@ def resolve(run: RunConfig) -> Resolved:
 
 
 def _device(trainer: TrainerConfig) -> str:
-    """The one device a pack trains on. Several devices for one run need rank-aware batches, which are not built yet."""
+    """The kind of device a pack trains on."""
     import torch
 
+    device_count(trainer)
     accelerator = trainer.accelerator
-    several = trainer.devices not in (1, "1") and not (isinstance(trainer.devices, list) and len(trainer.devices) == 1)
-    for key, value, bad in (
-        ("devices", trainer.devices, several),
-        ("num_nodes", trainer.num_nodes, trainer.num_nodes != 1),
-    ):
-        if bad:
-            raise ConfigError(f"trainer.{key}", value, "one device a pack: 1, or a list of one index such as [0]")
     if accelerator in ("cuda", "gpu") and not torch.cuda.is_available():
         raise ConfigError("trainer.accelerator", accelerator, "no such device here; allowed here: auto, cpu")
     if accelerator not in ("auto", "cpu", "cuda", "gpu", "mps"):
@@ -222,6 +216,31 @@ def _device(trainer: TrainerConfig) -> str:
     if accelerator in ("auto", "cuda", "gpu") and torch.cuda.is_available():
         return "cuda"
     return "mps" if accelerator == "mps" else "cpu"
+
+
+def device_count(trainer: TrainerConfig) -> int:
+    """How many devices, and so processes, train one pack. Raises `ConfigError` for what is not built."""
+    devices = trainer.devices
+    count = len(devices) if isinstance(devices, list) else int(devices) if str(devices).isdecimal() else 0
+    if count < 1:
+        raise ConfigError(
+            "trainer.devices", devices, "a number of devices from 1 on, or a list of their indices such as [0]"
+        )
+    if trainer.num_nodes != 1:
+        raise ConfigError(
+            "trainer.num_nodes", trainer.num_nodes, "1: the devices of one pack are on one machine; packs go to many"
+        )
+    if trainer.strategy not in ("auto", "ddp"):
+        raise ConfigError(
+            "trainer.strategy",
+            trainer.strategy,
+            "allowed: auto, ddp (both: each device holds the pack and takes its share of a batch)",
+        )
+    if count > 1 and trainer.batch_size % count:
+        raise ConfigError(
+            "trainer.batch_size", trainer.batch_size, f"a multiple of trainer.devices={count}: each takes its share"
+        )
+    return count
 
 
 def _precision(name: str, device: str) -> str:

@@ -5,24 +5,26 @@
 <sweep dir>/runs/<run_id>/history.jsonl      rows {"step": int, "train/loss": ..., "val/accuracy": ...}
 <sweep dir>/runs/<run_id>/test.npz           per-example test results (confirm role): example, loss, weight, ...
 <sweep dir>/runs/<run_id>/adapter/           trained weights, PEFT's format where it has one
+<sweep dir>/checkpoints/<pack id>/           where packs in training stand; see `checkpoints`
 <sweep dir>/analysis/weights.json            what `lorabench.analyze` measured on those weights
 """
 
 from __future__ import annotations
 
 import fcntl
+import io
 import json
 import os
-import re
 import secrets
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from lorabench import shapes
 from lorabench.schema import ExistingWork
 
 if TYPE_CHECKING:
@@ -30,8 +32,8 @@ if TYPE_CHECKING:
 
 MANIFEST = "sweep.json"
 STATUSES = ("completed", "failed", "diverged", "pruned")
-RUN_ID = re.compile(r"[0-9a-f]{12}")
-OURS = {MANIFEST, "runs", "locks", "analysis", "README.md", ".gitkeep"}
+RUN_ID = shapes.RUN_ID
+OURS = {MANIFEST, "runs", "locks", "checkpoints", "analysis", "README.md", ".gitkeep"}
 
 
 @dataclass
@@ -52,6 +54,9 @@ class Record:
 
     def __post_init__(self) -> None:
         assert RUN_ID.fullmatch(self.run_id) and self.status in STATUSES
+
+
+_FIELDS = {f.name for f in fields(Record)}
 
 
 def atomic_write(path: Path, data: str | bytes) -> None:
@@ -123,11 +128,13 @@ class Store:
         """The record of a run that has ended, or None. A torn or foreign file counts as none."""
         try:
             data = json.loads((self.run_dir(run_id) / "run.json").read_text(encoding="utf-8"))
-            return Record(**data)
         except (FileNotFoundError, NotADirectoryError):
             return None
-        except (json.JSONDecodeError, TypeError, AssertionError, UnicodeDecodeError):
+        except (ValueError, RecursionError):  # ValueError: bad JSON, bad UTF-8, a number of too many digits
             return None
+        if shapes.fault(data, shapes.RECORD) or data["run_id"] != run_id or set(data) - _FIELDS:
+            return None
+        return Record(**data)
 
     def run_ids(self) -> list[str]:
         runs = self.root / "runs"
@@ -149,6 +156,29 @@ class Store:
         """A pack that starts again starts its histories again."""
         (self.run_dir(run_id) / "history.jsonl").unlink(missing_ok=True)
 
+    def history_size(self, run_id: str) -> int:
+        """Bytes; 0 where there is none."""
+        try:
+            return (self.run_dir(run_id) / "history.jsonl").stat().st_size
+        except FileNotFoundError:
+            return 0
+
+    def sync_history(self, run_id: str) -> int:
+        """Bytes of a run's history, all of which are on disk when this returns."""
+        try:
+            with open(self.run_dir(run_id) / "history.jsonl", "rb") as f:
+                os.fsync(f.fileno())
+                return os.fstat(f.fileno()).st_size
+        except FileNotFoundError:
+            return 0
+
+    def cut_history(self, run_id: str, size: int) -> None:
+        """Drop what follows the first `size` bytes: rows beyond the checkpoint that a pack goes on from."""
+        if size:
+            os.truncate(self.run_dir(run_id) / "history.jsonl", size)
+        else:
+            self.reset_history(run_id)
+
     def history(self, run_id: str) -> list[dict[str, Any]]:
         try:
             lines = (self.run_dir(run_id) / "history.jsonl").read_text(encoding="utf-8").splitlines()
@@ -164,28 +194,40 @@ class Store:
 
     def write_arrays(self, run_id: str, name: str, arrays: Mapping[str, np.ndarray]) -> None:
         """Per-example results as `<name>.npz`: [N] arrays, no pickles."""
-        path = self.run_dir(run_id) / f"{name}.npz"
-        path.parent.mkdir(parents=True, exist_ok=True)
-        tmp = path.with_name(f".{name}.tmp.npz")
-        np.savez_compressed(tmp, **arrays)  # type: ignore[arg-type]
-        os.replace(tmp, path)
+        raw = io.BytesIO()
+        np.savez_compressed(raw, **arrays)  # type: ignore[arg-type]
+        atomic_write(self.run_dir(run_id) / f"{name}.npz", raw.getvalue())
 
     def arrays(self, run_id: str, name: str) -> dict[str, np.ndarray] | None:
+        """What `write_arrays` wrote, or None. Raises `ExistingWork` for a torn or foreign file: it is a result that is lost."""
         path = self.run_dir(run_id) / f"{name}.npz"
-        if not path.is_file():
+        try:
+            with open(path, "rb") as f, np.load(f, allow_pickle=False) as data:
+                found = {key: data[key] for key in data.files}
+        except FileNotFoundError:
             return None
-        with np.load(path, allow_pickle=False) as data:
-            return {key: data[key] for key in data.files}
+        except Exception as e:  # zipfile and numpy raise a dozen kinds for broken files
+            raise self._lost(path, run_id, type(e).__name__) from e
+        sizes = {column.shape for column in found.values()}
+        if len(sizes) > 1 or any(len(size) != 1 for size in sizes):
+            raise self._lost(path, run_id, "columns of unequal length")
+        return found
+
+    def _lost(self, path: Path, run_id: str, why: str) -> ExistingWork:
+        allowed = f"a whole file of arrays ({why}); delete the folder {run_id} and start the sweep again: it trains that run anew"
+        return ExistingWork("sweep.dir", str(path), allowed)
 
     def manifest(self) -> dict[str, Any]:
+        """The manifest, {} where there is none. Raises `ExistingWork` for a file that is torn or not one."""
         try:
             data: dict[str, Any] = json.loads((self.root / MANIFEST).read_text(encoding="utf-8"))
         except FileNotFoundError:
             return {}
-        except json.JSONDecodeError as e:
+        except (ValueError, RecursionError) as e:
             raise ExistingWork("sweep.dir", str(self.root), f"its {MANIFEST} is not valid JSON ({e})") from e
-        if not isinstance(data, dict) or data.get("schema") != 1:
-            raise ExistingWork("sweep.dir", str(self.root), f"its {MANIFEST} is not a lorabench manifest of schema 1")
+        if wrong := shapes.fault(data, shapes.MANIFEST):
+            allowed = f"its {MANIFEST} is not a lorabench manifest of schema 1 (at {wrong})"
+            raise ExistingWork("sweep.dir", str(self.root), allowed)
         return data
 
     def write_manifest(self, manifest: Mapping[str, Any]) -> None:

@@ -6,7 +6,7 @@ from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 from lorabench.adapters.trunk import MOST_BYTES, Features, Trunk, find_trunk
-from lorabench.batches import EvalStream, Part
+from lorabench.batches import Part
 from lorabench.outcome import Session
 
 WORTH = 4  # a split is computed whole when training sees at least one in so many of its examples
@@ -16,19 +16,21 @@ class Reuse:
     """Called with a part before its forward pass; inside the context it gives, the trunk is served where that pays.
 
     The trunk is looked for at the first part, when the base is on its device. Features stay with the base, so the next
-    pack finds them.
+    pack finds them. decided: how many blocks are served, 0: none; None: not tried yet. A pack that goes on from a
+    checkpoint is given what was decided: tried anew, on another batch, it might come out otherwise.
     """
 
     def __init__(self, session: Session) -> None:
         self.session = session
         self.trunk: Trunk | None = None
-        self._looked = False
+        self.decided: int | None = None
         splits = session.prepared.encoded.splits
         self._split_of = {e["example"]: name for name, examples in splits.items() for e in examples}
 
     def __call__(self, part: Part) -> AbstractContextManager[None]:
-        if not self._looked:
-            self._looked, self.trunk = True, self._find(part)
+        if self.trunk is None and self.decided != 0:
+            self.trunk = self._find(part)
+            self.decided = self.trunk.depth if self.trunk else 0
         if self.trunk is None:
             return nullcontext()
         return self.trunk.serve(self._features(self._split_of[int(part.batch["example"][0])]), part.batch)
@@ -36,15 +38,16 @@ class Reuse:
     @property
     def depth(self) -> int:
         """How many blocks are served; 0: none."""
-        return self.trunk.depth if self.trunk else 0
+        return self.decided or 0
 
     def _find(self, part: Part) -> Trunk | None:
         s = self.session
         rows = len(part.batch["example"]) // len(part.slices)
         own = {name: column[:rows] for name, column in part.batch.items()}
         return find_trunk(
-            s.base.model, s.stack, s.base.info.num_layers, lambda: s.module.task.step(s.base.model, own).loss_sum, own
-        )
+            s.base.model, s.stack, s.base.info.num_layers, lambda: s.module.task.step(s.base.model, own).loss_sum, own,
+            tried=self.decided is not None,
+        )  # fmt: skip
 
     def _features(self, split: str) -> Features | None:
         assert self.trunk is not None
@@ -67,11 +70,7 @@ class Reuse:
     def _compute(self, split: str) -> Features:
         assert self.trunk is not None
         s = self.session
-        encoded, rows = s.prepared.encoded, s.pack.runs[0].trainer.eval_batch_size
-        stream = EvalStream(
-            encoded.splits[split], encoded.lengths[split], lambda: [0], rows=rows, collate=s.module.task.collate,
-            budget=s.resolved.part_tokens,
-        )  # fmt: skip
+        stream = s.eval_stream(split, lambda: [0], dealt=False)
         device = next(s.base.model.parameters()).device
         batches: Any = ({name: column.to(device) for name, column in part.batch.items()} for part in stream)
         return self.trunk.features(batches, lambda batch: s.module.task.step(s.base.model, batch))

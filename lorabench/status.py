@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from lorabench import checkpoints
 from lorabench.records import Record, Store
 from lorabench.schema import ConfigError
 
@@ -19,12 +20,14 @@ FRESH = 600  # seconds since a run last wrote: longer, and it is taken for one t
 
 @dataclass(frozen=True)
 class Begun:
-    """A run with a history and no record. step of steps: the last row's; age: seconds since it was written."""
+    """A run with a history or a checkpoint and no record. step of steps: the last row's, or the checkpoint's where that is
+    later; age: seconds since either was written; kept: the step of its pack's last checkpoint."""
 
     run_id: str
     step: int
     steps: int | None
     age: float
+    kept: int | None = None
 
     @property
     def running(self) -> bool:
@@ -83,20 +86,35 @@ def read(sweep_dir: str | Path) -> Status:
     listed = manifest["runs"]
     records = tuple(r for i in sorted(listed) if (r := store.read(i)) is not None)
     ended = {r.run_id for r in records}
-    begun = tuple(b for i in sorted(set(listed) - ended) if (b := _begun(store, i, listed[i])) is not None)
+    at = _checkpoints(root, manifest)
+    begun = tuple(b for i in sorted(set(listed) - ended) if (b := _begun(store, i, listed[i], at.get(i))) is not None)
     name = str(manifest.get("name") or root.resolve().name)
     return Status(name, len(listed), records, begun, sum(run["role"] == "confirm" for run in listed.values()))
 
 
-def _begun(store: Store, run_id: str, entry: dict[str, Any]) -> Begun | None:
-    path = store.run_dir(run_id) / "history.jsonl"
+def _checkpoints(root: Path, manifest: dict[str, Any]) -> dict[str, Path]:
+    """The newest checkpoint by run_id, of the packs that have one."""
+    packs = [p for p in manifest["packs"] if not p.get("replaced")]
+    newest = {p["id"]: checkpoints.listed(checkpoints.folder(root, p["id"]))[:1] for p in packs}
+    return {i: newest[p["id"]][0] for p in packs for i in p["runs"] if newest[p["id"]]}
+
+
+def _begun(store: Store, run_id: str, entry: dict[str, Any], checkpoint: Path | None) -> Begun | None:
+    written = [m for p in (store.run_dir(run_id) / "history.jsonl", checkpoint) if p and (m := _written(p)) is not None]
+    if not written:
+        return None
+    kept = checkpoints.step_of(checkpoint) if checkpoint else None
+    step = max((int(row.get("step") or 0) for row in store.history(run_id)), default=0)
+    steps = (entry.get("config") or {}).get("trainer", {}).get("max_steps")
+    return Begun(run_id, max(step, kept or 0), steps, max(0.0, time.time() - max(written)), kept)
+
+
+def _written(path: Path) -> float | None:
+    """When a file was last written; None: it is not there (any more)."""
     try:
-        age = max(0.0, time.time() - path.stat().st_mtime)
+        return path.stat().st_mtime
     except FileNotFoundError:
         return None
-    rows = store.history(run_id)
-    step = max((int(row.get("step") or 0) for row in rows), default=0)
-    return Begun(run_id, step, (entry.get("config") or {}).get("trainer", {}).get("max_steps"), age)
 
 
 def _share(record: Record) -> float | None:
@@ -127,7 +145,7 @@ def _unfinished(begun: Sequence[Begun]) -> list[str]:
     groups: dict[str, list[str]] = {}
     for b in begun:
         at = f"step {b.step}" + (f" of {b.steps}" if b.steps else "")
-        again = "the sweep's own command trains it again"
+        again = "the sweep's own command " + ("trains it again" if b.kept is None else f"goes on from step {b.kept}")
         groups.setdefault(f"running, {at}" if b.running else f"cut at {at}, {_span(b.age)} ago: {again}", []).append(
             b.run_id
         )

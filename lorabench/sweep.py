@@ -9,18 +9,19 @@ from typing import Any
 
 from rich.console import Console
 
-from lorabench import declaration
+from lorabench import checkpoints, declaration
 from lorabench import prepare as prep
 from lorabench.config import RunConfig, Settings
 from lorabench.planning import Job, cell_id, label_of, plan_packs, planned_packs, replan, write_cells
 from lorabench.prepare import Pack
 from lorabench.provenance import code_fingerprint
+from lorabench.ranks import train
 from lorabench.records import Record, Store
 from lorabench.report.select import Choice, choose
 from lorabench.schema import ConfigError, ExistingWork
 from lorabench.slice_plan import SlicePlan
 from lorabench.terminal import Progress, dry_run_table
-from lorabench.train import Listener, OutOfMemory, SlicesMix, measure, train
+from lorabench.train import Listener, OutOfMemory, SlicesMix, measure
 from lorabench.workers import Workers, worker_count
 
 Executor = Callable[[Callable[[Pack], list[Record]], Sequence[Pack]], Iterable[list[Record]]]
@@ -58,6 +59,9 @@ def execute(jobs: Sequence[Job], *, executor: Executor = map, console: Console |
         packs = planned_packs(store, jobs)
     finished = _finished(store, settings, [run for pack in packs for run in pack.runs])
     todo = [p for p in packs if any(i in plans and i not in finished for i in p.run_ids)]
+    for pack in packs:  # cut after its last record and before its checkpoints went
+        if all(i in finished and finished[i].status != "failed" for i in pack.run_ids):
+            checkpoints.remove(store.root, pack.id)
     other = sum(record.provenance.get("code") != code_fingerprint() for record in finished.values())
     if other and settings.sweep.progress:
         console.print(
@@ -88,7 +92,8 @@ def _run(
 
     def one(pack: Pack) -> list[Record]:
         try:
-            return train_pack(pack, store, _listener(progress, pack, tracker), keep=finished)
+            listener = _listener(progress, pack, tracker)
+            return train_pack(pack, store, listener, keep=finished, accept_drift=settings.sweep.accept_drift)
         except SlicesMix as e:
             size, why = 1, f"{e}; its runs train one by one"
         except OutOfMemory as e:

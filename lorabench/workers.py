@@ -17,15 +17,17 @@ from concurrent.futures.process import BrokenProcessPool
 from contextlib import suppress
 from dataclasses import asdict
 from pathlib import Path
-from threading import Lock
+from threading import Lock, current_thread, main_thread
 from typing import Any
 
 import torch
 
+from lorabench import checkpoints
 from lorabench.config import RunConfig
 from lorabench.outcome import failed
 from lorabench.prepare import Pack
 from lorabench.records import Record, Store
+from lorabench.schema import ExistingWork
 from lorabench.train import Listener, OutOfMemory, SlicesMix, train
 
 GROUP = 8  # cores a CPU worker: more threads than that have little to do in one part
@@ -46,20 +48,35 @@ def _cores() -> list[int]:
 
 
 class Workers:
-    """Processes that train packs; use as a context. `train` has the meaning of `train.train`, `map` that of `map`."""
+    """Processes that train packs; use as a context. `train` has the meaning of `train.train`, `map` that of `map`.
+
+    A pack whose worker died goes on from its last checkpoint in a new one, as long as each worker gets further than the one
+    before. SIGTERM is handed on: each worker writes a checkpoint and leaves.
+    """
 
     def __init__(self, count: int, device: str) -> None:
         self.count, self.device = count, device
         self._free: queue.Queue[_Worker] = queue.Queue()
         self._lock = Lock()
+        self._ending = False
 
     def __enter__(self) -> Workers:
         self._all = [_Worker(i, self.count, self.device) for i in range(self.count)]
         for worker in self._all:
             self._free.put(worker)
+        self._before = signal.getsignal(signal.SIGTERM)
+        if current_thread() is main_thread():
+            signal.signal(signal.SIGTERM, self._end)
         return self
 
+    def _end(self, *args: Any) -> None:
+        self._ending = True
+        for worker in self._all:
+            worker.terminate()
+
     def __exit__(self, *args: Any) -> None:
+        if current_thread() is main_thread():
+            signal.signal(signal.SIGTERM, self._before)
         for worker in self._all:
             worker.stop()
 
@@ -67,21 +84,34 @@ class Workers:
         with ThreadPoolExecutor(self.count) as threads:
             yield from threads.map(one, packs)
 
-    def train(self, pack: Pack, store: Store, listener: Listener, *, keep: Collection[str]) -> list[Record]:
+    def train(
+        self, pack: Pack, store: Store, listener: Listener, *, keep: Collection[str], accept_drift: bool = False
+    ) -> list[Record]:
         worker = self._free.get()
+        heard = self._locked(listener)
         try:
-            return worker.train(pack, store, self._locked(listener), keep)
-        except BrokenProcessPool:
-            worker.restart()
-            dead = "its worker process died (killed, or out of memory); sweep.retry_failed=true trains it again"
-            records = [failed(run, dead, "") for run in pack.runs]
-            for record in records:
-                if record.run_id not in keep:
-                    store.write(record)
-                listener.finish(record)
-            return records
+            while not self._ending:
+                began = checkpoints.reached(store.root, pack.id) or 0
+                try:
+                    return worker.train(pack, store, heard, keep, accept_drift)
+                except BrokenProcessPool:
+                    if self._ending:
+                        break
+                    worker.restart()
+                    if (checkpoints.reached(store.root, pack.id) or 0) <= began:
+                        return self._failed(pack, store, listener, keep)
+            raise SystemExit(143)
         finally:
             self._free.put(worker)
+
+    def _failed(self, pack: Pack, store: Store, listener: Listener, keep: Collection[str]) -> list[Record]:
+        dead = "its worker process died (killed, or out of memory); sweep.retry_failed=true trains it again"
+        records = [failed(run, dead, "") for run in pack.runs]
+        for record in records:
+            if record.run_id not in keep:
+                store.write(record)
+            listener.finish(record)
+        return records
 
     def _locked(self, listener: Listener) -> dict[str, Callable[..., None]]:
         """The listener's calls by name, one at a time."""
@@ -108,16 +138,20 @@ class _Worker:
         self.channel = context.Queue()
         self.pool = ProcessPoolExecutor(1, context, _begin, (*self.own, self.channel))
 
+    def terminate(self) -> None:
+        for process in list((self.pool._processes or {}).values()):
+            process.terminate()
+
     def stop(self) -> None:
         for process in list((self.pool._processes or {}).values()):
-            process.kill()  # records are atomic; what it was at trains again
+            process.kill()  # records are atomic; what it was at goes on from a checkpoint
         self.pool.shutdown(wait=False, cancel_futures=True)
 
     def train(
-        self, pack: Pack, store: Store, heard: dict[str, Callable[..., None]], keep: Iterable[str]
+        self, pack: Pack, store: Store, heard: dict[str, Callable[..., None]], keep: Iterable[str], accept_drift: bool
     ) -> list[Record]:
         runs = [run.to_dict() for run in pack.runs]
-        future = self.pool.submit(_train, pack.id, runs, pack.prune, str(store.root), list(keep))
+        future = self.pool.submit(_train, pack.id, runs, pack.prune, str(store.root), list(keep), accept_drift)
         while not (future.done() and self.channel.empty()):
             with suppress(queue.Empty):
                 name, args = self.channel.get(timeout=0.1)
@@ -127,6 +161,8 @@ class _Worker:
             raise SlicesMix(*value)
         if kind == "memory":
             raise OutOfMemory(value)
+        if kind == "drift":
+            raise ExistingWork(*value)
         return [Record(**r) for r in value]
 
 
@@ -152,7 +188,9 @@ def _begin(index: int, count: int, device: str, channel: Any) -> None:
             os.sched_setaffinity(0, own)
 
 
-def _train(pack_id: str, runs: list[dict[str, Any]], prune: bool, root: str, keep: list[str]) -> tuple[str, Any]:
+def _train(
+    pack_id: str, runs: list[dict[str, Any]], prune: bool, root: str, keep: list[str], accept_drift: bool
+) -> tuple[str, Any]:
     """In the worker: train a pack; what the caller must know of an error comes back as data."""
     pack = Pack(pack_id, tuple(RunConfig.from_dict(r) for r in runs), prune=prune)
     listener = Listener(
@@ -162,7 +200,10 @@ def _train(pack_id: str, runs: list[dict[str, Any]], prune: bool, root: str, kee
         finish=lambda record: _channel.put(("finish", (record,))),
     )
     try:
-        return "records", [asdict(r) for r in train(pack, Store(Path(root)), listener, keep=keep)]
+        records = train(pack, Store(Path(root)), listener, keep=keep, accept_drift=accept_drift)
+        return "records", [asdict(r) for r in records]
+    except ExistingWork as e:
+        return "drift", (e.key, e.value, e.allowed)
     except SlicesMix as e:
         return "mix", (e.layer, e.reason)
     except OutOfMemory as e:

@@ -18,8 +18,8 @@ PLUGINS = "hydra_plugins/lorabench"
 # Who may know a library at all, inside functions too. A library that is not here is anybody's.
 KNOWN_TO = {
     "hydra": {"__main__", "app", PLUGINS},
-    "omegaconf": {"config", "__main__", "app", PLUGINS},
-    "pytorch_lightning": {"module", "train"},
+    "omegaconf": {"config", "guards", "__main__", "app", PLUGINS},
+    "pytorch_lightning": {"module", "fit", "replicas"},
     "transformers": {"models", "tasks"},
     "wandb": {"trackers"},
     "tensorboard": {"trackers"},
@@ -32,8 +32,12 @@ NEEDS_TORCH = {
     "batches",
     "prepare",
     "module",
+    "replicas",
+    "ranks",
     "outcome",
     "reuse",
+    "snapshot",
+    "fit",
     "train",
     "workers",
     "terminal",

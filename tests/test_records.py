@@ -16,7 +16,12 @@ ID = "0123456789ab"
 
 
 def record(run_id=ID, **changes):
-    base = {"run_id": run_id, "role": "tune", "status": "completed", "config": {"method": {"r": 4}}}
+    base = {
+        "run_id": run_id,
+        "role": "tune",
+        "status": "completed",
+        "config": {"method": {"name": "lora", "r": 4}, "optimizer": {"lr": 1e-3}, "seed": 0},
+    }
     return Record(**{**base, "metrics": {"val/loss": 0.5, "primary": "accuracy"}, **changes})
 
 

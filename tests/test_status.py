@@ -49,6 +49,23 @@ def test_what_is_printed(store: Store, capsys: pytest.CaptureFixture[str]) -> No
     assert "time left: about 28 s" in out
 
 
+def test_a_pack_with_a_checkpoint_says_where_it_goes_on(store: Store, capsys: pytest.CaptureFixture[str]) -> None:
+    """The cut run's history ends at step 10, its pack's checkpoint is of step 12; a waiting run of that pack has begun too."""
+    manifest = store.manifest()
+    runs = [f"{i:012x}" for i in (6, 7)]
+    where = store.root / "checkpoints/p3"
+    where.mkdir(parents=True)
+    for step in (8, 12):
+        path = where / f"{step:08d}-{'0' * 64}.safetensors"
+        path.touch()
+        os.utime(path, (time.time() - 1800,) * 2)
+    store.write_manifest(manifest | {"packs": [{"id": "p3", "runs": runs}]})
+    assert read(store.root).counts["cut"] == 2
+    main([str(store.root)])
+    out = capsys.readouterr().out
+    assert f"{runs[0]}, {runs[1]} cut at step 12 of 40, 30 min ago: the sweep's own command goes on from step 12" in out
+
+
 def test_before_the_first_end_and_after_the_last(store: Store) -> None:
     done = [r for r in store.records() if r.status == "completed"]
     manifest = store.manifest()

@@ -20,6 +20,7 @@ from omegaconf.errors import OmegaConfBaseException
 
 from hydra_plugins.lorabench._compose import Composer
 from lorabench import app
+from lorabench.guards import check_arguments, guard_yaml
 from lorabench.schema import ConfigError
 
 if TYPE_CHECKING:
@@ -49,6 +50,8 @@ def listed(experiment: str, overrides: Sequence[str] = (), *, config_dir: Path |
 
     config_dir: a folder of the user's own, as `--config-dir`. Raises `ConfigError` for whatever would stop the sweep.
     """
+    check_arguments(overrides)
+    guard_yaml()
     argv = [f"+experiment={experiment}", *overrides, "sweep.dry_run=true"]
     if config_dir is not None:
         if not config_dir.is_dir():

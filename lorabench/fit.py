@@ -1,0 +1,144 @@
+"""A session trained: the only place that builds a Trainer and runs it."""
+
+from __future__ import annotations
+
+import logging
+import time
+import warnings
+from collections.abc import Callable
+from typing import Any
+
+import pytorch_lightning as pl
+
+from lorabench import replicas
+from lorabench.config import RunConfig
+from lorabench.outcome import Session
+from lorabench.prepare import Resolved
+from lorabench.snapshot import Saver
+
+
+def make_trainer(run: RunConfig, resolved: Resolved, progress: Progress, start: int) -> pl.Trainer:
+    """For the steps from `start` on."""
+    t, total = run.trainer, progress.total
+    interval = t.eval_interval or max(1, -(-total // 5))
+    with quiet():
+        return pl.Trainer(
+            accelerator=t.accelerator, **replicas.placed(resolved.device, t.devices),
+            precision=resolved.trainer_precision, max_steps=max(1, total - start), max_epochs=-1,  # type: ignore[arg-type]
+            val_check_interval=interval, check_val_every_n_epoch=None, num_sanity_val_steps=0,
+            callbacks=[progress], logger=False, enable_checkpointing=False,
+            enable_progress_bar=False, enable_model_summary=False, inference_mode=False, use_distributed_sampler=False,
+        )  # fmt: skip
+
+
+class Progress(pl.Callback):
+    """Tells a listener of each step and adds up the seconds of training and of evaluation."""
+
+    def __init__(self, step: Callable[[int, int], None], total: int, seconds: dict[str, float]) -> None:
+        self.step, self.total, self.seconds, self._since = step, total, seconds, time.perf_counter()
+
+    def lap(self, what: str | None) -> None:
+        """What has passed since the last lap was `what`: train, eval; None: neither."""
+        now = time.perf_counter()
+        if what:
+            self.seconds[what] += now - self._since
+        self._since = now
+
+    def on_train_batch_end(self, trainer: Any, module: Any, *args: Any) -> None:
+        self.lap("train")
+        self.step(module.steps_done, self.total)
+
+    def on_validation_start(self, trainer: Any, module: Any) -> None:
+        self.lap("train")
+
+    def on_validation_end(self, trainer: Any, module: Any) -> None:
+        self.lap("eval")
+
+
+class Checkpoints(pl.Callback):
+    """Says when a step is done, and the evaluation that belongs to it."""
+
+    def __init__(self, saver: Saver) -> None:
+        self.saver = saver
+
+    def on_train_batch_end(self, trainer: Any, module: Any, *args: Any) -> None:
+        if module.steps_done % trainer.val_check_interval:
+            self.saver.between_steps(evaluated=False)
+
+    def on_validation_end(self, trainer: Any, module: Any) -> None:
+        self.saver.between_steps(evaluated=True)
+
+
+def fit(s: Session, saver: Saver) -> None:
+    """Train from where the session stands, evaluate, load each slice's best weights, and test where the role allows it.
+
+    SIGTERM: the step under way is finished, a checkpoint written, and the process leaves with 143.
+    """
+    try:
+        _train_to_end(s)
+        for k, state in enumerate(s.module.slices):
+            if state.best_weights is not None:
+                s.stack.load_slice(k, state.best_weights)
+        if s.pack.runs[0].role == "confirm" and s.module.kept:
+            s.progress.lap(None)
+            s.trainer.test(s.module, s.eval_stream("test", lambda: s.module.kept), verbose=False)
+            _heed_sigterm(s)
+            s.progress.lap("eval")
+    except SystemExit as e:  # how Lightning passes on SIGTERM (with code 0) and Ctrl-C (with code 1)
+        if not s.trainer.received_sigterm:
+            raise SystemExit(130) from e
+        saver.save()
+        raise SystemExit(143) from e
+
+
+def _train_to_end(s: Session) -> None:
+    m, trainer = s.module, s.trainer
+    s.progress.lap(None)
+    if m.steps_done and m.steps_done % trainer.val_check_interval == 0:
+        _evaluate(s)  # where SIGTERM came between a step and its evaluation
+    if m.live and m.steps_done < m.total_steps:
+        trainer.fit_loop.epoch_loop.batch_progress.total.ready = m.steps_done  # evaluations come at multiples of this
+        trainer.fit(m, s.train_stream(), s.val_stream())
+        _heed_sigterm(s)
+    s.progress.lap("train")
+    if m.steps_done < m.total_steps and m.live:
+        raise RuntimeError(f"training ended at step {m.steps_done} of {m.total_steps}")
+    _evaluate(s)
+
+
+def _evaluate(s: Session) -> None:
+    """Unless that was done at this step."""
+    if s.module.evaluated_at != s.module.steps_done and s.module.live:
+        s.trainer.validate(s.module, s.val_stream(), verbose=False)
+        _heed_sigterm(s)
+
+
+def _heed_sigterm(s: Session) -> None:
+    """Lightning leaves at SIGTERM between batches, but not after the last one."""
+    if s.trainer.received_sigterm:
+        raise SystemExit(0)
+
+
+class quiet(warnings.catch_warnings):
+    """Lightning's advice about things decided here on purpose stays off the user's terminal."""
+
+    def __enter__(self) -> None:
+        super().__enter__()
+        self._loggers = [
+            logging.getLogger(n)
+            for n in ("pytorch_lightning.utilities.rank_zero", "pytorch_lightning.accelerators.cuda")
+        ]
+        self._levels = [x.level for x in self._loggers]
+        for x in self._loggers:
+            x.setLevel(logging.ERROR)
+        advice = (
+            ".*does not have many workers.*", ".*`isinstance\\(treespec.*", ".*GPU available but not used.*",
+            ".*`srun` command is available.*",
+        )  # fmt: skip
+        for text in advice:
+            warnings.filterwarnings("ignore", message=text)
+
+    def __exit__(self, *args: Any) -> None:
+        for x, level in zip(self._loggers, self._levels, strict=True):
+            x.setLevel(level)
+        super().__exit__(*args)

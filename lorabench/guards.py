@@ -1,0 +1,62 @@
+"""What a command line or a YAML file must not make Hydra do: run code by name, or fill the memory."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from typing import Any
+
+import yaml
+from omegaconf import _utils as omegaconf_yaml
+
+from lorabench.schema import ConfigError
+
+MOST = 200_000  # values a YAML file may stand for; a shipped one has about fifty
+CODE = re.compile(  # an override's key that is a name of code or a place for one, or a value that holds one
+    r"[+~]*(?:hydra\.(?:callbacks|job_logging|hydra_logging)\b.*|(?:.*\.)?_target_|[^=]*=.*\b_target_['\"]?\s*:.*)",
+    re.S,
+)
+
+
+def check_arguments(arguments: Sequence[str]) -> None:
+    """Refuse overrides that name code to run. Raises `ConfigError`. Groups (`hydra/launcher=basic`) name files, not code."""
+    for argument in arguments:
+        key, equals, value = argument.partition("=")
+        if equals and not key.startswith("-") and (CODE.fullmatch(key) or CODE.fullmatch(argument)):
+            allowed = "settings only: what runs is chosen by name (method.name, task.kind, model.kind, hydra/launcher)"
+            raise ConfigError(key.lstrip("+~"), value, allowed)
+
+
+def guard_yaml() -> None:
+    """From here on OmegaConf, and so Hydra, refuses YAML whose aliases multiply to more than `MOST` values."""
+    made = omegaconf_yaml.get_yaml_loader
+    if getattr(made, "guarded", False):
+        return
+
+    def get_yaml_loader() -> Any:
+        class Loader(made()):  # type: ignore[misc]
+            def compose_document(self) -> Any:
+                node = super().compose_document()
+                if _size(node, {}) > MOST:
+                    raise ConfigError(
+                        "config file", str(self.name), f"at most {MOST:,} values, aliases counted where they stand"
+                    )
+                return node
+
+        return Loader
+
+    get_yaml_loader.guarded = True  # type: ignore[attr-defined]
+    omegaconf_yaml.get_yaml_loader = get_yaml_loader
+
+
+def _size(node: Any, known: dict[int, int]) -> int:
+    """Values below a node, what an alias repeats counted again; more than `MOST` for one that holds itself."""
+    if id(node) not in known:
+        known[id(node)] = MOST + 1  # while it is being counted: met again only if it holds itself
+        inner: list[Any] = []
+        if isinstance(node, yaml.SequenceNode):
+            inner = node.value
+        elif isinstance(node, yaml.MappingNode):
+            inner = [n for pair in node.value for n in pair]
+        known[id(node)] = 1 + sum(_size(n, known) for n in inner)
+    return known[id(node)]

@@ -1,0 +1,86 @@
+"""One pack on several devices: each process holds the whole pack and takes its share of every batch.
+
+Gradients, losses and weights of the shares are summed before a slice's loss is formed, so the step is that of one process
+with the whole batch. Without a process group every function here is that of one process alone.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from pytorch_lightning.plugins.environments import LightningEnvironment
+from pytorch_lightning.strategies import DDPStrategy
+from torch import Tensor
+
+
+class Replicas(DDPStrategy):
+    """Lightning's process group without torch's DistributedDataParallel: gradients are summed once a step, by the module."""
+
+    def configure_ddp(self) -> None:
+        pass
+
+
+_place = (0, 1)  # rank and world of this process
+
+
+def join(rank: int, world: int) -> None:
+    """Make this process one of a group; the group itself is formed when a Trainer starts."""
+    global _place
+    _place = rank, world
+
+
+def placed(device: str, devices: Any) -> dict[str, Any]:
+    """What a Trainer is told of devices: the first for one process; in a process of a group how to form it."""
+    if world() == 1:
+        return {"devices": devices[:1] if isinstance(devices, list) else 1}
+    joins = Replicas(process_group_backend="nccl" if device == "cuda" else "gloo")
+    return {"devices": devices, "strategy": joins, "plugins": [LightningEnvironment()]}
+
+
+def world() -> int:
+    """Processes that train this pack."""
+    return _place[1]
+
+
+def rank() -> int:
+    """Which of them this is."""
+    return _place[0]
+
+
+def leads() -> bool:
+    """Whether this process writes: records, histories, weights, checkpoints."""
+    return rank() == 0
+
+
+def add_up(tensors: Iterable[Tensor]) -> None:
+    """Each tensor becomes the sum of its values in all processes, in place."""
+    if world() > 1:
+        for tensor in tensors:
+            dist.all_reduce(tensor)
+
+
+def add_up_gradients(parameters: Iterable[torch.nn.Parameter]) -> None:
+    """The same for gradients; a process whose share of a batch was empty has none, and gives zeros."""
+    if world() == 1:
+        return
+    for parameter in parameters:
+        if parameter.grad is None:
+            parameter.grad = torch.zeros_like(parameter)
+        dist.all_reduce(parameter.grad)
+
+
+def gather(value: Any) -> list[Any]:
+    """The value of every process, in the order of their ranks, in each of them."""
+    if world() == 1:
+        return [value]
+    found: list[Any] = [None] * world()
+    dist.all_gather_object(found, value)
+    return found
+
+
+def share(values: Any) -> Any:
+    """This process's part of a sequence: every `world`-th, from its rank on."""
+    return values[rank() :: world()]

@@ -1,0 +1,117 @@
+"""One pack in two processes (gloo, CPU): the numbers of one process with the same global batch."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from safetensors.numpy import load_file
+
+from lorabench import checkpoints
+from lorabench.prepare import Pack, device_count
+from lorabench.ranks import train
+from lorabench.records import Record, Store
+from lorabench.schema import ConfigError
+from lorabench.train import Listener
+from tiny import make_base, make_data, make_run
+
+
+@pytest.fixture(scope="module")
+def parts(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
+    root = tmp_path_factory.mktemp("ranks")
+    return make_base(root / "base", "bert", dropout=0.1), make_data(root / "data.csv", rows=150)
+
+
+def runs(parts: tuple[Path, Path], devices: int, **changes: Any) -> tuple[Any, ...]:
+    """Two slices of different rank, rate and seed, dropout on; a last batch that does not divide."""
+    settings = {"model.dropout": 0.1, "trainer.devices": devices, "trainer.max_steps": 30, **changes}
+    slices: list[dict[str, Any]] = [{"method.r": 2}, {"method.r": 4, "optimizer.lr": 2e-3, "seed": 1}]
+    return tuple(make_run(*parts, role="confirm", **settings, **one) for one in slices)
+
+
+def numbers(record: Record) -> dict[str, Any]:
+    return {k: v for k, v in record.metrics.items() if isinstance(v, (int, float))}
+
+
+def same(a: Store, b: Store, one: Record, two: Record) -> None:
+    """Metrics, history, test results and weights to 1e-10 (float64; sums in another order)."""
+    assert (one.run_id, one.status) == (two.run_id, "completed"), two.error
+    assert numbers(one) == pytest.approx(numbers(two), rel=1e-10, abs=1e-12)
+    for x, y in zip(a.history(one.run_id), b.history(two.run_id), strict=True):
+        assert x == pytest.approx(y, rel=1e-10, abs=1e-12)
+    x, y = a.arrays(one.run_id, "test"), b.arrays(two.run_id, "test")
+    assert x and y
+    assert all(np.allclose(x[name], y[name], rtol=1e-6) for name in x)
+    first, second = (load_file(s.run_dir(one.run_id) / "adapter/adapter_model.safetensors") for s in (a, b))
+    assert all(np.allclose(first[name], second[name], rtol=1e-9, atol=1e-12) for name in first)
+    assert {k: one.resources[k] for k in ("tokens", "steps", "examples")} == {
+        k: two.resources[k] for k in ("tokens", "steps", "examples")
+    }
+
+
+def test_two_processes_give_the_numbers_of_one(parts: tuple[Path, Path], tmp_path: Path) -> None:
+    alone, shared = Store(tmp_path / "alone"), Store(tmp_path / "shared")
+    heard: list[int] = []
+    one = train(Pack("p0", runs(parts, 1)), alone)
+    two = train(Pack("p0", runs(parts, 2)), shared, Listener(step=lambda step, total: heard.append(step)))
+    for x, y in zip(one, two, strict=True):
+        same(alone, shared, x, y)
+        assert y.provenance["devices"] == 2
+    assert heard == list(range(1, 31))
+    assert shared.records() == two
+    assert not checkpoints.listed(checkpoints.folder(shared.root, "p0"))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"method.name": "full", "trainer.precision": "32"},
+        {"trainer.accumulate_grad_batches": 2, "trainer.max_steps": 20},
+        {"method.name": "head", "trainer.early_stopping_patience": 1, "optimizer.lr": 1e-4},
+    ],
+    ids=["full", "accumulated", "head"],
+)
+def test_other_runs_in_two_processes(parts: tuple[Path, Path], tmp_path: Path, changes: dict[str, Any]) -> None:
+    alone, shared = Store(tmp_path / "alone"), Store(tmp_path / "shared")
+    settings = {"trainer.max_steps": 30, **changes}
+    base, data = parts
+    pack = [Pack("p0", (make_run(base, data, role="confirm", **settings, **{"trainer.devices": n}),)) for n in (1, 2)]
+    (one,), (two,) = train(pack[0], alone), train(pack[1], shared)
+    assert two.status == "completed", two.error
+    close = 1e-4 if changes.get("trainer.precision") == "32" else 1e-9
+    assert numbers(one) == pytest.approx(numbers(two), rel=close, abs=close)
+
+
+@pytest.mark.slow
+def test_a_process_that_dies_fails_the_pack_and_leaves_no_process(parts: tuple[Path, Path], tmp_path: Path) -> None:
+    import multiprocessing
+    import os
+    import signal
+
+    def kill(step: int, total: int) -> None:
+        if step == 5:
+            os.kill(multiprocessing.active_children()[-1].pid or 0, signal.SIGKILL)
+
+    store = Store(tmp_path / "sweep")
+    records = train(Pack("p0", runs(parts, 2)), store, Listener(step=kill))
+    assert multiprocessing.active_children() == []
+    assert [r.status for r in store.records()] == ["failed", "failed"]
+    assert all("died (exit code -9)" in str(r.error) for r in records)
+
+
+@pytest.mark.parametrize(
+    ("changes", "text"),
+    [
+        ({"trainer.devices": "auto"}, "trainer.devices=auto"),
+        ({"trainer.devices": 0}, "trainer.devices=0"),
+        ({"trainer.num_nodes": 2}, "trainer.num_nodes=2"),
+        ({"trainer.strategy": "fsdp"}, "trainer.strategy=fsdp: allowed: auto, ddp"),
+        ({"trainer.devices": 3}, "trainer.batch_size=4: a multiple of trainer.devices=3"),
+    ],
+)
+def test_what_is_not_built_is_refused(parts: tuple[Path, Path], changes: dict[str, Any], text: str) -> None:
+    with pytest.raises(ConfigError, match=text):
+        device_count(make_run(*parts, **changes).trainer)
