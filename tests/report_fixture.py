@@ -85,7 +85,12 @@ def build(
         for i, r in made.items()
     }
     if manifest:
-        declared = {"question": "Does rank matter on this synthetic task?", "reference": None, "margin": 0.02, **(study or {})}
+        declared = {
+            "question": "Does rank matter on this synthetic task?",
+            "reference": None,
+            "margin": 0.02,
+            **(study or {}),
+        }
         store.write_manifest({
             "schema": 1, "name": name, "experiment": "rank_sweep", "cells": entries, "runs": runs, "packs": [], "study": declared,
             "study_hash": digest(declared)[:12],
