@@ -47,7 +47,7 @@ def chromium(folder: Path, *argv: str) -> str:
     """Its standard output, without any network."""
     assert BROWSER
     flags = [
-        "--headless=new", "--no-sandbox", "--disable-gpu", "--disable-extensions", "--allow-file-access-from-files", "--no-first-run",
+        "--headless=new", "--no-sandbox", "--disable-gpu", "--disable-extensions", "--hide-scrollbars", "--allow-file-access-from-files", "--no-first-run",
         "--host-resolver-rules=MAP * ~NOTFOUND", "--proxy-server=127.0.0.1:9", f"--user-data-dir={folder / 'profile'}",
     ]  # fmt: skip
     done = subprocess.run([BROWSER, *flags, *argv], capture_output=True, text=True, timeout=120)
