@@ -152,7 +152,7 @@ def _comparison_notes(f: Findings) -> Iterable[str]:
         yield (f"Direction and its interval are adjusted by Holm's steps within the {own} comparisons with {declared.reference(f)}.{rest} "
                f"Margin: two one-sided tests at 5 %, apart from the direction. “Not resolved” is not “equal”.")  # fmt: skip
     if meets := declared.anchor(f.sweep):
-        yield f"The alpha rules meet at {meets}: cells of that rank and scale are one point, trained once."
+        yield f"The alpha rules meet at {meets}: there they are one point, and one cell stands for all of them."
     if any(r.cell.solo.get("seconds") for r in f.results.values()):
         yield "Solo: a few steps of the cell alone on the base, their time scaled to the tokens of a run; pack totals stand in the budget."
     if any(not r.solo for r in f.results.values() if r.runs):
