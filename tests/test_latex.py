@@ -62,6 +62,12 @@ def test_columns_of_long_texts_break_their_lines() -> None:
     assert "\\raggedright word word" in made
 
 
+def test_no_character_of_our_own_texts_is_lost(repo: Path) -> None:
+    sources = [p.read_text(encoding="utf-8") for p in (repo / "lorabench/report").glob("*.py")]
+    lost = {ch for text in sources for ch in text if ord(ch) > 255 and faces.escape_tex(ch) == "?"}
+    assert not lost, "characters that tables print as `?`: give them a name in faces.TEX"
+
+
 @pdflatex
 def test_every_table_of_a_report_compiles(tmp_path: Path, repo: Path) -> None:
     hostile = Planted(

@@ -35,7 +35,7 @@ TEX = {
     "\\": r"\textbackslash{}", "&": r"\&", "%": r"\%", "$": r"\$", "#": r"\#", "_": r"\_", "{": r"\{", "}": r"\}", "~": r"\textasciitilde{}",
     "^": r"\textasciicircum{}", "<": r"\textless{}", ">": r"\textgreater{}", "|": r"\textbar{}", "±": r"$\pm$", "−": "$-$", "α": r"$\alpha$", "Δ": r"$\Delta$",
     "–": "--", "…": r"\ldots{}", "⚠": r"$\dagger$", "×": r"$\times$", "“": "``", "”": "''", "→": r"$\rightarrow$",
-    "«": r"$\ll$", "»": r"$\gg$", "φ": r"$\varphi$", "≤": r"$\le$", "≥": r"$\ge$", "≈": r"$\approx$", "‖": r"$\|$", "√": r"$\surd$", "σ": r"$\sigma$",
+    "«": r"$\ll$", "»": r"$\gg$", "φ": r"$\varphi$", "≤": r"$\le$", "≥": r"$\ge$", "≈": r"$\approx$", "‖": r"$\|$", "√": r"$\surd$", "σ": r"$\sigma$", "μ": r"$\mu$", "∞": r"$\infty$",
     "\0": "{}", "[": "{[}", "]": "{]}", "*": "{*}",  # after a row's end these would be read as its options
 } | dict.fromkeys("ÐÞðþ", "?")  # fmt: skip
 
@@ -46,7 +46,7 @@ def escape_tex(text: str) -> str:
     return "".join(TEX.get(ch, ch if ord(ch) < 256 and ch.isprintable() else "?") for ch in apart)
 
 
-LONG = 40  # characters of a text from which its column breaks lines
+LONG = 24  # characters of a text from which its column breaks lines
 
 
 def latex(table: Table) -> str:
