@@ -12,7 +12,7 @@ from omegaconf.errors import OmegaConfBaseException
 
 from lorabench.app import config_dir, task
 from lorabench.guards import check_arguments, guard_yaml
-from lorabench.schema import ConfigError
+from lorabench.schema import ConfigError, Unwritable
 
 
 def main() -> None:
@@ -27,6 +27,9 @@ def main() -> None:
     except (ConfigError, HydraException, OmegaConfBaseException, yaml.YAMLError) as e:
         print(f"error: {e}", file=sys.stderr)
         sys.exit(2)
+    except Unwritable as e:
+        print(f"error: {e}; the same command goes on from here", file=sys.stderr)
+        sys.exit(1)
     except (KeyboardInterrupt, SystemExit) as e:
         code = 130 if isinstance(e, KeyboardInterrupt) else e.code
         if code in (130, 143):  # Ctrl-C, SIGTERM

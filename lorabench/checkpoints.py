@@ -135,7 +135,7 @@ def read(path: Path) -> Content:
         tensors = load(raw)
         state = json.loads(json.loads(raw[8 : 8 + int.from_bytes(raw[:8], "little")])["__metadata__"]["state"])
     except (OSError, ValueError, KeyError, TypeError, RecursionError, SafetensorError) as e:
-        raise e if isinstance(e, Unreadable) else Unreadable(f"no checkpoint of ours ({type(e).__name__}: {e})") from e
+        raise e if isinstance(e, Unreadable) else Unreadable(f"not to be read ({type(e).__name__}: {e})") from e
     if not isinstance(state, dict) or state.get("schema") != 1:
         raise Unreadable("no checkpoint of schema 1")
     return tensors, state
@@ -144,7 +144,7 @@ def read(path: Path) -> Content:
 def newest(where: Path, check: Callable[[Content], None]) -> Content | None:
     """The newest checkpoint that is whole and passes `check` (which raises `Unreadable`); None: there is none.
 
-    One that is refused is removed, and stderr says why and what is taken instead.
+    One that is refused is removed (unless the disk failed), and stderr says why and what is taken instead.
     """
     for stale in where.glob(".*.tmp") if where.is_dir() else ():  # of a process that was killed while it wrote
         stale.unlink(missing_ok=True)
@@ -156,7 +156,8 @@ def newest(where: Path, check: Callable[[Content], None]) -> Content | None:
         except Unreadable as e:
             then = f"goes on from the one of step {step_of(paths[i + 1])}" if i + 1 < len(paths) else "starts anew"
             print(f"checkpoint of step {step_of(path)} of pack {where.name}: {e}; the pack {then}", file=sys.stderr)
-            path.unlink(missing_ok=True)
+            if not isinstance(e.__cause__, OSError):
+                path.unlink(missing_ok=True)
         else:
             return content
     return None

@@ -85,6 +85,7 @@ class TrackerConfig:
     mode: str = knob(
         "auto", help="auto: online when a key is there, else offline", choices=("auto", "online", "offline")
     )
+    artifacts: bool = knob(False, help="W&B: send each run's adapter, too")
 
 
 @dataclass(frozen=True)
@@ -220,7 +221,7 @@ def parse(cfg: DictConfig) -> tuple[RunConfig, Settings]:
 def parse_run(cfg: DictConfig, *, role: str) -> RunConfig:
     """The run of a composed config; other top-level keys are ignored here."""
     model = _section(component("model", _name(cfg, "model", "kind"), _file(cfg, "model")), cfg, "model")
-    task = _section(component("task", _name(cfg, "task", "kind"), _file(cfg, "task")), cfg, "task")
+    task = _probed(_section(component("task", _name(cfg, "task", "kind"), _file(cfg, "task")), cfg, "task"))
     method = _section(component("method", _name(cfg, "method", "name"), None), cfg, "method")
     run = RunConfig(
         model=model, task=task, method=method, optimizer=_section(OptimizerConfig, cfg, "optimizer"),
@@ -229,6 +230,27 @@ def parse_run(cfg: DictConfig, *, role: str) -> RunConfig:
     if run.trainer.max_steps is None and run.trainer.max_epochs is None:
         raise ConfigError("trainer.max_epochs", None, "set trainer.max_epochs or trainer.max_steps")
     return run
+
+
+PROBE = "the settings of another task; task@task.probe=<name> takes those of conf/task/<name>.yaml"
+
+
+def _probed(task: Any) -> Any:
+    """The task with its probe, so far a mapping, as the `Config` of that kind; errors have keys under `task.probe`."""
+    asked = getattr(task, "probe", None)
+    if asked is None:
+        return task
+    if not isinstance(asked, Mapping):
+        raise ConfigError("task.probe", asked, PROBE)
+    cfg = OmegaConf.create({"task": {"probe": dict(asked)}})
+    try:
+        kind = component("task", _name(cfg, "task.probe", "kind"), _file(cfg, "task.probe"))
+    except ConfigError as e:
+        raise ConfigError(f"task.probe.{e.key.rpartition('.')[2]}", e.value, e.allowed) from e
+    probe = _section(kind, cfg, "task.probe")
+    if getattr(probe, "probe", None) is not None:
+        raise ConfigError("task.probe.probe", "(a task)", "null: a probe has none of its own")
+    return dataclasses.replace(task, probe=probe)
 
 
 def _seed(cfg: DictConfig) -> int:
@@ -240,7 +262,7 @@ def _seed(cfg: DictConfig) -> int:
 
 def _section(cls: type, cfg: DictConfig, key: str) -> Any:
     """One section through its dataclass: unknown keys, types, ranges, then the dataclass's own `validate`."""
-    node = cfg.get(key)
+    node = OmegaConf.select(cfg, key)
     if node is None:
         node = {}
     if not isinstance(node, (DictConfig, Mapping)):
@@ -275,7 +297,7 @@ def _name(cfg: DictConfig, section: str, field: str) -> str:
         raise ConfigError(section, node, "a mapping of settings")
     name = OmegaConf.select(cfg, f"{section}.{field}", default=None)
     if not isinstance(name, str):
-        raise ConfigError(f"{section}.{field}", name, f"allowed: {', '.join(available(section))}")
+        raise ConfigError(f"{section}.{field}", name, f"allowed: {', '.join(available(section.partition('.')[0]))}")
     return name
 
 

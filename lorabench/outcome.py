@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from lorabench import provenance, replicas
+from lorabench import probes, provenance, replicas
 from lorabench.adapters import Stack
 from lorabench.adapters.files import save_slice
 from lorabench.base import Base
@@ -18,6 +18,7 @@ from lorabench.config import RunConfig
 from lorabench.module import PackModule
 from lorabench.prepare import Pack, Prepared, Resolved, user_code
 from lorabench.records import Record, Store
+from lorabench.schema import writing
 from lorabench.slice_plan import SlicePlan
 
 
@@ -44,6 +45,8 @@ class Session:
     peak_memory: int | None = None
     resumed: list[int] = field(default_factory=list)
     changed: dict[str, list[Any]] = field(default_factory=dict)
+    extras: dict[int, dict[str, float]] = field(default_factory=dict)  # metrics of a slice from beside its own task
+    beside_seconds: float | None = None  # what they took
 
     def train_stream(self) -> PackStream:
         """The steps that are left; where several processes train the pack, this one's share of each."""
@@ -75,9 +78,10 @@ def records_of(s: Session) -> list[Record]:
         status = state.status if state.status in ("diverged", "pruned") else "completed"
         metrics = _metrics(s, k, run, status)
         if run.trainer.save_weights and status == "completed":
-            folder = s.store.run_dir(run.run_id) / "adapter"
+            folder = s.store.own_dir(run.run_id) / "adapter"
             trained, plan = s.stack.exported(k)
-            save_slice(folder, trained, plan, info=s.base.info, run=run.to_dict(), head=s.prepared.head)
+            with writing(folder):
+                save_slice(folder, trained, plan, info=s.base.info, run=run.to_dict(), head=s.prepared.head)
         error = None if status == "completed" else state.reason
         records.append(
             Record(run.run_id, run.role, status, run.to_dict(), metrics, _resources(s, k), _provenance(s, state), error)
@@ -97,7 +101,7 @@ def _metrics(s: Session, k: int, run: RunConfig, status: str) -> dict[str, Any]:
         rows = s.module.results[k]
         metrics |= {f"test/{name}": value for name, value in run.task.metrics(rows).items()}
         s.store.write_arrays(run.run_id, "test", _kept(rows))
-    return metrics
+    return metrics | s.extras.get(k, {})
 
 
 def _kept(rows: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
@@ -133,6 +137,8 @@ def _resources(s: Session, k: int) -> dict[str, Any]:
         "train_examples": len(s.prepared.encoded.splits["train"]), "val_examples": len(s.prepared.encoded.splits["val"]),
         "test_examples": len(s.prepared.encoded.splits["test"]),
     }  # fmt: skip
+    if s.beside_seconds is not None:
+        found["beside_seconds"] = s.beside_seconds / size
     if tokens:
         found |= {
             "tokens": tokens,
@@ -142,7 +148,7 @@ def _resources(s: Session, k: int) -> dict[str, Any]:
 
 
 def _provenance(s: Session, state: Any) -> dict[str, Any]:
-    again = {"resumed": s.resumed} if s.resumed else {}
+    again: dict[str, Any] = {"resumed": s.resumed} if s.resumed else {}
     again |= {"resumed_with_drift": s.changed} if s.changed else {}
     return again | {
         "code": provenance.code_fingerprint(), "git": provenance.git_state(), "packages": provenance.packages(),
@@ -152,7 +158,7 @@ def _provenance(s: Session, state: Any) -> dict[str, Any]:
         "data_fingerprint": s.prepared.data.fingerprint, "model_fingerprint": s.base.fingerprint, "model_notes": s.base.notes,
         "data_notes": {**s.prepared.data.notes, **s.prepared.encoded.notes}, "pack": s.pack.id, "pack_runs": s.pack.run_ids, **({"devices": replicas.world()} if replicas.world() > 1 else {}),
         "head": {"auto_class": s.prepared.head.auto_class, "label_names": list(s.prepared.head.label_names)},
-        "user_code": user_code(s.pack.runs[0]),
+        "user_code": user_code(s.pack.runs[0]), "probe_fingerprint": probes.fingerprint(s.pack.runs[0]),
         "stopped": state.reason if state.status == "stopped" else None,
     }  # fmt: skip
 

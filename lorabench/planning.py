@@ -110,7 +110,7 @@ def _fill(units: Sequence[list[RunConfig]], most: int) -> list[list[list[RunConf
 def write_cells(store: Store, jobs: Sequence[Job], plans: Mapping[str, SlicePlan], *, only_new: bool) -> None:
     """Put jobs and the cells they belong to into the manifest. only_new: leave alone what a sweeper declared before."""
     with store.locked():
-        manifest = store.manifest() or new_manifest(jobs[0])
+        manifest = new_manifest(jobs[0]) | store.manifest()
         manifest["experiment"] = jobs[0].settings.sweep.experiment or manifest.get("experiment")
         cells, known = {c["id"]: c for c in manifest["cells"]}, set(manifest["runs"])
         for job in jobs:
@@ -166,6 +166,13 @@ def planned_packs(store: Store, jobs: Sequence[Job]) -> list[Pack]:
     return known + fresh
 
 
+def planned_pack(store: Store, pack_id: str, *, prune: bool) -> Pack:
+    """A pack as the manifest has it: what a job that is told its id trains."""
+    manifest = store.manifest()
+    entry = next(e for e in manifest["packs"] if e["id"] == pack_id)
+    return Pack(pack_id, tuple(_run_from_manifest(manifest, i) for i in entry["runs"]), prune=prune)
+
+
 def _begun(manifest: Mapping[str, Any]) -> set[str]:
     """Keys of the cells that packs of the manifest hold runs of: rates that join such a cell later are not pruned."""
     planned = {i for entry in manifest["packs"] for i in entry["runs"]}
@@ -187,6 +194,14 @@ def replan(store: Store, pack: Pack, parts: Sequence[Pack]) -> None:
                 entry["replaced"] = [p.id for p in parts]
         manifest["packs"] += [_entry(part, version=2) for part in parts]
         store.write_manifest(manifest)
+
+
+def parts_of(store: Store, pack: Pack) -> list[Pack]:
+    """The packs that stand for `pack` since a launcher, perhaps another one, planned it anew; none as long as it stands."""
+    entries = {entry["id"]: entry for entry in store.manifest().get("packs", ())}
+    runs = {run.run_id: run for run in pack.runs}
+    replaced = entries.get(pack.id, {}).get("replaced", ())
+    return [Pack(i, tuple(runs[run_id] for run_id in entries[i]["runs"])) for i in replaced]
 
 
 def _entry(pack: Pack, *, version: int) -> dict[str, Any]:

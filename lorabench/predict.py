@@ -90,7 +90,7 @@ def _reply(saved: SavedRun, base: Base, texts: Sequence[str], max_new_tokens: in
     """Greedy replies, one text at a time: without padding, so that neighbours cannot change them."""
     import torch
 
-    from lorabench.models.build import quiet
+    from lorabench.models.build import end_tokens, quiet
 
     model: Any = base.model
     limit = getattr(model.config.get_text_config(), "max_position_embeddings", None)
@@ -105,16 +105,9 @@ def _reply(saved: SavedRun, base: Base, texts: Sequence[str], max_new_tokens: in
         with quiet():  # its advice about sampling settings that greedy decoding does not use
             out = model.generate(
                 input_ids=ids, attention_mask=torch.ones_like(ids), max_new_tokens=max_new_tokens, do_sample=False,
-                pad_token_id=base.processor.pad_token_id, eos_token_id=_ends(model, base.processor),
+                pad_token_id=base.processor.pad_token_id, eos_token_id=end_tokens(model, base.processor),
             )  # fmt: skip
         yield base.processor.decode(out[0, ids.shape[1] :], skip_special_tokens=True).strip()
-
-
-def _ends(model: Any, processor: Any) -> list[int]:
-    """Tokens that end a reply: what the base stops at, and what the task ends its replies with."""
-    own = model.generation_config.eos_token_id
-    found = own if isinstance(own, list) else [own]
-    return sorted({x for x in (*found, processor.eos_token_id) if x is not None})
 
 
 def table(saved: SavedRun, answers: Sequence[Answer], *, top: int) -> Table:

@@ -13,7 +13,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from lorabench import encoded_cache
+from lorabench import encoded_cache, probes
 from lorabench.base import Base, BaseInfo, HeadSpec
 from lorabench.batches import steps_per_epoch
 from lorabench.config import RunConfig, TrainerConfig, digest
@@ -139,7 +139,11 @@ def matched_rank(run: RunConfig) -> int:
 def check(run: RunConfig) -> SlicePlan:
     """Raise `ConfigError` for anything that would stop this run, before anything is written."""
     resolve(run)
-    prepare(run)
+    prepared = prepare(run)
+    probes.of(run, prepared.head)
+    prompts, held = getattr(run.task, "style_prompts", 0), len(prepared.encoded.splits["test"])
+    if prompts > held:
+        raise ConfigError("task.style_prompts", prompts, f"at most {held}, the pairs held out for testing")
     return plan(run, layers(run))
 
 
@@ -169,7 +173,8 @@ def taught(run: RunConfig, prepared: Prepared, base: Base) -> Prepared:
 
 def user_code(run: RunConfig) -> str | None:
     """SHA-256 prefix over the Python files of the user's own that a run names; None where it names none."""
-    named = [s.file for s in (run.task, run.model) if getattr(s, "kind", None) == "local"]
+    parts = (run.task, run.model, getattr(run.task, "probe", None))
+    named = [s.file for s in parts if s is not None and getattr(s, "kind", None) == "local"]
     named += [spec.rpartition(":")[0] for spec in getattr(run.task, "extra_metrics", ())]
     if not named:
         return None

@@ -14,17 +14,17 @@ import sys
 from collections.abc import Callable, Collection
 from contextlib import suppress
 from dataclasses import asdict
-from pathlib import Path
 from typing import Any
 
 import torch
 
 from lorabench import replicas
 from lorabench.config import RunConfig
+from lorabench.leases import LeaseLost
 from lorabench.outcome import failed
 from lorabench.prepare import Pack, device_count
 from lorabench.records import Record, Store
-from lorabench.schema import ExistingWork
+from lorabench.schema import ExistingWork, Unwritable
 from lorabench.train import Listener, OutOfMemory, SlicesMix
 from lorabench.train import train as train_alone
 
@@ -69,7 +69,8 @@ class _Group:
         context = multiprocessing.get_context("spawn")
         self.channel: Any = context.Queue()
         runs, port = [run.to_dict() for run in pack.runs], _free_port()
-        told = (world, port, pack.id, runs, pack.prune, str(store.root), list(keep), accept_drift, self.channel)
+        root = (str(store.root), str(store.lease) if store.lease else None)
+        told = (world, port, pack.id, runs, pack.prune, root, list(keep), accept_drift, self.channel)
         self.processes = [context.Process(target=_rank, args=(rank, *told), daemon=True) for rank in range(world)]
 
     def result(self) -> list[Record]:
@@ -103,6 +104,10 @@ class _Group:
                 raise OutOfMemory(args)
             if name == "drift":
                 raise ExistingWork(*args)
+            if name == "lost":
+                raise LeaseLost(args)
+            if name == "unwritable":
+                raise Unwritable(*args)
             heard[name](*((RunConfig.from_dict(args[0]),) if name == "start" else args))
 
 
@@ -113,7 +118,8 @@ def _free_port() -> int:
 
 
 def _rank(
-    rank: int, world: int, port: int, pack_id: str, runs: list[dict[str, Any]], prune: bool, root: str, keep: list[str],
+    rank: int, world: int, port: int, pack_id: str, runs: list[dict[str, Any]], prune: bool, root: tuple[str, str | None],
+    keep: list[str],
     accept_drift: bool, channel: Any,
 ) -> None:  # fmt: skip
     """In a process of the group: join it, train, and as the first of it say what happens."""
@@ -137,7 +143,7 @@ def _rank(
     )
     try:
         records = train_alone(
-            pack, Store(Path(root)), listener if rank == 0 else Listener(), keep=keep, accept_drift=accept_drift
+            pack, Store(*root), listener if rank == 0 else Listener(), keep=keep, accept_drift=accept_drift
         )
     except SlicesMix as e:
         channel.put(("mix", (e.layer, e.reason)))
@@ -145,6 +151,10 @@ def _rank(
         channel.put(("memory", str(e)))
     except ExistingWork as e:
         channel.put(("drift", (e.key, e.value, e.allowed)))
+    except LeaseLost as e:
+        channel.put(("lost", str(e)))
+    except Unwritable as e:
+        channel.put(("unwritable", (e.errno, e.strerror, e.filename)))
     else:
         if rank == 0:
             channel.put(("records", [asdict(r) for r in records]))

@@ -4,14 +4,17 @@
 <sweep dir>/runs/<run_id>/run.json           the record, written once, when the run has ended
 <sweep dir>/runs/<run_id>/history.jsonl      rows {"step": int, "train/loss": ..., "val/accuracy": ...}
 <sweep dir>/runs/<run_id>/test.npz           per-example test results (confirm role): example, loss, weight, ...
+<sweep dir>/runs/<run_id>/samples.json       text tasks (confirm role): at most 8 of {"prompt" or "text", "expected", "before", "after"}
 <sweep dir>/runs/<run_id>/adapter/           trained weights, PEFT's format where it has one
 <sweep dir>/checkpoints/<pack id>/           where packs in training stand; see `checkpoints`
+<sweep dir>/optuna/journal                   a study's trials, where Optuna chose them
 <sweep dir>/analysis/weights.json            what `lorabench.analyze` measured on those weights
+<sweep dir>/locks/                           leases: who trains which pack now, who writes the manifest
 """
 
 from __future__ import annotations
 
-import fcntl
+import errno
 import io
 import json
 import os
@@ -25,15 +28,17 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from lorabench import shapes
-from lorabench.schema import ExistingWork
+from lorabench.leases import Lease, LeaseLost, Leases, refuse_link
+from lorabench.schema import ExistingWork, Unwritable, writing
 
 if TYPE_CHECKING:
     import pandas as pd
 
-MANIFEST = "sweep.json"
+MANIFEST, HISTORY = "sweep.json", "history.jsonl"
+APPEND = os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_NOFOLLOW
 STATUSES = ("completed", "failed", "diverged", "pruned")
 RUN_ID = shapes.RUN_ID
-OURS = {MANIFEST, "runs", "locks", "checkpoints", "analysis", "README.md", ".gitkeep"}
+OURS = {MANIFEST, "runs", "locks", "checkpoints", "analysis", "optuna", "README.md", ".gitkeep"}
 
 
 @dataclass
@@ -61,17 +66,18 @@ _FIELDS = {f.name for f in fields(Record)}
 
 def atomic_write(path: Path, data: str | bytes) -> None:
     """Write to a temporary name beside `path`, fsync, rename: a reader sees the old file or the new one."""
-    path.parent.mkdir(parents=True, exist_ok=True)
     tmp = path.with_name(f".{path.name}.{secrets.token_hex(4)}.tmp")
     raw = data.encode() if isinstance(data, str) else data
-    try:
-        with open(tmp, "wb") as f:
-            f.write(raw)
-            f.flush()
-            os.fsync(f.fileno())
-        os.replace(tmp, path)
-    finally:
-        tmp.unlink(missing_ok=True)
+    with writing(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            with open(tmp, "xb") as f:
+                f.write(raw)
+                f.flush()
+                os.fsync(f.fileno())
+            os.replace(tmp, path)
+        finally:
+            tmp.unlink(missing_ok=True)
 
 
 def dump_json(value: Any) -> str:
@@ -92,22 +98,35 @@ def _finite(value: Any) -> Any:
 
 
 class Store:
-    """A sweep directory."""
+    """A sweep directory. lease: the file of the lease (`Lease.file`) under which runs may be written, if under any."""
 
-    def __init__(self, root: str | Path) -> None:
-        self.root = Path(root)
+    def __init__(self, root: str | Path, lease: str | Path | None = None) -> None:
+        self.root, self.lease = Path(root), Path(lease) if lease else None
+        self.leases = Leases(self.root / "locks")
+
+    def under(self, lease: Lease) -> Store:
+        """The same store as the holder of a lease writes it: once that is another's, writing raises `LeaseLost`."""
+        return Store(self.root, lease.file)
 
     @contextmanager
     def locked(self) -> Iterator[None]:
-        """Hold the manifest against other launchers on this machine; the kernel frees it when its holder dies."""
-        path = self.root / "locks" / "manifest"
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with open(path, "a") as f:
-            fcntl.flock(f, fcntl.LOCK_EX)
+        """Hold the manifest against other launchers. Raises `ExistingWork` where the directory may not be written."""
+        try:
+            with writing(self.root):
+                lease = self.leases.wait(MANIFEST)
+        except Unwritable as e:
+            if e.errno not in (errno.EROFS, errno.EACCES, errno.EPERM):
+                raise
+            raise ExistingWork("sweep.dir", str(self.root), f"a directory that can be written ({e.strerror})") from e
+        with lease:
+            for torn in self.root.glob(f".{MANIFEST}.*.tmp"):  # of a process that was killed while it wrote
+                torn.unlink(missing_ok=True)
             yield
 
     def check_foreign(self) -> None:
-        """Raise `ExistingWork` when the directory holds files that are not a sweep's."""
+        """Raise `ExistingWork` when the directory holds files that are not a sweep's, or leads elsewhere."""
+        for path in (self.root, *(self.root / name for name in sorted(OURS))):
+            refuse_link(path, "sweep.dir")
         if self.root.exists() and not self.root.is_dir():
             raise ExistingWork("sweep.dir", str(self.root), "a directory; this is a file")
         if not self.root.is_dir():
@@ -121,20 +140,47 @@ class Store:
         assert RUN_ID.fullmatch(run_id), run_id
         return self.root / "runs" / run_id
 
+    def check_lease(self) -> None:
+        if self.lease is not None and not self.lease.exists():
+            raise LeaseLost(f"the lease {self.lease.parent} was taken over: this process was away for too long")
+
+    def own_dir(self, run_id: str) -> Path:
+        """A run's directory, made, to write into. Raises `LeaseLost`, and `ExistingWork` for a symbolic link."""
+        self.check_lease()
+        path = self.run_dir(run_id)
+        refuse_link(path, "sweep.dir")
+        with writing(path):
+            path.mkdir(parents=True, exist_ok=True)
+        return path
+
     def write(self, record: Record) -> None:
-        atomic_write(self.run_dir(record.run_id) / "run.json", dump_json(asdict(record)))
+        path = self.own_dir(record.run_id)
+        self.sync_history(record.run_id)  # a record that survives a power cut says that all beside it does
+        atomic_write(path / "run.json", dump_json(asdict(record)))
 
     def read(self, run_id: str) -> Record | None:
-        """The record of a run that has ended, or None. A torn or foreign file counts as none."""
+        """The record of a run that has ended, or None. A torn file, one of another run and one of another version count
+        as none; a sweep that would train such a run refuses the last (`damage.damaged`)."""
+        path = self.run_dir(run_id) / "run.json"
         try:
-            data = json.loads((self.run_dir(run_id) / "run.json").read_text(encoding="utf-8"))
+            data = json.loads(path.read_text(encoding="utf-8"))
         except (FileNotFoundError, NotADirectoryError):
             return None
         except (ValueError, RecursionError):  # ValueError: bad JSON, bad UTF-8, a number of too many digits
             return None
+        except IsADirectoryError as e:
+            raise ExistingWork("sweep.dir", str(path), "a record; this is a directory") from e
         if shapes.fault(data, shapes.RECORD) or data["run_id"] != run_id or set(data) - _FIELDS:
             return None
         return Record(**data)
+
+    def stamp(self, run_id: str) -> tuple[int, int] | None:
+        """What changes whenever a run's record is written anew; None where there is none."""
+        try:
+            about = (self.run_dir(run_id) / "run.json").stat()
+        except OSError:
+            return None
+        return about.st_mtime_ns, about.st_ino
 
     def run_ids(self) -> list[str]:
         runs = self.root / "runs"
@@ -146,15 +192,18 @@ class Store:
         return [r for r in map(self.read, self.run_ids()) if r is not None]
 
     def append_history(self, run_id: str, rows: Iterable[Mapping[str, Any]]) -> None:
-        path = self.run_dir(run_id) / "history.jsonl"
-        path.parent.mkdir(parents=True, exist_ok=True)
+        path = self.own_dir(run_id) / HISTORY
         text = "".join(json.dumps(_finite(row), allow_nan=False) + "\n" for row in rows)
-        with open(path, "a", encoding="utf-8") as f:
+        with writing(path), open(os.open(path, APPEND, 0o666), "w", encoding="utf-8") as f:
             f.write(text)
 
     def reset_history(self, run_id: str) -> None:
         """A pack that starts again starts its histories again."""
-        (self.run_dir(run_id) / "history.jsonl").unlink(missing_ok=True)
+        path = self.own_dir(run_id)
+        for stale in (path / HISTORY, *path.glob(".*.tmp")):  # the latter of a process that was killed while it wrote
+            if not stale.is_dir():
+                with writing(stale):
+                    stale.unlink(missing_ok=True)
 
     def history_size(self, run_id: str) -> int:
         """Bytes; 0 where there is none."""
@@ -175,13 +224,13 @@ class Store:
     def cut_history(self, run_id: str, size: int) -> None:
         """Drop what follows the first `size` bytes: rows beyond the checkpoint that a pack goes on from."""
         if size:
-            os.truncate(self.run_dir(run_id) / "history.jsonl", size)
+            os.truncate(self.own_dir(run_id) / HISTORY, size)
         else:
             self.reset_history(run_id)
 
     def history(self, run_id: str) -> list[dict[str, Any]]:
         try:
-            lines = (self.run_dir(run_id) / "history.jsonl").read_text(encoding="utf-8").splitlines()
+            lines = (self.run_dir(run_id) / HISTORY).read_text(encoding="utf-8", errors="replace").splitlines()
         except FileNotFoundError:
             return []
         rows = []
@@ -196,7 +245,7 @@ class Store:
         """Per-example results as `<name>.npz`: [N] arrays, no pickles."""
         raw = io.BytesIO()
         np.savez_compressed(raw, **arrays)  # type: ignore[arg-type]
-        atomic_write(self.run_dir(run_id) / f"{name}.npz", raw.getvalue())
+        atomic_write(self.own_dir(run_id) / f"{name}.npz", raw.getvalue())
 
     def arrays(self, run_id: str, name: str) -> dict[str, np.ndarray] | None:
         """What `write_arrays` wrote, or None. Raises `ExistingWork` for a torn or foreign file: it is a result that is lost."""
@@ -214,7 +263,7 @@ class Store:
         return found
 
     def _lost(self, path: Path, run_id: str, why: str) -> ExistingWork:
-        allowed = f"a whole file of arrays ({why}); delete the folder {run_id} and start the sweep again: it trains that run anew"
+        allowed = f"a whole file of arrays ({why}); start the sweep of {run_id} again: it trains that run anew"
         return ExistingWork("sweep.dir", str(path), allowed)
 
     def manifest(self) -> dict[str, Any]:
@@ -224,7 +273,8 @@ class Store:
         except FileNotFoundError:
             return {}
         except (ValueError, RecursionError) as e:
-            raise ExistingWork("sweep.dir", str(self.root), f"its {MANIFEST} is not valid JSON ({e})") from e
+            why = f"its {MANIFEST} is not valid JSON ({e}); moved away, it is made anew and finished runs are kept"
+            raise ExistingWork("sweep.dir", str(self.root), why) from e
         if wrong := shapes.fault(data, shapes.MANIFEST):
             allowed = f"its {MANIFEST} is not a lorabench manifest of schema 1 (at {wrong})"
             raise ExistingWork("sweep.dir", str(self.root), allowed)

@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import dataclasses
+import errno
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import MISSING, Field, field
+from pathlib import Path
 from typing import Any
 
 
@@ -19,6 +22,19 @@ class ConfigError(ValueError):
 
 class ExistingWork(ConfigError):
     """What is on disk does not fit what was asked (foreign files, changed data): nothing was touched."""
+
+
+class Unwritable(OSError):
+    """A file of a store or a report cannot be written (disk full, gone, no right): no run's fault. Exit code 1."""
+
+
+@contextmanager
+def writing(path: Path) -> Iterator[None]:
+    """What the system says against a write becomes `Unwritable`, with the path."""
+    try:
+        yield
+    except OSError as e:
+        raise Unwritable(e.errno or errno.EIO, e.strerror or str(e), str(path)) from e
 
 
 def _show(value: Any) -> str:
@@ -81,7 +97,10 @@ def _check_one(f: Field[Any], value: Any, key: str) -> None:
 
 
 def field_dict(section: Any, *, role: str) -> dict[str, Any]:
-    """Fields of a dataclass by role: `identity`, `varies` or `fixed` (everything that is not `varies`)."""
+    """Fields of a dataclass by role: `identity`, `varies` or `fixed` (everything that is not `varies`).
+
+    A field that holds a section of its own (a task's probe) is that section's fields, by the same role.
+    """
     out: dict[str, Any] = {}
     for f in dataclasses.fields(section):
         value = getattr(section, f.name)
@@ -91,7 +110,7 @@ def field_dict(section: Any, *, role: str) -> dict[str, Any]:
                 continue
         elif role == "varies" and not varies or role == "fixed" and varies:
             continue
-        out[f.name] = value
+        out[f.name] = field_dict(value, role=role) if dataclasses.is_dataclass(value) else value
     return out
 
 

@@ -103,10 +103,10 @@ RESOURCES = fields(
 
 
 def _metrics(value: Any) -> str | None:
-    """`val/...` and `test/...` are numbers; what stands beside them (`primary`, `best_step`) as it comes."""
+    """What has a slash (`val/loss`, `test/accuracy`, `probe/...`) is a number; what stands beside it (`primary`, `best_step`) as it comes."""
     if wrong := each(SCALAR, TEXT)(value):
         return wrong
-    scores = {k: v for k, v in value.items() if k.startswith(("val/", "test/"))}
+    scores = {k: v for k, v in value.items() if "/" in k}
     return each(MAYBE_NUMBER, TEXT)(scores) or fields(may={"best_step": MAYBE_WHOLE, "pruned_step": MAYBE_WHOLE})(value)
 
 

@@ -19,6 +19,7 @@ from torch import Tensor
 from lorabench import checkpoints, provenance, replicas
 from lorabench import prepare as prep
 from lorabench.checkpoints import Content, Unreadable
+from lorabench.memory import out_of_memory
 from lorabench.module import SliceState
 from lorabench.optim import PackedAdamW
 from lorabench.outcome import Session
@@ -26,6 +27,10 @@ from lorabench.prepare import Pack
 from lorabench.records import Store
 from lorabench.schema import ExistingWork
 
+FIELDS = {
+    "pack", "runs", "prune", "step", "total", "evaluated_at", "slices", "history", "seconds", "peak_memory", "reused", "resumed",
+    "changed", "facts", "cpu",
+}  # fmt: skip
 SETTINGS = ("eval_batch_size", "reuse_trunk", "log_interval")  # no part of a run's identity, yet of its numbers
 EVERY = 180.0  # seconds between checkpoints of a pack that evaluates less often
 SHARE = 0.03  # of the time that checkpoints may take where their interval is not set
@@ -86,10 +91,12 @@ def begun(pack: Pack, store: Store, keep: Collection[str], *, accept_drift: bool
 def _check(content: Content, pack: Pack, store: Store, keep: Collection[str]) -> None:
     """Raise `Unreadable` for a checkpoint that is not this pack's, or goes further than a history does."""
     state = content[1]
+    if missing := FIELDS - state.keys():
+        raise Unreadable(f"not as this version writes it: {', '.join(sorted(missing))} missing")
     if (state.get("pack"), state.get("runs"), state.get("prune")) != (pack.id, pack.run_ids, pack.prune):
         raise Unreadable("of other runs, or of a sweep that prunes otherwise")
     for run_id in set(pack.run_ids) - set(keep):
-        size = state["history"][run_id]
+        size = state["history"].get(run_id)
         if size is None:
             raise Unreadable(f"run {run_id} only trained along then")
         if store.history_size(run_id) < size:
@@ -122,9 +129,18 @@ def capture(s: Session, peak: int, known: Mapping[str, Any]) -> Content:
     }  # fmt: skip
 
 
-@torch.no_grad()
 def restore(s: Session, begun: Begun) -> None:
-    """Bring a fresh session to where its checkpoint was taken."""
+    """Bring a fresh session to where its checkpoint was taken. Raises `Unreadable`, and then the session is of no use."""
+    try:
+        _restore(s, begun)
+    except (KeyError, TypeError, ValueError, RuntimeError) as e:
+        if out_of_memory(e):
+            raise
+        raise Unreadable(f"not as this version writes it ({type(e).__name__}: {e})") from e
+
+
+@torch.no_grad()
+def _restore(s: Session, begun: Begun) -> None:
     m, state, tensors = s.module, begun.state, begun.tensors
     trainables = s.stack.named_trainables()
     for t in trainables:
@@ -156,14 +172,17 @@ class Saver:
     """Writes a session's checkpoints when they are due.
 
     `trainer.checkpoint_interval`: every so many steps; 0: never; null: at evaluations, and where these are rare every
-    three minutes, but never so often that checkpoints take more than 3 % of the time. peak: bytes now at the peak.
+    three minutes, but never so often that checkpoints take more than 3 % of the time. A tuning pack's last step has none:
+    its records follow at once. peak: bytes now at the peak.
     """
+
+    cost = 0.0  # seconds the last one took, of whichever pack of this process
 
     def __init__(self, session: Session, peak: Callable[[], int]) -> None:
         self.session, self._peak = session, peak
         self.interval = session.pack.runs[0].trainer.checkpoint_interval
         self._facts = facts(session.pack, session.base.fingerprint)
-        self._last, self._cost = time.monotonic(), 0.0
+        self._last = time.monotonic()
 
     def peak(self) -> int:
         """Bytes, over all restarts."""
@@ -171,12 +190,12 @@ class Saver:
 
     def between_steps(self, *, evaluated: bool) -> None:
         """To be called when a step, and the evaluation that belongs to it, is done."""
-        since = time.monotonic() - self._last
+        m, since = self.session.module, time.monotonic() - self._last
         if self.interval is None:
-            due = (evaluated or since >= EVERY) and since * SHARE >= self._cost
+            due = (evaluated or since >= EVERY) and since * SHARE >= Saver.cost
         else:
-            due = self.interval > 0 and self.session.module.steps_done % self.interval == 0
-        if due:
+            due = self.interval > 0 and m.steps_done % self.interval == 0
+        if due and (m.steps_done < m.total_steps or self.session.pack.runs[0].role == "confirm"):
             self.save()
 
     def save(self) -> None:
@@ -185,9 +204,10 @@ class Saver:
             return
         s, start = self.session, time.monotonic()
         where = checkpoints.folder(s.store.root, s.pack.id)
+        s.store.check_lease()
         try:
             checkpoints.write(where, s.module.steps_done, *capture(s, self.peak(), self._facts))
         except OSError as e:
             print(f"pack {s.pack.id}: no checkpoint at step {s.module.steps_done}: {e}", file=sys.stderr)
         self._last = time.monotonic()
-        self._cost = self._last - start
+        Saver.cost = self._last - start

@@ -3,26 +3,30 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Collection, Iterable, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from contextlib import nullcontext
+from pathlib import Path
 from typing import Any
 
 from rich.console import Console
 
-from lorabench import checkpoints, declaration
+from lorabench import checkpoints, declaration, probes
 from lorabench import prepare as prep
 from lorabench.config import RunConfig, Settings
-from lorabench.planning import Job, cell_id, label_of, plan_packs, planned_packs, replan, write_cells
+from lorabench.damage import damaged
+from lorabench.leases import LeaseLost
+from lorabench.planning import Job, cell_id, label_of, parts_of, plan_packs, planned_packs, replan, write_cells
 from lorabench.prepare import Pack
 from lorabench.provenance import code_fingerprint
 from lorabench.ranks import train
 from lorabench.records import Record, Store
 from lorabench.report.select import Choice, choose
 from lorabench.schema import ConfigError, ExistingWork
+from lorabench.sharing import Ended, freed
 from lorabench.slice_plan import SlicePlan
 from lorabench.terminal import Progress, dry_run_table
 from lorabench.train import Listener, OutOfMemory, SlicesMix, measure
-from lorabench.workers import Workers, worker_count
+from lorabench.workers import Crew, Workers, worker_count
 
 Executor = Callable[[Callable[[Pack], list[Record]], Sequence[Pack]], Iterable[list[Record]]]
 
@@ -57,7 +61,12 @@ def execute(jobs: Sequence[Job], *, executor: Executor = map, console: Console |
     write_cells(store, jobs, plans, only_new=True)
     with store.locked():
         packs = planned_packs(store, jobs)
-    finished = _finished(store, settings, [run for pack in packs for run in pack.runs])
+    runs = [run for pack in packs for run in pack.runs]
+    stamps = {run.run_id: store.stamp(run.run_id) for run in runs}
+    torn = damaged(store, stamps)
+    for run_id, name in torn.items():
+        console.print(f"{store.run_dir(run_id)}: {name} cannot be read; the run trains again", highlight=False)
+    finished = _finished(store, settings, [run for run in runs if run.run_id not in torn])
     todo = [p for p in packs if any(i in plans and i not in finished for i in p.run_ids)]
     for pack in packs:  # cut after its last record and before its checkpoints went
         if all(i in finished and finished[i].status != "failed" for i in pack.run_ids):
@@ -70,48 +79,63 @@ def execute(jobs: Sequence[Job], *, executor: Executor = map, console: Console |
     if not todo and settings.sweep.progress:
         console.print(f"{store.root}: all {len(plans)} runs are finished, nothing to train", highlight=False)
     with Progress(console, todo, enabled=settings.sweep.progress) as progress:
-        _run(todo, store, settings, finished, executor, progress)
+        _run(todo, store, settings, Ended(store, finished, stamps), executor, progress)
     return [store.read(j.run.run_id) for j in jobs]
 
 
 def _run(
-    todo: Sequence[Pack],
-    store: Store,
-    settings: Settings,
-    finished: Collection[str],
-    executor: Executor,
-    progress: Progress,
+    todo: Sequence[Pack], store: Store, settings: Settings, ended: Ended, executor: Executor, progress: Progress
 ) -> None:
     from lorabench.trackers import make_tracker
 
     tracker = make_tracker(settings.tracker, sweep=store.root.name, sweep_dir=store.root)
 
     count = worker_count(settings.sweep.workers, prep.resolve(todo[0].runs[0]).device, len(todo)) if todo else 1
-    workers = Workers(count, prep.resolve(todo[0].runs[0]).device) if count > 1 else None
+    own = Workers(count, prep.resolve(todo[0].runs[0]).device) if count > 1 else None
+    workers = executor if isinstance(executor, Crew) else own
     train_pack, executor = (workers.train, workers.map) if workers else (train, executor)
 
+    others: list[Pack] = []  # packs that another launcher holds
+
     def one(pack: Pack) -> list[Record]:
-        try:
-            listener = _listener(progress, pack, tracker)
-            return train_pack(pack, store, listener, keep=finished, accept_drift=settings.sweep.accept_drift)
-        except SlicesMix as e:
-            size, why = 1, f"{e}; its runs train one by one"
-        except OutOfMemory as e:
-            size, why = (len(pack.runs) + 1) // 2, f"{e}; it trains in halves"
-        progress.say(why)
-        parts = [pack.runs[i : i + size] for i in range(0, len(pack.runs), size)]
-        smaller = [Pack(f"{pack.id}.{k}", runs) for k, runs in enumerate(parts)]
-        replan(store, pack, smaller)
-        unfinished = [part for part in smaller if not set(part.run_ids) <= set(finished)]
-        return [record for part in unfinished for record in one(part)]
+        lease = store.leases.take(pack.id)
+        if lease is None:
+            others.append(pack)
+            return []
+        with lease:
+            keep = ended.of(pack)  # another launcher may have ended some since, or all
+            parts = parts_of(store, pack)
+            if not parts and not keep.issuperset(pack.run_ids):
+                listener, drift = _listener(progress, pack, tracker), settings.sweep.accept_drift
+                try:
+                    return train_pack(pack, store.under(lease), listener, keep=keep, accept_drift=drift)
+                except LeaseLost as e:
+                    progress.say(f"{pack.id}: {e}")
+                    others.append(pack)
+                    return []
+                except SlicesMix as e:
+                    size, why = 1, f"{e}; its runs train one by one"
+                except OutOfMemory as e:
+                    size, why = (len(pack.runs) + 1) // 2, f"{e}; it trains in halves"
+                progress.say(why)
+                parts = _split(pack, size)
+                replan(store, pack, parts)
+        return [record for part in parts for record in one(part)]
 
     try:
         with workers or nullcontext():
-            for records in executor(one, todo):
-                progress.done(records)
+            while todo:
+                for records in executor(one, todo):
+                    progress.done(records)
+                todo = freed(store, others, progress)
     finally:
         if tracker is not None:
             tracker.close()
+
+
+def _split(pack: Pack, size: int) -> list[Pack]:
+    parts = [pack.runs[i : i + size] for i in range(0, len(pack.runs), size)]
+    return [Pack(f"{pack.id}.{k}", runs) for k, runs in enumerate(parts)]
 
 
 def _listener(progress: Progress, pack: Pack, tracker: Any) -> Listener:
@@ -151,6 +175,7 @@ def _check_drift(record: Record, run: RunConfig) -> None:
     now = (
         ("task", "data", "data_fingerprint", prep.load_data(run.task).fingerprint),
         ("model", "model", "model_fingerprint", prep.model_fingerprint(run)),
+        ("task.probe", "probe's data", "probe_fingerprint", probes.fingerprint(run)),
         ("task.file", "Python", "user_code", prep.user_code(run)),
     )
     for key, what, name, value in now:
@@ -178,9 +203,20 @@ def chosen_rates(settings: Settings) -> dict[str, float]:
     return {name: c.lr for name, c in _choices(settings).items() if c.lr is not None}
 
 
-def outward_rates(settings: Settings) -> dict[str, float]:
-    """The next rate to try, by cell id, for cells whose best rate lies at an end of what was tried."""
-    return {name: c.outward for name, c in _choices(settings).items() if c.outward is not None}
+def outward_rates(
+    settings: Settings, tried: Mapping[str, Collection[float]], most: Mapping[str, int]
+) -> dict[str, float]:
+    """The next rate to train, by cell id, after those tried here: one that was added before and has not ended (by a launcher
+    that was killed, or by another one), else one beyond, where the best lies at an end. most: rates of a cell."""
+    found: dict[str, float] = {}
+    for name, choice in _choices(settings).items():
+        here = tried.get(name, ())
+        begun = [rate.lr for rate in choice.rates if rate.missing > len(rate.pruned) and rate.lr not in here]
+        if begun:
+            found[name] = begun[0]
+        elif choice.outward is not None and len(choice.rates) < most.get(name, 0):
+            found[name] = choice.outward
+    return found
 
 
 def _choices(settings: Settings) -> dict[str, Choice]:
@@ -193,19 +229,23 @@ def measure_cells(settings: Settings, jobs: Sequence[Job]) -> None:
     if not settings.sweep.measure_solo or settings.sweep.dry_run:
         return
     store = Store(settings.sweep.dir)
-    measured = {c["id"] for c in store.manifest()["cells"] if "solo" in c}
     done = {r.run_id for r in store.records() if r.status == "completed"}
     first = {cell_id(job.label): job for job in reversed(list(jobs)) if job.run.run_id in done}
-    for name, job in first.items():
-        if name in measured:
-            continue
-        found = measure(job.run, store)
-        with store.locked():
-            manifest = store.manifest()
-            for cell in manifest["cells"]:
-                if cell["id"] == name:
-                    cell["solo"] = found
-            store.write_manifest(manifest)
+    if first.keys() <= _measured(store):
+        return
+    with store.leases.wait("solo"):  # two that measure at a time would measure each other
+        for name in [name for name in first if name not in _measured(store)]:
+            found = measure(first[name].run, store)
+            with store.locked():
+                manifest = store.manifest()
+                for cell in manifest["cells"]:
+                    if cell["id"] == name:
+                        cell["solo"] = found
+                store.write_manifest(manifest)
+
+
+def _measured(store: Store) -> set[str]:
+    return {c["id"] for c in store.manifest()["cells"] if "solo" in c}
 
 
 def finish(settings: Settings, *, console: Console | None = None) -> None:
@@ -222,6 +262,7 @@ def finish(settings: Settings, *, console: Console | None = None) -> None:
         if settings.report.enabled:
             render(settings.sweep.dir, settings.report.dir, title=settings.report.title)
             console.print(f"report: {settings.report.dir}/report.html", soft_wrap=True, highlight=False)
+            _mirror_report(settings, store)
     counts = Counter(r.status for r in records)
     console.print(
         f"{len(records)} runs: " + ", ".join(f"{n} {status}" for status, n in sorted(counts.items())), highlight=False
@@ -236,6 +277,19 @@ def finish(settings: Settings, *, console: Console | None = None) -> None:
 def require_declared(jobs: Sequence[Job]) -> None:
     """Reference, family and anchor must fit the cells. Raises `ConfigError`; nothing is written yet."""
     declaration.check_cells(jobs, Store(jobs[0].settings.sweep.dir).manifest())
+
+
+def _mirror_report(settings: Settings, store: Store) -> None:
+    """Let the sweep's tracker show the report, if it can."""
+    from lorabench.trackers import make_tracker
+
+    tracker = make_tracker(settings.tracker, sweep=store.root.name, sweep_dir=store.root)
+    if tracker is None:
+        return
+    from lorabench.report.mirrored import mirrored
+
+    tracker.report(Path(settings.report.dir), mirrored(store.root))
+    tracker.close()
 
 
 def require_fresh(settings: Settings) -> None:

@@ -8,7 +8,7 @@ from typing import Any
 
 from rich.console import Console
 from rich.markup import escape
-from rich.progress import BarColumn, MofNCompleteColumn, SpinnerColumn, TextColumn, TimeElapsedColumn
+from rich.progress import BarColumn, MofNCompleteColumn, SpinnerColumn, TaskID, TextColumn, TimeElapsedColumn
 from rich.progress import Progress as Bars
 from rich.table import Table
 
@@ -45,11 +45,13 @@ class Progress:
 
     def step(self, pack: Pack) -> Callable[[int, int], None]:
         """A callback for the steps of one pack."""
-        task = self.bars.add_task(f"  {pack.id}: {describe(pack)}", total=None, left="")
         began = time.monotonic()
-        state = {"last": 0.0}
+        state: dict[str, float] = {"last": 0.0}
+        bar: list[TaskID] = []  # a pack that waits for its job shows none yet
 
         def heard(step: int, total: int) -> None:
+            task = bar[0] if bar else self.bars.add_task(f"  {pack.id}: {describe(pack)}", total=None, left="")
+            bar[:] = [task]
             self._done += (step - state["last"]) / total * len(pack.runs)
             state["last"] = step
             self.bars.update(task, completed=step, total=total)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 import time
 import traceback
 from collections.abc import Callable, Collection, Iterator
@@ -16,14 +17,18 @@ import torch
 from lorabench import checkpoints, replicas
 from lorabench import prepare as prep
 from lorabench.adapters import SlicesMix, inject, probe
+from lorabench.beside import Beside
+from lorabench.checkpoints import Unreadable
 from lorabench.config import RunConfig
 from lorabench.fit import Checkpoints, Progress, fit, make_trainer, quiet
+from lorabench.leases import LeaseLost
 from lorabench.memory import PeakMemory, out_of_memory, release
 from lorabench.module import PackModule
 from lorabench.outcome import Session, failed, records_of
 from lorabench.prepare import Pack
 from lorabench.records import Record, Store
 from lorabench.reuse import Reuse
+from lorabench.schema import Unwritable
 from lorabench.snapshot import Begun, Saver, begun, restore
 
 __all__ = ["Listener", "OutOfMemory", "Pack", "SlicesMix", "measure", "train"]
@@ -58,7 +63,7 @@ def train(
     accept_drift: go on from a checkpoint although code, packages, data or model changed; else `ExistingWork` is raised.
 
     Raises `SlicesMix` when the base cannot be shared between slices, and `OutOfMemory` when the pack does not fit: the
-    caller then trains the runs one by one, or the pack in halves. Neither leaves a record.
+    caller then trains the runs one by one, or the pack in halves. Neither leaves a record; nor do `LeaseLost` and `Unwritable`.
     """
     listener = listener or Listener()
     start = begun(pack, store, keep, accept_drift=accept_drift)
@@ -72,10 +77,16 @@ def train(
     records: list[Record] | None = None
     try:
         records = _train(pack, store, listener, keep, start)
+    except (LeaseLost, Unwritable):  # no run's fault: nothing is recorded
+        raise
     except SlicesMix:
         if leads:
             checkpoints.remove(store.root, pack.id)
         raise
+    except Unreadable as e:  # whole, ours, and yet it does not fit
+        print(f"checkpoint of pack {pack.id}: {e}; the pack starts anew", file=sys.stderr)
+        checkpoints.remove(store.root, pack.id)
+        return train(pack, store, listener, keep=keep)
     except Exception as e:
         if not (out_of_memory(e) and len(pack.runs) > 1):
             error = "".join(traceback.format_exception(e)[-3:]).strip()
@@ -103,6 +114,8 @@ def _train(pack: Pack, store: Store, listener: Listener, keep: Collection[str], 
         _probe(session)
         if pack.runs[0].trainer.reuse_trunk:
             session.module.reuse = Reuse(session)
+        measured = pack.runs[0].role == "confirm" and replicas.leads()
+        beside = Beside(session) if measured else None  # the base as it is, before anything of a checkpoint
         if start:
             restore(session, start)
         with PeakMemory(session.resolved.device) as memory, quiet():
@@ -110,6 +123,8 @@ def _train(pack: Pack, store: Store, listener: Listener, keep: Collection[str], 
             session.trainer.callbacks.append(Checkpoints(saver))
             fit(session, saver)
             session.peak_memory = saver.peak()
+        if beside:
+            beside.finish()
         return records_of(session) if replicas.leads() else []
 
 

@@ -17,17 +17,18 @@ from concurrent.futures.process import BrokenProcessPool
 from contextlib import suppress
 from dataclasses import asdict
 from pathlib import Path
-from threading import Lock, current_thread, main_thread
-from typing import Any
+from threading import Event, Lock, current_thread, main_thread
+from typing import Any, Protocol, runtime_checkable
 
 import torch
 
 from lorabench import checkpoints
 from lorabench.config import RunConfig
+from lorabench.leases import LeaseLost
 from lorabench.outcome import failed
 from lorabench.prepare import Pack
 from lorabench.records import Record, Store
-from lorabench.schema import ExistingWork
+from lorabench.schema import ExistingWork, Unwritable
 from lorabench.train import Listener, OutOfMemory, SlicesMix, train
 
 GROUP = 8  # cores a CPU worker: more threads than that have little to do in one part
@@ -47,6 +48,18 @@ def _cores() -> list[int]:
     return sorted(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else list(range(os.cpu_count() or 1))
 
 
+@runtime_checkable
+class Crew(Protocol):
+    """Others who train packs, as a context: `train` has the meaning of `train.train`, `map` that of `map`."""
+
+    def __enter__(self) -> Any: ...
+    def __exit__(self, *args: Any) -> None: ...
+    def map(self, one: Callable[[Pack], list[Record]], packs: Sequence[Pack]) -> Iterable[list[Record]]: ...
+    def train(
+        self, pack: Pack, store: Store, listener: Listener, *, keep: Collection[str], accept_drift: bool = False
+    ) -> list[Record]: ...
+
+
 class Workers:
     """Processes that train packs; use as a context. `train` has the meaning of `train.train`, `map` that of `map`.
 
@@ -58,7 +71,7 @@ class Workers:
         self.count, self.device = count, device
         self._free: queue.Queue[_Worker] = queue.Queue()
         self._lock = Lock()
-        self._ending = False
+        self._ending = Event()
 
     def __enter__(self) -> Workers:
         self._all = [_Worker(i, self.count, self.device) for i in range(self.count)]
@@ -70,7 +83,7 @@ class Workers:
         return self
 
     def _end(self, *args: Any) -> None:
-        self._ending = True
+        self._ending.set()
         for worker in self._all:
             worker.terminate()
 
@@ -90,12 +103,12 @@ class Workers:
         worker = self._free.get()
         heard = self._locked(listener)
         try:
-            while not self._ending:
+            while not self._ending.is_set():
                 began = checkpoints.reached(store.root, pack.id) or 0
                 try:
                     return worker.train(pack, store, heard, keep, accept_drift)
                 except BrokenProcessPool:
-                    if self._ending:
+                    if self._ending.is_set():
                         break
                     worker.restart()
                     if (checkpoints.reached(store.root, pack.id) or 0) <= began:
@@ -151,7 +164,9 @@ class _Worker:
         self, pack: Pack, store: Store, heard: dict[str, Callable[..., None]], keep: Iterable[str], accept_drift: bool
     ) -> list[Record]:
         runs = [run.to_dict() for run in pack.runs]
-        future = self.pool.submit(_train, pack.id, runs, pack.prune, str(store.root), list(keep), accept_drift)
+        lease = str(store.lease) if store.lease else None
+        told = pack.id, runs, pack.prune, str(store.root), lease, list(keep), accept_drift
+        future = self.pool.submit(_train, *told)
         while not (future.done() and self.channel.empty()):
             with suppress(queue.Empty):
                 name, args = self.channel.get(timeout=0.1)
@@ -161,6 +176,10 @@ class _Worker:
             raise SlicesMix(*value)
         if kind == "memory":
             raise OutOfMemory(value)
+        if kind == "lost":
+            raise LeaseLost(value)
+        if kind == "unwritable":
+            raise Unwritable(*value)
         if kind == "drift":
             raise ExistingWork(*value)
         return [Record(**r) for r in value]
@@ -189,7 +208,13 @@ def _begin(index: int, count: int, device: str, channel: Any) -> None:
 
 
 def _train(
-    pack_id: str, runs: list[dict[str, Any]], prune: bool, root: str, keep: list[str], accept_drift: bool
+    pack_id: str,
+    runs: list[dict[str, Any]],
+    prune: bool,
+    root: str,
+    lease: str | None,
+    keep: list[str],
+    accept_drift: bool,
 ) -> tuple[str, Any]:
     """In the worker: train a pack; what the caller must know of an error comes back as data."""
     pack = Pack(pack_id, tuple(RunConfig.from_dict(r) for r in runs), prune=prune)
@@ -200,7 +225,7 @@ def _train(
         finish=lambda record: _channel.put(("finish", (record,))),
     )
     try:
-        records = train(pack, Store(Path(root)), listener, keep=keep, accept_drift=accept_drift)
+        records = train(pack, Store(Path(root), lease), listener, keep=keep, accept_drift=accept_drift)
         return "records", [asdict(r) for r in records]
     except ExistingWork as e:
         return "drift", (e.key, e.value, e.allowed)
@@ -208,3 +233,7 @@ def _train(
         return "mix", (e.layer, e.reason)
     except OutOfMemory as e:
         return "memory", str(e)
+    except LeaseLost as e:
+        return "lost", str(e)
+    except Unwritable as e:
+        return "unwritable", (e.errno, e.strerror, e.filename)

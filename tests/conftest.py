@@ -77,3 +77,14 @@ def cli(
         return code, out.out + out.err
 
     return run
+
+
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
+    """The table of the fault suite; here and not beside it, because a run over several processes reads this file alone."""
+    reports = [r for found in terminalreporter.stats.values() for r in found if getattr(r, "when", None) == "call"]
+    rows = sorted(value for r in reports for name, value in r.user_properties if name == "fault")
+    if rows:
+        terminalreporter.section("faults")
+        width = max(len(row[0]) for row in rows)
+        for name, tried, lost, doubled in [("fault", "times tried", "runs lost", "runs doubled"), *rows]:
+            terminalreporter.write_line(f"{name:<{width}} | {tried:>11} | {lost:>9} | {doubled:>12}")

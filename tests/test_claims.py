@@ -380,6 +380,22 @@ def test_forgetting(lora: Any, full: Any, score: float, expected: str, tmp_path:
     assert v.status == expected, v
 
 
+@pytest.mark.parametrize("metric", ["accuracy", "loss"])
+def test_a_probe_is_its_number_after_training(metric: str, tmp_path: Path) -> None:
+    """Beside it stand what the base knew and how many examples there were."""
+    e = build(tmp_path, Plan([Cell(probe=3.0), replace(FULL, probe=3.4)], score=0.001))
+    for x in {x.run_id: x for r in e.cells for x in r.runs}.values():
+        probe = {
+            f"probe/food/{metric}": x.metrics.pop("probe/wiki/loss"),
+            "probe/food/before": 9.0,
+            "probe/food/examples": 5,
+        }
+        e.sweep.store.write(replace(x, metrics={**x.metrics, **probe}))
+    v = judged(claims_weights.forgets_less, gather(load(tmp_path)))
+    assert v.status == (HOLDS if metric == "loss" else NOT)
+    assert v.reason.startswith(f"probe/food/{metric}")
+
+
 @pytest.mark.parametrize(
     ("r", "counts", "expected"),
     [

@@ -9,7 +9,7 @@ from lorabench import __main__ as entry
 
 EXPERIMENTS = sorted(p.stem for p in (Path(__file__).parent.parent / "conf/experiment").glob("*.yaml"))
 RUNS = {"smoke": 6, "rank_sweep": 22, "alpha_sweep": 140, "target_sweep": 45, "lora_vs_full": 46, "prune_grid": 192,
-        "planted_rank": 18, "variants": 120, "data_size": 48}  # fmt: skip
+        "planted_rank": 18, "variants": 120, "data_size": 48, "chitchat": 16}  # fmt: skip
 
 
 @pytest.mark.parametrize("name", EXPERIMENTS)

@@ -23,6 +23,9 @@ KNOWN_TO = {
     "transformers": {"models", "tasks"},
     "wandb": {"trackers"},
     "tensorboard": {"trackers"},
+    "submitit": {"clusters"},
+    "ray": {"clusters"},
+    "optuna": {PLUGINS},
     "peft": set(),  # its format is read and written here; its code is what the tests compare with
 }
 # Everything else is there before torch is: `--help`, `--cfg job`, bad input and reports start in under a second.
@@ -38,9 +41,15 @@ NEEDS_TORCH = {
     "reuse",
     "snapshot",
     "fit",
+    "forgetting",
+    "replies",
+    "samples",
+    "beside",
     "train",
     "workers",
+    "sharing",
     "terminal",
+    "clusters",
     "sweep",
     "study",
     "export",

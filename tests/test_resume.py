@@ -9,6 +9,7 @@ import pickle
 import signal
 import subprocess
 import sys
+import time
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -24,6 +25,7 @@ from lorabench.prepare import Pack
 from lorabench.records import Store
 from lorabench.schema import ExistingWork
 from lorabench.train import Listener, OutOfMemory, train
+from lorabench.workers import Workers
 from tiny import make_base, make_data, make_run
 
 
@@ -200,6 +202,88 @@ def test_a_process_that_is_killed(places: Any, tmp_path: Path, whole: Any, name:
     assert left(store, pack) == whole
 
 
+DIES_ONCE = """
+import os, signal
+from dataclasses import dataclass
+from pathlib import Path
+import torch
+from lorabench.schema import knob
+from lorabench.tasks.text_classification import Config as Base
+
+calls = []
+
+@dataclass(frozen=True)
+class Config(Base):
+    kind: str = knob("local", help="")
+    source: str = knob("file", help="")
+    data: str = knob("", help="")
+
+    def _rows(self):
+        return self._file_rows(self.data, "task.data", None), ()
+
+    def step(self, model, batch):
+        calls.append(torch.is_grad_enabled())
+        marker = Path(__file__ + ".died")
+        if sum(calls) == 5 and not marker.exists():
+            marker.touch()
+            os.kill(os.getpid(), signal.SIGKILL)
+        return super().step(model, batch)
+"""
+
+
+@pytest.mark.slow
+def test_a_worker_that_dies_is_replaced_and_its_pack_goes_on(places: Any, tmp_path: Path) -> None:
+    base, data = places
+    file = tmp_path / "mine.py"
+    file.write_text(DIES_ONCE)
+    task = {
+        "kind": "local",
+        "name": "mine",
+        "file": str(file),
+        "data": str(data),
+        "text_column": "text",
+        "label_column": "label",
+    }
+    run = make_run(base, data, **COMMON, task=task)
+    cut, whole, pack = Store(tmp_path / "cut"), Store(tmp_path / "whole"), Pack("p0", (run,))
+    with Workers(1, "cpu") as workers:
+        (record,) = workers.train(pack, cut, Listener(), keep=())
+        assert record.provenance["resumed"] == [4]
+        workers.train(pack, whole, Listener(), keep=())
+    assert left(cut, pack) == left(whole, pack)
+
+
+def sweep(folder: Path, places: tuple[Path, Path]) -> subprocess.Popen[bytes]:
+    """Two packs of one run, side by side, with checkpoints at SIGTERM only."""
+    folder.mkdir(exist_ok=True)
+    argv = [
+        "-m", "method.r=1,2", "model=hf", f"model.source={places[0]}", "model.name=tiny", "task=text_file", f"task.file={places[1]}",
+        "task.max_length=32", "trainer.max_steps=200", "trainer.eval_interval=10", "trainer.batch_size=4", "trainer.precision=32",
+        "trainer.accelerator=cpu", "trainer.checkpoint_interval=1000", "sweep.max_pack=1", "sweep.workers=2", "sweep.name=s",
+        "sweep.measure_solo=false", "report.enabled=false",
+    ]  # fmt: skip
+    return subprocess.Popen([sys.executable, "-m", "lorabench", *argv], cwd=folder, start_new_session=True)
+
+
+@pytest.mark.slow
+def test_sigterm_reaches_the_workers(places: Any, tmp_path: Path) -> None:
+    """Of the launcher alone: its workers finish their step and write a checkpoint, and the same command goes on from there."""
+    cut, whole = tmp_path / "cut", tmp_path / "whole"
+    victim = sweep(cut, places)
+    deadline = time.monotonic() + 120
+    while len(list(cut.glob("sweeps/s/runs/*/history.jsonl"))) < 2 and time.monotonic() < deadline:
+        time.sleep(0.02)
+    victim.send_signal(signal.SIGTERM)
+    assert victim.wait(60) == 143
+    assert len(list(cut.glob("sweeps/s/checkpoints/p*/*"))) == 2
+    assert sweep(cut, places).wait(200) == 0
+    assert sweep(whole, places).wait(200) == 0
+    got, want = Store(cut / "sweeps/s"), Store(whole / "sweeps/s")
+    assert [(r.run_id, r.metrics) for r in got.records()] == [(r.run_id, r.metrics) for r in want.records()]
+    assert all(got.history(i) == want.history(i) and len(got.history(i)) == 220 for i in want.run_ids())
+    assert all(len(r.provenance["resumed"]) == 1 for r in got.records())
+
+
 def test_the_packs_hold_what_they_are_meant_to(places: Any, tmp_path: Path) -> None:
     """Each kind shows the state it is there for; else the test above would prove little."""
     found = {}
@@ -263,6 +347,20 @@ def foreign(path: Path) -> None:
     checkpoints.write(path.parent, checkpoints.step_of(path), tensors, state | {"runs": ["0" * 12]})
 
 
+def renamed(path: Path) -> None:
+    """Whole and of these runs, yet its tensors have other names: as another version's might."""
+    tensors, state = checkpoints.read(path)
+    path.unlink()
+    checkpoints.write(path.parent, checkpoints.step_of(path), {f"x{name}": t for name, t in tensors.items()}, state)
+
+
+def partial(path: Path) -> None:
+    tensors, state = checkpoints.read(path)
+    path.unlink()
+    del state["slices"]
+    checkpoints.write(path.parent, checkpoints.step_of(path), tensors, state)
+
+
 def pickled(path: Path) -> None:
     """Bytes under a name that fits them, and nothing in them that is ours."""
     raw = pickle.dumps({"state": print})
@@ -270,7 +368,7 @@ def pickled(path: Path) -> None:
     path.with_name(f"{path.name[:8]}-{hashlib.sha256(raw).hexdigest()}.safetensors").write_bytes(raw)
 
 
-@pytest.mark.parametrize("harm", [truncated, flipped, emptied, foreign, pickled])
+@pytest.mark.parametrize("harm", [truncated, flipped, emptied, foreign, partial, pickled])
 def test_a_bad_checkpoint_falls_back_to_the_one_before(
     places: Any, tmp_path: Path, whole: Any, capsys: pytest.CaptureFixture[str], harm: Callable[[Path], None]
 ) -> None:
@@ -292,6 +390,17 @@ def test_without_a_readable_checkpoint_the_pack_starts_anew(
         truncated(path)
     assert "resumed" not in train(pack, store)[0].provenance
     assert "torn or corrupt" in (err := capsys.readouterr().err) and "the pack starts anew" in err
+    assert left(store, pack) == whole
+
+
+def test_one_that_does_not_fit_after_all_starts_anew(
+    places: Any, tmp_path: Path, whole: Any, capsys: pytest.CaptureFixture[str]
+) -> None:
+    store = Store(tmp_path)
+    pack, paths = interrupted(places, store, 7)
+    renamed(paths[0])
+    assert "resumed" not in train(pack, store)[0].provenance
+    assert "not as this version writes it (KeyError: 'trained/" in capsys.readouterr().err
     assert left(store, pack) == whole
 
 
@@ -384,9 +493,11 @@ def test_by_default_they_come_with_evaluations_while_these_are_cheap(
     from lorabench import snapshot
 
     pack = pack_of(places, **{"trainer.checkpoint_interval": None})
+    monkeypatch.setattr(snapshot.Saver, "cost", 0.0)
     monkeypatch.setattr(snapshot, "SHARE", 1e9)
     killed(pack, Store(tmp_path / "cheap"), 7)
     monkeypatch.setattr(snapshot, "SHARE", 1e-9)
+    monkeypatch.setattr(snapshot.Saver, "cost", 0.0)
     killed(pack, Store(tmp_path / "dear"), 7)
     monkeypatch.setattr(snapshot, "SHARE", 1e9)
     monkeypatch.setattr(snapshot, "EVERY", 0.0)

@@ -504,7 +504,7 @@ def test_chitchat_in_smollm2s_own_template() -> None:
 # -- shipped settings and a task of one's own -----------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("name", ["tweets", "food_reviews", "bbc", "glue", "text_file", "chitchat", "text_lm"])
+@pytest.mark.parametrize("name", ["tweets", "food_reviews", "bbc", "glue", "text_file", "chitchat", "news", "text_lm"])
 def test_shipped_settings_fit_their_dataclass(repo: Path, name: str) -> None:
     settings = OmegaConf.load(repo / "conf" / "task" / f"{name}.yaml")
     if OmegaConf.is_missing(settings, "file"):

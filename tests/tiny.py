@@ -53,6 +53,16 @@ def make_base(folder: Path, kind: str, *, dropout: float = 0.0) -> Path:
     return folder
 
 
+def make_decoder(folder: Path, kind: str) -> Path:
+    """As `make_base`, with an output layer in its files, as real decoders have: it is no new head then."""
+    import transformers as tf
+
+    make_base(folder, kind)
+    model = tf.AutoModelForCausalLM.from_pretrained(folder)
+    model.save_pretrained(folder)
+    return folder
+
+
 def make_data(path: Path, rows: int = 160) -> Path:
     """Sentences of 3 to 14 words; the label says which of two words it holds."""
     g = torch.Generator().manual_seed(3)

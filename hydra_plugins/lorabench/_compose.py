@@ -46,3 +46,9 @@ class Composer:
 
     def jobs(self, override_sets: Sequence[Sequence[str]]) -> list[Job]:
         return [self.job(o) for o in override_sets]
+
+
+def elsewhere(launcher: Any) -> bool:
+    """Whether a launcher's jobs may run on another machine: the packed one says so, submitit's and Ray's do by name."""
+    own = getattr(launcher, "elsewhere", None)
+    return bool(own) if own is not None else any(w in type(launcher).__module__ for w in ("submitit", "ray_launcher"))

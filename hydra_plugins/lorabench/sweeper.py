@@ -45,7 +45,7 @@ class GridSweeper(Sweeper):
         )
 
     def sweep(self, arguments: list[str]) -> Any:
-        from hydra_plugins.lorabench._compose import Composer
+        from hydra_plugins.lorabench._compose import Composer, elsewhere
 
         assert self.config is not None and self.launcher is not None
         composer = Composer.of(self.context, self.config)
@@ -81,7 +81,8 @@ class GridSweeper(Sweeper):
                 confirming = {overrides: composer.job(overrides, extra) for overrides, extra in confirm.items()}
                 sweep.declare(list(confirming.values()))
                 returned = [*returned, *self.launcher.launch(_once(confirming), len(listed))]
-        sweep.measure_cells(settings, list(jobs.values()))
+        if not elsewhere(self.launcher):  # seconds of this machine would say nothing of a node's
+            sweep.measure_cells(settings, list(jobs.values()))
         sweep.finish(settings)
         return returned
 
@@ -98,11 +99,17 @@ class GridSweeper(Sweeper):
 
         assert self.config is not None and self.launcher is not None
         returned: list[Any] = []
-        for _ in range(EXTENSIONS):
+        rates: dict[str, set[float]] = {}
+        for job in jobs.values():
+            rates.setdefault(sweep.cell_id(job.label), set()).add(job.run.optimizer.lr)
+        most = {name: len(tried) + EXTENSIONS for name, tried in rates.items()}
+        while True:
+            outward = {n: lr for n, lr in sweep.outward_rates(settings, rates, most).items() if n in cells}
+            for name, lr in outward.items():
+                rates[name].add(lr)
             added = {
                 (*p.fixed, f"{RATE}={lr!r}", f"{SEED}={seed}", *always): extra
-                for name, lr in sweep.outward_rates(settings).items()
-                if name in cells
+                for name, lr in outward.items()
                 for p, extra in [cells[name]]
                 for seed in _seeds(p, self.config.sweep.tune_seeds)
             }

@@ -9,8 +9,10 @@ A folder that PEFT wrote (no plan.json) loads as well. Pickle files are never op
 
 from __future__ import annotations
 
+import errno
 import json
 import os
+import re
 import secrets
 import shutil
 from collections.abc import Iterator, Mapping
@@ -51,7 +53,7 @@ def save_slice(
             write_peft(tmp, state, plan, info=info, run=run, head=head)
         else:
             tensors, tied = _untied(state)
-            save_file(tensors, tmp / WEIGHTS, metadata={"format": "pt"})
+            _save_tensors(tensors, tmp / WEIGHTS)
         _write_json(tmp / PLAN, {"schema": 1, "plan": asdict(plan), "tied": tied})
 
 
@@ -64,7 +66,7 @@ def write_peft(
     source = (run or {}).get("model", {}).get("source")
     config, tensors = to_peft(state, plan, info=info, task_type=task_type, base_name=source and str(source))
     _write_json(folder / PEFT_CONFIG, config)
-    save_file(tensors, folder / PEFT_TENSORS, metadata={"format": "pt"})
+    _save_tensors(tensors, folder / PEFT_TENSORS)
 
 
 def load_slice(folder: str | Path) -> tuple[dict[str, Tensor], SlicePlan]:
@@ -164,6 +166,17 @@ def _fsync(path: Path) -> None:
         os.fsync(handle)
     finally:
         os.close(handle)
+
+
+def _save_tensors(tensors: dict[str, Tensor], path: Path) -> None:
+    try:
+        save_file(tensors, path, metadata={"format": "pt"})
+    except (
+        SafetensorError
+    ) as e:  # how it passes on what the system says: "I/O error: No space left on device (os error 28)"
+        said = re.search(r"os error (\d+)", str(e))
+        number = int(said[1]) if said else errno.EIO
+        raise OSError(number, os.strerror(number), str(path)) from e
 
 
 def _write_json(path: Path, value: Mapping[str, Any]) -> None:

@@ -155,6 +155,13 @@ def load_tokenizer(folder: Path) -> Any:
     return tokenizer
 
 
+def end_tokens(model: Any, processor: Any) -> list[int]:
+    """Tokens that end a reply: what the base stops at, and what a task ends its replies with."""
+    own = model.generation_config.eos_token_id
+    found = own if isinstance(own, list) else [own]
+    return sorted({x for x in (*found, processor.eos_token_id) if x is not None})
+
+
 def load_base(folder: Path, head: HeadSpec, *, dropout: float | None, dtype: str, attention: str) -> Base:
     """Weights read, frozen, in eval mode. New heads are drawn from a fixed seed and leave the global generator alone.
 

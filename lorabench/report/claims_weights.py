@@ -26,6 +26,7 @@ HARDLY = 0.5  # of LoRA's count: what full fine-tuning stays below where it has 
 LEAST_RUNS = 8  # for a correlation with one variable held fixed
 WEAK = 0.3  # a correlation below it is not what "go with" means (Cohen's medium)
 LOSSES = ("loss", "perplexity", "forgetting")  # probes for which less is better, by the last part of their name
+BESIDE = ("before", "examples")  # last parts of names that hold no number of the trained model
 
 # -- the rank of ΔW ------------------------------------------------------------------------------------------------------
 
@@ -126,7 +127,7 @@ def _probe(e: Evidence) -> str | None:
         for r in e.cells
         for x in r.runs
         for k, v in x.metrics.items()
-        if k.startswith("probe/") and isinstance(v, (int, float))
+        if k.startswith("probe/") and k.rpartition("/")[2] not in BESIDE and isinstance(v, (int, float))
     ]
     return min(set(found), key=lambda k: (-found.count(k), not _less_is_better(k), k), default=None)
 

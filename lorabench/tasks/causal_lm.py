@@ -20,16 +20,20 @@ from lorabench.tasks.token_loss import IGNORE, token_losses
 if TYPE_CHECKING:
     from torch import Tensor, nn
 
+FEWEST = 20  # prompts a classifier of styles is made and scored on
 SECTION = 8  # blocks a section of plain text: what stays together when text is split
 
 
 @dataclass(frozen=True)
 class Config:
-    """Causal language modelling on chit-chat replies, on plain text, or on a table of texts or of prompts and responses."""
+    """Causal language modelling on chit-chat replies, on news, on plain text, or on a table of texts or of prompts and
+    responses."""
 
     kind: str = knob("causal_lm", help="the task's module", choices=("causal_lm",))
     name: str = knob("language modelling", help="what tables call it")
-    source: str = knob("text", help="text: plain text files; file: a table", choices=("chitchat", "text", "file"))
+    source: str = knob(
+        "text", help="text: plain text files; file: a table", choices=("chitchat", "bbc", "text", "file")
+    )
     file: str | None = knob(None, help="a text file, a folder of them, or a csv, tsv, json, jsonl or parquet file")
     text_column: str = knob("text", help="column of the text, where there are no prompts")
     prompt_column: str | None = knob(None, help="column of the prompt; with response_column")
@@ -52,11 +56,19 @@ class Config:
     dedupe: bool = knob(True, help="keep one of equal texts or pairs (case, space)")
     metric: str = knob("loss", help="primary metric: loss, perplexity, token_accuracy or one of extra_metrics")
     extra_metrics: list[str] = knob([], help="your own: my_metrics.py:function")
+    probe: Any = knob(None, help="another task, measured before and after: task@task.probe=<name>", added="0.1.0")
+    probe_examples: int = knob(
+        1000, help="of the probe: held-out examples at most, and as many to fit on", low=20, added="0.1.0"
+    )
+    style_prompts: int = knob(
+        0, help="held-out prompts replied to, to see how far replies move towards the data's style; 0: off",
+        low=0, added="0.1.0",
+    )  # fmt: skip
 
     OWN: ClassVar[tuple[str, ...]] = ("loss", "perplexity", "token_accuracy")
 
     def validate(self, key: str) -> None:
-        if self.source != "chitchat" and not self.file:
+        if self.source in ("text", "file") and not self.file:
             kinds = files.PLAIN if self.source == "text" else files.TABLES
             raise ConfigError(f"{key}.file", self.file, f"a file to read ({', '.join(kinds)})")
         if (self.prompt_column is None) != (self.response_column is None):
@@ -66,6 +78,9 @@ class Config:
             raise ConfigError(
                 f"{key}.test_fraction", self.test_fraction, "with val_fraction it must leave rows to train on"
             )
+        if self.style_prompts and (self.style_prompts < FEWEST or not self.pairs):
+            allowed = f"0, or at least {FEWEST} on prompts with responses"
+            raise ConfigError(f"{key}.style_prompts", self.style_prompts, allowed)
         metrics.check_metrics(self.metric, self.OWN, self.extra_metrics, key)
 
     @property
@@ -111,6 +126,8 @@ class Config:
     def _rows(self) -> list[Row]:
         if self.source == "chitchat":
             return sources.chitchat()
+        if self.source == "bbc":
+            return [{"text": row["text"], "group": ""} for row in sources.bbc()]
         assert self.file
         if self.source == "text":
             texts = files.read_texts(self.file, "task.file")

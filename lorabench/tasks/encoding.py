@@ -10,7 +10,7 @@ import numpy as np
 from lorabench.schema import ConfigError
 
 if TYPE_CHECKING:
-    from torch import Tensor
+    from torch import Tensor, nn
 
 
 def check_length(max_length: int, processor: Any, key: str = "task.max_length") -> None:
@@ -82,3 +82,12 @@ def collate_tokens(examples: Sequence[dict[str, Any]], processor: Any) -> dict[s
 def model_inputs(batch: dict[str, Tensor]) -> dict[str, Tensor]:
     """What of a batch the base itself takes."""
     return {name: batch[name] for name in ("input_ids", "attention_mask", "token_type_ids") if name in batch}
+
+
+def mean_state(model: nn.Module, batch: dict[str, Tensor]) -> Tensor:
+    """Mean over an example's own tokens of the last hidden state, [N, H], in float32 or wider."""
+    hidden = model(**model_inputs(batch)).last_hidden_state
+    hidden = hidden if hidden.dtype.itemsize == 8 else hidden.float()
+    mask = batch["attention_mask"].unsqueeze(2).to(hidden.dtype)
+    mean: Tensor = (hidden * mask).sum(1) / mask.sum(1)
+    return mean

@@ -37,6 +37,10 @@ class LabelledTexts:
     val_fraction: float = knob(0.1, help="share validated on where the source has no such split", above=0, high=0.5)
     test_fraction: float = knob(0.2, help="share tested on where the source has no such split", above=0, high=0.5)
     dedupe: bool = knob(True, help="keep one of equal texts (case, space; for tweets also addresses, @names, RT)")
+    probe: Any = knob(None, help="another task, measured before and after: task@task.probe=<name>", added="0.1.0")
+    probe_examples: int = knob(
+        1000, help="of the probe: held-out examples at most, and as many to fit on", low=20, added="0.1.0"
+    )
 
     def validate(self, key: str) -> None:
         if self.source == "file" and not self.file:

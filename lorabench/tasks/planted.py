@@ -120,7 +120,7 @@ class Config(LabelledTexts):
         """Squared distance of each example's mean hidden state to the teacher's, over the base's mean one."""
         import torch
 
-        said = _mean_state(model, batch)
+        said = encoding.mean_state(model, batch)
         loss = (said - batch["target"].to(said.dtype)).square().sum(1) / batch["unit"].to(said.dtype)
         return StepOutput(loss, torch.ones_like(loss), {"example": batch["example"]})
 
@@ -164,15 +164,6 @@ def _second_moments(
     return {name: moment / tokens for name, moment in total.items()}
 
 
-def _mean_state(model: nn.Module, batch: dict[str, Tensor]) -> Tensor:
-    """Mean over an example's own tokens of the last hidden state, [N, H], in float32 or wider."""
-    hidden = model(**encoding.model_inputs(batch)).last_hidden_state
-    hidden = hidden if hidden.dtype.itemsize == 8 else hidden.float()
-    mask = batch["attention_mask"].unsqueeze(2).to(hidden.dtype)
-    mean: Tensor = (hidden * mask).sum(1) / mask.sum(1)
-    return mean
-
-
 def _outputs(
     model: nn.Module, rows: list[dict[str, Any]], collate: Callable[[list[dict[str, Any]]], dict[str, Tensor]]
 ) -> np.ndarray:
@@ -186,5 +177,5 @@ def _outputs(
         for start in range(0, len(order), ROWS):
             chunk = order[start : start + ROWS]
             batch = {name: t.to(device) for name, t in collate([rows[i] for i in chunk]).items()}
-            out |= dict(zip(chunk, _mean_state(model, batch).float().cpu().numpy(), strict=True))
+            out |= dict(zip(chunk, encoding.mean_state(model, batch).float().cpu().numpy(), strict=True))
     return np.stack([out[i] for i in range(len(rows))])

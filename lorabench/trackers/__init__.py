@@ -8,10 +8,10 @@ from pathlib import Path
 from lorabench.config import TrackerConfig
 from lorabench.trackers.contract import Mirror, Tracker
 
-__all__ = ["Tracker", "make_tracker"]
+__all__ = ["Mirror", "Tracker", "make_tracker"]
 
 
-def make_tracker(settings: TrackerConfig, *, sweep: str, sweep_dir: Path) -> Tracker | None:
+def make_tracker(settings: TrackerConfig, *, sweep: str, sweep_dir: Path) -> Mirror | None:
     """The mirror a config asks for, safe to call from training; None for `none`.
 
     `tracker.name` is the module here whose `build` makes it; nothing of it is imported before the first run starts.

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable, Mapping
+from pathlib import Path
 from typing import Any, Protocol
 
 from lorabench.records import Record
@@ -12,7 +13,10 @@ Row = Mapping[str, Any]  # {"step": 10, "train/loss": 0.9, "lr": 0.001}
 
 
 class Tracker(Protocol):
-    """Several runs may be live at once: a pack has K. Each method may raise; `Mirror` stands between it and training."""
+    """Several runs may be live at once: a pack has K. Each method may raise; `Mirror` stands between it and training.
+
+    A tracker may also have `report(report_dir, tables)`: it then hears of the sweep's report once that is rendered.
+    """
 
     def start(self, run_id: str, config: Mapping[str, Any], *, method: str, tags: list[str]) -> None: ...
 
@@ -53,6 +57,16 @@ class Mirror:
             self._try(run_id, self.tracker.finish, run_id, record)
         self.live.discard(run_id)
 
+    def report(self, report_dir: Path, tables: Mapping[str, Any]) -> None:
+        """The sweep's rendered report and `report.mirrored`; trackers without such a method hear nothing."""
+
+        def show() -> None:
+            self.tracker = self.tracker or self.build()
+            if hasattr(self.tracker, "report"):
+                self.tracker.report(report_dir, tables)
+
+        self._try("report", show)
+
     def close(self) -> None:
         if self.tracker is not None:
             self._try("close", self.tracker.close)
@@ -66,8 +80,8 @@ class Mirror:
         except Exception as e:
             self.live.discard(run_id)
             if not self.lost:  # said once: a server that is down would say the same for every run
-                text = " ".join(str(e).split())
-                self._say(f"off for run {run_id}: {type(e).__name__}: {text}; the records are complete without it")
+                text = f"{type(e).__name__}: {' '.join(str(e).split())}; the records are complete without it"
+                self._say(text if run_id in ("close", "report") else f"off for run {run_id}: {text}")
             self.lost.add(run_id)
 
     def _say(self, text: str) -> None:

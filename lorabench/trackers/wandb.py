@@ -1,116 +1,154 @@
-"""Weights & Biases: one W&B run a slice, grouped by sweep. Offline unless there is a key to be online with."""
+"""Weights & Biases: one W&B run a slice, grouped by sweep. Offline unless there is a key to be online with.
+
+The work is done by a process of its own (`wandb_mirror`) that reads the records: training never waits for W&B, and a
+process can be ended where W&B's client would wait on.
+"""
 
 from __future__ import annotations
 
-import netrc
+import atexit
+import json
+import multiprocessing
 import os
-import re
+import queue
+import subprocess
+import sys
+import threading
+import time
 from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
-from urllib.parse import urlsplit
+from typing import Any
 
-from lorabench.config import TrackerConfig, digest
-from lorabench.records import Record, Store
+import lorabench
+from lorabench.config import TrackerConfig
+from lorabench.records import Record, Store, atomic_write, dump_json
 from lorabench.trackers.contract import Row
+from lorabench.trackers.wandb_api import api_key
+from lorabench.trackers.wandb_runs import environment
 
-if TYPE_CHECKING:
-    import wandb
+PATIENCE, SHARE = 10.0, 0.05  # seconds to wait for W&B at the end of a sweep, or this share of its time if that is more
+STOPPED = 2.0  # seconds, for a sweep that was told to stop
+TARGET = ".wandb/target.json"  # in the sweep's directory: the project it went to, for `lorabench.sync`
+MESSAGES = 100_000  # that may wait for the mirror's process; a message starts or ends a run
 
-TIMEOUT = 20  # seconds to wait for a server when a run starts
+
+_running: dict[
+    tuple[Path, str, TrackerConfig], WandbTracker
+] = {}  # one process for all phases of a sweep and its report
 
 
 def build(settings: TrackerConfig, *, sweep: str, sweep_dir: Path) -> WandbTracker:
-    return WandbTracker(settings, sweep, Store(sweep_dir))
+    key = (sweep_dir.resolve(), sweep, settings)
+    if key not in _running or _running[key].process.poll() is not None:
+        _running[key] = WandbTracker(settings, sweep, Store(sweep_dir))
+    return _running[key]
 
 
 class WandbTracker:
-    """W&B's files lie in `<run dir>/wandb`; `wandb sync` sends offline ones later."""
+    """Tells the mirror's process which runs start and end. Offline, W&B's files lie in `<run dir>/wandb`.
+
+    `close` waits for nothing: what is left is sent while the sweep goes on to its next phase or its report, and `leave`,
+    when this process ends, gives it a little time.
+    """
 
     def __init__(self, settings: TrackerConfig, sweep: str, store: Store) -> None:
-        self.settings, self.sweep, self.store = settings, sweep, store
-        self.mode = mode(settings.mode)
-        self.runs: dict[str, wandb.Run] = {}
+        self.store, self.began = store, time.monotonic()
+        self.live: set[str] = set()
+        self.stopped = False  # in the middle of training
+        found = mode(settings.mode)
+        if found != "disabled":
+            atomic_write(store.root / TARGET, dump_json({"project": settings.project, "entity": settings.entity}))
+        given = {
+            "dir": str(store.root.resolve()), "sweep": sweep, "project": settings.project, "entity": settings.entity,
+            "mode": found, "artifacts": settings.artifacts,
+        }  # fmt: skip
+        home = str(Path(lorabench.__file__).resolve().parent.parent)
+        paths = [home, *filter(None, [os.environ.get("PYTHONPATH")])]
+        self.process = subprocess.Popen(
+            [sys.executable, "-m", "lorabench.trackers.wandb_mirror", json.dumps(given)], text=True,
+            stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL,
+            env=environment() | {"PYTHONPATH": os.pathsep.join(paths)}, start_new_session=True,
+        )  # fmt: skip
+        self.outbox: queue.Queue[str] = queue.Queue(MESSAGES)
+        self.result: dict[str, Any] | None = None
+        self.threads = [threading.Thread(target=f, daemon=True) for f in (self._write, self._read)]
+        for thread in self.threads:
+            thread.start()
+        atexit.register(self.leave)
 
     def start(self, run_id: str, config: Mapping[str, Any], *, method: str, tags: list[str]) -> None:
-        try:
-            self.runs[run_id] = self._init(run_id, config, method, tags)
-        except Exception as e:
-            if self.mode != "online":
-                raise
-            self.mode = "offline"  # one wait for a server that is not there is enough
-            raise ConnectionError(f"{type(e).__name__}: {e}; runs that start later are mirrored offline") from e
-
-    def _init(self, run_id: str, config: Mapping[str, Any], method: str, tags: list[str]) -> wandb.Run:
-        import wandb
-
-        folder = self.store.run_dir(run_id)
-        folder.mkdir(parents=True, exist_ok=True)
-        return wandb.init(
-            id=wandb_id(self.sweep, run_id), name=name(run_id, config), project=self.settings.project,
-            entity=self.settings.entity, group=self.sweep, job_type=method, tags=tags, config=dict(config),
-            dir=str(folder), mode=self.mode, reinit="create_new", settings=quiet(),
-        )  # fmt: skip
+        self.live.add(run_id)
+        self._send(do="start", run=run_id, config=config, method=method, tags=tags)
 
     def log(self, run_id: str, row: Row) -> None:
-        values = {key: value for key, value in row.items() if key != "step"}
-        self.runs[run_id].log(values, step=int(row["step"]))
+        """The row stands in the run's history, where the mirror reads it."""
 
     def finish(self, run_id: str, record: Record) -> None:
-        run = self.runs.pop(run_id)
-        found = {"status": record.status, "role": record.role, "run_id": record.run_id, "error": record.error}
-        resources = {f"resources/{key}": value for key, value in record.resources.items()}
-        run.log({}, commit=True)  # the last row would else be written after the summary, and over it
-        run.summary.update(
-            {key: value for key, value in (found | record.metrics | resources).items() if value is not None}
-        )
-        run.finish(exit_code=1 if record.status == "failed" else 0)
+        self.live.discard(run_id)
+        self._send(do="finish", run=run_id)
+
+    def report(self, report_dir: Path, tables: Mapping[str, Any]) -> None:
+        self._send(do="report", dir=str(report_dir.resolve()), tables=tables)
 
     def close(self) -> None:
-        """Runs still open were stopped: they end as failed, as far as W&B is told."""
-        while self.runs:
-            self.runs.popitem()[1].finish(exit_code=1)
+        """Runs without a record were stopped; their W&B runs go on when the sweep does."""
+        self.stopped = self.stopped or bool(self.live)
+        self.live.clear()
+        self._send(do="rest")
+        if multiprocessing.parent_process() is not None:  # such a process ends without its exit hooks
+            self.leave()
+
+    def leave(self) -> None:
+        """Wait for what is still to be sent, a little; then end the process and say what is not at W&B."""
+        atexit.unregister(self.leave)
+        wait = STOPPED if self.stopped else max(PATIENCE, SHARE * (time.monotonic() - self.began))
+        self._send(do="close", wait=wait)
+        try:
+            self.process.wait(wait + 1.0)
+            why = "the mirror's process died"
+        except subprocess.TimeoutExpired:
+            self.process.kill()
+            self.process.wait()
+            why = f"not done {wait:.0f} s after the end"
+        self.outbox.put_nowait("")
+        for thread in self.threads:
+            thread.join(1.0)
+        result = self.result or {"left": ["some runs"], "why": why}
+        if left := result["left"]:
+            who = ", ".join(left[:3]) + (f" and {len(left) - 3} more" if len(left) > 3 else "")
+            again = f"python -m lorabench.sync {self.store.root} sends what is missing"
+            print(
+                f"tracker wandb: not at W&B: {who} ({result['why']}); the records are complete; {again}",
+                file=sys.stderr,
+            )
+
+    def _send(self, **message: Any) -> None:
+        self.outbox.put_nowait(json.dumps(message, default=str) + "\n")
+
+    def _write(self) -> None:
+        stdin = self.process.stdin
+        assert stdin is not None
+        with stdin:
+            while line := self.outbox.get():
+                try:
+                    stdin.write(line)
+                    stdin.flush()
+                except OSError:  # it has ended, and says why
+                    return
+
+    def _read(self) -> None:
+        stdout = self.process.stdout
+        assert stdout is not None
+        with stdout:
+            for line in stdout:
+                said = json.loads(line)
+                if "say" in said:
+                    print(f"tracker wandb: {said['say']}", file=sys.stderr)
+                else:
+                    self.result = said
 
 
-def quiet() -> wandb.Settings:
-    """Nothing on the terminal, and nothing sent but what the record holds: no console, source, machine or its load."""
-    import wandb
-
-    return wandb.Settings(
-        console="off", silent=True, disable_code=True, disable_git=True, save_code=False, x_disable_stats=True,
-        x_disable_meta=True, x_disable_machine_info=True, x_save_requirements=False, init_timeout=TIMEOUT,
-    )  # fmt: skip
-
-
-def wandb_id(sweep: str, run_id: str) -> str:
-    """Stable over restarts, unique over sweeps: W&B allows 64 characters and no punctuation of paths."""
-    plain = re.sub(r"[^A-Za-z0-9_-]", "-", sweep)[:40]
-    return f"{plain}-{run_id}" if plain == sweep else f"{plain}-{digest(sweep)[:8]}-{run_id}"
-
-
-def name(run_id: str, config: Mapping[str, Any]) -> str:
-    """What W&B's run list shows: `lora r=8 lr=0.001 seed=0`."""
-    method, optimizer = config.get("method", {}), config.get("optimizer", {})
-    parts = {"r": method.get("r"), "alpha": method.get("alpha"), "lr": optimizer.get("lr"), "seed": config.get("seed")}
-    return " ".join([str(method.get("name", run_id)), *(f"{k}={v}" for k, v in parts.items() if v is not None)])
-
-
-def mode(asked: str) -> Any:
+def mode(asked: str) -> str:
     """W&B's mode: as asked; for `auto` what WANDB_MODE says, else online when there is a key, else offline."""
-    if asked != "auto":
-        return asked
-    return os.environ.get("WANDB_MODE") or ("online" if _has_key() else "offline")
-
-
-def _has_key() -> bool:
-    """A key in the environment, or in the netrc file where `wandb login` puts it: W&B would ask on the terminal."""
-    if os.environ.get("WANDB_API_KEY") or os.environ.get("WANDB_IDENTITY_TOKEN_FILE"):
-        return True
-    import wandb
-
-    server = os.environ.get("WANDB_BASE_URL") or wandb.setup().settings.base_url
-    path = Path(os.environ.get("NETRC") or "~/.netrc").expanduser()
-    try:
-        return urlsplit(server).hostname in netrc.netrc(str(path)).hosts
-    except (OSError, netrc.NetrcParseError):
-        return False
+    found = asked if asked != "auto" else os.environ.get("WANDB_MODE") or ("online" if api_key() else "offline")
+    return {"run": "online", "shared": "online", "dryrun": "offline"}.get(found, found)

@@ -1,0 +1,185 @@
+"""An Optuna study over a sweep: trials as jobs, records as what they are told."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from statistics import fmean
+from typing import Any
+
+import optuna
+from hydra.types import HydraContext
+from omegaconf import DictConfig
+from optuna.trial import TrialState
+
+from hydra_plugins.lorabench._compose import Composer
+from hydra_plugins.lorabench._space import space
+from lorabench.records import Record, Store
+from lorabench.schema import ConfigError, ExistingWork
+
+RATE, SEED = "optimizer.lr", "seed"
+# What a cell's own label says already; any other axis is named beside it.
+LABELLED = (RATE, "method", "method.r", "method.alpha", "method.target_modules", "method.use_rslora")
+
+
+@dataclass
+class Trial:
+    """number: Optuna's. overrides: one set a tuning seed. jobs: the same, composed."""
+
+    number: int
+    overrides: list[tuple[str, ...]]
+    jobs: list[Any]
+
+
+class Search:
+    """The study of one sweep. Its journal lies in the sweep's directory, so the same command goes on with it."""
+
+    def __init__(
+        self, context: HydraContext, config: DictConfig, settings: Mapping[str, Any], arguments: Sequence[str]
+    ) -> None:
+        self.composer, self.options = Composer.of(context, config), settings
+        self.space = space(settings["params"], arguments)
+        if SEED in self.space.axes:
+            raise ConfigError(SEED, "swept", "a trial's seeds are sweep.tune_seeds; a seed is not searched for")
+        self.always = () if config.sweep.name else (f"sweep.name={self.composer.name}",)
+        self.seeds = list(config.sweep.tune_seeds)
+        from lorabench import sweep
+
+        corner = self._trial(-1, self.space.corner()).jobs
+        self.run, self.settings = corner[0].run, corner[0].settings
+        sweep.require_fresh(self.settings)
+        sweep.check_all(corner)
+        self.store = Store(self.settings.sweep.dir)
+        self.store.check_foreign()
+        self.dry_run = bool(self.settings.sweep.dry_run)
+        self.kept: dict[int, Trial] = {}
+        self.study = self._opened()
+        self.pending, self.left = self._unfinished()
+
+    def _opened(self) -> Any:
+        optuna.logging.set_verbosity(optuna.logging.WARNING)
+        lower = self.run.task.metric in getattr(self.run.task, "lower_is_better", ("loss",))
+        direction = "minimize" if lower else "maximize"
+        samplers = {"tpe": self._tpe, "random": optuna.samplers.RandomSampler}
+        name = self.options["sampler"]
+        if name not in samplers:
+            raise ConfigError("hydra.sweeper.sampler", name, f"allowed: {', '.join(samplers)}")
+        storage = None
+        if not self.dry_run:
+            journal = self.store.root / "optuna" / "journal"
+            journal.parent.mkdir(parents=True, exist_ok=True)
+            backend = optuna.storages.journal.JournalFileBackend(str(journal))
+            storage = optuna.storages.JournalStorage(backend)
+        study = optuna.create_study(
+            storage=storage, study_name="lorabench", direction=direction, load_if_exists=True,
+            sampler=samplers[name](seed=self.options["seed"]),
+        )  # fmt: skip
+        if study.direction.name.lower() != direction:
+            raise ExistingWork(
+                "sweep.dir", str(self.store.root), f"its study does not {direction} {self.run.task.metric}"
+            )
+        return study
+
+    @staticmethod
+    def _tpe(seed: int | None) -> Any:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)
+            return optuna.samplers.TPESampler(seed=seed, constant_liar=True)  # trials of a batch keep their distance
+
+    def _unfinished(self) -> tuple[list[Trial], int]:
+        """Trials that were asked for and never told, and how many are left to ask for."""
+        pending, told = [], 0
+        for t in self.study.get_trials(deepcopy=False):
+            if t.state == TrialState.RUNNING and t.params.keys() == self.space.axes.keys():
+                pending.append(self._trial(t.number, self.space.overrides(t.params)))
+            elif t.state == TrialState.RUNNING:  # cut while it was drawn, or of another space
+                self.study.tell(t.number, state=TrialState.FAIL)
+            elif t.state == TrialState.FAIL and self.settings.sweep.retry_failed and t.params:
+                self.study.enqueue_trial(t.params)
+                continue
+            told += t.state != TrialState.WAITING
+        return pending, max(0, self.options["n_trials"] - told)
+
+    def _trial(self, number: int, overrides: Sequence[str]) -> Trial:
+        sets = [(*overrides, f"{SEED}={seed}", *self.always) for seed in self.seeds]
+        shown = [o.split("=", 1) for o in overrides]
+        extra = {k: v for k, v in shown if k in self.space.axes and k not in LABELLED}
+        return Trial(number, sets, [self.composer.job(o, extra) for o in sets])
+
+    def ask(self) -> list[Trial]:
+        """The next batch: first what was asked for before a launcher was killed. Empty when the study is complete."""
+        batch, self.pending = self.pending[: self.options["n_jobs"]], self.pending[self.options["n_jobs"] :]
+        more = min(self.left, self.options["n_jobs"] - len(batch))
+        self.left -= more
+        try:
+            asked = [self.study.ask(dict(self.space.axes)) for _ in range(more)]
+        except ValueError as e:
+            raise ExistingWork("sweep.dir", str(self.store.root), f"its study searches another space ({e})") from e
+        batch += [self._trial(t.number, self.space.overrides(t.params)) for t in asked]
+        if batch:
+            from lorabench import sweep
+
+            sweep.declare([job for trial in batch for job in trial.jobs])
+        return batch
+
+    def preview(self) -> list[list[str]]:
+        """The first batch, from a study in memory."""
+        return self.override_sets(self.ask())
+
+    def override_sets(self, batch: Sequence[Trial]) -> list[list[str]]:
+        """One a run: two trials may come to the same one."""
+        pairs = [(job.run.run_id, o) for t in batch for job, o in zip(t.jobs, t.overrides, strict=True)]
+        return [list(o) for o in dict(reversed(pairs)).values()]
+
+    def tell(self, batch: Sequence[Trial]) -> None:
+        """A trial's value; PRUNED for one that diverged or was pruned, FAIL for one that failed."""
+        for trial in batch:
+            records = [self.store.read(job.run.run_id) for job in trial.jobs]
+            state, value = told(records)
+            self.study.tell(trial.number, value, state=state, skip_if_finished=True)
+            self.kept[trial.number] = trial
+
+    def _best(self) -> Trial | None:
+        done = [t for t in self.study.get_trials(deepcopy=False) if t.state == TrialState.COMPLETE]
+        if not done:
+            return None
+        best = self.study.best_trial
+        return self.kept.get(best.number) or self._trial(best.number, self.space.overrides(best.params))
+
+    def confirmation(self) -> list[list[str]]:
+        """Fresh seeds for the best trial's cell, at the rate which tuning chose there."""
+        seeds, best = self.settings.sweep.confirm_seeds, self._best()
+        if not seeds or best is None or self.settings.sweep.role != "tune":
+            return []
+        from lorabench import sweep
+
+        lr = sweep.chosen_rates(self.settings).get(sweep.cell_id(best.jobs[0].label))
+        if lr is None:
+            return []
+        base = [o for o in best.overrides[0] if o.split("=", 1)[0] not in (RATE, SEED)]
+        sets = [(*base, f"{RATE}={lr!r}", f"{SEED}={seed}", "sweep.role=confirm") for seed in seeds]
+        sweep.declare([self.composer.job(o, best.jobs[0].label["extra"]) for o in sets])
+        return [list(o) for o in sets]
+
+    def finish(self, *, solo: bool) -> None:
+        from lorabench import sweep
+
+        if (best := self._best()) is not None:
+            found = " ".join(o for o in best.overrides[0] if o.split("=", 1)[0] in self.space.axes)
+            print(
+                f"best of {len(self.study.trials)} trials: {found}: {self.run.task.metric} {self.study.best_value:.4g}"
+            )
+            if solo:
+                sweep.measure_cells(self.settings, best.jobs)
+        sweep.finish(self.settings)
+
+
+def told(records: Sequence[Record | None]) -> tuple[TrialState, float | None]:
+    """What a trial's records, one a seed, come to."""
+    statuses = {"failed" if r is None else r.status for r in records}
+    if "failed" in statuses:
+        return TrialState.FAIL, None
+    if statuses != {"completed"}:
+        return TrialState.PRUNED, None
+    return TrialState.COMPLETE, fmean(float(r.metrics[f"val/{r.metrics['primary']}"]) for r in records if r)

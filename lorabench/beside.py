@@ -1,0 +1,71 @@
+"""What a confirmation run says beside its test metrics: what it forgot, what became of its tone, a few samples.
+
+Measured on the base before the pack trains and on each slice after. Record metrics:
+`probe/<name>/<loss or accuracy>` (after), `probe/<name>/before`, `probe/<name>/examples`;
+`style/real`, `style/base`, `style/adapted` (mean probability that a reply is a real one), `style/examples`, and
+`style/moved`, `style/moved_low`, `style/moved_high` where the classifier can tell (`tone`). Samples: `samples`.
+"""
+
+from __future__ import annotations
+
+import time
+
+import numpy as np
+
+from lorabench import forgetting, probes, replies, samples, tone
+from lorabench.outcome import Session
+
+
+class Beside:
+    """Made before a pack trains, for confirmation runs; `finish` fills `session.extras` and writes samples."""
+
+    def __init__(self, session: Session) -> None:
+        start, self.session, run = time.perf_counter(), session, session.pack.runs[0]
+        self.probe = probes.of(run, session.prepared.head)
+        self.known = forgetting.plain(session, self.probe) if self.probe else 0.0
+        prompts = getattr(run.task, "style_prompts", 0)
+        self.style = Style(session, prompts) if prompts else None
+        self.samples = samples.before(session)
+        session.beside_seconds = time.perf_counter() - start
+
+    def finish(self) -> None:
+        s, start = self.session, time.perf_counter()
+        kept = s.module.kept
+        s.extras = {k: {} for k in kept}
+        if self.probe and kept:
+            name = f"probe/{self.probe.task.name}"
+            for k, after in zip(kept, forgetting.measured(s, self.probe, kept), strict=True):
+                s.extras[k] |= {f"{name}/{self.probe.metric}": after, f"{name}/before": self.known}
+                s.extras[k] |= {f"{name}/examples": len(self.probe.splits["test"])}
+        if self.style and kept:
+            for k, adapted in zip(kept, replies.written(s, self.style.prompts, kept), strict=True):
+                s.extras[k] |= self.style.metrics(adapted)
+        if self.samples and kept:
+            samples.write(s, self.samples)
+        s.beside_seconds = (s.beside_seconds or 0.0) + time.perf_counter() - start
+
+
+class Style:
+    """Held-out pairs, the base's replies to their prompts, and the classifier made of one half of them.
+
+    prompts: those of the other half, on which `metrics` scores replies.
+    """
+
+    def __init__(self, s: Session, size: int) -> None:
+        examples = s.prepared.encoded.splits["test"][:size]
+        rows = {r["example"]: r for r in s.prepared.data.splits["test"]}
+        groups = [rows[e["example"]].get("group") or str(e["example"]) for e in examples]
+        prompts, real = [replies.prompt_of(e) for e in examples], [replies.real_reply(s, e) for e in examples]
+        base = replies.of_base(s, prompts)
+        learn, score = tone.halves(groups)
+        self.classifier = tone.learned([real[i] for i in learn], [base[i] for i in learn])
+        self.prompts, self.groups = [prompts[i] for i in score], [groups[i] for i in score]
+        self.real, self.base = (tone.realness(self.classifier, [own[i] for i in score]) for own in (real, base))
+
+    def metrics(self, adapted: list[str]) -> dict[str, float]:
+        """Of the replies of one slice to `prompts`."""
+        scores = {"real": self.real, "base": self.base, "adapted": tone.realness(self.classifier, adapted)}
+        found = {f"style/{name}": float(np.mean(values)) for name, values in scores.items()}
+        found["style/examples"] = len(adapted)
+        moved = tone.moved(**scores, groups=self.groups)
+        return found | (dict(zip(("style/moved", "style/moved_low", "style/moved_high"), moved)) if moved else {})

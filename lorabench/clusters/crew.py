@@ -1,0 +1,205 @@
+"""Trains packs as jobs of a cluster and waits for them: what an executor is to `sweep`, for jobs that outlive it."""
+
+from __future__ import annotations
+
+import queue
+import sys
+import threading
+import time
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
+from typing import Any
+
+from lorabench.clusters import job as jobs
+from lorabench.clusters import watch as watching
+from lorabench.clusters.engines import Death, Engine, engine
+from lorabench.clusters.watch import Watch
+from lorabench.outcome import failed
+from lorabench.prepare import Pack
+from lorabench.records import Record, Store
+from lorabench.train import Listener, OutOfMemory
+
+GONE = 3  # looks in a row that must miss a job, its end and its records before it counts as dead
+LATE = 20  # the same for records after its end: a network file system may show them later
+THREADS = 1000  # packs that wait at once
+
+
+class JobCrew:
+    """Use as a context. `train` has the meaning of `train.train`, `map` that of `map`.
+
+    settings: the launcher's, for the engine; poll_seconds: between two looks at the queue and the store; resubmit: how
+    often a pack whose job died (node lost, killed) is submitted again before its runs are recorded as failed.
+    """
+
+    def __init__(self, name: str, settings: Mapping[str, Any], sweep: str, *, quiet: bool = False) -> None:
+        self.settings, self.quiet = dict(settings), quiet
+        self.poll, self.resubmit = self.settings.pop("poll_seconds"), self.settings.pop("resubmit")
+        self.name, self.sweep = name, sweep
+        self._inbox: queue.SimpleQueue[Watch] = queue.SimpleQueue()
+        self._waiting: list[Watch] = []
+        self._watched: list[Watch] = []
+        self._stop = threading.Event()
+        self._engine: Engine | None = None
+
+    def __enter__(self) -> JobCrew:
+        self._thread = threading.Thread(target=self._loop, name="jobs", daemon=True)
+        self._thread.start()
+        return self
+
+    def __exit__(self, *args: Any) -> None:
+        self._stop.set()
+        self._thread.join(timeout=60)
+        if self._engine is not None:
+            self._engine.close()
+
+    def say(self, text: str) -> None:
+        if not self.quiet:
+            print(text, file=sys.stderr)  # a live display shows it above its bars
+
+    def map(self, one: Callable[[Pack], list[Record]], packs: Sequence[Pack]) -> Iterator[list[Record]]:
+        with ThreadPoolExecutor(max(1, min(len(packs), THREADS))) as threads:
+            try:
+                yield from threads.map(one, packs)
+            except BaseException:
+                self._stop.set()  # nobody waits any more; jobs that were submitted go on
+                threads.shutdown(wait=False, cancel_futures=True)
+                raise
+
+    __call__ = map  # as an executor without a `train` of its own is called
+
+    def train(
+        self, pack: Pack, store: Store, listener: Listener, *, keep: Collection[str], **options: Any
+    ) -> list[Record]:
+        """options: what else `train.train` is told there."""
+        watch = Watch(pack, Store(store.root.resolve()), listener, keep, options)
+        self._inbox.put(watch)
+        while not self._stop.is_set():
+            with suppress(TimeoutError):
+                return watch.result.result(timeout=5)
+        raise Stopped
+
+    def _loop(self) -> None:
+        """The one thread that talks to the engine and to the listeners."""
+        began = 0.0
+        while not self._stop.wait(0.1):
+            fresh = self._arrived()
+            if not fresh and time.monotonic() - began < self.poll:
+                continue
+            began = time.monotonic()
+            self._waiting += fresh
+            try:
+                self._place()
+                self._look()
+            except BaseException as e:  # told to those who wait: their threads are the ones that are heard
+                self._give_up(e)
+        self._waiting += self._arrived()
+        self._give_up(Stopped())
+
+    def _give_up(self, error: BaseException) -> None:
+        for watch in (*self._waiting, *self._watched):
+            watching.settle(watch, error=error)
+        self._waiting, self._watched = [], []
+
+    def _arrived(self) -> list[Watch]:
+        """New packs, all that come at about the same time: they become one array."""
+        found: list[Watch] = []
+        while not self._inbox.empty():
+            found.append(self._inbox.get())
+            if self._inbox.empty():
+                time.sleep(0.1)
+        return found
+
+    def _place(self) -> None:
+        """Give every waiting pack a job: the one it has already, from whichever launcher, or a new one."""
+        if not self._waiting:
+            return
+        store = self._waiting[0].store
+        if self._engine is None:
+            self._engine = engine(self.name, self.settings, jobs.folder(store) / "log", self.sweep)
+        with store.locked():  # of two launchers on one sweep, one submits and the other finds it
+            noted = {w.pack.id: jobs.entry(store, w.pack.id) for w in self._waiting}
+            alive = self._engine.alive([str(e["job"]) for e in noted.values() if e.get("engine") == self.name])
+            if alive is None:
+                return
+            fresh = [w for w in self._waiting if not self._found(w, noted[w.pack.id], alive)]
+            if there := [str(w.job) for w in self._waiting if w.job is not None]:
+                self.say(f"{store.root.name}: {len(there)} packs have jobs already, {_named(there)}")
+            if self._engine.room is not None:
+                fresh = fresh[: max(0, self._engine.room - len(self._watched))]
+            if fresh:
+                self._submit(store, fresh)
+        self._waiting = [w for w in self._waiting if w.job is None and not w.result.done()]
+
+    def _found(self, watch: Watch, noted: Mapping[str, Any], alive: set[str]) -> bool:
+        """Whether a pack needs no new job: it has one, or one that nobody waited for has ended already."""
+        job = str(noted.get("job"))
+        if noted.get("engine") == self.name and job in alive:
+            watch.job, watch.tries = job, max(watch.tries, int(noted.get("tries", 1)))
+            self._watched.append(watch)
+            return True
+        told = jobs.end(watch.store, watch.pack.id, job)
+        if told.get("kind") in ("mix", "memory"):
+            watching.close(watch, told)
+        elif all(watch.store.read(i) and i not in watching.again(watch) for i in watch.pack.run_ids):
+            watching.close(watch, {"kind": "done"})
+        return watch.result.done()
+
+    def _submit(self, store: Store, fresh: Sequence[Watch]) -> None:
+        assert self._engine is not None
+        cpus = self.settings.get("cpus_per_task")
+        made = [
+            jobs.PackJob(str(store.root), w.pack.id, w.pack.prune, watching.again(w), w.options, cpus) for w in fresh
+        ]
+        for watch, job in zip(fresh, self._engine.submit(made), strict=True):
+            watch.job, watch.tries, watch.missed = job, watch.tries + 1, 0
+            jobs.note(store, watch.pack.id, engine=self.name, job=job, tries=watch.tries)
+            self._watched.append(watch)
+        self.say(f"{store.root.name}: {len(fresh)} packs submitted, {self.name} job {_named(w.job for w in fresh)}")
+
+    def _look(self) -> None:
+        if not self._watched:
+            return
+        assert self._engine is not None
+        alive = self._engine.alive([str(w.job) for w in self._watched])
+        for watch in list(self._watched):
+            watching.hear(watch)
+            told = jobs.end(watch.store, watch.pack.id, str(watch.job))
+            if told:
+                watching.close(watch, told)
+                watch.missed += not watch.result.done()
+                if watch.missed >= LATE:
+                    self._died(watch, Death(f"{self.name} job {watch.job} ended and left no record"))
+            elif alive is not None and watch.job not in alive:
+                watch.missed += 1
+                if watch.missed >= GONE:
+                    self._died(watch, self._engine.death(str(watch.job)))
+            else:
+                watch.missed = 0
+        self._watched = [w for w in self._watched if w.job is not None and not w.result.done()]
+
+    def _died(self, watch: Watch, death: Death) -> None:
+        """Once more, in halves, or failed: what a job that left no word is worth."""
+        if death.memory and len(watch.pack.runs) > 1:
+            watching.settle(watch, error=OutOfMemory(f"{watch.pack.id}: {death.reason}"))
+        elif death.again and watch.tries <= self.resubmit:
+            self.say(f"{watch.pack.id}: {death.reason}; submitted again")
+            watch.job = None
+            self._waiting.append(watch)
+        else:
+            why = f"{death.reason}; sweep.retry_failed=true trains it again"
+            kept = [i for i in watch.pack.run_ids if i not in watching.again(watch) and watch.store.read(i)]
+            for run in watch.pack.runs:
+                if run.run_id not in kept:
+                    watch.store.write(failed(run, why, ""))
+            watching.close(watch, {"kind": "done"})
+
+
+def _named(made: Iterable[str | None]) -> str:
+    """Jobs in a few words, an array once."""
+    ids = sorted({str(job).split("_")[0] for job in made})
+    return ", ".join(ids[:4]) + (f" and {len(ids) - 4} more" if len(ids) > 4 else "")
+
+
+class Stopped(Exception):
+    """The launcher ends; its jobs do not."""

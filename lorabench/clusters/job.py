@@ -1,0 +1,136 @@
+"""What runs inside a cluster's job: one pack, rebuilt from the manifest, trained as this process would train it.
+
+<sweep dir>/locks/jobs/<pack>.json        the pack's job: engine, id, how often it was submitted
+<sweep dir>/locks/jobs/<pack>.end.json    what became of that job's training, written by the job as its last act
+<sweep dir>/locks/jobs/log/               the engine's files: standard output and error, sbatch scripts
+
+Only the job that the first file names trains the pack. So a job whose launcher died before it could note its id
+trains nothing, and the next launcher may submit the pack again.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from lorabench.records import Store, atomic_write, dump_json
+from lorabench.schema import ConfigError
+
+NOTED = 60.0  # seconds that a job waits for the launcher to note its id
+PACK_ID = re.compile(r"p\d+(\.\d+)*")
+
+
+def folder(store: Store) -> Path:
+    return store.root / "locks" / "jobs"
+
+
+def entry(store: Store, pack_id: str) -> dict[str, Any]:
+    """The pack's job as noted: `engine`, `job`, `tries`; empty where there is none."""
+    return _read(_path(store, pack_id, ".json"))
+
+
+def unended(store: Store) -> dict[str, dict[str, Any]]:
+    """The entries whose job has left no word yet, by pack."""
+    found = {p.stem: _read(p) for p in sorted(folder(store).glob("p*.json")) if PACK_ID.fullmatch(p.stem)}
+    return {i: e for i, e in found.items() if e.get("job") and not end(store, i, e["job"])}
+
+
+def note(store: Store, pack_id: str, **values: Any) -> None:
+    """Name the job that may train a pack; what an earlier job left is no longer its end."""
+    _path(store, pack_id, ".end.json").unlink(missing_ok=True)
+    atomic_write(_path(store, pack_id, ".json"), dump_json(values))
+
+
+def end(store: Store, pack_id: str, job: str) -> dict[str, Any]:
+    """What that job says became of its training: `kind` done, mix, memory or refused; empty before."""
+    found = _read(_path(store, pack_id, ".end.json"))
+    return found if found.get("job") == job else {}
+
+
+def _path(store: Store, pack_id: str, suffix: str) -> Path:
+    assert PACK_ID.fullmatch(pack_id), f"{pack_id!r} is no pack's id"
+    return folder(store) / f"{pack_id}{suffix}"
+
+
+def _read(path: Path) -> dict[str, Any]:
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return {}
+    return found if isinstance(found, dict) else {}
+
+
+@dataclass(frozen=True)
+class PackJob:
+    """A pack to train, small enough to send: the manifest holds the rest.
+
+    again: run_ids with a record that is to be replaced; every other run with a record keeps it. options: what else
+    `train` is told. cpus: threads, where the engine does not say.
+    """
+
+    root: str
+    pack_id: str
+    prune: bool = False
+    again: Sequence[str] = ()
+    options: Mapping[str, Any] = field(default_factory=dict)
+    cpus: int | None = None
+
+    def __call__(self) -> None:
+        """As submitit calls it, once a start of the job."""
+        import submitit
+
+        env = submitit.JobEnvironment()
+        store, me = Store(self.root), env.job_id
+        if not self._is_mine(store, me):
+            print(f"{self.pack_id}: job {me} is not the one that its launcher noted; it trains nothing", flush=True)
+        elif not end(store, self.pack_id, me):  # a job that was requeued after its end has nothing left to do
+            self.run(me, leader=env.global_rank == 0)
+
+    def checkpoint(self) -> Any:
+        """Time-out and preemption: the same again. What a pack keeps for its resumption is the store's."""
+        import submitit
+
+        return submitit.helpers.DelayedSubmission(self)
+
+    def run(self, me: str, *, leader: bool = True) -> None:
+        """Train, and leave word of how it ended. Errors of the runs are in their records."""
+        self._threads()
+        from lorabench.planning import planned_pack
+        from lorabench.ranks import train
+        from lorabench.train import Listener, OutOfMemory, SlicesMix
+
+        store = Store(self.root)
+        pack = planned_pack(store, self.pack_id, prune=self.prune)
+        keep = [i for i in pack.run_ids if i not in self.again and store.read(i) is not None]
+        ended: dict[str, Any] = {"kind": "done"}
+        try:
+            if len(keep) < len(pack.runs):
+                train(pack, store, Listener(), keep=keep, **self.options)
+        except SlicesMix as e:
+            ended = {"kind": "mix", "layer": e.layer, "reason": e.reason}
+        except OutOfMemory as e:
+            ended = {"kind": "memory", "reason": str(e)}
+        except ConfigError as e:  # what the job finds is not what the launcher checked, or not what was trained before
+            ended = {"kind": "refused", "key": e.key, "value": str(e.value), "allowed": e.allowed}
+        if leader:
+            atomic_write(_path(store, self.pack_id, ".end.json"), dump_json({**ended, "job": me}))
+
+    def _is_mine(self, store: Store, me: str) -> bool:
+        until = time.monotonic() + NOTED
+        while (job := entry(store, self.pack_id).get("job")) != me and time.monotonic() < until:
+            time.sleep(0.2)
+        return job == me
+
+    def _threads(self) -> None:
+        """As many threads as CPUs were asked for; OMP_NUM_THREADS, where it is set, has said so already."""
+        cpus = os.environ.get("SLURM_CPUS_PER_TASK") or self.cpus
+        if cpus and "OMP_NUM_THREADS" not in os.environ:
+            import torch
+
+            torch.set_num_threads(int(cpus))

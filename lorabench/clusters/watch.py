@@ -1,0 +1,106 @@
+"""A pack on its way as a job: what its listener has heard of it, and its end as the caller of `train` knows it."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Mapping
+from concurrent.futures import Future
+from dataclasses import dataclass, field
+from typing import Any
+
+from lorabench import prepare as prep
+from lorabench.prepare import Pack
+from lorabench.records import Record, Store
+from lorabench.schema import ExistingWork
+from lorabench.train import Listener, OutOfMemory, SlicesMix
+
+
+@dataclass(eq=False)
+class Watch:
+    """A pack on its way: its job, and how much of its histories the listener has heard."""
+
+    pack: Pack
+    store: Store
+    listener: Listener
+    keep: Collection[str]
+    options: Mapping[str, Any] = field(default_factory=dict)
+    result: Future[list[Record]] = field(default_factory=Future)
+    job: str | None = None
+    tries: int = 0
+    missed: int = 0
+    heard: dict[str, int] = field(default_factory=dict)
+    sizes: dict[str, int] = field(default_factory=dict)
+    step: int = 0
+    begun: bool = False
+
+
+def _begin(watch: Watch) -> None:
+    """What a listener hears first, once. Runs that keep their record are not told of: they were before."""
+    if not watch.begun:
+        watch.begun = True
+        for run in watch.pack.runs:
+            if run.run_id not in watch.keep:
+                watch.listener.start(run)
+
+
+def again(watch: Watch) -> list[str]:
+    """Runs whose record is to be replaced: one that failed, or that was pruned where pruning is off now."""
+    found = {i: watch.store.read(i) for i in watch.pack.run_ids if i not in watch.keep}
+    return [i for i, record in found.items() if record and record.status in ("failed", "pruned")]
+
+
+def hear(watch: Watch) -> None:
+    """Pass on what the histories have grown by. A pack that starts again repeats its rows: those were heard."""
+    for run in watch.pack.runs:
+        try:
+            size = (watch.store.run_dir(run.run_id) / "history.jsonl").stat().st_size
+        except OSError:
+            continue
+        if run.run_id in watch.keep or watch.sizes.get(run.run_id) == size:
+            continue
+        watch.sizes[run.run_id] = size
+        rows = watch.store.history(run.run_id)
+        _begin(watch)
+        if new := rows[watch.heard.get(run.run_id, 0) :]:
+            watch.heard[run.run_id] = len(rows)
+            watch.listener.rows(run.run_id, new)
+        step = max((int(row.get("step") or 0) for row in rows), default=0)
+        if step > watch.step:
+            watch.step = step
+            watch.listener.step(step, _total(watch.pack))
+
+
+def _total(pack: Pack) -> int:
+    first = pack.runs[0]
+    return prep.total_steps(first, len(prep.load_data(first.task).splits["train"]))
+
+
+def close(watch: Watch, told: Mapping[str, Any]) -> None:
+    """The pack's end as the caller of `train` knows it."""
+    if told["kind"] == "mix":
+        settle(watch, error=SlicesMix(told["layer"], told["reason"]))
+    elif told["kind"] == "memory":
+        settle(watch, error=OutOfMemory(told["reason"]))
+    elif told["kind"] == "refused":
+        settle(watch, error=ExistingWork(told["key"], told["value"], told["allowed"]))
+    else:
+        hear(watch)
+        found = [watch.store.read(i) for i in watch.pack.run_ids]
+        records = [r for r in found if r is not None]
+        if len(records) < len(found):
+            return  # a network file system that is late: the next look may find it
+        _begin(watch)
+        for record in records:
+            if record.run_id not in watch.keep:
+                watch.listener.finish(record)
+        if 0 < watch.step < (total := _total(watch.pack)):
+            watch.listener.step(total, total)
+        settle(watch, records)
+
+
+def settle(watch: Watch, records: list[Record] | None = None, error: BaseException | None = None) -> None:
+    if watch.result.done():
+        return
+    if error is not None:
+        watch.result.set_exception(error)
+    else:
+        watch.result.set_result(records or [])

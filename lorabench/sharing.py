@@ -1,0 +1,42 @@
+"""What a launcher must know of others on the same sweep: the runs they have ended, and when packs they hold are free."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Collection, Mapping
+from typing import Any
+
+from lorabench.prepare import Pack
+from lorabench.records import Store
+from lorabench.terminal import Progress
+
+
+class Ended:
+    """Which runs need no training: those that had ended when this launcher looked first, and what has ended since.
+
+    stamps: `Store.stamp` of each run before that first look. A failed run that is to be trained again has a stamp, too.
+    """
+
+    def __init__(self, store: Store, finished: Collection[str], stamps: Mapping[str, Any]) -> None:
+        self.store, self.finished, self.stamps = store, frozenset(finished), stamps
+
+    def of(self, pack: Pack) -> set[str]:
+        new = {i for i in set(pack.run_ids) - self.finished if self.store.stamp(i) != self.stamps.get(i)}
+        return self.finished.intersection(pack.run_ids) | {i for i in new if self.store.read(i)}
+
+
+def freed(store: Store, held: list[Pack], progress: Progress) -> list[Pack]:
+    """Wait until another launcher has let go of some of the packs it holds, or died; they are taken off the list."""
+    pause = 0.0
+    while held:
+        holders = {pack.id: store.leases.holder(pack.id) for pack in held}
+        free = [pack for pack in held if holders[pack.id] is None]
+        if free:
+            held[:] = [pack for pack in held if pack not in free]
+            return free
+        if not pause:
+            named = ", ".join(f"{i} ({holder})" for i, holder in holders.items())
+            progress.say(f"waiting for packs that other launchers train: {named}")
+        pause = min(2.0, 0.1 + 1.5 * pause)
+        time.sleep(pause)
+    return []

@@ -1,0 +1,216 @@
+"""The process that mirrors a sweep to W&B: it hears which runs live and reads the rest from their records.
+
+A sweep never waits for W&B: what is not sent yet stands in the records, so a slow or absent server leaves no gap, and no
+queue grows. Started by `trackers.wandb`, which talks to it in lines of JSON.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import queue
+import signal
+import sys
+import threading
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, TextIO
+
+from lorabench.records import Record, Store
+from lorabench.trackers import wandb_report
+from lorabench.trackers import wandb_runs as wb
+from lorabench.trackers.wandb_api import Away, Server, api_key, base_url
+
+LOOK = 0.5  # seconds between looks at the histories of live runs
+PAUSES = (1.0, 2.0, 5.0, 10.0, 30.0)  # after a server's first, second, ... silence in a row
+TRIES = 3  # at a run that W&B's client itself gives up on
+
+
+@dataclass
+class Live:
+    """A run that is training, or that has ended and is not at the server yet."""
+
+    run_id: str
+    config: Mapping[str, Any]
+    method: str
+    tags: list[str]
+    record: Record | None = None  # there once it has ended
+    run: Any = None  # W&B's
+    last: int = -1  # the last step logged
+    size: int = -1  # of the history when it was last read
+    errors: int = 0
+
+
+@dataclass
+class Follower:
+    """Keeps W&B's runs at what the records say. say: one line for the sweep's terminal."""
+
+    target: wb.Target
+    say: Callable[[str], None]
+    live: dict[str, Live] = field(default_factory=dict)
+    report: dict[str, Any] | None = None
+    silences: int = 0
+    resume_at: float = 0.0
+    lost: list[str] = field(default_factory=list)
+    why: str = ""
+
+    def hear(self, message: Mapping[str, Any]) -> None:
+        what, run_id = message["do"], message.get("run", "")
+        if what == "start":
+            before = self.live.get(run_id)
+            self.live[run_id] = fresh = Live(run_id, message["config"], message["method"], message["tags"])
+            if before:  # a pack that starts again: the same run goes on, its rows come again
+                fresh.run, fresh.last = before.run, before.last
+        elif what == "finish" and run_id in self.live:
+            self.live[run_id].record = self.target.store.read(run_id)
+        elif what == "report":
+            self.report = dict(message)
+        elif what == "rest":  # what has no record by now was stopped; its W&B run goes on when the sweep does
+            for stopped in [i for i, one in self.live.items() if one.record is None]:
+                del self.live[stopped]
+
+    def turn(self) -> None:
+        """One look at everything; a server that does not answer ends it, until its pause is over."""
+        if time.monotonic() < self.resume_at:
+            return
+        try:
+            for one in list(self.live.values()):
+                self._try(one)
+            if self.report and not self.live:
+                wandb_report.bring(self.target, self.report)
+                self.report = None
+            self.silences = 0
+        except Away as e:
+            if not self.silences:
+                self.say(f"{e}; the records hold everything, tried again from time to time")
+            self.why = str(e)
+            self.resume_at = time.monotonic() + PAUSES[min(self.silences, len(PAUSES) - 1)]
+            self.silences += 1
+        except Exception as e:  # of the sweep's report: its runs are there
+            self.why, self.report = f"{type(e).__name__}: {e}", None
+            self.lost.append("the report")
+
+    @property
+    def idle(self) -> bool:
+        return not self.live and self.report is None
+
+    def _try(self, one: Live) -> None:
+        try:
+            self._advance(one)
+        except Away:
+            raise
+        except Exception as e:
+            one.errors, one.run = one.errors + 1, None
+            self.why = " ".join(f"{type(e).__name__}: {e}".split())
+            if one.errors >= TRIES:
+                del self.live[one.run_id]
+                self.lost.append(one.run_id)
+            elif self.target.server is not None:
+                self.target.server.entity()  # raises Away where it is the server's silence that the client reports
+
+    def _advance(self, one: Live) -> None:
+        """Open the run if it is not, log the steps that are complete, end it once its record is there."""
+        server, known = self.target.server, wb.wandb_id(self.target.sweep, one.run_id)
+        if one.run is None and one.record is not None and server is not None:
+            wb.bring(self.target, one.record)  # it was cut off, or ended before it was opened
+            del self.live[one.run_id]
+            return
+        if one.run is None:
+            has = server.run(known) if server else None
+            one.last, one.size = has.last_step if has else -1, -1
+            one.run = self.target.open(one.run_id, one.config, method=one.method, tags=one.tags)
+        self._log(one)
+        if one.record is not None:
+            if server is not None:
+                server.entity()  # ending waits for the server: first see whether it answers
+            run, one.run = one.run, None
+            self.target.end(run, one.record)
+            if server is not None:
+                want = wb.steps(self.target.store.history(one.run_id))
+                wb.check(server, known, want, self.target.summary(one.record))
+            del self.live[one.run_id]
+
+    def _log(self, one: Live) -> None:
+        """A step is complete once a later one has begun, or the run has ended: train and validation rows share one."""
+        path = self.target.store.run_dir(one.run_id) / "history.jsonl"
+        size = path.stat().st_size if path.is_file() else 0
+        if size == one.size and one.record is None:
+            return
+        one.size = size
+        found = wb.steps(self.target.store.history(one.run_id))
+        new = [(step, values) for step, values in (found if one.record else found[:-1]) if step > one.last]
+        wb.log(one.run, new)
+        one.last = new[-1][0] if new else one.last
+
+
+def serve(follower: Follower, heard: queue.Queue[dict[str, Any] | None]) -> None:
+    """Until told to close and done, or out of time; or until the sweep's process is gone."""
+    deadline = float("inf")
+    while not (deadline < float("inf") and (follower.idle or time.monotonic() > deadline)):
+        try:
+            while True:
+                message = heard.get(timeout=LOOK)
+                if message is None:
+                    return
+                if message["do"] == "close":
+                    deadline = time.monotonic() + float(message["wait"])
+                    follower.resume_at = 0.0
+                else:
+                    follower.hear(message)
+                if heard.empty():
+                    break
+        except queue.Empty:
+            pass
+        follower.turn()
+        if follower.silences and deadline < float("inf"):
+            return
+
+
+def main() -> None:
+    """argv: {"dir", "sweep", "project", "entity", "mode", "artifacts"} as JSON."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the sweep's: it says when to end
+    if hasattr(os, "nice"):
+        os.nice(10)
+    out = os.fdopen(os.dup(1), "w")  # for us alone: what others print, and W&B's own process, get stderr
+    os.dup2(2, 1)
+
+    def tell(**what: Any) -> None:
+        out.write(json.dumps(what) + "\n")
+        out.flush()
+
+    given = json.loads(sys.argv[1])
+    try:
+        follower = Follower(_target(given), lambda text: tell(say=text))
+        heard: queue.Queue[dict[str, Any] | None] = queue.Queue()
+        threading.Thread(target=_listen, args=(sys.stdin, heard), daemon=True).start()
+        serve(follower, heard)
+        left = [*follower.lost, *follower.live, *(["the report"] if follower.report else [])]
+        tell(left=left, why=follower.why)
+    except Exception as e:
+        tell(left=["every run"], why=f"{type(e).__name__}: {e}")
+    os._exit(0)  # W&B's own exit hook would wait for a server that does not answer
+
+
+def _target(given: Mapping[str, Any]) -> wb.Target:
+    server = None
+    if given["mode"] == "online":
+        key = api_key()
+        if key is None:
+            raise ValueError("tracker.mode=online, and no key: set WANDB_API_KEY, or run `wandb login`")
+        server = Server(base_url(), key, given["project"], given["entity"])
+    return wb.Target(
+        Store(Path(given["dir"])), given["sweep"], given["project"], given["entity"], server, given["mode"],
+        given["artifacts"],
+    )  # fmt: skip
+
+
+def _listen(lines: TextIO, heard: queue.Queue[dict[str, Any] | None]) -> None:
+    for line in lines:
+        heard.put(json.loads(line))
+    heard.put(None)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,217 @@
+"""Sweeps through a real Slurm on this machine: the same records, whatever happens to jobs and launchers.
+
+`tests/slurm/start` makes it: munged, slurmctld and slurmd on 127.0.0.1, one for this file.
+"""
+
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from lorabench.clusters import job
+from lorabench.records import Store
+from tiny import make_base, make_data
+
+pytest.importorskip("submitit", reason="submitit is not installed: pip install 'lorabench[slurm]'")
+HERE = Path(__file__).resolve().parent
+JOBS = ["hydra.launcher.executor=slurm", "hydra.launcher.poll_seconds=0.5", "hydra.launcher.cpus_per_task=1", "hydra.launcher.mem_gb=2"]  # fmt: skip
+GRID = ["-m", "method.r=1,4", "optimizer.lr=1e-3,2e-2", "sweep.max_pack=2"]
+
+
+@pytest.fixture(scope="module", autouse=True)
+def slurm(tmp_path_factory):
+    root = tmp_path_factory.mktemp("slurm")
+    started = subprocess.run([HERE / "start", root], capture_output=True, text=True, timeout=120, check=False)
+    if started.returncode:
+        pytest.skip(started.stderr.strip() or "tests/slurm/start failed")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("SLURM_CONF", str(root / "slurm.conf"))
+        # jobs start in the sweep's folder: what they import is what this test imports
+        patch.setenv("PYTHONPATH", os.pathsep.join([str(HERE.parents[1]), os.environ.get("PYTHONPATH", "")]))
+        yield
+    subprocess.run([HERE / "stop", root], timeout=60, check=False)
+
+
+@pytest.fixture(scope="module")
+def tiny(tmp_path_factory):
+    root = tmp_path_factory.mktemp("tiny")
+    base, data = make_base(root / "bert", "bert"), make_data(root / "data.csv")
+    return [
+        "model=hf", f"model.source={base}", "model.name=tiny", "task=text_file", f"task.file={data}", "task.max_length=32",
+        "trainer.batch_size=4", "trainer.precision=64", "trainer.accelerator=cpu",
+        "report.enabled=false", "sweep.measure_solo=false",
+    ]  # fmt: skip
+
+
+@pytest.fixture
+def sweep(cli, tiny):
+    def run(name, *argv, steps=6):
+        return cli(*GRID, *tiny, f"sweep.name={name}", f"trainer.max_steps={steps}", *argv)
+
+    return run
+
+
+@pytest.fixture
+def launcher(tmp_path, tiny, monkeypatch):
+    """The same as a process of its own, which a test may kill. It ends with the test."""
+    started = []
+    monkeypatch.chdir(tmp_path)
+
+    def run(name, *argv, steps=6):
+        command = [sys.executable, "-m", "lorabench", *GRID, *tiny, f"sweep.name={name}", f"trainer.max_steps={steps}"]
+        made = subprocess.Popen([*command, *argv], cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
+        started.append(made)
+        return made
+
+    yield run
+    for made in started:
+        made.kill()
+        made.communicate()
+
+
+def metrics(name):
+    return {r.run_id: (r.status, r.metrics) for r in Store(f"sweeps/{name}").records()}
+
+
+def wait_for(what, seconds=120.0):
+    until = time.monotonic() + seconds
+    while not (found := what()):
+        assert time.monotonic() < until, "waited in vain"
+        time.sleep(0.1)
+    return found
+
+
+def noted(name, pack="p0"):
+    return job.entry(Store(f"sweeps/{name}"), pack).get("job")
+
+
+def history_rows(name):
+    return sum(len(Store(f"sweeps/{name}").history(i)) for i in Store(f"sweeps/{name}").run_ids())
+
+
+def slurm_says(*command):
+    return subprocess.run(command, capture_output=True, text=True, timeout=30, check=True).stdout
+
+
+def test_jobs_leave_the_records_of_the_inline_sweep(sweep):
+    code, out = sweep(
+        "s", *JOBS, "hydra.launcher.timeout_min=7", "hydra.launcher.partition=debug", "hydra.launcher.nice=5"
+    )
+    assert code == 0, out
+    assert sweep("inline")[0] == 0
+    assert metrics("s") == metrics("inline") and len(metrics("s")) == 4
+    array = noted("s").split("_")[0]
+    assert {noted("s", p) for p in ("p0", "p1")} == {f"{array}_0", f"{array}_1"}, "one job array"
+    asked = slurm_says("scontrol", "show", "job", f"{array}_0")
+    for words in ("TimeLimit=00:07:00", "Partition=debug", "mem=2G", "NumCPUs=1", "Nice=5", "JobName=lorabench-s"):
+        assert words in asked
+    assert "2 packs submitted, slurm job" in out and "p1: tune LoRA r=4 x 2: 6 steps" in out
+    before = {p: p.stat().st_mtime_ns for p in Path("sweeps/s/runs").glob("*/run.json")}
+    code, out = sweep("s", *JOBS)
+    assert code == 0 and "nothing to train" in out
+    assert before == {p: p.stat().st_mtime_ns for p in Path("sweeps/s/runs").glob("*/run.json")}
+
+
+def test_a_killed_launcher_finds_its_jobs_again(sweep, launcher):
+    first = launcher("s", *JOBS, steps=400)
+    jobs = wait_for(lambda: noted("s") and noted("s", "p1") and [noted("s", "p0"), noted("s", "p1")])
+    first.kill()
+    first.wait()
+    code, out = sweep("s", *JOBS, steps=400)
+    assert code == 0, out
+    assert "2 packs have jobs already" in out and "submitted" not in out
+    assert [noted("s", "p0"), noted("s", "p1")] == jobs
+    assert len(list(Path("sweeps/s/locks/jobs/log").glob("*_submitted.pkl"))) == 2
+    assert {s for s, _ in metrics("s").values()} == {"completed"} and len(metrics("s")) == 4
+
+
+def test_jobs_that_fail_leave_failed_records_with_the_reason(sweep):
+    code, out = sweep("s", *JOBS, "hydra.launcher.setup=['echo no such module >&2; exit 3']")
+    assert code == 1, out
+    records = Store("sweeps/s").records()
+    assert len(records) == 4 and {r.status for r in records} == {"failed"}
+    assert all("Slurm job" in r.error and "ended: FAILED (exit code 3:0)" in r.error for r in records), records[0].error
+    assert "p0: Slurm job" in out and "submitted again" in out
+    assert "4 of 4 runs failed" in out
+
+
+def test_what_sbatch_refuses_is_one_line(sweep):
+    code, out = sweep("s", *JOBS, "hydra.launcher.partition=nowhere")
+    assert code == 2 and "invalid partition" in out and "Traceback" not in out, out
+    assert not Store("sweeps/s").records()
+
+
+def test_stopped_launchers_leave_their_jobs_and_cancelled_jobs_fail(launcher):
+    """Ctrl-C ends the launcher alone. The jobs are cancelled under the next one: nobody submits them again."""
+    waits = "hydra.launcher.setup=['sleep 60']"
+    first = launcher("s", *JOBS, waits)
+    ids = wait_for(lambda: noted("s") and noted("s", "p1") and [noted("s", "p0"), noted("s", "p1")])
+    first.send_signal(signal.SIGINT)
+    out = first.communicate(timeout=60)[0].decode()
+    assert first.returncode == 130 and "the same command goes on from here" in out, out
+    assert set(slurm_says("squeue", "--noheader", "--array", "--format=%i").split()) >= set(ids)
+    second = launcher("s", *JOBS, waits)
+    while line := second.stdout.readline():
+        if b"2 packs have jobs already" in line:
+            break
+    subprocess.run(["scancel", *ids], check=True)
+    out = second.communicate(timeout=120)[0].decode()
+    assert second.returncode == 1, out
+    records = Store("sweeps/s").records()
+    assert len(records) == 4 and all("ended: CANCELLED" in r.error for r in records), out
+
+
+@pytest.mark.slow
+def test_a_requeued_job_leaves_the_same_records(sweep, launcher):
+    """`scontrol requeue` in the middle of training; Slurm lets the job start again after two minutes."""
+    running = launcher("s", *JOBS, steps=3000)
+    wait_for(lambda: history_rows("s"))
+    for pack in ("p0", "p1"):
+        slurm_says("scontrol", "requeue", noted("s", pack))
+    out = running.communicate(timeout=500)[0].decode()
+    assert running.returncode == 0, out
+    assert "Restarts=1" in slurm_says("scontrol", "show", "job", noted("s"))
+    assert sweep("inline", steps=3000)[0] == 0
+    assert metrics("s") == metrics("inline")
+
+
+@pytest.mark.slow
+def test_a_preempted_job_leaves_the_same_records(sweep, launcher):
+    """A job of a partition with more priority takes all CPUs; the pack's job is requeued and starts again after it."""
+    running = launcher("s", *JOBS, "hydra.launcher.signal_delay_s=5", steps=3000)
+    wait_for(lambda: history_rows("s"))
+    subprocess.run(["sbatch", "--partition=urgent", "--cpus-per-task=8", "--mem=100", "--output=/dev/null", "--wrap=sleep 5"], check=True)  # fmt: skip
+    out = running.communicate(timeout=500)[0].decode()
+    assert running.returncode == 0, out
+    assert "Restarts=1" in slurm_says("scontrol", "show", "job", noted("s"))
+    assert sweep("inline", steps=3000)[0] == 0
+    assert metrics("s") == metrics("inline")
+
+
+@pytest.mark.slow
+def test_a_lost_job_is_submitted_again(sweep, launcher):
+    """The job's processes are killed as the kernel or a node's end would; a second job trains the pack."""
+    running = launcher("s", *JOBS, steps=1500)
+    wait_for(lambda: history_rows("s"))
+    first = noted("s")
+    subprocess.run(["scancel", "--signal=KILL", "--full", first], check=True)
+    out = running.communicate(timeout=300)[0].decode()
+    assert running.returncode == 0, out
+    assert noted("s") != first and "submitted again" in out
+    assert sweep("inline", steps=1500)[0] == 0
+    assert metrics("s") == metrics("inline")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("stock", ["submitit_slurm", "submitit_local"])
+def test_the_stock_launcher_runs_one_run_a_job(sweep, stock):
+    code, out = sweep("s", f"hydra/launcher={stock}", "method.r=4", "hydra.launcher.timeout_min=5")
+    assert code == 0, out
+    assert sweep("inline", "method.r=4", "sweep.max_pack=1")[0] == 0
+    assert metrics("s") == metrics("inline") and len(metrics("s")) == 2
+    shutil.rmtree(".submitit", ignore_errors=True)

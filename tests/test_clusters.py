@@ -1,0 +1,246 @@
+"""Packs as jobs: who may train a pack, what becomes of one whose job died, and what a launcher finds when it comes back.
+
+The engine here runs a job inside this process, or loses it; `tests/slurm` has the same with a real Slurm.
+"""
+
+import dataclasses
+import importlib.util
+import itertools
+
+import pytest
+
+from lorabench.clusters import crew, engines, job, watch
+from lorabench.clusters.engines import Death, check
+from lorabench.records import Store
+from lorabench.schema import ConfigError, ExistingWork
+from lorabench.train import Listener, OutOfMemory
+from tiny import make_base, make_data
+
+
+class Here:
+    """An engine whose jobs run when the queue is looked at. lose: how many of them die without a word, and why."""
+
+    name, room = "here", None
+    count = itertools.count()
+
+    def __init__(self, lose=0, death=None):
+        self.lose, self.why, self.jobs, self.queue = lose, death or Death("node lost"), [], {}
+
+    def submit(self, jobs):
+        made = {f"j{next(self.count)}": job for job in jobs}
+        self.jobs += jobs
+        self.queue |= made
+        return list(made)
+
+    def alive(self, ids):
+        for i in ids:
+            waiting = self.queue.pop(i, None)
+            if waiting and self.lose:
+                self.lose -= 1
+            elif waiting:
+                waiting.run(i)
+        return set(ids) & set(self.queue)
+
+    def death(self, job):
+        return self.why
+
+    def close(self):
+        pass
+
+
+@pytest.fixture(scope="module")
+def tiny(tmp_path_factory):
+    root = tmp_path_factory.mktemp("tiny")
+    base, data = make_base(root / "bert", "bert"), make_data(root / "data.csv")
+    return [
+        "model=hf", f"model.source={base}", "model.name=tiny", "task=text_file", f"task.file={data}", "task.max_length=32",
+        "trainer.max_steps=6", "trainer.batch_size=4", "trainer.precision=64", "trainer.accelerator=cpu",
+        "report.enabled=false", "sweep.measure_solo=false",
+    ]  # fmt: skip
+
+
+GRID = ["-m", "method.r=1,4", "optimizer.lr=1e-3,2e-2", "sweep.max_pack=2"]
+
+
+@pytest.fixture
+def sweep(cli, tiny, monkeypatch):
+    """The grid with its packs as jobs of an engine; returns (exit code, output)."""
+
+    def run(engine, *argv):
+        monkeypatch.setattr("lorabench.clusters.engines.EXECUTORS", ("inline", "here"))
+        monkeypatch.setattr(crew, "engine", lambda *args: engine)
+        return cli(
+            *GRID, *tiny, "sweep.name=s", "hydra.launcher.executor=here", "hydra.launcher.poll_seconds=0.05", *argv
+        )
+
+    return run
+
+
+def metrics(root="sweeps/s"):
+    return {r.run_id: (r.status, r.metrics) for r in Store(root).records()}
+
+
+def test_a_job_leaves_the_records_of_a_pack_trained_here(sweep, cli, tiny):
+    engine = Here()
+    code, out = sweep(engine)
+    assert code == 0, out
+    assert cli(*GRID, *tiny, "sweep.name=inline")[0] == 0
+    assert metrics() == metrics("sweeps/inline")
+    assert [j.pack_id for j in engine.jobs] == ["p0", "p1"]
+    assert "p0: tune LoRA r=1 x 2: 6 steps" in out  # heard from the histories
+
+
+def test_a_pack_whose_job_died_is_submitted_again(sweep):
+    engine = Here(lose=1)
+    code, out = sweep(engine)
+    assert code == 0, out
+    assert sorted(j.pack_id for j in engine.jobs) == ["p0", "p0", "p1"]
+    assert {s for s, _ in metrics().values()} == {"completed"}
+
+
+def test_a_pack_whose_jobs_all_die_fails_with_the_reason(sweep):
+    engine = Here(lose=99)
+    code, out = sweep(engine, "hydra.launcher.resubmit=2")
+    assert code == 1, out
+    records = Store("sweeps/s").records()
+    assert len(records) == 4 and {r.status for r in records} == {"failed"}
+    assert all(r.error.startswith("node lost; sweep.retry_failed=true") for r in records)
+    assert len(engine.jobs) == 2 * 3
+    code, out = sweep(Here(), "sweep.retry_failed=true")
+    assert code == 0 and {s for s, _ in metrics().values()} == {"completed"}, out
+
+
+def test_a_death_that_will_repeat_is_not_submitted_again(sweep):
+    engine = Here(lose=99, death=Death("CANCELLED", again=False))
+    assert sweep(engine)[0] == 1
+    assert len(engine.jobs) == 2
+
+
+def test_a_job_killed_for_its_memory_is_split(sweep):
+    engine = Here(lose=1, death=Death("OUT_OF_MEMORY", memory=True))
+    code, out = sweep(engine)
+    assert code == 0, out
+    assert sorted(j.pack_id for j in engine.jobs) == ["p0", "p0.0", "p0.1", "p1"]
+    assert {s for s, _ in metrics().values()} == {"completed"}
+
+
+def test_a_pack_that_ran_out_of_memory_in_its_job_is_split(sweep, monkeypatch):
+    from lorabench import train as module
+
+    real = module.train
+
+    def small(pack, *args, **options):
+        if len(pack.runs) > 1:
+            raise OutOfMemory(f"{pack.id}: too large")
+        return real(pack, *args, **options)
+
+    monkeypatch.setattr(module, "train", small)
+    engine = Here()
+    code, out = sweep(engine)
+    assert code == 0, out
+    assert sorted(j.pack_id for j in engine.jobs) == ["p0", "p0.0", "p0.1", "p1", "p1.0", "p1.1"]
+
+
+def test_a_launcher_that_comes_back_waits_for_the_jobs_there_are(sweep, tiny, cli):
+    """The first launcher is stopped while its jobs wait; the second finds them and submits nothing."""
+    first, looks = Here(), []
+
+    def stop(ids):
+        looks.append(ids)
+        if len(looks) > 3:
+            raise SystemExit(143)
+        return set(ids)
+
+    first.alive = stop
+    assert sweep(first)[0] == 143
+    noted = {p: job.entry(Store("sweeps/s"), p)["job"] for p in ("p0", "p1")}
+    assert set(noted.values()) == set(first.queue) and not Store("sweeps/s").records()
+    second, seen = Here(), []
+    second.queue, run = first.queue, second.alive
+
+    def once_more(ids):  # the first look asks what is there; the jobs run after it
+        seen.append(ids)
+        return set(ids) if len(seen) == 1 else run(ids)
+
+    second.alive = once_more
+    code, out = sweep(second)
+    assert code == 0, out
+    assert not second.jobs and len(Store("sweeps/s").records()) == 4
+
+
+def test_a_job_that_no_launcher_noted_trains_nothing(tmp_path, monkeypatch):
+    monkeypatch.setattr(job, "NOTED", 0.3)
+    store = Store(tmp_path)
+    made = job.PackJob(str(tmp_path), "p0")
+    assert not made._is_mine(store, "7_0")
+    job.note(store, "p0", engine="slurm", job="8_0", tries=1)
+    assert not made._is_mine(store, "7_0") and made._is_mine(store, "8_0")
+
+
+def test_an_end_is_that_of_one_job(tmp_path):
+    store = Store(tmp_path)
+    job.note(store, "p0", engine="slurm", job="7_0", tries=1)
+    (job.folder(store) / "p0.end.json").write_text('{"kind": "done", "job": "7_0"}')
+    assert job.end(store, "p0", "7_0")["kind"] == "done"
+    assert job.end(store, "p0", "8_0") == {}
+    job.note(store, "p0", engine="slurm", job="7_0", tries=2)
+    assert job.end(store, "p0", "7_0") == {}, "submitted again under a number that came back"
+    (job.folder(store) / "p0.json").write_text("[1")
+    assert job.entry(store, "p0") == {}
+    with pytest.raises(AssertionError):
+        job.entry(store, "../../x")
+
+
+def test_jobs_of_another_engine_are_not_trained_here_too(tmp_path, monkeypatch):
+    store = Store(tmp_path)
+    for pack, made in (("p0", "7_0"), ("p1", "7_1"), ("p2", "7_2")):
+        job.note(store, pack, engine="slurm", job=made, tries=1)
+    (job.folder(store) / "p1.end.json").write_text('{"kind": "done", "job": "7_1"}')
+    monkeypatch.setattr(engines, "alive", lambda name, ids, logs: set(ids) - {"7_2"})
+    with pytest.raises(ExistingWork, match=r"p0: slurm jobs still \(7_0\)"):
+        engines.refuse_others(store, "inline")
+    engines.refuse_others(store, "slurm")
+    monkeypatch.setattr(engines, "alive", lambda name, ids, logs: None)
+    engines.refuse_others(store, "inline")
+
+
+def test_an_executor_that_is_none(cli):
+    code, out = cli("hydra.launcher.executor=slrum", "-m")
+    assert code == 2 and "allowed: null, inline, local, slurm, ray" in out
+
+
+@pytest.mark.parametrize(("executor", "extra"), [("slurm", "slurm"), ("local", "slurm"), ("ray", "ray")])
+def test_a_missing_engine_is_named_with_its_extra(executor, extra, monkeypatch):
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(ConfigError, match=rf"pip install 'lorabench\[{extra}\]'"):
+        check(executor)
+
+
+def test_slurm_needs_its_commands(monkeypatch):
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: object())
+    monkeypatch.setattr("shutil.which", lambda name: None)
+    with pytest.raises(ConfigError, match="no sbatch, srun here"):
+        check("slurm")
+
+
+def test_a_watch_hears_each_row_once(tmp_path, monkeypatch):
+    """A pack that was requeued starts its history again; rows that repeat were heard."""
+
+    class Run:
+        run_id = "0" * 12
+
+    @dataclasses.dataclass
+    class OnePack:
+        id = "p0"
+        runs = (Run(),)
+        run_ids = (Run.run_id,)
+
+    store, heard, began = Store(tmp_path), [], []
+    listener = Listener(rows=lambda i, rows: heard.extend(r["step"] for r in rows), start=began.append)
+    monkeypatch.setattr(watch, "_total", lambda pack: 9)
+    seen = watch.Watch(OnePack(), store, listener, ())
+    for rows in ([1, 2], [1], [1, 2], [1, 2, 3]):
+        store.reset_history(Run.run_id)
+        store.append_history(Run.run_id, [{"step": s} for s in rows])
+        watch.hear(seen)
+    assert heard == [1, 2, 3] and len(began) == 1

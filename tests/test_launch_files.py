@@ -1,0 +1,62 @@
+"""Launch files compose: W&B sweep definitions as W&B's own agent expands them, and the launcher's profiles."""
+
+import importlib.util
+import re
+import shlex
+
+import pytest
+import yaml
+from hydra import compose, initialize_config_dir
+
+from lorabench.app import config_dir, job
+
+
+def composed(*overrides, hydra=False):
+    with initialize_config_dir(config_dir(), version_base="1.3"):
+        return compose("config", list(overrides), return_hydra_config=hydra)
+
+
+@pytest.mark.parametrize("name", ["rank", "alpha", "rate"])
+def test_a_wandb_sweep_composes(repo, name):
+    from wandb.sdk.launch.sweeps.utils import create_sweep_command, create_sweep_command_args
+
+    text = (repo / "sweeps" / f"wandb_{name}.yaml").read_text(encoding="utf-8")
+    sweep = yaml.safe_load(text)
+    assert sweep["method"] in ("grid", "bayes") and sweep["metric"] == {"name": "val/accuracy", "goal": "maximize"}
+    command = create_sweep_command(sweep["command"])
+    assert command[:4] == ["${env}", "${interpreter}", "-m", "${program}"] and command[-1] == "${args_no_hyphens}"
+    assert sweep["program"] == "lorabench"
+    for first in (True, False):
+        picked = {key: {"value": _value(p, first)} for key, p in sweep["parameters"].items()}
+        given = create_sweep_command_args({"args": picked})["args_no_hyphens"]
+        overrides = [*command[command.index("${program}") + 1 : -1], *given]
+        made = job(composed(*overrides), name="x", experiment=None)
+        assert made.settings.sweep.name == f"wandb_{name}" and made.settings.tracker.name == "wandb"
+        assert made.run.optimizer.lr == picked["optimizer.lr"]["value"]
+        assert made.run.method.r == picked["method.r"]["value"]
+
+
+def _value(parameter, first):
+    if "value" in parameter:
+        return parameter["value"]
+    if "values" in parameter:
+        return parameter["values"][0 if first else -1]
+    return parameter["min" if first else "max"]
+
+
+@pytest.mark.parametrize("name", ["slurm", "ray"])
+def test_a_profile_is_one_override(repo, name):
+    launcher = composed(f"hydra/launcher={name}", "hydra.launcher.timeout_min=9", hydra=True).hydra.launcher
+    assert launcher.executor == name and launcher.timeout_min == 9
+    assert launcher._target_ == "hydra_plugins.lorabench.launcher.PackedLauncher"
+    usage = (repo / "conf/hydra/launcher" / f"{name}.yaml").read_text(encoding="utf-8").split("\n")[0]
+    words = shlex.split(usage.split(": ", 1)[1])
+    overrides = [w for w in words if re.match(r"\+?[\w./]+=", w)]
+    assert composed(*overrides, hydra=True).hydra.launcher.executor == name
+
+
+def test_without_optuna_its_extra_is_named(cli, monkeypatch):
+    real = importlib.util.find_spec
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name, *a: None if name == "optuna" else real(name, *a))
+    code, out = cli("-m", "hydra/sweeper=optuna", "method.r=1,4")
+    assert code == 2 and "pip install 'lorabench[optuna]'" in out, out

@@ -1,0 +1,115 @@
+"""`hydra/sweeper=optuna` on a tiny base: a study's trials are runs with records, and the same command goes on with it."""
+
+import math
+from pathlib import Path
+
+import pytest
+
+from lorabench.records import Record, Store
+from lorabench.schema import ConfigError
+from tiny import make_base, make_data
+
+optuna = pytest.importorskip("optuna", reason="optuna is not installed: pip install 'lorabench[optuna]'")
+from optuna.distributions import CategoricalDistribution, FloatDistribution, IntDistribution  # noqa: E402
+
+from hydra_plugins.lorabench._space import space  # noqa: E402
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("tag(log,interval(1e-4,1e-2))", FloatDistribution(1e-4, 1e-2, log=True)),
+        ("interval(0.0,0.5)", FloatDistribution(0.0, 0.5)),
+        ("int(interval(1,64))", IntDistribution(1, 64)),
+        ("tag(log,int,interval(1.0,64.0))", IntDistribution(1, 64, log=True)),
+        ("range(2,10,3)", IntDistribution(2, 8, step=3)),
+        ("1,4,16", CategoricalDistribution(["1", "4", "16"])),
+        ("16,2r", CategoricalDistribution(["16", "2r"])),
+    ],
+)
+def test_the_grammar_of_an_axis(text, expected):
+    assert space({}, [f"k={text}", "other=1"]).axes == {"k": expected}
+
+
+def test_the_command_line_wins_and_values_keep_to_their_bounds():
+    found = space({"a": "1,2", "b": "interval(0.12344,0.2)"}, ["a=5", "c=x"])
+    assert set(found.axes) == {"b"} and found.fixed == ("a=5", "c=x")
+    assert found.overrides({"b": 0.12344}) == ("a=5", "c=x", "b=0.12344")  # 0.1234 would lie outside
+    assert found.overrides({"b": 0.123456})[-1] == "b=0.1235"
+
+
+@pytest.mark.parametrize("text", ["5", "tag(log,interval(0.0,1.0))", "interval(3,1)"])
+def test_a_space_that_cannot_be_searched(text):
+    with pytest.raises(ConfigError):
+        space({}, [f"optimizer.lr={text}"])
+
+
+def record(status, **metrics):
+    return Record("0" * 12, "tune", status, {}, {"primary": "accuracy", **metrics})
+
+
+def test_what_a_trial_is_told():
+    from hydra_plugins.lorabench._study import told
+
+    good, better = record("completed", **{"val/accuracy": 0.5}), record("completed", **{"val/accuracy": 0.7})
+    assert told([good, better])[0].name == "COMPLETE" and math.isclose(told([good, better])[1] or 0, 0.6)
+    assert told([good, record("diverged")])[0].name == told([record("pruned")])[0].name == "PRUNED"
+    assert told([good, record("failed")])[0].name == told([None])[0].name == "FAIL"
+
+
+@pytest.fixture
+def search(cli, tmp_path_factory):
+    root = tmp_path_factory.mktemp("tiny")
+    base, data = make_base(root / "bert", "bert"), make_data(root / "data.csv")
+
+    def run(*argv):
+        return cli(
+            "-m", "hydra/sweeper=optuna", "model=hf", f"model.source={base}", "model.name=tiny", "task=text_file",
+            f"task.file={data}", "task.max_length=32", "trainer.max_steps=6", "trainer.batch_size=4",
+            "trainer.precision=64", "trainer.accelerator=cpu", "report.enabled=false", "sweep.measure_solo=false",
+            "sweep.name=s", "optimizer.lr=tag(log,interval(1e-3,1e-1))", "method.r=1,4", "method.alpha=1r,16", *argv,
+        )  # fmt: skip
+
+    return run
+
+
+def study():
+    backend = optuna.storages.journal.JournalFileBackend("sweeps/s/optuna/journal")
+    return optuna.load_study(study_name="lorabench", storage=optuna.storages.JournalStorage(backend))
+
+
+def test_trials_are_runs_and_the_study_goes_on(search):
+    code, out = search("hydra.sweeper.n_trials=5", "hydra.sweeper.n_jobs=3")
+    assert code == 0, out
+    store = Store("sweeps/s")
+    records = store.records()
+    assert len(records) == 5 and {r.role for r in records} == {"tune"}
+    trials = study().trials
+    assert [t.state.name for t in trials] == ["COMPLETE"] * 5
+    assert sorted(t.value for t in trials) == sorted(r.metrics["val/accuracy"] for r in records)
+    assert study().direction.name == "MAXIMIZE" and "best of 5 trials: optimizer.lr=" in out
+    packs = [p["runs"] for p in store.manifest()["packs"]]
+    assert sorted(map(len, packs))[-1] > 1, "a batch is packed"
+    cells = {(c["label"]["r"], c["label"]["alpha_rule"]): c["runs"]["tune"] for c in store.manifest()["cells"]}
+    assert set(cells) <= {(r, a) for r in (1, 4) for a in ("1r", "16")} and sum(map(len, cells.values())) == 5
+    before = {p: p.stat().st_mtime_ns for p in Path("sweeps/s/runs").glob("*/run.json")}
+    assert search("hydra.sweeper.n_trials=5")[0] == 0 and len(study().trials) == 5
+    assert before == {p: p.stat().st_mtime_ns for p in Path("sweeps/s/runs").glob("*/run.json")}
+
+    cut = study().ask(dict(trials[0].distributions))  # asked for by a launcher that was killed
+    code, out = search("hydra.sweeper.n_trials=7", "sweep.confirm_seeds=[7]")
+    assert code == 0, out
+    assert len(study().trials) == 7 and study().trials[cut.number].state.name == "COMPLETE"
+    confirmed = [r for r in store.records() if r.role == "confirm"]
+    assert len(confirmed) == 1 and confirmed[0].config["seed"] == 7
+
+    code, out = search("hydra.sweeper.n_trials=8", "method.r=1,2")
+    assert code == 2 and "its study searches another space" in out, out
+
+
+def test_bad_input_leaves_nothing(search):
+    for bad in ("method.r=0,1", "optimizer.no_such=1,2", "seed=1,2", "hydra.sweeper.sampler=best"):
+        code, out = search(bad)
+        assert code == 2, out
+    assert search("sweep.dry_run=true")[0] == 0
+    assert not Path("sweeps").exists()
