@@ -8,6 +8,7 @@ from typing import Any
 
 from lorabench.config import RunConfig, StudyConfig
 from lorabench.planning import Job, cell_id
+from lorabench.records import Store
 from lorabench.report.declared import scale_at
 from lorabench.schema import ConfigError, ExistingWork
 
@@ -35,9 +36,9 @@ def metric_names(run: RunConfig) -> tuple[str, ...]:
     return tuple(getattr(task, "metric_names", dict.fromkeys((task.metric, "loss"))))
 
 
-def check_cells(jobs: Sequence[Job], manifest: Mapping[str, Any]) -> None:
+def check_cells(jobs: Sequence[Job]) -> None:
     """Raises `ConfigError` for a reference or family that is no cell, listed now or before, and for rules that do not meet."""
-    study = jobs[0].settings.study
+    study, manifest = jobs[0].settings.study, Store(jobs[0].settings.sweep.dir).manifest()
     cells = dict.fromkeys([*(c["id"] for c in manifest.get("cells", ())), *(cell_id(job.label) for job in jobs)])
     for key, names in (("study.reference", [study.reference]), ("study.family", study.family or [])):
         for name in names:

@@ -274,11 +274,6 @@ def finish(settings: Settings, *, console: Console | None = None) -> None:
         raise SweepFailed(f"{len(failed)} of {len(records)} runs failed; start again with sweep.retry_failed=true")
 
 
-def require_declared(jobs: Sequence[Job]) -> None:
-    """Reference, family and anchor must fit the cells. Raises `ConfigError`; nothing is written yet."""
-    declaration.check_cells(jobs, Store(jobs[0].settings.sweep.dir).manifest())
-
-
 def _mirror_report(settings: Settings, store: Store) -> None:
     """Let the sweep's tracker show the report, if it can."""
     from lorabench.trackers import make_tracker
