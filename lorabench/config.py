@@ -132,11 +132,15 @@ class ReportConfig:
 
 @dataclass(frozen=True)
 class StudyConfig:
-    """What the sweep's question is, declared before it runs and stored in the manifest."""
+    """What the sweep asks and how it will be judged: declared before it runs, stored and hashed in the manifest."""
 
     question: str | None = knob(None, help="one sentence, shown on the report")
-    reference: str | None = knob(None, help="cell id that others are compared with; null: the largest rank")
+    metric: str | None = knob(None, help="primary metric of the tables; null: the task's own")
+    selection: str = knob("loss", help="validation metric that chooses the rate")
     margin: float = knob(0.02, help="difference of the primary metric that would matter", above=0)
+    reference: str | None = knob(None, help="cell id that others are compared with; null: the largest rank")
+    family: list[str] | None = knob(None, help="cell ids compared with the reference, Holm among them; null: all")
+    alpha_anchor: int | None = knob(None, help="rank at which the alpha rules meet; null: none declared", low=1)
 
 
 @dataclass(frozen=True)

@@ -110,7 +110,7 @@ def _fill(units: Sequence[list[RunConfig]], most: int) -> list[list[list[RunConf
 def write_cells(store: Store, jobs: Sequence[Job], plans: Mapping[str, SlicePlan], *, only_new: bool) -> None:
     """Put jobs and the cells they belong to into the manifest. only_new: leave alone what a sweeper declared before."""
     with store.locked():
-        manifest = new_manifest(jobs[0].settings) | store.manifest()
+        manifest = new_manifest(jobs[0]) | store.manifest()
         manifest["experiment"] = jobs[0].settings.sweep.experiment or manifest.get("experiment")
         cells, known = {c["id"]: c for c in manifest["cells"]}, set(manifest["runs"])
         for job in jobs:
@@ -128,10 +128,13 @@ def write_cells(store: Store, jobs: Sequence[Job], plans: Mapping[str, SlicePlan
         store.write_manifest(manifest)
 
 
-def new_manifest(settings: Settings) -> dict[str, Any]:
+def new_manifest(job: Job) -> dict[str, Any]:
+    """The manifest of a sweep that has no cells yet: what its study declares, and the hash of that."""
+    settings, task = job.settings, job.run.task
+    study = asdict(settings.study)
     return {
-        "schema": 1, "name": settings.sweep.name, "experiment": settings.sweep.experiment, "lorabench": __version__, "study": asdict(settings.study),
-        "study_hash": digest(asdict(settings.study))[:12], "cells": [], "runs": {}, "packs": [],
+        "schema": 1, "name": settings.sweep.name, "experiment": settings.sweep.experiment, "lorabench": __version__, "study": study,
+        "study_hash": digest(study)[:12], "lower_is_better": sorted(getattr(task, "lower_is_better", ("loss",))), "cells": [], "runs": {}, "packs": [],
     }  # fmt: skip
 
 

@@ -53,8 +53,9 @@ class Study:
 
     @property
     def comparisons(self) -> int:
-        """The family: every other cell with the one reference."""
-        return len(self.cells) - 1
+        """The family: the declared cells, else every other one, with the one reference."""
+        family = self.settings.study.family
+        return len(self.cells) - 1 if family is None else len(family)
 
     @property
     def distinct(self) -> list[CellPlan]:
@@ -118,10 +119,11 @@ def count(jobs: Sequence[Job]) -> Study:
             "experiment", settings.sweep.experiment, f"at least two cells to compare; it has {len(by_cell)}"
         )
     task = jobs[0].run.task
-    lower = task.metric in getattr(task, "lower_is_better", ("loss",))
+    name = settings.study.metric or task.metric
+    lower = name in getattr(task, "lower_is_better", ("loss",))
     unique = {job.run.run_id: job.run for job in jobs}
     cells = tuple(_cell(name, own) for name, own in by_cell.items())
-    return Study(settings, formats.metric(task.metric, lower_is_better=lower), cells, tuple(unique.values()))
+    return Study(settings, formats.metric(name, lower_is_better=lower), cells, tuple(unique.values()))
 
 
 def _cell(name: str, jobs: Sequence[Job]) -> CellPlan:
@@ -183,9 +185,7 @@ def measured(study: Study) -> list[Pace]:
 
 def cautions(study: Study) -> Iterator[str]:
     """What stands in the way of a verdict, or changes the hours."""
-    sweep, declared = study.settings.sweep, study.settings.study.reference
-    if declared is not None and declared not in [c.id for c in study.cells]:
-        yield f"study.reference={declared} is none of the cells ({', '.join(c.id for c in study.cells)})."
+    sweep = study.settings.sweep
     if not sweep.confirm_seeds:
         yield "The study declares no confirmation seeds: it tunes, and compares nothing."
     elif study.seeds < FEWEST:

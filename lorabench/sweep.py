@@ -10,7 +10,7 @@ from typing import Any
 
 from rich.console import Console
 
-from lorabench import checkpoints, probes
+from lorabench import checkpoints, declaration, probes
 from lorabench import prepare as prep
 from lorabench.config import RunConfig, Settings
 from lorabench.damage import damaged
@@ -40,6 +40,8 @@ class SweepFailed(Exception):
 
 def check_all(jobs: Sequence[Job]) -> dict[str, SlicePlan]:
     """Check every listed run before anything is written. Raises `ConfigError` for the first bad one."""
+    for job in jobs:
+        declaration.check_run(job)
     return {job.run.run_id: prep.check(job.run) for job in jobs}
 
 
@@ -55,6 +57,7 @@ def execute(jobs: Sequence[Job], *, executor: Executor = map, console: Console |
         packs = plan_packs([j.run for j in unique], settings.sweep.max_pack, prune=settings.sweep.prune)
         console.print(dry_run_table(packs, unique, plans))
         return [None] * len(jobs)
+    declaration.check_unchanged(store.manifest(), settings.study, store.root)
     write_cells(store, jobs, plans, only_new=True)
     with store.locked():
         packs = planned_packs(store, jobs)
@@ -191,6 +194,7 @@ def declare(jobs: Sequence[Job]) -> None:
     store = Store(jobs[0].settings.sweep.dir)
     store.check_foreign()
     if not jobs[0].settings.sweep.dry_run:
+        declaration.check_unchanged(store.manifest(), jobs[0].settings.study, store.root)
         write_cells(store, jobs, plans, only_new=False)
 
 

@@ -11,6 +11,7 @@ from typing import Any
 
 import numpy as np
 
+from lorabench.config import digest
 from lorabench.records import Record, Store
 from lorabench.report.select import choose
 
@@ -84,9 +85,15 @@ def build(
         for i, r in made.items()
     }
     if manifest:
+        declared = {
+            "question": "Does rank matter on this synthetic task?",
+            "reference": None,
+            "margin": 0.02,
+            **(study or {}),
+        }
         store.write_manifest({
-            "schema": 1, "name": name, "experiment": "rank_sweep", "cells": entries, "runs": runs, "packs": [], "study_hash": "0" * 12,
-            "study": {"question": "Does rank matter on this synthetic task?", "reference": None, "margin": 0.02, **(study or {})},
+            "schema": 1, "name": name, "experiment": "rank_sweep", "cells": entries, "runs": runs, "packs": [], "study": declared,
+            "study_hash": digest(declared)[:12],
         })  # fmt: skip
     return store
 

@@ -117,7 +117,15 @@ def test_claims_are_a_frame(study: Study) -> None:
 
 
 def test_figures_are_matplotlibs(study: Study, tmp_path: Path) -> None:
-    assert study.figures == ["metric_by_rank", "learning_rates", "training", "best_rates", "pareto", "subspaces", "spectra"]
+    assert study.figures == [
+        "metric_by_rank",
+        "learning_rates",
+        "training",
+        "best_rates",
+        "pareto",
+        "subspaces",
+        "spectra",
+    ]
     figure = study.figure("metric_by_rank")
     assert isinstance(figure, Figure)
     assert figure.axes[0].get_xlabel() == "rank r (log scale)"

@@ -61,9 +61,10 @@ class GridSweeper(Sweeper):
         }
         jobs = {overrides: composer.job(overrides, extra) for overrides, (_, extra) in listed.items()}
         settings = next(iter(jobs.values())).settings
-        from lorabench import sweep
+        from lorabench import declaration, sweep
 
         sweep.require_fresh(settings)
+        declaration.check_cells(list(jobs.values()))
         sweep.declare(list(jobs.values()))
         returned, cells = list(self.launcher.launch(_once(jobs), 0)), _cells(jobs, listed)
         if settings.sweep.extend_lr and role == "tune" and not settings.sweep.dry_run:

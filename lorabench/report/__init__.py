@@ -26,19 +26,23 @@ class Summary:
     confirmed: bool
 
 
-def render(sweep_dir: str | Path, out_dir: str | Path, *, title: str | None = None) -> Summary:
-    """Write the report of a sweep. Raises `ConfigError` for a directory that is no sweep, has no finished run, or for
-    an `out_dir` that holds files of someone else, `Unwritable` where it cannot be written. What was there before stays
-    until the new report is complete."""
+def render(
+    sweep_dir: str | Path, out_dir: str | Path, *, title: str | None = None, margin: float | None = None
+) -> Summary:
+    """Write the report of a sweep. margin: another than the study declares, shown as post hoc.
+
+    Raises `ConfigError` for a directory that is no sweep, has no finished run, or for an `out_dir` that holds files of
+    someone else, `Unwritable` where it cannot be written. What was there before stays until the new report is complete.
+    """
     from lorabench.report import answer, cautions, directory, page
     from lorabench.report.findings import find
     from lorabench.report.load import load
 
     out = Path(out_dir)
     directory.check(out)
-    load(sweep_dir)  # raises before anything is written
+    load(sweep_dir, margin=margin)  # raises before anything is written
     with directory.alone(out):
-        findings = find(load(sweep_dir))
+        findings = find(load(sweep_dir, margin=margin))
         directory.replace(out, page.files(findings, title))
     return Summary(out, answer.answer(findings).lead, tuple(cautions.warnings(findings)), findings.confirmed)
 

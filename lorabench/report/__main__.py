@@ -21,11 +21,17 @@ def main(argv: Sequence[str] | None = None) -> int:
         "--out", type=Path, metavar="DIR", help="where the report goes (default: reports/<name of the directory>)"
     )
     parser.add_argument("--title", help="the report's title (default: the sweep's name)")
+    parser.add_argument(
+        "--margin", type=float, metavar="X", help="another margin than the study declares, printed as post hoc (default folder: <name>-post-hoc)"
+    )  # fmt: skip
     args = parser.parse_args(argv)
     from lorabench.report import render
 
     try:
-        made = render(args.sweep, args.out or Path("reports", args.sweep.resolve().name), title=args.title)
+        name = args.sweep.resolve().name + (
+            "" if args.margin is None else "-post-hoc"
+        )  # never over the declared report
+        made = render(args.sweep, args.out or Path("reports", name), title=args.title, margin=args.margin)
     except (ConfigError, OSError) as e:
         print(f"error: {e}", file=sys.stderr)
         return 2

@@ -7,7 +7,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from lorabench.report import formats
+from lorabench.report import declared, formats
 from lorabench.report import statistics as st
 from lorabench.report.findings import Comparison, Findings
 from lorabench.report.formats import plural
@@ -33,14 +33,14 @@ def answer(f: Findings) -> Answer:
 
 
 def _lead(f: Findings) -> str:
-    rec, m = f.recommendation, f.metric
-    margin = m.size(f.sweep.margin)
+    rec = f.recommendation
+    margin = declared.margin(f)
     if rec and rec.cell is None and rec.passed and rec.stopped:
         best = f.results[rec.reference]
         return f"{_cap(best.name)} reaches {_score(f, best)}; whether a smaller adapter would do gets no verdict ({rec.stopped.blocked})."
     if rec is None or rec.cell is None:
         best = _leader(f)
-        text = f"{_cap(best.name)} has the best validation loss and reaches {_score(f, best)} on test."
+        text = f"{_cap(best.name)} has the best {declared.selection(f.sweep)} and reaches {_score(f, best)} on test."
         if rec is not None:
             text += f" No adapter was shown to be within {margin} of {f.results[rec.reference].name}."
         return text
@@ -57,7 +57,7 @@ def _lead(f: Findings) -> str:
 def _points(f: Findings) -> Iterator[tuple[str, str]]:
     for method, about in (("head only", "Against head-only"), ("full", "Against full fine-tuning")):
         if made := f.controls.get(method):
-            yield about, _sentence(f, made, "the best adapter on validation loss, ")
+            yield about, _sentence(f, made, f"the best adapter on {declared.selection(f.sweep)}, ")
     yield from _how_small(f)
     if not f.controls:
         yield from _against_reference(f)
@@ -78,7 +78,7 @@ def _sentence(f: Findings, made: Comparison, prefix: str = "") -> str:
     """Direction and size of one difference, apart from each other."""
     name, other = f.results[made.cell].name, f.results[made.other].name
     subject = f"{prefix}{name}," if prefix else name
-    adjusted = "adjusted " if made.level > 0.95 else ""
+    adjusted = "exploratory, " if made.exploratory else "adjusted " if made.level > 0.95 else ""
     bounds = f"({adjusted}95 % interval {f.metric.bounds(*made.interval)})"
     signed = f"{f.metric.difference(made.estimate.mean, unit=True)} {bounds}"
     if made.blocked:
@@ -115,7 +115,7 @@ def _how_small(f: Findings) -> Iterator[tuple[str, str]]:
 
 
 def _margin_words(f: Findings, made: Comparison) -> str:
-    margin = f.metric.size(f.sweep.margin)
+    margin = declared.margin(f)
     if made.size == "not resolved":
         return f"whether that is within the margin of {margin} is not resolved{_settle(f, made)}"
     return f"that is {'within' if made.size == 'within' else 'more than'} the margin of {margin}"
@@ -144,12 +144,13 @@ def _score(f: Findings, r: Result) -> str:
 
 
 def _leader(f: Findings) -> Result:
-    """The adapter, else the cell, with the best validation loss."""
+    """The adapter, else the cell, that is best on validation."""
     if f.best:
         return f.results[f.best]
-    found = [r for r in f.results.values() if r.test is not None and r.val_loss is not None]
+    found = [r for r in f.results.values() if r.test is not None and r.val_selection is not None]
     return min(
-        found or f.results.values(), key=lambda r: (r.val_loss if r.val_loss is not None else float("inf"), r.id)
+        found or f.results.values(),
+        key=lambda r: (r.val_selection if r.val_selection is not None else float("inf"), r.id),
     )
 
 

@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 from lorabench.records import Record
-from lorabench.report import formats
+from lorabench.report import declared, formats
 from lorabench.report.findings import Findings
 from lorabench.report.formats import plural
 from lorabench.report.tables import at_steps
@@ -26,17 +26,10 @@ def about(f: Findings) -> str:
 
 
 def _study(f: Findings) -> Iterator[tuple[str, str]]:
-    sweep, runs = f.sweep, list(f.sweep.records.values())
+    runs = list(f.sweep.records.values())
     yield "Base", _each(runs, lambda r: r.config.get("model", {}).get("name"))
     yield "Task", _each(runs, lambda r: r.config.get("task", {}).get("name"))
-    declared = "declared" if sweep.study.get("margin") else "default"
-    yield (
-        "Primary metric",
-        f"{f.metric.title}, {'lower' if f.metric.lower_is_better else 'higher'} is better; rates chosen on validation loss",
-    )
-    yield "Margin", f"{f.metric.size(sweep.margin)} ({declared})"
-    yield "Reference", f.results[f.reference].name if f.reference and f.versus else ""
-    yield "Study hash", str(sweep.manifest.get("study_hash") or "")
+    yield from declared.facts(f)
 
 
 def _training(f: Findings) -> Iterator[tuple[str, str]]:

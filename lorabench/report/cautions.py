@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from lorabench.report import formats
+from lorabench.config import digest
+from lorabench.report import declared, formats
 from lorabench.report.findings import Findings
 from lorabench.report.formats import plural
 
@@ -17,7 +18,15 @@ DIFFER = {
 
 def warnings(f: Findings) -> list[str]:
     """One line each, most serious first."""
-    return [*_gaps(f), *_rates(f), *_conditions(f)]
+    return [*_declaration(f), *_gaps(f), *_rates(f), *_conditions(f)]
+
+
+def _declaration(f: Findings) -> Iterator[str]:
+    manifest = f.sweep.manifest
+    if f.sweep.post_hoc is not None:
+        yield f"The margin is {declared.margin_fact(f)}: chosen after the results were there, it confirms nothing."
+    if manifest.get("study_hash") and digest(manifest.get("study"))[:12] != manifest["study_hash"]:
+        yield f"The study in sweep.json is not the one that was declared: its hash is no longer {manifest['study_hash']}."
 
 
 def _gaps(f: Findings) -> Iterator[str]:

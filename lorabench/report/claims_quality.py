@@ -209,7 +209,7 @@ def _within(e: Evidence, claim: Claim, cells: Sequence[Result], where: str, *, o
 
 
 def _margin(e: Evidence) -> str:
-    declared = "" if e.sweep.study.get("margin") else ", not declared"
+    declared = ", post hoc" if e.sweep.post_hoc else "" if e.sweep.study.get("margin") else ", not declared"
     return f"{e.metric.size(e.sweep.margin)}{declared}"
 
 

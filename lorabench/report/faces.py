@@ -6,7 +6,7 @@ import re
 from collections.abc import Iterable
 from typing import TYPE_CHECKING
 
-from lorabench.report import formats
+from lorabench.report import declared, formats
 from lorabench.report.findings import Findings
 from lorabench.report.tables import Table, comparison, plus_minus
 
@@ -34,22 +34,35 @@ def escape_markdown(text: str) -> str:
 TEX = {
     "\\": r"\textbackslash{}", "&": r"\&", "%": r"\%", "$": r"\$", "#": r"\#", "_": r"\_", "{": r"\{", "}": r"\}", "~": r"\textasciitilde{}",
     "^": r"\textasciicircum{}", "<": r"\textless{}", ">": r"\textgreater{}", "|": r"\textbar{}", "±": r"$\pm$", "−": "$-$", "α": r"$\alpha$", "Δ": r"$\Delta$",
-    "–": "--", "…": r"\ldots{}", "⚠": r"$\dagger$", "×": r"$\times$", "“": "``", "”": "''", "→": r"$\rightarrow$", "√": r"$\surd$", "μ": r"$\mu$", "∞": r"$\infty$",
-}  # fmt: skip
+    "–": "--", "…": r"\ldots{}", "⚠": r"$\dagger$", "×": r"$\times$", "“": "``", "”": "''", "→": r"$\rightarrow$",
+    "«": r"$\ll$", "»": r"$\gg$", "φ": r"$\varphi$", "≤": r"$\le$", "≥": r"$\ge$", "≈": r"$\approx$", "‖": r"$\|$", "√": r"$\surd$", "σ": r"$\sigma$", "μ": r"$\mu$", "∞": r"$\infty$",
+    "\0": "{}", "[": "{[}", "]": "{]}", "*": "{*}",  # after a row's end these would be read as its options
+} | dict.fromkeys("ÐÞðþ", "?")  # fmt: skip
 
 
 def escape_tex(text: str) -> str:
-    """LaTeX text. Characters outside Latin-1 that have no name here become `?`: pdfTeX would stop at them."""
-    return "".join(TEX.get(ch, ch if ord(ch) < 256 and ch.isprintable() else "?") for ch in " ".join(text.split()))
+    """LaTeX text. Characters that pdfTeX's own fonts lack and that have no name here become `?`: it would stop at them."""
+    apart = re.sub(r"-(?=-)", "-\0", " ".join(text.split()))  # two hyphens would print as a dash
+    return "".join(TEX.get(ch, ch if ord(ch) < 256 and ch.isprintable() else "?") for ch in apart)
+
+
+LONG = 24  # characters of a text from which its column breaks lines
 
 
 def latex(table: Table) -> str:
-    """A `tabular` with booktabs' rules, to be \\input."""
-    spec = "".join("r" if c.align == "right" else "l" for c in table.columns)
+    """A `tabular` with booktabs' rules, to be \\input; columns of long texts break their lines."""
+    long = [any(len(row.texts[i]) > LONG for row in table.rows) for i in range(len(table.columns))]
+    width = f"p{{{min(0.3, 0.75 / max(sum(long), 1)):.2f}\\linewidth}}"
+    kinds = [width if wide else "r" if c.align == "right" else "l" for c, wide in zip(table.columns, long, strict=True)]
+    spec = "".join(kinds)
     lines = ["% needs \\usepackage{booktabs}", f"\\begin{{tabular}}{{{spec}}}", "\\toprule"]
     lines += [" & ".join(escape_tex(c.title) for c in table.columns) + r" \\", r"\midrule"]
     for row in table.rows:
-        cells = [escape_tex(t) for t in row.texts]
+        cells = [
+            f"\\raggedright {escape_tex(t)}" if wide else escape_tex(t) for t, wide in zip(row.texts, long, strict=True)
+        ]
+        if long[-1]:
+            cells[-1] = f"{{{cells[-1]}\\par}}"  # or the row's end would be a line's
         lines.append(" & ".join(f"\\textbf{{{t}}}" if row.mark == "recommended" and t else t for t in cells) + r" \\")
     lines += [r"\bottomrule", r"\end{tabular}", *(f"% {' '.join(note.split())}" for note in table.notes)]
     return "\n".join(lines) + "\n"
@@ -87,7 +100,7 @@ def terminal(f: Findings, caption: str) -> RichTable:
     unit = f" {f.metric.unit}" if f.metric.unit else ""
     head = ["cell", "best\nlr", f"{'test' if f.confirmed else 'val'}\n{f.metric.title}{unit}"]
     if f.versus and f.reference:
-        head += ["Δ to the\nreference", f"within\n± {f.metric.size(f.sweep.margin, unit=False)}"]
+        head += ["Δ to the\nreference", f"within\n± {declared.margin(f, unit=False)}"]
     for title in [*head, "trainable", "train\ns"]:
         left = title == "cell" or title.startswith("within")
         out.add_column(

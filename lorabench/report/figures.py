@@ -123,12 +123,16 @@ def _margin_line(ax: Axes, f: Findings) -> list[style.Label]:
     ax.axhline(y, color=FAINT, linewidth=1.0, linestyle=(0, (1, 2)), zorder=1)
     sign = "+" if f.metric.lower_is_better else "−"
     name = f"r = {reference.cell.r}" if reference.cell.adapter else reference.name
-    return [(None, y, f"{name} {sign} margin", FAINT)]
+    return [(None, y, f"{name} {sign} {_margin(f)}", FAINT)]
+
+
+def _margin(f: Findings) -> str:
+    return "margin" if f.sweep.post_hoc is None else "post hoc margin"
 
 
 def _ring(f: Findings) -> str:
     if f.recommendation and f.recommendation.cell:
-        return " The ring marks the recommended adapter; the dotted line lies one margin from the reference."
+        return f" The ring marks the recommended adapter; the dotted line lies one {_margin(f)} from the reference."
     return ""
 
 
@@ -151,7 +155,7 @@ def metric_by_cell(f: Findings, found: dict[str, style.Look]) -> Drawing:
             at, margin = reference.test.mean, f.sweep.margin
             ax.axvspan(at - margin, at + margin, color=FAINT, alpha=0.10, linewidth=0)
             ax.axvline(at, color=FAINT, linewidth=1.0, linestyle=(0, (1, 2)))
-            caption += f" The grey band is one margin around {reference.name}."
+            caption += f" The grey band is one {_margin(f)} around {reference.name}."
         for y, r in enumerate(shown):
             s = score(f, r)
             assert s is not None

@@ -1,7 +1,7 @@
 """What the records say: comparisons with the reference, and the smallest adapter that will do.
 
 Which rate: `select`. How sure: `statistics`. Confirmation runs at the chosen rate alone give test results; the best
-adapter is the one with the best validation loss, never the best on test.
+adapter is the best on validation by the metric that chose the rates, never the best on test.
 """
 
 from __future__ import annotations
@@ -30,10 +30,17 @@ class Comparison:
     size: st.Size
     blocked: str | None  # why there is no verdict
     level: float = 0.95  # of the interval shown: higher within a family, by Holm's steps
+    exploratory: bool = True  # until it is put into the declared family
 
     @property
     def interval(self) -> tuple[float, float]:
         return self.estimate.interval(self.level)
+
+    def turned(self) -> Comparison:
+        """Other minus cell."""
+        ways: dict[st.Direction, st.Direction] = {"better": "worse", "worse": "better"}
+        way, e = ways.get(self.direction, self.direction), self.estimate
+        return replace(self, cell=self.other, other=self.cell, estimate=replace(e, mean=-e.mean), direction=way)
 
 
 @dataclass(frozen=True)
@@ -54,7 +61,7 @@ class Findings:
     pooled: st.Pooled | None
     reference: str | None
     versus: Mapping[str, Comparison]  # by cell: against the reference
-    best: str | None  # adapter cell with the best validation loss
+    best: str | None  # adapter cell that is best on validation
     controls: Mapping[str, Comparison]  # best adapter against "head only" and "full", where they are
     recommendation: Recommendation | None
 
@@ -70,12 +77,12 @@ def find(sweep: Sweep) -> Findings:
     metric = formats.metric(sweep.metric, lower_is_better=sweep.lower_is_better, largest=max(shown, default=None))
     compare = _comparer(measured, sweep)
     reference = _reference(sweep, results)
-    versus = _family(compare, reference, list(results)) if reference else {}
+    versus = _versus(compare, reference, list(results), sweep.study.get("family")) if reference else {}
     best = _best([r for r in results.values() if r.cell.adapter])
     controls = {}
     for method in ("head only", "full"):
         other = _control(results, method, best)
-        if best and other and (found := compare(best, other)):
+        if best and other and (found := _declared(versus, reference, best, other) or compare(best, other)):
             controls[method] = found
     recommendation = _recommend(results, compare, reference, sweep) if reference else None
     return Findings(sweep, metric, results, pooled, reference, versus, best, controls, recommendation)
@@ -114,15 +121,25 @@ def _blocked(a: Result, b: Result, e: st.Estimate) -> str | None:
     return None
 
 
-def _family(compare: Compare, reference: str, cells: Sequence[str]) -> dict[str, Comparison]:
-    """Every cell against the one reference; directions by Holm's adjusted p."""
+def _versus(
+    compare: Compare, reference: str, cells: Sequence[str], declared: Sequence[str] | None
+) -> dict[str, Comparison]:
+    """Every cell against the one reference; directions in the family by Holm's adjusted p, the others exploratory."""
     found = {c: made for c in cells if (made := compare(c, reference))}
-    judged = [c for c, made in found.items() if not made.blocked]
-    ps = [found[c].p for c in judged]
+    family = {c: replace(made, exploratory=False) for c, made in found.items() if declared is None or c in declared}
+    judged = [c for c, made in family.items() if not made.blocked]
+    ps = [family[c].p for c in judged]
     for cell, p, level in zip(judged, st.holm(ps), st.holm_levels(ps), strict=True):
-        way: st.Direction = found[cell].direction if p < 0.05 else "not resolved"
-        found[cell] = replace(found[cell], p=p, direction=way, level=level)
-    return found
+        way: st.Direction = family[cell].direction if p < 0.05 else "not resolved"
+        family[cell] = replace(family[cell], p=p, direction=way, level=level)
+    return found | family
+
+
+def _declared(versus: Mapping[str, Comparison], reference: str | None, cell: str, other: str) -> Comparison | None:
+    """A pair as the family has it, whichever of the two is the reference; None for any other pair."""
+    if other == reference:
+        return versus.get(cell)
+    return versus[other].turned() if cell == reference and other in versus else None
 
 
 def _reference(sweep: Sweep, results: Mapping[str, Result]) -> str | None:
@@ -139,10 +156,10 @@ def _reference(sweep: Sweep, results: Mapping[str, Result]) -> str | None:
 
 
 def _best(results: Sequence[Result]) -> str | None:
-    """By validation loss; confirmed cells only where there are any. A tie goes to fewer parameters."""
+    """By the selection metric on validation; confirmed cells only where there are any. A tie goes to fewer parameters."""
     confirmed = [r for r in results if r.role == "confirm"]
-    found = [r for r in confirmed or results if r.val_loss is not None and r.runs]
-    return min(found, key=lambda r: (r.val_loss, r.cell.trainable or 0, r.id)).id if found else None
+    found = [r for r in confirmed or results if r.val_selection is not None and r.runs]
+    return min(found, key=lambda r: (r.val_selection, r.cell.trainable or 0, r.id)).id if found else None
 
 
 def _control(results: Mapping[str, Result], method: str, best: str | None) -> str | None:
@@ -157,7 +174,11 @@ def _recommend(results: Mapping[str, Result], compare: Compare, reference: str, 
         return None
     passed: list[str] = []
     stopped = None
-    for cell in ladder([r.cell for r in results.values() if r.test is not None], results[reference].cell):
+    family = sweep.study.get("family")
+    allowed = [
+        r.cell for r in results.values() if r.test is not None and (family is None or r.id in (reference, *family))
+    ]
+    for cell in ladder(allowed, results[reference].cell):
         if cell.id == reference:
             passed.append(cell.id)
             continue

@@ -81,7 +81,7 @@ def comparisons(f: Findings) -> pd.DataFrame:
 
 CELL = ["cell", "name", "method", "r", "targets"]
 COMPARISON = ["cell", "name", "other", "other_name", "family", "difference", "low", "high", "level", "p", "direction", "size",
-              "margin", "seeds", "examples", "no_verdict"]  # fmt: skip
+              "margin", "seeds", "examples", "no_verdict", "exploratory"]  # fmt: skip
 
 
 def _comparison(f: Findings, family: str, made: Comparison) -> dict[str, Any]:
@@ -90,7 +90,7 @@ def _comparison(f: Findings, family: str, made: Comparison) -> dict[str, Any]:
         "cell": made.cell, "name": f.results[made.cell].name, "other": made.other, "other_name": f.results[made.other].name,
         "family": family, "difference": e.mean, "low": low, "high": high, "level": made.level, "p": made.p,
         "direction": made.direction, "size": made.size, "margin": f.sweep.margin, "seeds": e.seeds, "examples": e.examples,
-        "no_verdict": made.blocked,
+        "no_verdict": made.blocked, "exploratory": made.exploratory,
     }  # fmt: skip
 
 

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 from lorabench.records import Record, Store
-from lorabench.report.select import Choice, choose
+from lorabench.report.select import Choice, choose, lower_is_better, selection
 from lorabench.schema import ConfigError
 
 MARGIN = 0.02  # of a sweep that declares none
@@ -74,6 +74,7 @@ class Sweep:
     cells: tuple[Cell, ...]  # in the order of tables
     records: Mapping[str, Record]
     store: Store
+    post_hoc: float | None = None  # a margin that was asked for after the sweep ran
 
     @cached_property
     def choices(self) -> dict[str, Choice]:
@@ -89,8 +90,23 @@ class Sweep:
         return self.manifest.get("study") or {}
 
     @property
+    def declared_margin(self) -> float | None:
+        margin = self.study.get("margin")
+        return None if margin is None else float(margin)
+
+    @property
     def margin(self) -> float:
-        return float(self.study.get("margin") or MARGIN)
+        return self.post_hoc or self.declared_margin or MARGIN
+
+    @property
+    def selection(self) -> str:
+        """The validation metric that chooses rates."""
+        return selection(self.manifest)
+
+    def worse(self, score: float) -> float:
+        """A validation score of the selection metric, so that the least is the best."""
+        lower = self.selection == "loss" or lower_is_better(self.manifest, self.selection)
+        return score if lower else -score
 
     @property
     def confirmed(self) -> bool:
@@ -118,19 +134,30 @@ class Sweep:
 
     @cached_property
     def metric(self) -> str:
-        """The primary metric, as the records name it; the most frequent where they differ."""
+        """The primary metric: as declared, else as the records name it; the most frequent where they differ."""
+        if declared := self.study.get("metric"):
+            return str(declared)
         named = [str(r.metrics["primary"]) for r in self.records.values() if r.metrics.get("primary")]
         return max(sorted(set(named)), key=named.count) if named else "loss"
 
     @property
     def lower_is_better(self) -> bool:
         """Of the primary metric: as a record says, else by its name."""
-        said = [r.metrics["lower_is_better"] for r in self.records.values() if "lower_is_better" in r.metrics]
-        return bool(said[0]) if said else self.metric in ("loss", "perplexity")
+        said = [
+            r.metrics["lower_is_better"]
+            for r in self.records.values()
+            if "lower_is_better" in r.metrics and r.metrics.get("primary") == self.metric
+        ]
+        return bool(said[0]) if said else lower_is_better(self.manifest, self.metric)
 
 
-def load(sweep_dir: str | Path) -> Sweep:
-    """Read a sweep directory. Raises `ConfigError` where there is none or no run of it has finished."""
+def load(sweep_dir: str | Path, *, margin: float | None = None) -> Sweep:
+    """Read a sweep directory. margin: another than the declared one, post hoc. Raises `ConfigError` where there is no
+    sweep, where no run of it has finished, and for a margin that is not above 0."""
+    if margin is not None and not 0 < margin < float("inf"):
+        raise ConfigError(
+            "margin", margin, "a number above 0, in the metric's own unit (0.01 is one point of accuracy)"
+        )
     root = Path(sweep_dir)
     if not root.is_dir():
         raise ConfigError("sweep dir", str(sweep_dir), "an existing directory that `python -m lorabench` wrote")
@@ -150,7 +177,8 @@ def load(sweep_dir: str | Path) -> Sweep:
         manifest = {**manifest, **_derived(records)}
     cells = sorted((_cell(c, records) for c in manifest["cells"]), key=_order)
     name = str(manifest.get("name") or root.resolve().name)
-    return Sweep(name, manifest, tuple(cells), records, store)
+    sweep = Sweep(name, manifest, tuple(cells), records, store)
+    return sweep if margin in (None, sweep.declared_margin) else replace(sweep, post_hoc=margin)
 
 
 def _statuses(records: Any) -> list[tuple[str, int]]:

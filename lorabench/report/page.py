@@ -8,13 +8,13 @@ from typing import Any
 from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
 
-from lorabench.report import answer, cautions, faces, figures, runs, sections, style, tables
+from lorabench.report import answer, cautions, declared, faces, figures, runs, sections, style, tables
 from lorabench.report.budget import about, budget
 from lorabench.report.findings import Findings
 from lorabench.report.tables import Table
 
 HOW_TO_READ = (
-    ("Tune, then confirm", "Inside each cell the learning rate with the best mean validation loss over the tuning seeds is chosen; a rate at which any "
+    ("Tune, then confirm", "Inside each cell the learning rate with the best mean on validation (of the loss, or of the metric that the study declares) over the tuning seeds is chosen; a rate at which any "
      "seed diverged or failed is out. Fresh seeds then train at that rate only, and they alone are tested."),
     ("Intervals", "Seeds and test examples are crossed: the variance of a mean is that of seeds plus that of examples minus their interaction, with "
      "Student's t at Satterthwaite's degrees of freedom. For metrics that are no mean over examples the examples' part comes from a bootstrap "
@@ -23,7 +23,7 @@ HOW_TO_READ = (
      "matter, beyond it, or not resolved (two one-sided tests, 90 % interval). “Not resolved” never means equal."),
     ("Recommendation", "From the largest adapter down, each is tested for falling short of the reference by less than the margin; the first that is "
      "not shown to do so stops the sequence. The last that passed is recommended."),
-    ("Exploratory", "Comparisons with anything but the reference are exploratory: their intervals are not adjusted for their number."),
+    ("Exploratory", "The family is the comparisons with the one reference. All others are exploratory: their intervals are not adjusted for their number."),
 )  # fmt: skip
 
 
@@ -33,7 +33,7 @@ def files(f: Findings, title: str | None) -> dict[str, str | bytes]:
     drawings, made = [*figures.draw(f), *more.drawings], {**tables.every(f), **more.tables}
     words = {
         "title": title or f.sweep.name,
-        "about": about(f), "question": f.sweep.study.get("question") or "", "confirmed": f.confirmed, "answer": answer.answer(f),
+        "about": about(f), "declared": declared.line(f), "question": f.sweep.study.get("question") or "", "confirmed": f.confirmed, "answer": answer.answer(f),
         "warnings": cautions.warnings(f), "budget": budget(f), "how": HOW_TO_READ, "tables": made, "drawings": {d.key: d for d in drawings},
         "main": next((d for d in drawings if d.key.startswith("metric")), None), "traces": _traces(f),
         "parts": more.parts,

@@ -36,6 +36,7 @@ class Result:
     test: st.Estimate | None
     val: float | None  # primary metric on validation, mean over `runs`
     val_loss: float | None
+    val_selection: float | None  # the metric that chose the rate, its sign turned where more is better
 
     @property
     def id(self) -> str:
@@ -97,10 +98,11 @@ def _result(sweep: Sweep, cell: Cell) -> Result:
     role = "confirm" if done else "tune"
     if not done:
         done = [r for r in sweep.done(cell.tune) if r.config["optimizer"]["lr"] == lr]
+    chosen = _mean(done, f"val/{sweep.selection}")
     return Result(
         cell, sweep.names[cell.id], choice, lr, role, tuple(done), sum(r.status in ("failed", "diverged") for r in here),
         len(confirm) - len(here), measure.sample(done, sweep.store, sweep.metric) if role == "confirm" else None, None,
-        _mean(done, f"val/{sweep.metric}"), _mean(done, "val/loss"),
+        _mean(done, f"val/{sweep.metric}"), _mean(done, "val/loss"), None if chosen is None else sweep.worse(chosen),
     )  # fmt: skip
 
 

@@ -1,7 +1,7 @@
 """Which learning rate a cell gets (tune, then confirm: docs/architecture.md). Pure: manifest and records in, choices out.
 
-Rule: inside a cell the rate with the best mean validation loss (at the step kept) over the tuning seeds. A rate at
-which any seed diverged, failed or was pruned is out, ties go to the smaller rate, and a best rate at an end of its grid
+Rule: inside a cell the rate with the best mean of the study's selection metric on validation (the loss, unless it
+declares another), at the step kept, over the tuning seeds. A rate at which any seed diverged, failed or was pruned is out, ties go to the smaller rate, and a best rate at an end of its grid
 is a warning, not a result. Pruned rates are no part of that grid: what they would have come to is not known.
 """
 
@@ -25,6 +25,7 @@ class Rate:
     failures: int = 0  # seeds that diverged or failed
     missing: int = 0  # seeds that were pruned or have not ended yet
     pruned: tuple[int, ...] = ()  # of these the pruned ones: the step of each, in seed order, 0 where none is recorded
+    scores: tuple[float, ...] = ()  # the selection metric, where that is not the loss; in seed order
 
     @property
     def eligible(self) -> bool:
@@ -38,10 +39,15 @@ class Rate:
     def mean(self) -> float:
         return fmean(self.losses) if self.losses else math.nan
 
+    @property
+    def score(self) -> float:
+        """Mean of what chooses the rate."""
+        return fmean(self.scores) if self.scores else self.mean
+
 
 @dataclass(frozen=True)
 class Choice:
-    """The rate with the best mean validation loss over the tuning seeds; `lr` is None where no rate is eligible."""
+    """The rate that is best by the selection metric over the tuning seeds; `lr` is None where no rate is eligible."""
 
     lr: float | None
     rates: tuple[Rate, ...] = field(default=())  # ascending
@@ -82,24 +88,39 @@ class Choice:
         return {r.lr: r.failures for r in self.rates if r.failures}
 
 
+def selection(manifest: Mapping[str, Any]) -> str:
+    """The validation metric that the study declares to choose rates by."""
+    return str((manifest.get("study") or {}).get("selection") or "loss")
+
+
+def lower_is_better(manifest: Mapping[str, Any], metric: str) -> bool:
+    """As the manifest says, which has it from the task; by the name where it does not."""
+    return metric in manifest.get("lower_is_better", ("loss", "perplexity"))
+
+
 def choose(manifest: Mapping[str, Any], records: Mapping[str, Record]) -> dict[str, Choice]:
     """For every cell of the manifest its chosen rate. records: by run_id; runs without one count as not ended."""
-    listed = manifest.get("runs", {})
-    return {c["id"]: _choose(c["runs"].get("tune", ()), listed, records) for c in manifest.get("cells", ())}
+    listed, metric = manifest.get("runs", {}), selection(manifest)
+    sign = 1 if metric == "loss" or lower_is_better(manifest, metric) else -1
+    return {
+        c["id"]: _choose(c["runs"].get("tune", ()), listed, records, metric, sign) for c in manifest.get("cells", ())
+    }
 
 
-def _choose(run_ids: Sequence[str], listed: Mapping[str, Any], records: Mapping[str, Record]) -> Choice:
+def _choose(
+    run_ids: Sequence[str], listed: Mapping[str, Any], records: Mapping[str, Record], metric: str, sign: int
+) -> Choice:
     by_rate: dict[float, list[tuple[int, str]]] = {}
     for run_id in run_ids:
         record = records.get(run_id)
         found = (record.config["optimizer"]["lr"], record.config["seed"]) if record else _listed(listed.get(run_id))
         if found is not None:
             by_rate.setdefault(float(found[0]), []).append((int(found[1]), run_id))
-    rates = tuple(_rate(lr, [records.get(i) for _, i in sorted(by_rate[lr])]) for lr in sorted(by_rate))
+    rates = tuple(_rate(lr, [records.get(i) for _, i in sorted(by_rate[lr])], metric) for lr in sorted(by_rate))
     eligible = [r for r in rates if r.eligible]
     if not eligible:
         return Choice(None, rates)
-    best = min(eligible, key=lambda r: (r.mean, r.lr))
+    best = min(eligible, key=lambda r: (sign * r.score, r.lr))
     return Choice(best.lr, rates, _side(best, rates))
 
 
@@ -108,19 +129,21 @@ def _listed(entry: Mapping[str, Any] | None) -> tuple[float, int] | None:
     return (entry["lr"], entry["seed"]) if entry else None
 
 
-def _rate(lr: float, runs: Sequence[Record | None]) -> Rate:
-    losses: list[float] = []
+def _rate(lr: float, runs: Sequence[Record | None], metric: str) -> Rate:
+    losses, scores = list[float](), list[float]()
     failures, missing, pruned = 0, 0, list[int]()
     for r in runs:
-        loss = r.metrics.get("val/loss") if r and r.status == "completed" else None
-        if loss is not None and math.isfinite(loss):
+        loss, score = (r.metrics.get(f"val/{m}") if r and r.status == "completed" else None for m in ("loss", metric))
+        if loss is not None and score is not None and math.isfinite(loss) and math.isfinite(score):
             losses.append(float(loss))
+            scores.append(float(score))
         elif r is None or r.status == "pruned":
             missing += 1
             pruned += [int(r.metrics.get("pruned_step") or 0)] if r else []
         else:
-            failures += 1  # diverged, failed, or completed without a finite loss
-    return Rate(lr, tuple(losses), failures, missing, tuple(pruned))
+            failures += 1  # diverged, failed, or completed without a finite loss or score
+    shown = () if metric == "loss" else tuple(scores)
+    return Rate(lr, tuple(losses), failures, missing, tuple(pruned), shown)
 
 
 def _side(best: Rate, rates: Sequence[Rate]) -> Literal["low", "high"] | None:

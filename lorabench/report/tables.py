@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Literal
 
 from lorabench.records import Record
-from lorabench.report import formats
+from lorabench.report import declared, formats
 from lorabench.report.findings import Comparison, Findings
 from lorabench.report.results import Result
 
@@ -78,7 +78,7 @@ def _outcomes(f: Findings) -> Iterator[Column]:
     if f.versus and f.reference:
         yield Column("difference", "Δ to reference (95 %)", "right")
         yield Column("direction", "direction")
-        yield Column("size", f"margin ± {f.metric.size(f.sweep.margin)}")
+        yield Column("size", f"margin ± {declared.margin(f)}")
     yield Column("val", f"val {f.metric.title}{unit}", "right")
 
 
@@ -123,7 +123,9 @@ def _versus(f: Findings, r: Result) -> dict[str, str]:
         return {}
     bounds = f.metric.bounds(*made.interval)
     text = f"{f.metric.difference(made.estimate.mean)} ({bounds})"
-    return {"difference": text, "direction": _verdict(made, made.direction), "size": _verdict(made, made.size)}
+    way = _verdict(made, made.direction)
+    said = f"{way} (exploratory)" if made.exploratory and not made.blocked else way
+    return {"difference": text, "direction": said, "size": _verdict(made, made.size)}
 
 
 def _verdict(made: Comparison, verdict: str) -> str:
@@ -136,17 +138,21 @@ def _comparison_notes(f: Findings) -> Iterable[str]:
         counts = sorted({e.examples for e in tests if e.examples})
         examples = " or ".join(f"{n:,}" for n in counts)
         over = f"seeds and {examples} test examples, crossed" if counts else "seeds alone"
-        yield f"±: half the 95 % interval over {over}. Rates were chosen on validation; only confirmation runs saw test."
+        yield f"±: half the 95 % interval over {over}. Rates were chosen on {declared.selection(f.sweep)}; only confirmation runs saw test."
     if f.pooled:
         sd = f.metric.size(f.pooled.within**0.5)
         yield f"Seed variance is pooled over the {f.pooled.cells} adapter cells (a seed's standard deviation: {sd}; Bartlett p = {f.pooled.p:.2f})."
     if f.versus and f.reference:
-        by_default = (
-            "the largest rank, none being declared" if f.results[f.reference].cell.adapter else "none being declared"
+        own = sum(not made.exploratory for made in f.versus.values())
+        rest = (
+            f" The {len(f.versus) - own} others are exploratory: 95 % each, not adjusted."
+            if own < len(f.versus)
+            else ""
         )
-        declared = "declared" if f.sweep.study.get("reference") == f.reference else by_default
-        yield (f"Direction and its interval are adjusted by Holm's steps within the {len(f.versus)} comparisons with {f.results[f.reference].name} ({declared}). "
+        yield (f"Direction and its interval are adjusted by Holm's steps within the {own} comparisons with {declared.reference(f)}.{rest} "
                f"Margin: two one-sided tests at 5 %, apart from the direction. “Not resolved” is not “equal”.")  # fmt: skip
+    if meets := declared.anchor(f.sweep):
+        yield f"The alpha rules meet at {meets}: there they are one point, and one cell stands for all of them."
     if any(r.cell.solo.get("seconds") for r in f.results.values()):
         yield "Solo: a few steps of the cell alone on the base, their time scaled to the tokens of a run; pack totals stand in the budget."
     if any(not r.solo for r in f.results.values() if r.runs):
@@ -160,9 +166,10 @@ def _comparison_notes(f: Findings) -> Iterable[str]:
 
 
 def rates(f: Findings) -> Table:
+    scored = f.sweep.selection != "loss"
     columns = (
         Column("cell", "cell"), Column("lr", "lr", "right"), Column("loss", "mean val loss", "right"),
-        Column("seeds", "seeds done", "right"), Column("lost", "diverged or failed", "right"), Column("mark", ""),
+        *([Column("score", f"mean {declared.selection(f.sweep).replace('validation', 'val')}", "right")] if scored else []), Column("seeds", "seeds done", "right"), Column("lost", "diverged or failed", "right"), Column("mark", ""),
     )  # fmt: skip
     rows = []
     for r in f.results.values():
@@ -171,7 +178,16 @@ def rates(f: Findings) -> Table:
             mark = "chosen, at the edge" if chosen and r.choice.edge else "chosen" if chosen else "ineligible" if x.failures else (
                 f"pruned at step {at_steps(x.pruned)}" if x.pruned else "incomplete" if x.missing else "")  # fmt: skip
             loss = formats.number(None if x.pruned else x.mean, 4)
-            texts = (r.name, formats.rate(x.lr), loss, f"{len(x.losses)} of {x.seeds}", str(x.failures or ""), mark)
+            score = [formats.number(None if x.pruned else x.score, 4)] if scored else []
+            texts = (
+                r.name,
+                formats.rate(x.lr),
+                loss,
+                *score,
+                f"{len(x.losses)} of {x.seeds}",
+                str(x.failures or ""),
+                mark,
+            )
             rows.append(Row(texts, mark="chosen" if chosen else "lost" if x.failures else ""))
     notes = ["A rate at which any seed diverged or failed is not eligible. Ties go to the smaller rate."]
     if any(x.pruned for r in f.results.values() for x in r.choice.rates):

@@ -84,6 +84,10 @@ class Config:
         metrics.check_metrics(self.metric, self.OWN, self.extra_metrics, key)
 
     @property
+    def metric_names(self) -> tuple[str, ...]:
+        return metrics.names(self.OWN, self.extra_metrics, "task.extra_metrics")
+
+    @property
     def lower_is_better(self) -> tuple[str, ...]:
         return metrics.lower_is_better(self.extra_metrics, "task.extra_metrics")
 

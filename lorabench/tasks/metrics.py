@@ -113,6 +113,11 @@ def check_metrics(metric: str, own: Sequence[str], specs: Sequence[str], key: st
         raise ConfigError(f"{key}.metric", metric, f"allowed: {', '.join((*own, *names))}")
 
 
+def names(own: Sequence[str], specs: Sequence[str], key: str) -> tuple[str, ...]:
+    """Names of all metrics: the task's own, then the user's."""
+    return (*own, *(load_metric(spec, key)[0] for spec in specs))
+
+
 def lower_is_better(specs: Sequence[str], key: str) -> tuple[str, ...]:
     """Names of the metrics of which less is better, the user's included."""
     loaded = (load_metric(spec, key) for spec in specs)
