@@ -6,11 +6,12 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict
 from typing import Any
 
-from lorabench.config import RunConfig, StudyConfig
+from lorabench.config import RunConfig
 from lorabench.planning import Job, cell_id
 from lorabench.records import Store
 from lorabench.report.declared import scale_at
 from lorabench.schema import ConfigError, ExistingWork
+from lorabench.settings import StudyConfig
 
 SAID_ONLY = {"alpha_anchor"}  # keys that change no number: a manifest from before they existed is not held to them
 POST_HOC = {"margin": "python -m lorabench.report {root} --margin {value}"}

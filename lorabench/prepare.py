@@ -16,8 +16,9 @@ from typing import Any
 from lorabench import encoded_cache, probes
 from lorabench.base import Base, BaseInfo, HeadSpec
 from lorabench.batches import steps_per_epoch
-from lorabench.config import RunConfig, TrainerConfig, digest
+from lorabench.config import RunConfig, digest
 from lorabench.schema import ConfigError
+from lorabench.settings import TrainerConfig
 from lorabench.slice_plan import SlicePlan
 
 

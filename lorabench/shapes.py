@@ -46,7 +46,7 @@ def each(shape: Shape, key: Shape | None = None) -> Shape:
     def check(value: Any) -> str | None:
         if not isinstance(value, Mapping if key else list):
             return "a mapping" if key else "a list"
-        for name, inner in value.items() if key else enumerate(value):
+        for name, inner in value.items() if isinstance(value, Mapping) else enumerate(value):
             if wrong := (key(name) if key else None) or shape(inner):
                 return _at(str(name), wrong)
         return None

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from lorabench.config import StudyConfig, digest
+from lorabench.config import digest
 from lorabench.declaration import check_unchanged
 from lorabench.records import Record, Store
 from lorabench.report import __main__ as face
@@ -21,6 +21,7 @@ from lorabench.report.findings import Findings, find
 from lorabench.report.load import load
 from lorabench.report.select import choose
 from lorabench.schema import ConfigError, ExistingWork
+from lorabench.settings import StudyConfig
 from report_fixture import RANK_SWEEP, build
 
 R1, R4, R16, R64 = (f"lora-r{r}-a16-all-linear" for r in (1, 4, 16, 64))

@@ -11,8 +11,8 @@ from typing import Any
 
 import pytest
 
-from lorabench.config import TrackerConfig
 from lorabench.records import Record, Store
+from lorabench.settings import TrackerConfig
 from lorabench.trackers import make_tracker
 from lorabench.trackers.contract import Mirror
 from lorabench.trackers.wandb import mode
@@ -60,7 +60,7 @@ def test_making_one_imports_no_client(sweep_dir: Path) -> None:
     code = """
 import sys
 from pathlib import Path
-from lorabench.config import TrackerConfig
+from lorabench.settings import TrackerConfig
 from lorabench.trackers import make_tracker
 for kind in ("wandb", "tensorboard", "csv"):
     make_tracker(TrackerConfig(name=kind), sweep="s", sweep_dir=Path("nowhere")).close()

@@ -15,8 +15,8 @@ from typing import Any
 import pytest
 
 from lorabench import sync
-from lorabench.config import TrackerConfig
 from lorabench.records import Record, Store
+from lorabench.settings import TrackerConfig
 from lorabench.trackers import make_tracker
 from lorabench.trackers import wandb_report as report
 from lorabench.trackers import wandb_runs as wb

@@ -5,7 +5,7 @@ from __future__ import annotations
 import importlib
 from pathlib import Path
 
-from lorabench.config import TrackerConfig
+from lorabench.settings import TrackerConfig
 from lorabench.trackers.contract import Mirror, Tracker
 
 __all__ = ["Mirror", "Tracker", "make_tracker"]

@@ -20,8 +20,8 @@ from pathlib import Path
 from typing import Any
 
 import lorabench
-from lorabench.config import TrackerConfig
 from lorabench.records import Record, Store, atomic_write, dump_json
+from lorabench.settings import TrackerConfig
 from lorabench.trackers.contract import Row
 from lorabench.trackers.wandb_api import api_key
 from lorabench.trackers.wandb_runs import environment
