@@ -184,6 +184,7 @@ def _panel(ax: Axes, f: Findings, made: Front, looks: Mapping[str, Look]) -> Non
     style.per_metric(ax, f.metric)
     if made.cost.log:
         _decades(ax, [xy[r.id][0] for r in made.cells])
+    ax.margins(y=0.13)  # a name beyond the outermost point stays inside
     _room(ax)
     _names(
         ax,
