@@ -6,6 +6,7 @@ The engine here runs a job inside this process, or loses it; `tests/slurm` has t
 import dataclasses
 import importlib.util
 import itertools
+from collections import Counter
 
 import pytest
 
@@ -86,7 +87,7 @@ def test_a_job_leaves_the_records_of_a_pack_trained_here(sweep, cli, tiny):
     assert code == 0, out
     assert cli(*GRID, *tiny, "sweep.name=inline")[0] == 0
     assert metrics() == metrics("sweeps/inline")
-    assert [j.pack_id for j in engine.jobs] == ["p0", "p1"]
+    assert sorted(j.pack_id for j in engine.jobs) == ["p0", "p1"]
     assert "p0: tune LoRA r=1 x 2: 6 steps" in out  # heard from the histories
 
 
@@ -94,7 +95,7 @@ def test_a_pack_whose_job_died_is_submitted_again(sweep):
     engine = Here(lose=1)
     code, out = sweep(engine)
     assert code == 0, out
-    assert sorted(j.pack_id for j in engine.jobs) == ["p0", "p0", "p1"]
+    assert sorted(Counter(j.pack_id for j in engine.jobs).values()) == [1, 2]
     assert {s for s, _ in metrics().values()} == {"completed"}
 
 
@@ -120,7 +121,8 @@ def test_a_job_killed_for_its_memory_is_split(sweep):
     engine = Here(lose=1, death=Death("OUT_OF_MEMORY", memory=True))
     code, out = sweep(engine)
     assert code == 0, out
-    assert sorted(j.pack_id for j in engine.jobs) == ["p0", "p0.0", "p0.1", "p1"]
+    lost = next(j.pack_id for j in engine.jobs if "." in j.pack_id).split(".")[0]
+    assert sorted(j.pack_id for j in engine.jobs) == sorted(["p0", "p1", f"{lost}.0", f"{lost}.1"])
     assert {s for s, _ in metrics().values()} == {"completed"}
 
 

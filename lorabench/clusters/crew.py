@@ -87,7 +87,7 @@ class JobCrew:
             if not fresh and time.monotonic() - began < self.poll:
                 continue
             began = time.monotonic()
-            self._waiting += fresh
+            self._waiting = sorted(self._waiting + fresh, key=lambda w: [int(n) for n in w.pack.id[1:].split(".")])
             try:
                 self._place()
                 self._look()

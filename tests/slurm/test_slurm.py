@@ -195,13 +195,14 @@ def test_a_requeued_job_leaves_the_same_records(sweep, launcher):
 
 @pytest.mark.slow
 def test_a_preempted_job_leaves_the_same_records(sweep, launcher):
-    """A job of a partition with more priority takes all CPUs; the pack's job is requeued and starts again after it."""
+    """A job of a partition with more priority takes all CPUs; the pack's job starts again after it."""
     running = launcher("s", *JOBS, "hydra.launcher.signal_delay_s=5", steps=3000)
     wait_for(lambda: history_rows("s"))
     subprocess.run(["sbatch", "--partition=urgent", "--cpus-per-task=8", "--mem=100", "--output=/dev/null", "--wrap=sleep 5"], check=True)  # fmt: skip
     out = running.communicate(timeout=500)[0].decode()
     assert running.returncode == 0, out
-    assert "Restarts=1" in slurm_says("scontrol", "show", "job", noted("s"))
+    # a job that ends inside the grace time is not requeued by Slurm: then it is submitted again
+    assert "Restarts=1" in slurm_says("scontrol", "show", "job", noted("s")) or "submitted again" in out
     assert sweep("inline", steps=3000)[0] == 0
     assert metrics("s") == metrics("inline")
 
