@@ -17,7 +17,15 @@ def store(tmp_path: Path) -> Store:
     """Eight runs: two completed, one of each other end, one running, one cut, one waiting."""
     store = Store(tmp_path / "s")
     ids = [f"{i:012x}" for i in range(8)]
-    runs = {i: {"role": "tune", "lr": 1e-3, "seed": 0, "config": {"trainer": {"max_steps": 40}}} for i in ids}
+    runs = {
+        i: {
+            "role": "tune",
+            "lr": 1e-3,
+            "seed": 0,
+            "config": {"method": {"name": "lora"}, "optimizer": {"lr": 1e-3}, "seed": 0, "trainer": {"max_steps": 40}},
+        }
+        for i in ids
+    }
     runs[ids[0]]["role"] = "confirm"
     store.write_manifest({"schema": 1, "name": "s", "cells": [], "runs": runs, "packs": []})
     for i, status in zip(ids, ("completed", "completed", "diverged", "pruned", "failed"), strict=False):

@@ -11,6 +11,7 @@ from typing import Any
 import optuna
 from hydra.types import HydraContext
 from omegaconf import DictConfig
+from optuna.storages.journal import JournalFileBackend
 from optuna.trial import TrialState
 
 from hydra_plugins.lorabench._compose import Composer
@@ -60,7 +61,6 @@ class Search:
     def _opened(self) -> Any:
         optuna.logging.set_verbosity(optuna.logging.WARNING)
         lower = self.run.task.metric in getattr(self.run.task, "lower_is_better", ("loss",))
-        direction = "minimize" if lower else "maximize"
         samplers = {"tpe": self._tpe, "random": optuna.samplers.RandomSampler}
         name = self.options["sampler"]
         if name not in samplers:
@@ -69,16 +69,14 @@ class Search:
         if not self.dry_run:
             journal = self.store.root / "optuna" / "journal"
             journal.parent.mkdir(parents=True, exist_ok=True)
-            backend = optuna.storages.journal.JournalFileBackend(str(journal))
-            storage = optuna.storages.JournalStorage(backend)
+            storage = optuna.storages.JournalStorage(JournalFileBackend(str(journal)))
         study = optuna.create_study(
-            storage=storage, study_name="lorabench", direction=direction, load_if_exists=True,
+            storage=storage, study_name="lorabench", direction="minimize" if lower else "maximize", load_if_exists=True,
             sampler=samplers[name](seed=self.options["seed"]),
         )  # fmt: skip
-        if study.direction.name.lower() != direction:
-            raise ExistingWork(
-                "sweep.dir", str(self.store.root), f"its study does not {direction} {self.run.task.metric}"
-            )
+        if (study.direction.name == "MINIMIZE") != lower:
+            allowed = f"its study does not {'minimize' if lower else 'maximize'} {self.run.task.metric}"
+            raise ExistingWork("sweep.dir", str(self.store.root), allowed)
         return study
 
     @staticmethod
