@@ -106,7 +106,7 @@ def _metrics(value: Any) -> str | None:
     """What has a slash (`val/loss`, `test/accuracy`, `probe/...`) is a number; what stands beside it (`primary`, `best_step`) as it comes."""
     if wrong := each(SCALAR, TEXT)(value):
         return wrong
-    scores = {k: v for k, v in value.items() if "/" in k}
+    scores = {k: v for k, v in value.items() if "/" in k and k != "probe/name"}
     return each(MAYBE_NUMBER, TEXT)(scores) or fields(may={"best_step": MAYBE_WHOLE, "pruned_step": MAYBE_WHOLE})(value)
 
 

@@ -127,7 +127,7 @@ def test_a_job_killed_for_its_memory_is_split(sweep):
 
 
 def test_a_pack_that_ran_out_of_memory_in_its_job_is_split(sweep, monkeypatch):
-    from lorabench import train as module
+    from lorabench import ranks as module
 
     real = module.train
 

@@ -279,7 +279,9 @@ def jobs(rates: Sequence[float], *, prune: bool, seeds: Sequence[int] = (0, 1)) 
 def plan(store: Store, listed: Sequence[Job]) -> Any:
     """Declare the runs in the manifest, then plan."""
     manifest = store.manifest() or new_manifest(listed[0])
-    manifest["runs"] |= {j.run.run_id: {"config": j.run.to_dict()} for j in listed}
+    manifest["runs"] |= {
+        j.run.run_id: {"lr": j.run.optimizer.lr, "seed": j.run.seed, "config": j.run.to_dict()} for j in listed
+    }
     store.write_manifest(manifest)
     return planned_packs(store, listed)
 

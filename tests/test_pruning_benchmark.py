@@ -28,7 +28,7 @@ def pruning(repo: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
 
 def write(store: Store, runs: Mapping[int, Histories], **changes: Any) -> None:
     """A finished sweep of one cell, by seed. A history that stops short, or at NaN, is that of a run that diverged."""
-    entries: dict[str, Any] = {"id": "c", "label": {}, "runs": {"tune": [], "confirm": []}}
+    entries: dict[str, Any] = {"id": "c", "label": {"method": "LoRA"}, "runs": {"tune": [], "confirm": []}}
     for seed, histories in runs.items():
         for run in cell(list(histories), seeds=(seed,), **{"trainer.max_steps": 100, **changes}):
             losses = histories[run.optimizer.lr]

@@ -63,6 +63,7 @@ def test_replies_are_those_of_transformers_one_at_a_time(places, tmp_path):
     assert len(set(map(len, prompts))) > 1, "prompts of one length would not show that each finds its place"
 
 
+@pytest.mark.slow
 def test_a_pack_says_what_its_runs_say_alone(places, tmp_path):
     runs = [
         chat_run(places, **{"method.r": r, "optimizer.lr": lr, "trainer.max_steps": 40})

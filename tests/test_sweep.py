@@ -132,7 +132,7 @@ def test_asking_for_part_of_a_finished_pack_trains_nothing(cli):
     assert stamps() == before
 
 
-@pytest.mark.parametrize("launcher", ["basic", "joblib"])
+@pytest.mark.parametrize("launcher", ["basic", pytest.param("joblib", marks=pytest.mark.slow)])
 def test_hydras_own_launchers_give_the_same_records(cli, launcher, monkeypatch):
     monkeypatch.setenv("JOBLIB_MULTIPROCESSING", "1")
     assert cli(*GRID)[0] == 0

@@ -2,16 +2,26 @@
 
 from __future__ import annotations
 
+import copy
+import re
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from hydra.types import HydraContext
-from omegaconf import DictConfig
+from omegaconf import DictConfig, OmegaConf
 
 from lorabench.app import job, sweep_name
 
 if TYPE_CHECKING:
     from lorabench.sweep import Job
+
+
+NUMBER = re.compile(r"optimizer\.lr=[-+]?(\d+\.?\d*|\.\d+)(e[-+]?\d+)?|seed=\d+", re.IGNORECASE)
+
+
+def number(text: str) -> int | float:
+    """A number of a command line, as Hydra reads it: whole numbers stay whole."""
+    return int(text) if text.lstrip("+-").isdecimal() else float(text)
 
 
 class Composer:
@@ -24,6 +34,7 @@ class Composer:
         self.experiment = config.hydra.runtime.choices.get("experiment")
         self.name = sweep_name(config.hydra.overrides.task, self.experiment)
         self._kept: dict[tuple[str, ...], Job] = {}
+        self._configs: dict[tuple[str, ...], DictConfig] = {}
 
     @classmethod
     def of(cls, context: HydraContext, config: DictConfig) -> Composer:
@@ -35,9 +46,20 @@ class Composer:
     def job(self, overrides: Sequence[str], extra: Mapping[str, Any] | None = None) -> Job:
         key = tuple(overrides)
         if key not in self._kept:
-            cfg = self.loader.load_sweep_config(self.config, list(overrides))
-            self._kept[key] = job(cfg, name=self.name, experiment=self.experiment, extra=extra)
+            self._kept[key] = job(self._composed(key), name=self.name, experiment=self.experiment, extra=extra)
         return self._kept[key]
+
+    def _composed(self, overrides: tuple[str, ...]) -> DictConfig:
+        """Hydra composes a set once for all its rates and seeds: those are plain numbers, set on a copy."""
+        numbers = [o for o in overrides if NUMBER.fullmatch(o)]
+        rest = tuple(o for o in overrides if o not in numbers)
+        if rest not in self._configs:
+            self._configs[rest] = self.loader.load_sweep_config(self.config, list(rest))
+        cfg = copy.deepcopy(self._configs[rest])
+        for override in numbers:
+            name, _, value = override.partition("=")
+            OmegaConf.update(cfg, name, number(value))
+        return cfg
 
     @property
     def composed(self) -> list[Job]:

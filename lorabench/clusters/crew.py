@@ -49,7 +49,7 @@ class JobCrew:
 
     def __exit__(self, *args: Any) -> None:
         self._stop.set()
-        self._thread.join(timeout=60)
+        self._thread.join(timeout=10)  # it may wait for a slow controller; nothing of it is lost
         if self._engine is not None:
             self._engine.close()
 

@@ -71,7 +71,7 @@ def read(f: Findings, run_id: str) -> dict[str, tuple[str, str, str]]:
 def plain(value: Any) -> str:
     """One line of printable text, cut with an ellipsis. Half characters, which UTF-8 cannot hold, become question marks."""
     text = " ".join(str("" if value is None else value).encode("utf-8", "replace").decode("utf-8").split())
-    text = "".join(ch if ch.isprintable() else "�" for ch in text)
+    text = "".join(ch if ch.isprintable() else "?" for ch in text)
     return text if len(text) <= LONG else text[: LONG - 1].rstrip() + "…"
 
 

@@ -159,6 +159,7 @@ def test_what_sbatch_refuses_is_one_line(sweep):
     assert not Store("sweeps/s").records()
 
 
+@pytest.mark.slow
 def test_stopped_launchers_leave_their_jobs_and_cancelled_jobs_fail(launcher):
     """Ctrl-C ends the launcher alone. The jobs are cancelled under the next one: nobody submits them again."""
     waits = "hydra.launcher.setup=['sleep 60']"
