@@ -13,7 +13,9 @@ RUNS = {"smoke": 6, "rank_sweep": 22, "alpha_sweep": 140, "target_sweep": 45, "l
 
 
 # 192 runs take their time to compose; what is said of them is checked for the others, too.
-@pytest.mark.parametrize("name", [pytest.param(n, marks=[pytest.mark.slow] if n == "prune_grid" else []) for n in EXPERIMENTS])
+@pytest.mark.parametrize(
+    "name", [pytest.param(n, marks=[pytest.mark.slow] if n == "prune_grid" else []) for n in EXPERIMENTS]
+)
 def test_every_experiment_dry_runs(name, monkeypatch, tmp_path, capsys):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr("sys.argv", ["lorabench", f"+experiment={name}", "sweep.dry_run=true"])

@@ -17,21 +17,14 @@ def store(tmp_path: Path) -> Store:
     """Eight runs: two completed, one of each other end, one running, one cut, one waiting."""
     store = Store(tmp_path / "s")
     ids = [f"{i:012x}" for i in range(8)]
-    runs = {
-        i: {
-            "role": "tune",
-            "lr": 1e-3,
-            "seed": 0,
-            "config": {"method": {"name": "lora"}, "optimizer": {"lr": 1e-3}, "seed": 0, "trainer": {"max_steps": 40}},
-        }
-        for i in ids
-    }
+    config = {"method": {"name": "lora"}, "optimizer": {"lr": 1e-3}, "seed": 0, "trainer": {"max_steps": 40}}
+    runs = {i: {"role": "tune", "lr": 1e-3, "seed": 0, "config": config} for i in ids}
     runs[ids[0]]["role"] = "confirm"
     store.write_manifest({"schema": 1, "name": "s", "cells": [], "runs": runs, "packs": []})
     for i, status in zip(ids, ("completed", "completed", "diverged", "pruned", "failed"), strict=False):
         resources = {"pack_seconds": 60.0, "pack_size": 6} if status == "completed" else {}
         error = "ValueError: no\nmore" if status == "failed" else None
-        store.write(Record(i, "tune", status, {}, resources=resources, error=error))
+        store.write(Record(i, "tune", status, config, resources=resources, error=error))
     for i in ids[5:7]:
         store.append_history(i, [{"step": 10, "train/loss": 1.0}])
     old = time.time() - 3600
