@@ -12,10 +12,11 @@ RUNS = {"smoke": 6, "rank_sweep": 22, "alpha_sweep": 140, "target_sweep": 45, "l
         "planted_rank": 18, "variants": 120, "data_size": 48, "chitchat": 16}  # fmt: skip
 
 
-# 192 runs take their time to compose; what is said of them is checked for the others, too.
-@pytest.mark.parametrize(
-    "name", [pytest.param(n, marks=[pytest.mark.slow] if n == "prune_grid" else []) for n in EXPERIMENTS]
-)
+# A hundred runs take their time to compose; what is said of them is checked for the others, too.
+LARGE = {"prune_grid", "alpha_sweep", "variants"}
+
+
+@pytest.mark.parametrize("name", [pytest.param(n, marks=[pytest.mark.slow] if n in LARGE else []) for n in EXPERIMENTS])
 def test_every_experiment_dry_runs(name, monkeypatch, tmp_path, capsys):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr("sys.argv", ["lorabench", f"+experiment={name}", "sweep.dry_run=true"])

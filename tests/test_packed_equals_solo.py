@@ -101,12 +101,15 @@ def test_six_mixed_slices_equal_six_solo_runs(places, tmp_path, kind):
         {"trainer.keep": "last"},
         {"trainer.gradient_checkpointing": True, "trainer.max_steps": 12},
         {"trainer.part_tokens": 100},
-        {
-            "trainer.part_tokens": 100,
-            "method.dropout": 0.2,
-            "model.dropout": None,
-            "trainer.accumulate_grad_batches": 2,
-        },
+        pytest.param(
+            {
+                "trainer.part_tokens": 100,
+                "method.dropout": 0.2,
+                "model.dropout": None,
+                "trainer.accumulate_grad_batches": 2,
+            },
+            marks=pytest.mark.slow,
+        ),
         {"trainer.part_tokens": 100, "trainer.gradient_checkpointing": True, "trainer.max_steps": 12},
     ],
     ids=lambda c: ",".join(f"{k}={v}" for k, v in c.items()),

@@ -130,6 +130,7 @@ def test_jobs_leave_the_records_of_the_inline_sweep(sweep):
     assert before == {p: p.stat().st_mtime_ns for p in Path("sweeps/s/runs").glob("*/run.json")}
 
 
+@pytest.mark.slow
 def test_a_killed_launcher_finds_its_jobs_again(sweep, launcher):
     first = launcher("s", *JOBS, steps=400)
     jobs = wait_for(lambda: noted("s") and noted("s", "p1") and [noted("s", "p0"), noted("s", "p1")])
