@@ -10,22 +10,17 @@ import os
 import queue
 import signal
 import socket
-import sys
-from collections.abc import Callable, Collection
+from collections.abc import Collection
 from contextlib import suppress
-from dataclasses import asdict
 from typing import Any
 
 import torch
 
-from lorabench import replicas
+from lorabench import messages, replicas
 from lorabench.config import RunConfig
-from lorabench.leases import LeaseLost
-from lorabench.outcome import failed
 from lorabench.prepare import Pack, device_count
 from lorabench.records import Record, Store
-from lorabench.schema import ExistingWork, Unwritable
-from lorabench.train import Listener, OutOfMemory, SlicesMix
+from lorabench.train import Listener
 from lorabench.train import train as train_alone
 
 
@@ -45,14 +40,7 @@ def train(
     try:
         return _Group(pack, store, listener, keep, accept_drift, world).result()
     except _Died as e:
-        records = [
-            failed(run, f"{e}; sweep.retry_failed=true goes on from its last checkpoint", "") for run in pack.runs
-        ]
-    for record in records:
-        if record.run_id not in keep:
-            store.write(record)
-        listener.finish(record)
-    return records
+        return messages.died(pack, store, listener, keep, str(e))
 
 
 class _Died(Exception):
@@ -85,30 +73,18 @@ class _Group:
                 process.join()
 
     def _listen(self) -> list[Record]:
-        heard: dict[str, Callable[..., None]] = {
-            name: getattr(self.listener, name) for name in ("step", "start", "rows", "finish")
-        }
+        calls = {name: getattr(self.listener, name) for name in messages.EVENTS}
         while True:
             try:
-                name, args = self.channel.get(timeout=0.1)
+                message = self.channel.get(timeout=0.1)
             except queue.Empty:
                 dead = [p.exitcode for p in self.processes if p.exitcode]
                 if dead:
                     raise _Died(f"a process of the pack died (exit code {dead[0]})") from None
                 continue
-            if name == "records":
-                return [Record(**r) for r in args]
-            if name == "mix":
-                raise SlicesMix(*args)
-            if name == "memory":
-                raise OutOfMemory(args)
-            if name == "drift":
-                raise ExistingWork(*args)
-            if name == "lost":
-                raise LeaseLost(args)
-            if name == "unwritable":
-                raise Unwritable(*args)
-            heard[name](*((RunConfig.from_dict(args[0]),) if name == "start" else args))
+            if message[0] not in calls:
+                return messages.result(message)
+            messages.heard(calls, message)
 
 
 def _free_port() -> int:
@@ -123,11 +99,7 @@ def _rank(
     accept_drift: bool, channel: Any,
 ) -> None:  # fmt: skip
     """In a process of the group: join it, train, and as the first of it say what happens."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent hears Ctrl-C and ends the group
-    if sys.platform == "linux":
-        import ctypes
-
-        ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG: ends with its parent
+    messages.belong_to_parent()
     os.environ |= {
         "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "LOCAL_RANK": str(rank), "NODE_RANK": "0",
     }  # fmt: skip
@@ -135,29 +107,10 @@ def _rank(
         torch.set_num_threads(max(1, torch.get_num_threads() // world))
     replicas.join(rank, world)
     pack = Pack(pack_id, tuple(RunConfig.from_dict(r) for r in runs), prune=prune)
-    listener = Listener(
-        step=lambda step, total: channel.put(("step", (step, total))),
-        start=lambda run: channel.put(("start", (run.to_dict(),))),
-        rows=lambda run_id, rows: channel.put(("rows", (run_id, rows))),
-        finish=lambda record: channel.put(("finish", (record,))),
-    )
-    try:
-        records = train_alone(
-            pack, Store(*root), listener if rank == 0 else Listener(), keep=keep, accept_drift=accept_drift
-        )
-    except SlicesMix as e:
-        channel.put(("mix", (e.layer, e.reason)))
-    except OutOfMemory as e:
-        channel.put(("memory", str(e)))
-    except ExistingWork as e:
-        channel.put(("drift", (e.key, e.value, e.allowed)))
-    except LeaseLost as e:
-        channel.put(("lost", str(e)))
-    except Unwritable as e:
-        channel.put(("unwritable", (e.errno, e.strerror, e.filename)))
-    else:
-        if rank == 0:
-            channel.put(("records", [asdict(r) for r in records]))
+    store, listener = Store(*root), messages.telling(channel) if rank == 0 else Listener()
+    end = messages.ended(lambda: train_alone(pack, store, listener, keep=keep, accept_drift=accept_drift))
+    if rank == 0 or end[0] != "records":
+        channel.put(end)
     channel.close()
     channel.join_thread()
     with suppress(KeyboardInterrupt):

@@ -26,7 +26,7 @@ from lorabench.sharing import Ended, freed
 from lorabench.slice_plan import SlicePlan
 from lorabench.terminal import Progress, dry_run_table
 from lorabench.train import Listener, OutOfMemory, SlicesMix, measure
-from lorabench.workers import Crew, Workers, worker_count
+from lorabench.workers import Crew, workers_for
 
 Executor = Callable[[Callable[[Pack], list[Record]], Sequence[Pack]], Iterable[list[Record]]]
 
@@ -42,6 +42,9 @@ def check_all(jobs: Sequence[Job]) -> dict[str, SlicePlan]:
     """Check every listed run before anything is written. Raises `ConfigError` for the first bad one."""
     for job in jobs:
         declaration.check_run(job)
+        if (job.settings.sweep.workers or 1) > 1 and prep.device_count(job.run.trainer) > 1:
+            allowed = "1 where a pack trains on several devices (trainer.devices): packs then follow one another"
+            raise ConfigError("sweep.workers", job.settings.sweep.workers, allowed)
     return {job.run.run_id: prep.check(job.run) for job in jobs}
 
 
@@ -90,8 +93,7 @@ def _run(
 
     tracker = make_tracker(settings.tracker, sweep=store.root.name, sweep_dir=store.root)
 
-    count = worker_count(settings.sweep.workers, prep.resolve(todo[0].runs[0]).device, len(todo)) if todo else 1
-    own = Workers(count, prep.resolve(todo[0].runs[0]).device) if count > 1 else None
+    own = workers_for(todo, settings.sweep.workers)
     workers = executor if isinstance(executor, Crew) else own
     train_pack, executor = (workers.train, workers.map) if workers else (train, executor)
 

@@ -5,31 +5,24 @@ A worker trains a pack as this process would and sends back what there is to sho
 
 from __future__ import annotations
 
-import ctypes
 import multiprocessing
 import os
 import queue
 import signal
-import sys
 from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import suppress
-from dataclasses import asdict
-from pathlib import Path
 from threading import Event, Lock, current_thread, main_thread
 from typing import Any, Protocol, runtime_checkable
 
 import torch
 
-from lorabench import checkpoints
+from lorabench import checkpoints, messages
 from lorabench.config import RunConfig
-from lorabench.leases import LeaseLost
-from lorabench.outcome import failed
-from lorabench.prepare import Pack
+from lorabench.prepare import Pack, device_count, resolve
 from lorabench.records import Record, Store
-from lorabench.schema import ExistingWork, Unwritable
-from lorabench.train import Listener, OutOfMemory, SlicesMix, train
+from lorabench.train import Listener, train
 
 GROUP = 8  # cores a CPU worker: more threads than that have little to do in one part
 
@@ -112,19 +105,12 @@ class Workers:
                         break
                     worker.restart()
                     if (checkpoints.reached(store.root, pack.id) or 0) <= began:
-                        return self._failed(pack, store, listener, keep)
+                        return messages.died(
+                            pack, store, listener, keep, "its worker process died (killed, or out of memory)"
+                        )
             raise SystemExit(143)
         finally:
             self._free.put(worker)
-
-    def _failed(self, pack: Pack, store: Store, listener: Listener, keep: Collection[str]) -> list[Record]:
-        dead = "its worker process died (killed, or out of memory); sweep.retry_failed=true trains it again"
-        records = [failed(run, dead, "") for run in pack.runs]
-        for record in records:
-            if record.run_id not in keep:
-                store.write(record)
-            listener.finish(record)
-        return records
 
     def _locked(self, listener: Listener) -> dict[str, Callable[..., None]]:
         """The listener's calls by name, one at a time."""
@@ -136,7 +122,7 @@ class Workers:
 
             return heard
 
-        return {name: call(name) for name in ("step", "start", "rows", "finish")}
+        return {name: call(name) for name in messages.EVENTS}
 
 
 class _Worker:
@@ -169,20 +155,8 @@ class _Worker:
         future = self.pool.submit(_train, *told)
         while not (future.done() and self.channel.empty()):
             with suppress(queue.Empty):
-                name, args = self.channel.get(timeout=0.1)
-                heard[name](*((RunConfig.from_dict(args[0]),) if name == "start" else args))
-        kind, value = future.result()
-        if kind == "mix":
-            raise SlicesMix(*value)
-        if kind == "memory":
-            raise OutOfMemory(value)
-        if kind == "lost":
-            raise LeaseLost(value)
-        if kind == "unwritable":
-            raise Unwritable(*value)
-        if kind == "drift":
-            raise ExistingWork(*value)
-        return [Record(**r) for r in value]
+                messages.heard(heard, self.channel.get(timeout=0.1))
+        return messages.result(future.result())
 
 
 _channel: Any = None  # of this worker
@@ -193,9 +167,7 @@ def _begin(index: int, count: int, device: str, channel: Any) -> None:
     parent's."""
     global _channel
     _channel = channel
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent hears Ctrl-C and ends its workers
-    if sys.platform == "linux":
-        ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG
+    messages.belong_to_parent()
     if device == "cuda":
         visible = os.environ.get("CUDA_VISIBLE_DEVICES")
         os.environ["CUDA_VISIBLE_DEVICES"] = visible.split(",")[index] if visible else str(index)
@@ -216,24 +188,16 @@ def _train(
     keep: list[str],
     accept_drift: bool,
 ) -> tuple[str, Any]:
-    """In the worker: train a pack; what the caller must know of an error comes back as data."""
+    """In the worker: train a pack, and say how it ended."""
     pack = Pack(pack_id, tuple(RunConfig.from_dict(r) for r in runs), prune=prune)
-    listener = Listener(
-        step=lambda step, total: _channel.put(("step", (step, total))),
-        start=lambda run: _channel.put(("start", (run.to_dict(),))),
-        rows=lambda run_id, rows: _channel.put(("rows", (run_id, rows))),
-        finish=lambda record: _channel.put(("finish", (record,))),
-    )
-    try:
-        records = train(pack, Store(Path(root), lease), listener, keep=keep, accept_drift=accept_drift)
-        return "records", [asdict(r) for r in records]
-    except ExistingWork as e:
-        return "drift", (e.key, e.value, e.allowed)
-    except SlicesMix as e:
-        return "mix", (e.layer, e.reason)
-    except OutOfMemory as e:
-        return "memory", str(e)
-    except LeaseLost as e:
-        return "lost", str(e)
-    except Unwritable as e:
-        return "unwritable", (e.errno, e.strerror, e.filename)
+    store, listener = Store(root, lease), messages.telling(_channel)
+    return messages.ended(lambda: train(pack, store, listener, keep=keep, accept_drift=accept_drift))
+
+
+def workers_for(packs: Sequence[Pack], asked: int | None) -> Workers | None:
+    """Processes for packs side by side, where more than one pays; a pack on several devices has processes of its own."""
+    if not packs or any(device_count(pack.runs[0].trainer) > 1 for pack in packs):
+        return None
+    device = resolve(packs[0].runs[0]).device
+    count = worker_count(asked, device, len(packs))
+    return Workers(count, device) if count > 1 else None

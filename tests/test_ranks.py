@@ -115,3 +115,11 @@ def test_a_process_that_dies_fails_the_pack_and_leaves_no_process(parts: tuple[P
 def test_what_is_not_built_is_refused(parts: tuple[Path, Path], changes: dict[str, Any], text: str) -> None:
     with pytest.raises(ConfigError, match=text):
         device_count(make_run(*parts, **changes).trainer)
+
+
+def test_workers_beside_several_devices_are_refused(cli: Any, parts: tuple[Path, Path]) -> None:
+    base, data = parts
+    files = ["model=hf", f"model.source={base}", "task=text_file", f"task.file={data}"]
+    code, out = cli(*files, "trainer.devices=2", "sweep.workers=2")
+    assert (code, "sweep.workers=2: 1 where a pack trains on several devices" in out) == (2, True), out
+    assert not Path("sweeps").exists()
