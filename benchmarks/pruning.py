@@ -23,8 +23,9 @@ from typing import Any
 from scipy.stats import binomtest
 
 from lorabench.config import RunConfig
+from lorabench.durable import atomic_write
 from lorabench.prune import LEAST, cell_key, prunable, pruned
-from lorabench.records import Record, Store, atomic_write, dump_json
+from lorabench.records import Record, Store, dump_json
 from lorabench.report.select import Choice, choose
 
 

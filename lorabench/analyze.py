@@ -14,7 +14,8 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from lorabench.records import atomic_write, dump_json
+from lorabench.durable import atomic_write
+from lorabench.records import dump_json
 from lorabench.schema import ConfigError
 
 if TYPE_CHECKING:

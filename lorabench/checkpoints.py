@@ -19,6 +19,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from lorabench.durable import sync
 from lorabench.schema import ExistingWork
 
 if TYPE_CHECKING:
@@ -86,7 +87,7 @@ def write(where: Path, step: int, tensors: Mapping[str, Tensor], state: Mapping[
     finally:
         tmp.unlink(missing_ok=True)
     for own in (where, where.parent, where.parent.parent):
-        _fsync(own)
+        sync(own)
     rest = [p for p in listed(where) if p != path]
     for old in [p for p in rest if step_of(p) == step] + [p for p in rest if step_of(p) != step][KEEP - 1 :]:
         old.unlink(missing_ok=True)
@@ -111,14 +112,6 @@ def _chunks(tensors: Mapping[str, Tensor], state: Mapping[str, Any]) -> Iterator
     for tensor in tensors.values():
         flat = tensor.detach().cpu().contiguous().reshape(-1)
         yield memoryview(flat.view(torch.uint8).numpy())  # type: ignore[arg-type]
-
-
-def _fsync(path: Path) -> None:
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
 
 
 def read(path: Path) -> Content:

@@ -7,7 +7,8 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from lorabench.records import atomic_write, dump_json
+from lorabench.durable import atomic_write
+from lorabench.records import dump_json
 from lorabench.schema import ConfigError
 
 

@@ -7,7 +7,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from lorabench.records import atomic_write
+from lorabench.durable import atomic_write
 from lorabench.schema import ConfigError
 
 

@@ -16,7 +16,8 @@ from statistics import median
 from typing import TYPE_CHECKING, Any
 
 from lorabench import provenance
-from lorabench.records import Store, atomic_write, dump_json
+from lorabench.durable import atomic_write
+from lorabench.records import Store, dump_json
 from lorabench.schema import ConfigError
 
 if TYPE_CHECKING:

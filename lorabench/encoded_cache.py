@@ -27,8 +27,8 @@ import numpy as np
 
 from lorabench.cache import cache_root
 from lorabench.config import digest
+from lorabench.durable import atomic_write
 from lorabench.provenance import code_fingerprint
-from lorabench.records import atomic_write
 from lorabench.tasks.contract import Encoded, TaskData
 
 LIMIT = 2 * 2**30  # bytes; beyond them the entries longest unused go

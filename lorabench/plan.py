@@ -243,7 +243,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         found = plan(args)
         if args.json:
-            from lorabench.records import atomic_write, dump_json
+            from lorabench.durable import atomic_write
+            from lorabench.records import dump_json
 
             atomic_write(args.json, dump_json(found))
     except (ConfigError, OSError) as e:

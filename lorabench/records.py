@@ -19,7 +19,6 @@ import errno
 import io
 import json
 import os
-import secrets
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, fields
@@ -29,6 +28,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from lorabench import shapes
+from lorabench.durable import atomic_write
 from lorabench.leases import Lease, Leases, check, refuse_link
 from lorabench.schema import ExistingWork, Unwritable, writing
 
@@ -37,7 +37,7 @@ if TYPE_CHECKING:
 
 MANIFEST, HISTORY = "sweep.json", "history.jsonl"
 APPEND = os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_NOFOLLOW
-STATUSES = ("completed", "failed", "diverged", "pruned")
+STATUSES = shapes.STATUSES
 RUN_ID = shapes.RUN_ID
 OURS = {MANIFEST, "runs", "locks", "checkpoints", "analysis", "optuna", "README.md", ".gitkeep"}
 
@@ -63,22 +63,6 @@ class Record:
 
 
 _FIELDS = {f.name for f in fields(Record)}
-
-
-def atomic_write(path: Path, data: str | bytes) -> None:
-    """Write to a temporary name beside `path`, fsync, rename: a reader sees the old file or the new one."""
-    tmp = path.with_name(f".{path.name}.{secrets.token_hex(4)}.tmp")
-    raw = data.encode() if isinstance(data, str) else data
-    with writing(path):
-        path.parent.mkdir(parents=True, exist_ok=True)
-        try:
-            with open(tmp, "xb") as f:
-                f.write(raw)
-                f.flush()
-                os.fsync(f.fileno())
-            os.replace(tmp, path)
-        finally:
-            tmp.unlink(missing_ok=True)
 
 
 def dump_json(value: Any) -> str:
@@ -166,7 +150,7 @@ class Store:
             return None
         except IsADirectoryError as e:
             raise ExistingWork("sweep.dir", str(path), "a record; this is a directory") from e
-        if shapes.fault(data, shapes.RECORD) or data["run_id"] != run_id or set(data) - _FIELDS:
+        if shapes.RECORD(data) or data["run_id"] != run_id or set(data) - _FIELDS:
             return None
         return Record(**data)
 
@@ -209,7 +193,7 @@ class Store:
     def sync_history(self, run_id: str) -> int:
         """Bytes of a run's history, all of which are on disk when this returns."""
         try:
-            with open(self.run_dir(run_id) / "history.jsonl", "rb") as f:
+            with open(self.run_dir(run_id) / HISTORY, "rb") as f:
                 os.fsync(f.fileno())
                 return os.fstat(f.fileno()).st_size
         except FileNotFoundError:
@@ -269,7 +253,7 @@ class Store:
         except (ValueError, RecursionError) as e:
             why = f"its {MANIFEST} is not valid JSON ({e}); moved away, it is made anew and finished runs are kept"
             raise ExistingWork("sweep.dir", str(self.root), why) from e
-        if wrong := shapes.fault(data, shapes.MANIFEST):
+        if wrong := shapes.MANIFEST(data):
             allowed = f"its {MANIFEST} is not a lorabench manifest of schema 1 (at {wrong})"
             raise ExistingWork("sweep.dir", str(self.root), allowed)
         return data

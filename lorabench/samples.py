@@ -13,10 +13,11 @@ from typing import Any
 import torch
 
 from lorabench import replies
+from lorabench.durable import atomic_write
 from lorabench.forgetting import evaluating
 from lorabench.outcome import Session
 from lorabench.probes import CLASSES
-from lorabench.records import atomic_write, dump_json
+from lorabench.records import dump_json
 
 FILE = "samples.json"
 MOST = 8

@@ -7,13 +7,11 @@ import re
 from collections.abc import Callable, Mapping
 from typing import Any
 
-Shape = Callable[[Any], str | None]  # None where a value fits, else what is wrong, with the place in front
+Shape = Callable[
+    [Any], str | None
+]  # None where a value fits, else the first thing wrong: `config.seed: a whole number`. Never raises
 RUN_ID = re.compile(r"[0-9a-f]{12}")
-
-
-def fault(value: Any, shape: Shape) -> str | None:
-    """The first thing wrong with a value, as `config.seed: a whole number`; None where it fits. Never raises."""
-    return shape(value)
+STATUSES = ("completed", "failed", "diverged", "pruned")
 
 
 def is_a(what: str, test: Callable[[Any], bool], *, or_none: bool = False) -> Shape:
@@ -114,7 +112,7 @@ RECORD = fields(
     needs={
         "run_id": RUN,
         "role": ROLE,
-        "status": is_a("completed, failed, diverged or pruned", lambda v: v in ("completed", "failed", "diverged", "pruned") if isinstance(v, str) else False),
+        "status": is_a(", ".join(STATUSES), lambda v: isinstance(v, str) and v in STATUSES),
         "config": CONFIG,
     },
     may={

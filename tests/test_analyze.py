@@ -24,7 +24,7 @@ from lorabench.scope import Asked
 from lorabench.slice_plan import AdapterSpec
 from lorabench.updates import Trained
 from tiny import make_base, make_data
-from weighed import Made
+from weighed import Made, refused
 
 QUERY = "bert.encoder.layer.0.attention.self.query"
 LORA = {"method.target_modules": ["query", "value"], "method.alpha": 8.0}
@@ -417,31 +417,25 @@ class TestCommandLine:
         assert f"analysis: {sweep.file}" in said.out
         assert said.err == ""
 
-    def fails(self, argv: list[str], text: str, capsys: Any) -> None:
-        assert face.main(argv) == 2
-        said = capsys.readouterr()
-        assert said.out == "" and said.err.startswith("error: ") and said.err.count("\n") == 1
-        assert text in said.err
-
     def test_bad_input(self, sweep: Made, tmp_path: Path, capsys: Any) -> None:
         (tmp_path / "empty").mkdir()
-        self.fails([str(tmp_path / "nowhere")], "an existing directory", capsys)
-        self.fails([str(tmp_path / "empty")], "neither sweep.json nor runs", capsys)
-        self.fails([str(sweep.root), "--cells", "r2", "r3"], "--cells=r3: cells of this sweep: r2, r4", capsys)
-        self.fails([str(sweep.root), "--layers", "dense"], "--layers=dense: layers that were trained", capsys)
-        self.fails([str(sweep.root), "--cells", "head"], "trains matrices of its base; head has none", capsys)
+        refused(face, [str(tmp_path / "nowhere")], "an existing directory", capsys)
+        refused(face, [str(tmp_path / "empty")], "neither sweep.json nor runs", capsys)
+        refused(face, [str(sweep.root), "--cells", "r2", "r3"], "--cells=r3: cells of this sweep: r2, r4", capsys)
+        refused(face, [str(sweep.root), "--layers", "dense"], "--layers=dense: layers that were trained", capsys)
+        refused(face, [str(sweep.root), "--cells", "head"], "trains matrices of its base; head has none", capsys)
         assert not sweep.file.parent.exists()
 
     def test_no_finished_run(self, sweep: Made, capsys: Any) -> None:
         for record in sweep.store.records():
             record.status, record.error = "failed", "out of memory"
             sweep.store.write(record)
-        self.fails([str(sweep.root)], "a sweep with finished runs", capsys)
+        refused(face, [str(sweep.root)], "a sweep with finished runs", capsys)
 
     def test_nothing_was_saved(self, sweep: Made, capsys: Any) -> None:
         for run in sweep.runs:
             shutil.rmtree(sweep.store.run_dir(run) / "adapter")
-        self.fails([str(sweep.root)], "trainer.save_weights was false, or they were deleted", capsys)
+        refused(face, [str(sweep.root)], "trainer.save_weights was false, or they were deleted", capsys)
         assert not sweep.file.parent.exists()
 
     def test_torn_weights_are_left_out(self, sweep: Made, capsys: Any) -> None:
@@ -455,7 +449,7 @@ class TestCommandLine:
         for record in sweep.store.records():
             record.provenance["model_fingerprint"] = "0" * 64
             sweep.store.write(record)
-        self.fails([str(sweep.root)], "these differ", capsys)
+        refused(face, [str(sweep.root)], "these differ", capsys)
         assert not sweep.file.parent.exists()
 
     def test_help_imports_nothing_heavy(self) -> None:

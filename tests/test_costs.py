@@ -22,7 +22,7 @@ from lorabench.saved import open_run
 from lorabench.schema import ConfigError
 from report_fixture import build
 from tiny import make_base, make_data
-from weighed import Made
+from weighed import Made, refused
 
 LORA = {"method.target_modules": ["query", "value"], "method.alpha": 8.0}
 CELLS: dict[str, dict[str, Any]] = {
@@ -206,28 +206,22 @@ class TestCommandLine:
         assert "head only: not measured" in out and "trainer.save_weights was false" in out
         assert f"{torch.get_num_threads()} thread" in out and f"torch {torch.__version__}" in out
 
-    def fails(self, argv: list[str], text: str, capsys: Any) -> None:
-        assert face.main(argv) == 2
-        said = capsys.readouterr()
-        assert said.out == "" and said.err.startswith("error: ") and said.err.count("\n") == 1
-        assert text in said.err
-
     def test_bad_input(self, sweep: Made, tmp_path: Path, capsys: Any) -> None:
         (tmp_path / "empty").mkdir()
-        self.fails([str(tmp_path / "nowhere")], "an existing directory", capsys)
-        self.fails([str(tmp_path / "empty")], "neither sweep.json nor runs", capsys)
-        self.fails([str(sweep.root), "--cells", "r3"], "--cells=r3: cells of this sweep: r2", capsys)
-        self.fails([str(sweep.root), "--repeats", "2"], "at least 3", capsys)
+        refused(face, [str(tmp_path / "nowhere")], "an existing directory", capsys)
+        refused(face, [str(tmp_path / "empty")], "neither sweep.json nor runs", capsys)
+        refused(face, [str(sweep.root), "--cells", "r3"], "--cells=r3: cells of this sweep: r2", capsys)
+        refused(face, [str(sweep.root), "--repeats", "2"], "at least 3", capsys)
         for run in sweep.runs:
             shutil.rmtree(sweep.store.run_dir(run) / "adapter")
-        self.fails([str(sweep.root)], "trainer.save_weights was false, or they were deleted", capsys)
+        refused(face, [str(sweep.root)], "trainer.save_weights was false, or they were deleted", capsys)
         assert not file(sweep).parent.exists()
 
     def test_a_base_that_changed(self, sweep: Made, capsys: Any) -> None:
         for record in sweep.store.records():
             record.provenance["model_fingerprint"] = "0" * 64
             sweep.store.write(record)
-        self.fails([str(sweep.root)], "these differ", capsys)
+        refused(face, [str(sweep.root)], "these differ", capsys)
         assert not file(sweep).parent.exists()
 
     def test_help_imports_nothing_heavy(self) -> None:

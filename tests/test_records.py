@@ -9,7 +9,8 @@ import textwrap
 import numpy as np
 import pytest
 
-from lorabench.records import Record, Store, atomic_write, dump_json, frame
+from lorabench.durable import atomic_write
+from lorabench.records import Record, Store, dump_json, frame
 from lorabench.schema import ExistingWork
 
 ID = "0123456789ab"

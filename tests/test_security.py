@@ -15,7 +15,8 @@ from typing import Any
 import numpy as np
 import pytest
 
-from lorabench.records import Store, atomic_write
+from lorabench.durable import atomic_write
+from lorabench.records import Store
 from lorabench.schema import ConfigError, ExistingWork
 from report_fixture import Planted, build
 

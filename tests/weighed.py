@@ -81,3 +81,11 @@ class Made:
         if f"{layer}.lora_A" in state:
             return scaling * state[f"{layer}.lora_B"] @ state[f"{layer}.lora_A"]
         return state[f"{layer}.weight"] - self.weight(layer)
+
+
+def refused(face: Any, argv: list[str], text: str, capsys: Any) -> None:
+    """A command-line face ends with 2 and one line on stderr that holds the text."""
+    assert face.main(argv) == 2
+    said = capsys.readouterr()
+    assert said.out == "" and said.err.startswith("error: ") and said.err.count("\n") == 1
+    assert text in said.err

@@ -29,6 +29,7 @@ from torch import Tensor
 from lorabench.adapters.peft_format import OF_KIND, TASK_TYPES, representable, to_peft
 from lorabench.adapters.peft_read import PeftAdapter, from_peft
 from lorabench.base import BaseInfo, HeadSpec
+from lorabench.durable import sync
 from lorabench.schema import ConfigError
 from lorabench.slice_plan import AdapterSpec, SlicePlan
 
@@ -131,8 +132,8 @@ def written_whole(folder: Path) -> Iterator[Path]:
         for path in tmp.rglob("*"):
             if path.is_file():
                 path.chmod(mode)
-            _fsync(path)
-        _fsync(tmp)
+            sync(path)
+        sync(tmp)
         _swap(tmp, folder)
     finally:
         shutil.rmtree(tmp, ignore_errors=True)
@@ -144,7 +145,7 @@ def _swap(tmp: Path, folder: Path) -> None:
         shutil.rmtree(old, ignore_errors=True)
         os.rename(folder, old)
     os.rename(tmp, folder)
-    _fsync(folder.parent)
+    sync(folder.parent)
     shutil.rmtree(old, ignore_errors=True)
 
 
@@ -158,14 +159,6 @@ def _existing(folder: Path) -> Path:
     if _aside(folder).is_dir():
         return _aside(folder)
     raise ConfigError("adapter", str(folder), "an existing folder with trained weights")
-
-
-def _fsync(path: Path) -> None:
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
 
 
 def _save_tensors(tensors: dict[str, Tensor], path: Path) -> None:

@@ -19,7 +19,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from lorabench.records import Store, atomic_write, dump_json
+from lorabench.durable import atomic_write
+from lorabench.records import Store, dump_json
 from lorabench.schema import ConfigError
 
 NOTED = 60.0  # seconds that a job waits for the launcher to note its id

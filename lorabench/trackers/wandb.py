@@ -20,7 +20,8 @@ from pathlib import Path
 from typing import Any
 
 import lorabench
-from lorabench.records import Record, Store, atomic_write, dump_json
+from lorabench.durable import atomic_write
+from lorabench.records import Record, Store, dump_json
 from lorabench.settings import TrackerConfig
 from lorabench.trackers.contract import Row
 from lorabench.trackers.wandb_api import api_key
