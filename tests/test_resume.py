@@ -517,7 +517,7 @@ def test_a_checkpoint_that_cannot_be_written_stops_nothing(
 
     store, pack = Store(tmp_path), mixed(places)
     monkeypatch.setattr(checkpoints.os, "replace", full)
-    monkeypatch.setattr("lorabench.records.os", SimpleNamespace(**{**vars(os), "replace": os.rename}))
+    monkeypatch.setattr("lorabench.durable.os", SimpleNamespace(**{**vars(os), "replace": os.rename}))
     train(pack, store)
     assert "no checkpoint at step 2: [Errno 28] No space left on device" in capsys.readouterr().err
     assert left(store, pack) == whole
