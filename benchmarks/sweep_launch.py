@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import os
+import signal
 import subprocess
 import sys
 import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -65,24 +67,23 @@ def launch(name: str, arguments: Sequence[str], *, folder: Path, device: str) ->
     log = folder / "log.txt"
     command = [sys.executable, *arguments]
     with open(log, "wb") as out:
+        env = environment(device, folder)
+        child = watch = None
         start = time.perf_counter()
-        child = subprocess.Popen(
-            command,
-            cwd=folder,
-            env=environment(device, folder),
-            stdin=subprocess.DEVNULL,
-            stdout=out,
-            stderr=subprocess.STDOUT,
-        )
-        watch = _Watch(child.pid)
         try:
+            with _sigterm_waits():
+                child = subprocess.Popen(
+                    command, cwd=folder, env=env, stdin=subprocess.DEVNULL, stdout=out, stderr=subprocess.STDOUT
+                )
+            watch = _Watch(child.pid)
             _, status, usage = os.wait4(child.pid, 0)
         except BaseException:
-            child.terminate()
-            child.wait()
+            if child:
+                child.terminate()
+                child.wait()
             raise
         finally:
-            watched = watch.stop()
+            watched = watch.stop() if watch else 0
         seconds = time.perf_counter() - start
     child.returncode = os.waitstatus_to_exitcode(status)
     if child.returncode:
@@ -91,6 +92,19 @@ def launch(name: str, arguments: Sequence[str], *, folder: Path, device: str) ->
         raise BenchmarkFailed(message, 2 if child.returncode == 2 else 1)
     scale = 1 if sys.platform == "darwin" else 1024
     return Finished(seconds, usage.ru_utime + usage.ru_stime, max(watched, usage.ru_maxrss * scale))
+
+
+@contextmanager
+def _sigterm_waits() -> Iterator[None]:
+    """SIGTERM comes after the block: an exception inside `Popen` would leave a child that nobody knows."""
+    came: list[int] = []
+    before = signal.signal(signal.SIGTERM, lambda number, _: came.append(number))
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
+    if came:
+        signal.raise_signal(signal.SIGTERM)
 
 
 class _Watch:
