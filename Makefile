@@ -7,6 +7,8 @@ STAMP := $(VENV)/.installed
 EXPERIMENT ?= rank_sweep
 SWEEP ?= sweeps/$(EXPERIMENT)
 ARGS ?=
+# One process more than cores, at most four: many tests wait for processes of their own.
+WORKERS := $(shell n=$$(nproc 2>/dev/null || echo 2); [ $$n -gt 3 ] && echo 4 || echo $$((n + 1)))
 PIP := $(PY) -m pip install -qq --disable-pip-version-check --constraint constraints.txt
 
 .DEFAULT_GOAL := help
@@ -50,10 +52,10 @@ report: $(STAMP) ## Render the report of SWEEP=sweeps/rank_sweep again from its 
 	@$(PY) -m lorabench.report $(SWEEP) $(ARGS)
 
 test: $(STAMP) ## The default tests: a few minutes on two cores
-	@OMP_NUM_THREADS=1 $(PY) -m pytest -n auto --maxprocesses 4 $(ARGS)
+	@OMP_NUM_THREADS=1 $(PY) -m pytest -n $(WORKERS) $(ARGS)
 
 test-all: $(STAMP) ## All tests, with those marked slow
-	@OMP_NUM_THREADS=1 $(PY) -m pytest -n auto --maxprocesses 4 -m "not gpu" $(ARGS)
+	@OMP_NUM_THREADS=1 $(PY) -m pytest -n $(WORKERS) -m "not gpu" $(ARGS)
 
 check: $(STAMP) ## Lint, format and types
 	@$(PY) -m ruff check .

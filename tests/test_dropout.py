@@ -115,9 +115,11 @@ def test_a_models_own_dropout_does_not_see_padding_or_mates(kind):
     padded = {key: nn.functional.pad(value, (0, 4)) if value.dim() > 1 else value for key, value in batch.items()}
     both = {key: torch.cat([value] * 2) for key, value in padded.items()}
     solo = run(kind, lambda info: [one(info)], batch, seeds=[3])
-    torch.testing.assert_close(run(kind, lambda info: [one(info)], padded, seeds=[3]), solo, rtol=0, atol=1e-10)
+    # Llama takes its softmax and norms in float32 whatever its type: how wide the padding is may move their last bits.
+    atol = 1e-7 if kind == "llama" else 1e-10
+    torch.testing.assert_close(run(kind, lambda info: [one(info)], padded, seeds=[3]), solo, rtol=0, atol=atol)
     packed = run(kind, lambda info: [plan(info, 2, ENDS[kind], seed=5), one(info)], both, seeds=[5, 3])
-    torch.testing.assert_close(packed[1], solo[0], rtol=0, atol=1e-10)
+    torch.testing.assert_close(packed[1], solo[0], rtol=0, atol=atol)
     turned = {key: value.flip(0) for key, value in batch.items()}
     flipped = run(kind, lambda info: [one(info)], turned, seeds=[3], examples=torch.tensor([2, 1, 0]))
     torch.testing.assert_close(flipped[0].flip(0), solo[0], rtol=0, atol=1e-10)
