@@ -144,7 +144,7 @@ _STUDY = fields(
 MANIFEST = fields(
     needs={"schema": is_a("1", lambda v: v == 1)},
     may={
-        "name": MAYBE_TEXT, "experiment": MAYBE_TEXT, "study": _STUDY, "study_hash": MAYBE_TEXT, "cells": each(_CELL),
+        "name": MAYBE_TEXT, "experiment": MAYBE_TEXT, "study": _STUDY, "study_hash": MAYBE_TEXT, "units": each(TEXT, TEXT), "cells": each(_CELL),
         "runs": each(_LISTED, RUN), "packs": each(fields(needs={"id": TEXT, "runs": each(RUN)})),
     },
 )  # fmt: skip

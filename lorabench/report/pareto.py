@@ -226,7 +226,7 @@ def _names(ax: Axes, labels: Sequence[tuple[float, float, str, str]], *, below: 
 
 
 def _table(f: Findings, found: Sequence[Front]) -> Table:
-    unit = f" ({f.metric.unit})" if f.metric.unit else ""
+    unit = f" ({f.metric.measured_in})" if f.metric.measured_in else ""
     titles = {"trainable": "trainable", "seconds": "train s (solo)", "memory": "memory (solo peak)"}
     columns = (
         Column("cell", "cell"), Column("test", f"test {f.metric.title}{unit}", "right"),

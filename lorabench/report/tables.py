@@ -68,7 +68,7 @@ def comparison(f: Findings) -> Table:
 
 
 def _outcomes(f: Findings) -> Iterator[Column]:
-    unit = f" ({f.metric.unit})" if f.metric.unit else ""
+    unit = f" ({f.metric.measured_in})" if f.metric.measured_in else ""
     if f.confirmed:
         seeds = {r.test.seeds for r in f.results.values() if r.test}
         said = f", {formats.plural(next(iter(seeds)), 'seed')}" if len(seeds) == 1 else ""
