@@ -48,12 +48,12 @@ class Front:
 
 def _seconds(r: Result) -> float | None:
     """Measured alone: its solo steps scaled to a run, or runs that had their base to themselves."""
-    measured = r.cell.solo.get("seconds") or r.resource("solo_seconds") is not None
+    measured = r.timed.get("seconds") or r.resource("solo_seconds") is not None
     return r.seconds if measured or _alone(r) else None
 
 
 def _memory(r: Result) -> float | None:
-    measured = r.cell.solo.get("peak_memory_bytes") or r.resource("solo_peak_memory_bytes")
+    measured = r.timed.get("peak_memory_bytes") or r.resource("solo_peak_memory_bytes")
     return r.memory if measured or _alone(r) else None
 
 

@@ -153,8 +153,13 @@ def _comparison_notes(f: Findings) -> Iterable[str]:
                f"Margin: two one-sided tests at 5 %, apart from the direction. “Not resolved” is not “equal”.")  # fmt: skip
     if meets := declared.anchor(f.sweep):
         yield f"The alpha rules meet at {meets}: there they are one point, and one cell stands for all of them."
-    if any(r.cell.solo.get("seconds") for r in f.results.values()):
-        yield "Solo: a few steps of the cell alone on the base, their time scaled to the tokens of a run; pack totals stand in the budget."
+    if any(r.timed.get("seconds") for r in f.results.values()):
+        once = any(r.timed.get("trunk_seconds") for r in f.results.values())
+        trunk = ", with the one pass that the frozen blocks below the adapters take" if once else ""
+        yield f"Solo: a few steps of the cell alone on the base, their time scaled to the tokens of a run{trunk}; pack totals stand in the budget."
+    if stale := [r.name for r in f.results.values() if r.cell.solo and not r.timed]:
+        yield (f"Not measured alone as it trains: {', '.join(stale)}. Its runs re-use what the frozen blocks give, an older version's measurement did not. "
+               "The command that made the sweep measures it again.")  # fmt: skip
     if any(not r.solo for r in f.results.values() if r.runs):
         yield "Time is the pack's divided by its runs, memory the pack's peak: runs trained side by side on one base, so neither is a cell's own."
     if any(r.choice.edge for r in f.results.values()):
