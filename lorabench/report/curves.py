@@ -32,7 +32,7 @@ def learning_rates(f: Findings, looks: Mapping[str, Look]) -> Drawing | None:
         panels.setdefault(_family(r), []).append(r)
     wide = min(len(panels), 2)
     tall = math.ceil(len(panels) / wide)
-    with style.canvas(6.2 if wide == 1 else 9.0, 0.4 + 3.2 * tall) as figure:
+    with style.canvas(6.2 if wide == 1 else 9.0, 0.4 + 3.2 * tall, between=0.1) as figure:
         axes = [figure.add_subplot(tall, wide, i + 1) for i in range(len(panels))]
         ranges = [_ends(here) for name, here in panels.items() if name != OTHERS]
         for ax, (name, here) in zip(axes, panels.items(), strict=True):

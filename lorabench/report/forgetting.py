@@ -106,9 +106,9 @@ def _probe(f: Findings, e: Evidence) -> Probe | None:
     name = f"{named.pop()}'s" if len(named) == 1 else "the probe's"
     less = less_is_better(key)
     known = any(x.metrics.get(before) is not None for x in runs)
-    name = key.rpartition("/")[2]
-    said = {units.of_task(x.config.get("task", {}).get("probe")).get(name, "") for x in runs}
-    metric = formats.metric(name, lower_is_better=less, unit=said.pop() if len(said) == 1 else "")
+    measure = key.rpartition("/")[2]
+    said = {units.of_task(x.config.get("task", {}).get("probe")).get(measure, "") for x in runs}
+    metric = formats.metric(measure, lower_is_better=less, unit=said.pop() if len(said) == 1 else "")
     return Probe(key, name, less, metric, before if known else None)
 
 

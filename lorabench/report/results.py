@@ -57,7 +57,7 @@ class Result:
     def solo(self) -> bool:
         """Whether time and memory are of this cell alone: measured so, or its runs had their base to themselves."""
         alone = bool(self.timed) or self.resource("solo_seconds") is not None
-        return alone or all(r.resources.get("pack_size") == 1 for r in self.runs)
+        return alone or bool(self.runs) and all(r.resources.get("pack_size") == 1 for r in self.runs)
 
     @property
     def seconds(self) -> float | None:
