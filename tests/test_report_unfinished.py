@@ -27,7 +27,9 @@ def test_tuning_under_way(tmp_path: Path) -> None:
     said = answer(f)
     assert said.lead.startswith("No verdict yet: 4 of 24 tuning runs have ended and nothing is confirmed")
     points = dict(said.points)
-    assert points["Missing"].startswith("20 tuning runs (LoRA r = 4, LoRA r = 16, LoRA r = 64, head only, full fine-tuning). After them confirmation runs with fresh seeds")
+    assert points["Missing"].startswith(
+        "20 tuning runs (LoRA r = 4, LoRA r = 16, LoRA r = 64, head only, full fine-tuning). After them confirmation runs with fresh seeds"
+    )
     command = f"python -m lorabench +experiment=rank_sweep sweep.dir={tmp_path.name}/ref_synthetic"
     assert (said.command, said.does) == (command, "Go on with it")
     assert "what has ended is not trained again" in points["To go on"] and "To confirm" not in points

@@ -37,8 +37,8 @@ def _gaps(f: Findings) -> Iterator[str]:
         how = f" {unfinished.GO_ON[:1].upper()}{unfinished.GO_ON[1:]}{f': {command}' if command else ''}."
         how = how if f.confirmed else ""  # else the answer says it
         yield f"{plural(len(open_runs), 'run')} of {len(sweep.planned)} had not ended; this is a report of the others.{how}"
-    if bare := unfinished.untouched(f):
-        yield f"No run has ended yet of {plural(len(bare), 'cell')} of {len(results)}: {unfinished.names(bare)}."
+    if empty := unfinished.untouched(f):
+        yield f"No run has ended yet of {plural(len(empty), 'cell')} of {len(results)}: {unfinished.names(empty)}."
     if f.confirmed and (bare := [r.name for r in results if r.test is None]):
         yield f"Without a test result: {', '.join(bare)}."
     for r in results:
@@ -59,8 +59,8 @@ def _gaps(f: Findings) -> Iterator[str]:
 
 
 def _rates(f: Findings) -> Iterator[str]:
-    bare = unfinished.untouched(f)
-    for r in (r for r in f.results.values() if r not in bare):
+    empty = unfinished.untouched(f)
+    for r in (r for r in f.results.values() if r not in empty):
         rates = r.choice.rates
         if r.choice.beyond:
             tried = ", ".join(formats.rate(x.lr) for x in r.choice.beyond)
