@@ -197,7 +197,7 @@ def _about(every: Mapping[str, Result], cell: str) -> dict[str, Any]:
     r = every[cell]
     return {
         "order": list(every).index(cell), "name": r.name, "method": r.cell.method, "r": r.cell.r,
-        "trainable": r.cell.trainable, "training_memory": r.cell.solo.get("peak_memory_bytes"),
+        "trainable": r.cell.trainable, "training_memory": r.timed.get("peak_memory_bytes"),
     }  # fmt: skip
 
 

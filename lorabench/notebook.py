@@ -105,7 +105,7 @@ class Study:
 
         said = answer(self.findings)
         lines = [said.lead, *(f"{about}: {text}" for about, text in said.points)]
-        return "\n".join([*lines, *([f"To train it: {said.command}"] if said.command else [])])
+        return "\n".join([*lines, *([f"{said.does}: {said.command}"] if said.command else [])])
 
     def __repr__(self) -> str:
         runs = len(self.findings.sweep.records)

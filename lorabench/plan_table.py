@@ -103,7 +103,7 @@ def _budget(a: Answer) -> Iterator[str]:
 
 def _number(a: Answer, x: float | None) -> str:
     """Two decimals of a point; four of a metric that is shown as it is."""
-    return formats.number(x, 2 if a["unit"] else 4)
+    return formats.number(x, 2 if a["unit"] == "points" else 4)
 
 
 def _size(a: Answer, x: float) -> str:

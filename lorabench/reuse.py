@@ -18,10 +18,13 @@ class Reuse:
     The trunk is looked for at the first part, when the base is on its device. Features stay with the base, so the next
     pack finds them. decided: how many blocks are served, 0: none; None: not tried yet. A pack that goes on from a
     checkpoint is given what was decided: tried anew, on another batch, it might come out otherwise.
+    alone: steps of the run that is asked about, where the session trains a few of them to time it: then only what that
+    run would compute for itself is served.
     """
 
-    def __init__(self, session: Session) -> None:
-        self.session = session
+    def __init__(self, session: Session, *, alone: int | None = None) -> None:
+        self.session, self.alone = session, alone
+        self._paying: dict[str, bool] = {}
         self.trunk: Trunk | None = None
         self.decided: int | None = None
         splits = session.prepared.encoded.splits
@@ -40,6 +43,11 @@ class Reuse:
         """How many blocks are served; 0: none."""
         return self.decided or 0
 
+    def seconds(self, split: str) -> float:
+        """What computing a split's features took, whichever pack of this base did it; 0 where they are not served."""
+        found: Features | None = self.session.base.features.get(self._key(split))
+        return found.seconds if found and self._paying.get(split) else 0.0
+
     def _find(self, part: Part) -> Trunk | None:
         s = self.session
         rows = len(part.batch["example"]) // len(part.slices)
@@ -49,14 +57,18 @@ class Reuse:
             tried=self.decided is not None,
         )  # fmt: skip
 
+    def _key(self, split: str) -> tuple[str, str, str, int]:
+        return (self.session.prepared.data.fingerprint, split, str(self.session.pack.runs[0].task), self.depth)
+
     def _features(self, split: str) -> Features | None:
         assert self.trunk is not None
-        s = self.session
-        key = (s.prepared.data.fingerprint, split, str(s.pack.runs[0].task), self.depth)
-        if key not in s.base.features:
-            s.base.features[key] = self._compute(split) if self._pays(split) else None
-        found: Features | None = s.base.features[key]
-        return found
+        s, key = self.session, self._key(split)
+        if split not in self._paying:
+            self._paying[split] = self._pays(split)
+        if self._paying[split] and key not in s.base.features:
+            s.base.features[key] = self._compute(split)
+        found: Features | None = s.base.features.get(key)  # perhaps what a longer run had computed
+        return found if self._paying[split] or self.alone is None else None
 
     def _pays(self, split: str) -> bool:
         s = self.session
@@ -64,7 +76,7 @@ class Reuse:
         size = next(s.base.model.parameters()).element_size()
         if sum(lengths) * s.base.info.hidden_size * size > MOST_BYTES:
             return False
-        seen = s.module.total_steps * t.batch_size * t.accumulate_grad_batches
+        seen = (self.alone or s.module.total_steps) * t.batch_size * t.accumulate_grad_batches
         return split != "train" or seen * WORTH >= len(lengths)
 
     def _compute(self, split: str) -> Features:

@@ -128,7 +128,11 @@ _LABEL = fields(
     may={"r": MAYBE_WHOLE, "alpha": MAYBE_NUMBER, "alpha_rule": MAYBE_TEXT, "targets": MAYBE_TEXT, "trainable": MAYBE_WHOLE,
          "extra": is_a("a mapping or null", lambda v: isinstance(v, Mapping), or_none=True)},
 )  # fmt: skip
-_SOLO = fields(may=dict.fromkeys(("seconds", "tokens", "steps", "peak_memory_bytes"), MAYBE_NUMBER))
+_SOLO = fields(
+    may=dict.fromkeys(
+        ("seconds", "tokens", "steps", "peak_memory_bytes", "reused_blocks", "trunk_seconds"), MAYBE_NUMBER
+    )
+)
 _CELL = fields(
     needs={"id": TEXT, "label": _LABEL, "runs": fields(may={"tune": each(RUN), "confirm": each(RUN)})},
     may={"solo": _SOLO},
@@ -144,7 +148,7 @@ _STUDY = fields(
 MANIFEST = fields(
     needs={"schema": is_a("1", lambda v: v == 1)},
     may={
-        "name": MAYBE_TEXT, "experiment": MAYBE_TEXT, "study": _STUDY, "study_hash": MAYBE_TEXT, "cells": each(_CELL),
+        "name": MAYBE_TEXT, "experiment": MAYBE_TEXT, "study": _STUDY, "study_hash": MAYBE_TEXT, "units": each(TEXT, TEXT), "cells": each(_CELL),
         "runs": each(_LISTED, RUN), "packs": each(fields(needs={"id": TEXT, "runs": each(RUN)})),
     },
 )  # fmt: skip

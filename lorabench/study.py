@@ -35,7 +35,8 @@ class CellPlan:
 
 @dataclass(frozen=True)
 class Study:
-    """What an experiment asks for. Lengths are in the unit that reports show: points of accuracy, nats of loss."""
+    """What an experiment asks for. Lengths are in the unit that reports show: points of accuracy, nats of a
+    classifier's loss."""
 
     settings: Settings
     metric: formats.Metric
@@ -121,9 +122,10 @@ def count(jobs: Sequence[Job]) -> Study:
     task = jobs[0].run.task
     name = settings.study.metric or task.metric
     lower = name in getattr(task, "lower_is_better", ("loss",))
+    unit = getattr(task, "units", {}).get(name, "")
     unique = {job.run.run_id: job.run for job in jobs}
     cells = tuple(_cell(name, own) for name, own in by_cell.items())
-    return Study(settings, formats.metric(name, lower_is_better=lower), cells, tuple(unique.values()))
+    return Study(settings, formats.metric(name, lower_is_better=lower, unit=unit), cells, tuple(unique.values()))
 
 
 def _cell(name: str, jobs: Sequence[Job]) -> CellPlan:

@@ -230,13 +230,15 @@ def measure_cells(settings: Settings, jobs: Sequence[Job]) -> None:
     """A few steps of each cell alone, for the seconds and the memory that tables show; once a cell."""
     if not settings.sweep.measure_solo or settings.sweep.dry_run:
         return
+    from lorabench.report.results import timed_cells
+
     store = Store(settings.sweep.dir)
-    done = {r.run_id for r in store.records() if r.status == "completed"}
+    done = {r.run_id: r for r in store.records() if r.status == "completed"}
     first = {cell_id(job.label): job for job in reversed(list(jobs)) if job.run.run_id in done}
-    if first.keys() <= _measured(store):
+    if first.keys() <= timed_cells(store.manifest(), done):
         return
     with store.leases.wait("solo"):  # two that measure at a time would measure each other
-        for name in [name for name in first if name not in _measured(store)]:
+        for name in [name for name in first if name not in timed_cells(store.manifest(), done)]:
             found = measure(first[name].run, store)
             with store.locked():
                 manifest = store.manifest()
@@ -244,10 +246,6 @@ def measure_cells(settings: Settings, jobs: Sequence[Job]) -> None:
                     if cell["id"] == name:
                         cell["solo"] = found
                 store.write_manifest(manifest)
-
-
-def _measured(store: Store) -> set[str]:
-    return {c["id"] for c in store.manifest()["cells"] if "solo" in c}
 
 
 def finish(settings: Settings, *, console: Console | None = None) -> None:

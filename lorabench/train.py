@@ -132,15 +132,21 @@ def measure(run: RunConfig, store: Store, *, steps: int = 10) -> dict[str, Any]:
     """Seconds, tokens and peak memory of a few training steps of one run alone, the first two left out of the clock.
 
     The seconds are the median pace, seconds a token, over the tokens: a machine that was busy for a moment does not show.
+    A frozen trunk is served here as it is in training (`reused_blocks`); `trunk_seconds` is what its one pass over the
+    training split takes, which a run alone pays once.
     """
     trainer = replace(run.trainer, max_steps=steps, eval_interval=steps + 1)
     marks: list[tuple[float, int]] = []
     with _opened(Pack("solo", (replace(run, trainer=trainer),)), store, Listener()) as s:
         listener = Listener(step=lambda step, total: marks.append((time.perf_counter(), s.module.tokens)))
         s.trainer.callbacks.append(Progress(listener.step, steps, dict(s.seconds)))
+        reuse = Reuse(s, alone=prep.total_steps(run, len(s.prepared.encoded.splits["train"])))
+        if run.trainer.reuse_trunk:
+            s.module.reuse = reuse
         with PeakMemory(s.resolved.device) as memory, quiet():
             s.trainer.fit(s.module, s.train_stream(), s.val_stream())  # never reached: eval_interval
             peak = memory.peak()
+        reused = {"reused_blocks": reuse.depth, "trunk_seconds": round(reuse.seconds("train"), 4)}
     counted = list(pairwise(marks[1:]))
     pace = median((end - start) / max(1, after - before) for (start, before), (end, after) in counted)
     tokens = marks[-1][1] - marks[1][1]
@@ -149,6 +155,7 @@ def measure(run: RunConfig, store: Store, *, steps: int = 10) -> dict[str, Any]:
         "tokens": tokens,
         "steps": len(counted),
         "peak_memory_bytes": peak,
+        **reused,
     }
 
 

@@ -23,6 +23,8 @@ from lorabench.report.answer import answer
 from lorabench.report.cautions import warnings
 from lorabench.report.findings import Findings, find
 from lorabench.report.load import load
+from lorabench.report.results import timed_cells
+from lorabench.report.tables import comparison
 from lorabench.schema import ConfigError, ExistingWork
 from report_fixture import RANK_SWEEP, Planted, build
 
@@ -164,6 +166,35 @@ def test_seconds_and_memory_measured_alone(tmp_path: Path) -> None:
     assert "train s (solo)" in text
     assert "pack share" not in text
     assert "3.0 GiB" in text
+
+
+def test_what_an_older_version_measured_without_the_trunk_is_not_shown(tmp_path: Path) -> None:
+    """Runs that are served a frozen trunk's output take less than steps that compute it: their share of the pack stands there."""
+    store = build(tmp_path / "s", SMALL)
+    reusing = store.manifest()["cells"][0]
+    for run_id in (*reusing["runs"]["tune"], *reusing["runs"]["confirm"]):
+        record = store.read(run_id)
+        assert record is not None
+        store.write(dataclasses.replace(record, provenance={**record.provenance, "reused_blocks": 5}))
+    solo = {"seconds": 1.5, "steps": 8, "tokens": 0, "peak_memory_bytes": 3 << 30}
+
+    def measured(**more: float) -> Findings:
+        manifest = store.manifest()
+        for c in manifest["cells"]:
+            c["solo"] = {**solo, **more}
+        store.write_manifest(manifest)
+        return found(store.root)
+
+    f = measured()
+    stale, *others = sorted(f.results.values(), key=lambda r: r.id != reusing["id"])
+    assert (stale.seconds, stale.memory) == (stale.resource("train_seconds"), stale.resource("peak_memory_bytes"))
+    assert not stale.solo and all(r.solo and r.memory == 3 << 30 for r in others)
+    assert timed_cells(store.manifest(), load(store.root).records) == {r.id for r in others}
+    text = " ".join(comparison(f).notes)
+    assert f"Not measured alone as it trains: {stale.name}." in text and "one pass" not in text
+    f = measured(reused_blocks=5, trunk_seconds=2.5)
+    assert all(r.solo and r.seconds == pytest.approx(1.5 * 100 / 8 + 2.5) for r in f.results.values())
+    assert "with the one pass that the frozen blocks" in " ".join(comparison(f).notes)
 
 
 def test_the_terminal_table(rank: Path) -> None:

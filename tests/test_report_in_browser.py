@@ -41,6 +41,7 @@ PAGE = (
     width: [doc.documentElement.scrollWidth, doc.body.scrollWidth], low, title: doc.title, lang: doc.documentElement.lang,
     resources: win.performance.getEntriesByType("resource").map(r => r.name),
     tables: all("table", t => { const box = t.closest(".scroll"); return [t.className, box.getBoundingClientRect().right, win.getComputedStyle(box).overflowX]; }),
+    rows: all(":is(.slopes, .best_rates, .pareto) tr", r => r.getBoundingClientRect().height),
     headings: all("h1, h2, h3, h4", h => Number(h.tagName[1])),
     pictures: all("svg, img", p => p.getAttribute("alt") || (p.getAttribute("aria-hidden") === "true" && "hidden") ||
       (p.getAttribute("role") === "img" && doc.getElementById(p.getAttribute("aria-labelledby")).textContent)),
@@ -83,6 +84,7 @@ def check(found: dict[str, Any]) -> None:
     assert found["tables"]
     for name, right, overflow in found["tables"]:
         assert right <= PHONE and overflow == "auto", f"table {name} does not scroll in a box of its own"
+    assert max(found["rows"]) < 160, "a column so narrow that its words stand one below the other"
     assert found["resources"] == [], "something outside the file was asked for"
     assert found["lang"] == "en"
     assert found["scripts"] == 0 and found["title"] != "owned"

@@ -63,6 +63,18 @@ def test_less_is_better_turns_the_front(tmp_path: Path) -> None:
     assert f.metric.lower_is_better and ranks(front.on) == [1, 16]
 
 
+def test_names_stay_inside_where_less_is_better(tmp_path: Path) -> None:
+    """Cells that all but reach 0 lie at the bottom, and their names below them."""
+    flat = [
+        Planted("lora", RATES, 2e-3, q, r=r, seed_sd=0.0) for r, q in ((1, 0.4), (4, 0.769), (16, 0.77), (64, 0.771))
+    ]
+    f, _ = opened(build(tmp_path / "s", flat, metric="loss"))
+    figure = pareto.draw(f, pareto.fronts(f), style.looks(f.sweep.cells)).figure
+    for ax in figure.axes:
+        box = ax.get_window_extent()
+        assert ax.texts and all(t.get_window_extent().y0 > box.y0 for t in ax.texts)
+
+
 def test_seconds_and_memory_are_of_a_cell_alone(tmp_path: Path) -> None:
     store = build(tmp_path / "s", [CHEAP, DOMINATED, TWIN])
     assert [x.cost.key for x in pareto.fronts(opened(store)[0])] == [

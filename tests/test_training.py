@@ -169,7 +169,30 @@ def test_measuring_a_cell_leaves_nothing_behind(places, tmp_path):
     bases, data, _ = places
     found = measure(make_run(bases["bert"], data), Store(tmp_path), steps=5)
     assert found["tokens"] > 0 and found["seconds"] > 0 and found["peak_memory_bytes"] > 0
+    assert (found["reused_blocks"], found["trunk_seconds"]) == (0, 0.0)
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("steps", [2, 100])
+def test_a_cell_is_measured_with_the_trunk_that_its_runs_are_served(places, tmp_path, monkeypatch, steps):
+    """Whether a run is so long that its trunk is computed once is a matter of its own steps, not of the few measured."""
+    from lorabench.adapters.trunk import Trunk
+
+    bases, data, _ = places
+    run = make_run(bases["bert"], data, **{"method.name": "head", "trainer.max_steps": steps})
+    passes, output = [], Trunk.output
+    monkeypatch.setattr(Trunk, "output", lambda self, forward: passes.append(1) or output(self, forward))
+    found = measure(run, Store(tmp_path), steps=8)
+    first = len(passes)
+    served = steps == 100
+    assert found["reused_blocks"] == 2 and (found["trunk_seconds"] > 0) == served
+    assert (first > 1) == served  # one to look at the trunk, the others for the split
+    again = measure(run, Store(tmp_path), steps=8)
+    assert len(passes) == first + 1 and again["trunk_seconds"] == found["trunk_seconds"]
+    off = measure(
+        make_run(bases["bert"], data, **{"method.name": "head", "trainer.reuse_trunk": False}), Store(tmp_path), steps=3
+    )
+    assert (off["reused_blocks"], off["trunk_seconds"]) == (0, 0.0)
 
 
 @pytest.mark.parametrize(

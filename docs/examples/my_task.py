@@ -6,6 +6,7 @@ One frozen dataclass `Config` with the seven methods below; docs/architecture.md
 """
 
 from dataclasses import dataclass
+from typing import ClassVar
 
 import numpy as np
 
@@ -24,6 +25,7 @@ class Config:
     max_length: int = 64
 
     lower_is_better = ("loss",)
+    units: ClassVar = {"loss": "nats"}
 
     def load(self):
         """Read and split. Whatever is wrong with the data is a ConfigError here, before anything is trained."""

@@ -7,6 +7,7 @@ T tokens, H hidden features.
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -24,11 +25,15 @@ MOST_BYTES = 2**30  # of one split's outputs; a larger split is computed anew ea
 
 @dataclass(frozen=True)
 class Features:
-    """A trunk's output for the examples of one split: `flat` [all tokens, H], and where each example's rows begin."""
+    """A trunk's output for the examples of one split: `flat` [all tokens, H], and where each example's rows begin.
+
+    seconds: what computing it took.
+    """
 
     flat: Tensor
     starts: dict[int, int]  # by example id
     lengths: dict[int, int]
+    seconds: float = 0.0
 
     def batch(self, examples: Sequence[int], tokens: int) -> Tensor:
         """[N, T, H]; what stands beyond an example's own length is never looked at by the blocks above."""
@@ -100,7 +105,7 @@ class Trunk:
         flat: list[Tensor] = []
         starts: dict[int, int] = {}
         lengths: dict[int, int] = {}
-        total = 0
+        total, start = 0, time.perf_counter()
         for batch in batches:
             hidden = self.output(lambda: run(batch))  # noqa: B023
             own = batch["attention_mask"].sum(1).tolist()
@@ -108,7 +113,7 @@ class Trunk:
                 starts[example], lengths[example] = total, length
                 total += length
                 flat.append(row[:length].clone())
-        return Features(torch.cat(flat), starts, lengths)
+        return Features(torch.cat(flat), starts, lengths, time.perf_counter() - start)
 
     @contextmanager
     def serve(self, features: Features | None, batch: Mapping[str, Tensor]) -> Iterator[None]:

@@ -17,7 +17,7 @@ from matplotlib.cm import ScalarMappable
 from matplotlib.colors import PowerNorm
 from matplotlib.patches import Rectangle
 
-from lorabench.report import formats, style
+from lorabench.report import formats, style, units
 from lorabench.report.evidence import Evidence, scale
 from lorabench.report.load import Cell, short
 from lorabench.report.parts import Part
@@ -49,7 +49,8 @@ def part(e: Evidence) -> Part | None:
     found = panels(e)
     if not found:
         return None
-    return Part("alpha_rates", "Alpha and the learning rate", (), (draw(found[:MOST], len(found)),))
+    drawn = draw(found[:MOST], len(found), units.loss_axis(e.sweep, "validation"))
+    return Part("alpha_rates", "Alpha and the learning rate", (), (drawn,))
 
 
 def panels(e: Evidence) -> list[Panel]:
@@ -109,7 +110,8 @@ def _rules(cells: Sequence[Result], said: str) -> list[Panel]:
 # -- the picture ---------------------------------------------------------------------------------------------------------
 
 
-def draw(found: Sequence[Panel], of: int) -> Drawing:
+def draw(found: Sequence[Panel], of: int, loss: str) -> Drawing:
+    """of: panels there are in all. loss: what the colours stand for."""
     rates = sorted({x.lr for p in found for b in p.bands for x in b.result.choice.rates})
     losses = [x.mean for p in found for b in p.bands for x in b.result.choice.rates if _shown(x)]
     norm = PowerNorm(0.5, vmin=min(losses, default=0.0), vmax=max(losses, default=1.0))
@@ -124,7 +126,7 @@ def draw(found: Sequence[Panel], of: int) -> Drawing:
         bar = figure.colorbar(ScalarMappable(norm, COLOURS), ax=axes, shrink=0.9, aspect=24, pad=0.02)
         ticks = [float(norm.inverse(share)) for share in (0, 0.25, 0.5, 0.75, 1)]
         bar.set_ticks(ticks, labels=[formats.number(t, 3) for t in ticks])
-        bar.set_label("validation loss (nats)")
+        bar.set_label(loss)
         bar.outline.set_visible(False)
         title = "Validation loss over scale and learning rate"
         return style.drawing("alpha_rates", title, _caption(found, of, len(rates)), _alt(found), figure)

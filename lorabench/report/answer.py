@@ -7,7 +7,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from lorabench.report import declared, formats
+from lorabench.report import declared, formats, unfinished
 from lorabench.report import statistics as st
 from lorabench.report.findings import Comparison, Findings
 from lorabench.report.formats import plural
@@ -19,12 +19,14 @@ from lorabench.report.results import Result
 class Answer:
     lead: str
     points: tuple[tuple[str, str], ...]  # (what it is about, sentence)
-    command: str | None  # trains the recommended adapter
+    command: str | None  # trains the recommended adapter, or what is missing
+    does: str = "Train it"
 
 
 def answer(f: Findings) -> Answer:
     if not f.confirmed:
-        return Answer(_unconfirmed(f), tuple(_validation(f)), None)
+        command = unfinished.command(f.sweep) if unfinished.missing(f) else None
+        return Answer(_unconfirmed(f), tuple(_validation(f)), command, "Go on with it")
     command = _command(f, f.recommendation.cell) if f.recommendation and f.recommendation.cell else None
     return Answer(_lead(f), tuple(_points(f)), command)
 
@@ -167,7 +169,10 @@ def _unconfirmed(f: Findings) -> str:
     if sum(len(f.sweep.done(r.cell.tune)) for r in f.results.values()) == 1 and len(done) == 1:
         r = done[0]
         return f"One run: {r.name} at {formats.rate(r.lr)} reaches {f.metric.value(r.val, unit=True)} {f.metric.title} on validation. One run compares nothing."
-    return "Tuning only: no confirmation run has finished, so every number here is from validation and none is a test result."
+    ended, planned = unfinished.tuning(f.sweep)
+    if ended < planned:
+        return f"No verdict yet: {ended} of {plural(planned, 'tuning run')} have ended and nothing is confirmed, so every number here is from validation and none is a test result."
+    return "No verdict yet. Tuning only: no confirmation run has finished, so every number here is from validation and none is a test result."
 
 
 def _validation(f: Findings) -> Iterator[tuple[str, str]]:
@@ -180,6 +185,10 @@ def _validation(f: Findings) -> Iterator[tuple[str, str]]:
     if len(said) > 1:
         text = f"{_cap('; '.join(said))} {f.metric.title}. The seeds that chose these rates measured them, so they are too good, most where more rates were tried."
         yield "On validation", text
+    if gaps := unfinished.missing(f):
+        yield "Missing", f"{_cap(gaps)}. After them confirmation runs with fresh seeds, which alone see test."
+        yield "To go on", f"{_cap(unfinished.GO_ON)}."
+        return
     yield (
         "To confirm",
         "Run the same command with fresh seeds, e.g. sweep.confirm_seeds=[100,101,102]: they train at the chosen rates, and they alone see test.",

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from lorabench.config import digest
-from lorabench.report import declared, formats
+from lorabench.report import declared, formats, unfinished
 from lorabench.report.findings import Findings
 from lorabench.report.formats import plural
 
@@ -33,7 +33,12 @@ def _gaps(f: Findings) -> Iterator[str]:
     sweep, results = f.sweep, f.results.values()
     open_runs = [i for i in sweep.planned if i not in sweep.records]
     if open_runs:
-        yield f"{plural(len(open_runs), 'run')} of {len(sweep.planned)} had not ended; this is a report of the others."
+        command = unfinished.command(sweep)
+        how = f" {unfinished.GO_ON[:1].upper()}{unfinished.GO_ON[1:]}{f': {command}' if command else ''}."
+        how = how if f.confirmed else ""  # else the answer says it
+        yield f"{plural(len(open_runs), 'run')} of {len(sweep.planned)} had not ended; this is a report of the others.{how}"
+    if empty := unfinished.untouched(f):
+        yield f"No run has ended yet of {plural(len(empty), 'cell')} of {len(results)}: {unfinished.names(empty)}."
     if f.confirmed and (bare := [r.name for r in results if r.test is None]):
         yield f"Without a test result: {', '.join(bare)}."
     for r in results:
@@ -54,7 +59,8 @@ def _gaps(f: Findings) -> Iterator[str]:
 
 
 def _rates(f: Findings) -> Iterator[str]:
-    for r in f.results.values():
+    empty = unfinished.untouched(f)
+    for r in (r for r in f.results.values() if r not in empty):
         rates = r.choice.rates
         if r.choice.beyond:
             tried = ", ".join(formats.rate(x.lr) for x in r.choice.beyond)

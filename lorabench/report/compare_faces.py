@@ -48,7 +48,7 @@ def differing(c: Comparison) -> Table:
 
 
 def _title(side: Side) -> str:
-    unit = f" ({side.metric.unit})" if side.metric.unit else ""
+    unit = f" ({side.metric.measured_in})" if side.metric.measured_in else ""
     return f"{'test' if side.sweep.confirmed else 'validation'} {side.metric.title}{unit}"
 
 

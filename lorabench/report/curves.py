@@ -9,7 +9,7 @@ import numpy as np
 from matplotlib.axes import Axes
 
 from lorabench.records import Record
-from lorabench.report import formats, style
+from lorabench.report import formats, style, units
 from lorabench.report.findings import Findings
 from lorabench.report.load import pretty_rule, short
 from lorabench.report.results import Result
@@ -32,12 +32,13 @@ def learning_rates(f: Findings, looks: Mapping[str, Look]) -> Drawing | None:
         panels.setdefault(_family(r), []).append(r)
     wide = min(len(panels), 2)
     tall = math.ceil(len(panels) / wide)
-    with style.canvas(6.2 if wide == 1 else 9.0, 0.4 + 3.2 * tall) as figure:
+    with style.canvas(6.2 if wide == 1 else 9.0, 0.4 + 3.2 * tall, between=0.1) as figure:
         axes = [figure.add_subplot(tall, wide, i + 1) for i in range(len(panels))]
         ranges = [_ends(here) for name, here in panels.items() if name != OTHERS]
         for ax, (name, here) in zip(axes, panels.items(), strict=True):
             low, high = _ends(here) if name == OTHERS else (min(a for a, _ in ranges), max(b for _, b in ranges))
-            _rate_panel(ax, here, looks, low, high, name if len(panels) > 1 else "")
+            title = name if len(panels) > 1 else ""
+            _rate_panel(ax, here, looks, low, high, title, loss=units.loss_axis(f.sweep, "validation"))
         caption = "Mean over the tuning seeds; small dots are single seeds, a filled point is the chosen rate."
         if any(r.choice.ineligible for r in tuned):
             caption += " A cross at the top: a seed diverged or failed there, so the rate is out."
@@ -75,7 +76,7 @@ def _ends(here: Sequence[Result]) -> tuple[float, float]:
 
 
 def _rate_panel(
-    ax: Axes, here: Sequence[Result], looks: Mapping[str, Look], low: float, high: float, title: str
+    ax: Axes, here: Sequence[Result], looks: Mapping[str, Look], low: float, high: float, title: str, *, loss: str
 ) -> None:
     room = 0.08 * (high - low or 1.0)
     style.rate_axis(ax, [x.lr for r in here for x in r.choice.rates])
@@ -85,7 +86,7 @@ def _rate_panel(
             if x.pruned and not x.failures:  # side by side: cells are often pruned at the same rate
                 _mark(ax, x.lr * 1.05 ** (i - (len(here) - 1) / 2), high + room, "|", looks[r.id])
     ax.set_ylim(low - room, high + 1.6 * room)
-    style.tidy(ax, x="learning rate (log scale)", y="validation loss (nats)")
+    style.tidy(ax, x="learning rate (log scale)", y=loss)
     ax.set_title(short(title, style.MOST))
     # Under a panel's title a rank alone names a cell, unless two cells have it.
     ranks_do = bool(title) and all(r.cell.adapter for r in here) and len({r.cell.r for r in here}) == len(here)
@@ -147,7 +148,7 @@ def training(f: Findings, looks: Mapping[str, Look]) -> Drawing | None:
             for ax, made in ((left, losses.get(r.id)), (right, scores.get(r.id))):
                 if made:
                     _training_curve(ax, made, looks[r.id], marked=ax is right)
-        style.tidy(left, x="optimizer step", y="training loss (nats)")
+        style.tidy(left, x="optimizer step", y=units.loss_axis(f.sweep, "training"))
         style.tidy(right, x="optimizer step", y=f"validation {f.metric.axis}")
         style.per_metric(right, f.metric)
         ends = scores or losses

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import Literal
 
-from lorabench.report import formats, measure, rates
+from lorabench.report import formats, measure, rates, units
 from lorabench.report import statistics as st
 from lorabench.report.analysis import Analysis, read
 from lorabench.report.formats import plural
@@ -199,8 +199,7 @@ def _untested(cells: Sequence[Result]) -> Missing | None:
 
 def gather(sweep: Sweep) -> Evidence:
     measured = results(sweep)
-    shown = [abs(r.val) for r in measured.by_cell.values() if r.val is not None]
-    metric = formats.metric(sweep.metric, lower_is_better=sweep.lower_is_better, largest=max(shown, default=None))
+    metric = units.primary(sweep, (r.val for r in measured.by_cell.values()))
     return Evidence(sweep, measured, metric)
 
 

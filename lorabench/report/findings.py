@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
-from lorabench.report import formats, measure
+from lorabench.report import formats, measure, units
 from lorabench.report import statistics as st
 from lorabench.report.load import Cell, Sweep
 from lorabench.report.results import Result, Results
@@ -73,8 +73,7 @@ class Findings:
 def find(sweep: Sweep) -> Findings:
     measured = measure_cells(sweep)
     results, pooled = measured.by_cell, measured.pooled
-    shown = [abs(r.val) for r in results.values() if r.val is not None]
-    metric = formats.metric(sweep.metric, lower_is_better=sweep.lower_is_better, largest=max(shown, default=None))
+    metric = units.primary(sweep, (r.val for r in results.values()))
     compare = _comparer(measured, sweep)
     reference = _reference(sweep, results)
     versus = _versus(compare, reference, list(results), sweep.study.get("family")) if reference else {}

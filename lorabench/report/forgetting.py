@@ -14,7 +14,7 @@ from itertools import pairwise
 from typing import Any, Literal
 
 from lorabench.records import Record
-from lorabench.report import formats
+from lorabench.report import formats, units
 from lorabench.report import statistics as st
 from lorabench.report.claims_weights import BEFORE, between, less_is_better, probed
 from lorabench.report.evidence import Evidence
@@ -106,7 +106,9 @@ def _probe(f: Findings, e: Evidence) -> Probe | None:
     name = f"{named.pop()}'s" if len(named) == 1 else "the probe's"
     less = less_is_better(key)
     known = any(x.metrics.get(before) is not None for x in runs)
-    metric = formats.metric(key.rpartition("/")[2], lower_is_better=less)
+    measure = key.rpartition("/")[2]
+    said = {units.of_task(x.config.get("task", {}).get("probe")).get(measure, "") for x in runs}
+    metric = formats.metric(measure, lower_is_better=less, unit=said.pop() if len(said) == 1 else "")
     return Probe(key, name, less, metric, before if known else None)
 
 

@@ -89,9 +89,9 @@ def draw(f: Findings, made: Forgetting, looks: Mapping[str, Look]) -> Drawing:
 
 
 def _axis(p: Probe) -> str:
-    unit = f" ({p.metric.points or 'nats'})" if p.metric.points or p.metric.name == "loss" else ""
     text = p.what[:1].upper() + p.what[1:]
-    return f"{text if len(text) <= 34 else ('Change' if p.before else 'Value') + ' of the probe'}{unit}"
+    short = text if len(text) <= 34 else ("Change" if p.before else "Value") + " of the probe"
+    return formats.in_unit(short, p.metric.points)
 
 
 def _point(ax: Axes, f: Findings, c: Forgot, look: Look) -> None:
@@ -180,7 +180,7 @@ def _alt(f: Findings, made: Forgetting) -> str:
 
 def _table(f: Findings, made: Forgetting) -> Table:
     p = made.probe
-    unit, points = (f" ({x.unit})" if x.unit else "" for x in (f.metric, p.metric))
+    unit, points = (f" ({x.measured_in})" if x.measured_in else "" for x in (f.metric, p.metric))
     columns = [
         Column("cell", "cell"), Column("lr", "best lr", "right"),
         Column("test", f"{'test' if f.confirmed else 'val'} {f.metric.title}{unit}", "right"),

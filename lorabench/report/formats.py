@@ -25,7 +25,7 @@ class Metric:
     decimals: int
     scale: float = 1.0
     unit: str = ""  # after a value
-    points: str = ""  # after a difference
+    points: str = ""  # after a difference: points, or what the metric is measured in
 
     @property
     def title(self) -> str:
@@ -33,9 +33,12 @@ class Metric:
 
     @property
     def axis(self) -> str:
-        return (
-            f"{self.title} (%)" if self.unit == "%" else f"{self.title} (nats)" if self.name == "loss" else self.title
-        )
+        return in_unit(self.title, self.measured_in)
+
+    @property
+    def measured_in(self) -> str:
+        """On an axis and in the head of a table."""
+        return self.unit or self.points
 
     def value(self, x: float | None, *, unit: bool = False) -> str:
         return number(None if x is None else x * self.scale, self.decimals) + (
@@ -54,13 +57,19 @@ class Metric:
         return f"{self.difference(low)} to {self.difference(high)}"
 
 
-def metric(name: str, *, lower_is_better: bool, largest: float | None = None) -> Metric:
-    """The way to show a metric. largest: of its values, which sets the decimals of one without a fixed scale."""
+def metric(name: str, *, lower_is_better: bool, largest: float | None = None, unit: str = "") -> Metric:
+    """The way to show a metric. largest: of its values, which sets the decimals of one without a fixed scale; unit: of such
+    a one, as its task says (`units`)."""
     if name in SHARES:
         return Metric(name, lower_is_better, 1, 100.0, "%", "points")
     if name == "perplexity" or (largest is not None and abs(largest) >= 100):
-        return Metric(name, lower_is_better, 2)
-    return Metric(name, lower_is_better, 3)
+        return Metric(name, lower_is_better, 2, points=unit)
+    return Metric(name, lower_is_better, 3, points=unit)
+
+
+def in_unit(what: str, unit: str) -> str:
+    """`validation loss (nats)`; without a unit as it is."""
+    return f"{what} ({unit})" if unit else what
 
 
 def number(x: float | None, decimals: int, *, sign: bool = False) -> str:

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 from jinja2 import Environment, PackageLoader, StrictUndefined
-from markupsafe import Markup
+from markupsafe import Markup, escape
 
 from lorabench.report import answer, cautions, declared, faces, figures, runs, sections, style, tables
 from lorabench.report.budget import about, budget
@@ -62,6 +63,7 @@ def _environment(*, autoescape: bool) -> Environment:
     )  # fmt: skip
     if autoescape:
         env.finalize = _unbroken
+        env.filters["breakable"] = _breakable
     env.filters |= {"md": faces.escape_markdown, "md_table": faces.markdown}
     return env
 
@@ -71,6 +73,11 @@ def _unbroken(value: Any) -> Any:
     if type(value) is not str:
         return value
     return value.replace(" %", "\u00a0%").replace(" = ", "\u00a0=\u00a0").replace(" ± ", "\u00a0±\u00a0")
+
+
+def _breakable(text: str) -> Markup:
+    """A list or a regex of layers, which may go on in a new line after each of its parts."""
+    return Markup(re.sub(r"([.+|,/])", r"\1<wbr>", str(escape(text))))
 
 
 def _markdown(words: Mapping[str, Any]) -> str:

@@ -48,12 +48,12 @@ class Front:
 
 def _seconds(r: Result) -> float | None:
     """Measured alone: its solo steps scaled to a run, or runs that had their base to themselves."""
-    measured = r.cell.solo.get("seconds") or r.resource("solo_seconds") is not None
+    measured = r.timed.get("seconds") or r.resource("solo_seconds") is not None
     return r.seconds if measured or _alone(r) else None
 
 
 def _memory(r: Result) -> float | None:
-    measured = r.cell.solo.get("peak_memory_bytes") or r.resource("solo_peak_memory_bytes")
+    measured = r.timed.get("peak_memory_bytes") or r.resource("solo_peak_memory_bytes")
     return r.memory if measured or _alone(r) else None
 
 
@@ -217,16 +217,21 @@ def _names(ax: Axes, labels: Sequence[tuple[float, float, str, str]], *, below: 
     lift, gap = (-0.075 if below else 0.075), 0.09
     ordered = sorted(labels, key=lambda label: (label[1], label[0]))
     wanted = [(y - low) / (high - low) + lift for _, y, _, _ in ordered]
-    for at, (x, y, text, colour) in zip(style.spread(wanted, gap), ordered, strict=True):
+    places = style.spread(wanted, gap)
+    room = max(0.0, 0.05 - min(places, default=1.0)) * (
+        high - low
+    )  # a name below the lowest point stays above the axis
+    ax.set_ylim(low - room, high)
+    for at, (x, y, text, colour) in zip(places, ordered, strict=True):
         across = math.log(x / left) / math.log(right / left) if log else (x - left) / (right - left)
         ax.annotate(
-            text, (x, y), xytext=(across - 0.014, at), textcoords="axes fraction", ha="right", va="center", fontsize=9, zorder=6,
+            text, (x, y), xytext=(across - 0.014, low + at * (high - low)), textcoords=("axes fraction", "data"), ha="right", va="center", fontsize=9, zorder=6,
             color=style.readable(colour), bbox={"facecolor": "white", "alpha": 0.8, "linewidth": 0, "pad": 0.6},
         )  # fmt: skip
 
 
 def _table(f: Findings, found: Sequence[Front]) -> Table:
-    unit = f" ({f.metric.unit})" if f.metric.unit else ""
+    unit = f" ({f.metric.measured_in})" if f.metric.measured_in else ""
     titles = {"trainable": "trainable", "seconds": "train s (solo)", "memory": "memory (solo peak)"}
     columns = (
         Column("cell", "cell"), Column("test", f"test {f.metric.title}{unit}", "right"),

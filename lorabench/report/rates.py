@@ -26,7 +26,7 @@ from lorabench.report.select import Choice, Rate
 
 REACH = 2  # rates on either side of the best one
 LEAST = 3  # rates: a parabola has three coefficients
-FLAT = 1e-12  # nats per octave squared; below it there is no minimum
+FLAT = 1e-12  # of loss per octave squared; below it there is no minimum
 
 
 @dataclass(frozen=True)
@@ -38,7 +38,7 @@ class Optimum:
     df: float
     seeds: int
     loss: float  # the parabola's, at its minimum
-    curvature: float  # c, nats per octave squared
+    curvature: float  # c, loss per octave squared
     how: Literal["seeds", "fit"]  # what the variance is over
 
     @property

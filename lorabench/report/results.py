@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from statistics import fmean
+from typing import Any
 
 import numpy as np
 
@@ -48,30 +49,51 @@ class Result:
         return fmean(found) if found else None
 
     @property
+    def timed(self) -> Mapping[str, Any]:
+        """What was measured of this cell alone, as far as that is what its runs do."""
+        return timed(self.cell.solo, self.runs)
+
+    @property
     def solo(self) -> bool:
         """Whether time and memory are of this cell alone: measured so, or its runs had their base to themselves."""
-        alone = bool(self.cell.solo) or self.resource("solo_seconds") is not None
-        return alone or all(r.resources.get("pack_size") == 1 for r in self.runs)
+        alone = bool(self.timed) or self.resource("solo_seconds") is not None
+        return alone or bool(self.runs) and all(r.resources.get("pack_size") == 1 for r in self.runs)
 
     @property
     def seconds(self) -> float | None:
-        """Training time of a run: alone, from a few steps scaled by tokens (steps where none are counted); else its share."""
-        own, timed = self.resource("solo_seconds"), self.cell.solo
+        """Training time of a run: alone, from a few steps scaled by tokens (steps where none are counted) and the frozen
+        trunk's one pass; else its share."""
+        own, timed = self.resource("solo_seconds"), self.timed
         if own is not None or not timed.get("seconds"):
             return own if own is not None else self.resource("train_seconds")
         for unit in ("tokens", "steps"):
             whole, part = self.resource(unit), timed.get(unit)
             if whole and part:
-                return float(timed["seconds"]) * whole / part
+                return float(timed["seconds"]) * whole / part + float(timed.get("trunk_seconds") or 0.0)
         return self.resource("train_seconds")
 
     @property
     def memory(self) -> float | None:
         return (
-            self.cell.solo.get("peak_memory_bytes")
+            self.timed.get("peak_memory_bytes")
             or self.resource("solo_peak_memory_bytes")
             or self.resource("peak_memory_bytes")
         )
+
+
+def timed(solo: Mapping[str, Any] | None, runs: Iterable[Record]) -> Mapping[str, Any]:
+    """A cell's measurement alone; empty where its runs were served a frozen trunk's output and the measurement, by an older
+    version, was not: it computed in every step what a run computes once."""
+    solo = solo or {}
+    stale = "reused_blocks" not in solo and any(r.provenance.get("reused_blocks") for r in runs)
+    return {} if stale else solo
+
+
+def timed_cells(manifest: Mapping[str, Any], records: Mapping[str, Record]) -> set[str]:
+    """Cells that need not be measured alone again. records: of runs that ended well, by run_id."""
+    cells = manifest["cells"]
+    runs = {c["id"]: [records[i] for ids in c["runs"].values() for i in ids if i in records] for c in cells}
+    return {c["id"] for c in cells if timed(c.get("solo"), runs[c["id"]])}
 
 
 @dataclass(frozen=True)

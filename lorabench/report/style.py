@@ -110,12 +110,15 @@ def _luminance(rgb: np.ndarray) -> float:
 
 
 @contextmanager
-def canvas(width: float, height: float) -> Iterator[Figure]:
-    """An empty figure, width and height in inches, under the report's settings and no others."""
+def canvas(width: float, height: float, *, between: float | None = None) -> Iterator[Figure]:
+    """An empty figure, width and height in inches, under the report's settings and no others. between: inches that panels
+    keep free at their sides."""
     with mpl.rc_context():
         mpl.rcdefaults()
         mpl.rcParams.update(RC)  # type: ignore[arg-type]
         figure = Figure(figsize=(width, height), layout="constrained")
+        if between is not None:
+            figure.get_layout_engine().set(w_pad=between)  # type: ignore[union-attr, call-arg]
         FigureCanvasAgg(figure)
         yield figure
 

@@ -55,7 +55,8 @@ def every(f: Findings) -> dict[str, Table]:
 
 def comparison(f: Findings) -> Table:
     """One row a cell: what it is, how well it does, how it stands to the reference, and what it costs."""
-    solo = all(r.solo for r in f.results.values() if r.runs)
+    alone = [r.solo for r in f.results.values() if r.runs]
+    solo = 2 * sum(alone) > len(alone)  # what most cells are stands in the head, the others say it themselves
     columns = (
         Column("method", "method"), Column("r", "r", "right"), Column("alpha", "α", "right"), Column("targets", "targets"),
         *(Column(k, k.split(".")[-1]) for k in sorted({k for r in f.results.values() for k, _ in r.cell.extra})),
@@ -68,7 +69,7 @@ def comparison(f: Findings) -> Table:
 
 
 def _outcomes(f: Findings) -> Iterator[Column]:
-    unit = f" ({f.metric.unit})" if f.metric.unit else ""
+    unit = f" ({f.metric.measured_in})" if f.metric.measured_in else ""
     if f.confirmed:
         seeds = {r.test.seeds for r in f.results.values() if r.test}
         said = f", {formats.plural(next(iter(seeds)), 'seed')}" if len(seeds) == 1 else ""
@@ -84,12 +85,13 @@ def _outcomes(f: Findings) -> Iterator[Column]:
 
 def _comparison_row(f: Findings, r: Result, keys: Sequence[str], solo: bool) -> Row:
     c, m, e = r.cell, f.metric, r.test
-    mixed = "" if solo or not r.solo else " solo"
+    mixed = "" if r.solo == solo or not r.runs else " solo" if r.solo else " (pack)"
     share = formats.share(c.trainable, r.resource("total_parameters"))
+    of_base = "" if share == formats.DASH else f" ({share})"
     texts = {
         "method": c.method, "r": str(c.r) if c.adapter else formats.DASH, "alpha": _alpha(r), "targets": c.targets or formats.DASH,
         "lr": formats.rate(r.lr) + (" ⚠" if r.choice.edge else ""), "seeds": str(e.seeds) if e else formats.DASH,
-        "test": plus_minus(f, r), "val": m.value(r.val), "trainable": f"{formats.count(c.trainable)} ({share})",
+        "test": plus_minus(f, r), "val": m.value(r.val), "trainable": formats.count(c.trainable) + of_base,
         "seconds": formats.seconds(r.seconds) + mixed, "memory": formats.memory(r.memory) + mixed, **dict(c.extra), **_versus(f, r),
     }  # fmt: skip
     recommended = f.recommendation is not None and f.recommendation.cell == r.id
@@ -153,8 +155,13 @@ def _comparison_notes(f: Findings) -> Iterable[str]:
                f"Margin: two one-sided tests at 5 %, apart from the direction. “Not resolved” is not “equal”.")  # fmt: skip
     if meets := declared.anchor(f.sweep):
         yield f"The alpha rules meet at {meets}: there they are one point, and one cell stands for all of them."
-    if any(r.cell.solo.get("seconds") for r in f.results.values()):
-        yield "Solo: a few steps of the cell alone on the base, their time scaled to the tokens of a run; pack totals stand in the budget."
+    if any(r.timed.get("seconds") for r in f.results.values()):
+        once = any(r.timed.get("trunk_seconds") for r in f.results.values())
+        trunk = ", with the one pass that the frozen blocks below the adapters take" if once else ""
+        yield f"Solo: a few steps of the cell alone on the base, their time scaled to the tokens of a run{trunk}; pack totals stand in the budget."
+    if stale := [r.name for r in f.results.values() if r.cell.solo and not r.timed]:
+        yield (f"Not measured alone as it trains: {', '.join(stale)}. Runs re-use there what the frozen blocks give; an older version's measurement did not. "
+               "The command that made the sweep measures it again.")  # fmt: skip
     if any(not r.solo for r in f.results.values() if r.runs):
         yield "Time is the pack's divided by its runs, memory the pack's peak: runs trained side by side on one base, so neither is a cell's own."
     if any(r.choice.edge for r in f.results.values()):

@@ -135,7 +135,7 @@ def _panel(ax: Axes, f: Findings, g: Group, looks: Mapping[str, Look], tall: int
 
 
 def _table(f: Findings, e: Evidence, found: Sequence[Group]) -> Table:
-    unit = f" ({f.metric.unit})" if f.metric.unit else ""
+    unit = f" ({f.metric.measured_in})" if f.metric.measured_in else ""
     columns = (
         Column("group", "compared at"), Column("targets", "targets"), Column("r", "r", "right"), Column("trainable", "trainable", "right"),
         Column("lr", "best lr", "right"), Column("test", f"test {f.metric.title}{unit}", "right"), Column("difference", "Δ (95 %, exploratory)", "right"),

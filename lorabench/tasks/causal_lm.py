@@ -66,6 +66,7 @@ class Config:
     )  # fmt: skip
 
     OWN: ClassVar[tuple[str, ...]] = ("loss", "perplexity", "token_accuracy")
+    units: ClassVar[dict[str, str]] = {"loss": "nats a token"}
 
     def validate(self, key: str) -> None:
         if self.source in ("text", "file") and not self.file:

@@ -30,6 +30,7 @@ class Config(LabelledTexts):
     extra_metrics: list[str] = knob([], help="your own: my_metrics.py:function")
 
     OWN: ClassVar[tuple[str, ...]] = ("accuracy", "macro_f1", "mcc", "loss")
+    units: ClassVar[dict[str, str]] = {"loss": "nats"}
 
     def validate(self, key: str) -> None:
         super().validate(key)
