@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 
-from lorabench import checkpoints, replicas
+from lorabench import checkpoints, replicas, settled
 from lorabench import prepare as prep
 from lorabench.adapters import SlicesMix, inject, probe
 from lorabench.beside import Beside
@@ -158,7 +158,7 @@ def _opened(
 ) -> Iterator[Session]:
     """A pack ready to train on its base from step `start`; the base comes back as it was, and that is checked."""
     first = pack.runs[0]
-    prepared, resolved = prep.prepare(first), prep.resolve(first)
+    prepared, resolved = prep.prepare(first), settled.resolve(first, store)
     base = prep.base(first, prepared.head, resolved)
     prepared = prep.taught(first, prepared, base)
     before = _checksum(base.model)
