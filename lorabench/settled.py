@@ -21,7 +21,7 @@ def settle(store: Store, run: RunConfig) -> None:
     manifest, device = store.manifest(), prep.resolve(run).device
     note = {"device": device, "precision": prep.auto_precision(device)}
     if store.run_ids():  # a run's folder is made as its training begins
-        note = _recorded(store, note) | manifest.get("settled", {})
+        note = manifest.get("settled") or _recorded(store, note)
     if note != manifest.get("settled"):
         store.write_manifest(manifest | {"settled": note})
 

@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 
-from lorabench import checkpoints, replicas, settled
+from lorabench import checkpoints, replicas, settled, stopping
 from lorabench import prepare as prep
 from lorabench.adapters import SlicesMix, inject, probe
 from lorabench.beside import Beside
@@ -138,7 +138,7 @@ def measure(run: RunConfig, store: Store, *, steps: int = 10) -> dict[str, Any]:
     with _opened(Pack("solo", (replace(run, trainer=trainer),)), store, Listener()) as s:
         listener = Listener(step=lambda step, total: marks.append((time.perf_counter(), s.module.tokens)))
         s.trainer.callbacks.append(Progress(listener.step, steps, dict(s.seconds)))
-        with PeakMemory(s.resolved.device) as memory, quiet():
+        with PeakMemory(s.resolved.device) as memory, quiet(), stopping.deferred() as s.progress.stopped:
             s.trainer.fit(s.module, s.train_stream(), s.val_stream())  # never reached: eval_interval
             peak = memory.peak()
     counted = list(pairwise(marks[1:]))
