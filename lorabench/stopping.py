@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+import os
 import signal
+import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from threading import current_thread, main_thread
+from threading import Timer, current_thread, main_thread
 from typing import Any
 
 CODE = 143  # as a shell says it: 128 + SIGTERM
 AGAIN = 2.0  # seconds in which further signals are the same one, told twice
 _told = [float("-inf")]  # when the last one came, by the steady clock
+_hooks: list[Callable[[Any], Any]] = []  # what hears of other exceptions that nobody can catch
 
 
 def install() -> None:
@@ -22,12 +25,26 @@ def install() -> None:
     """
     if current_thread() is main_thread():
         signal.signal(signal.SIGTERM, _stop)
+        if sys.unraisablehook is not _ignored:
+            _hooks[:] = [sys.unraisablehook]
+            sys.unraisablehook = _ignored
 
 
 def _stop(*signal_and_frame: Any) -> None:
     before, _told[0] = _told[0], time.monotonic()
     if _told[0] - before > AGAIN:
         raise SystemExit(CODE)
+
+
+def _ignored(what: Any) -> None:
+    """Python drops what is raised in a finaliser (`__del__`), where signals come often: told once more, a moment later."""
+    if isinstance(what.exc_value, SystemExit) and asked():
+        _told[0] = time.monotonic() - 2 * AGAIN
+        again = Timer(0.05, os.kill, (os.getpid(), signal.SIGTERM))
+        again.daemon = True
+        again.start()
+    else:
+        _hooks[0](what)
 
 
 def asked() -> bool:

@@ -14,10 +14,10 @@ import pytest
 from omegaconf import OmegaConf
 
 from lorabench.config import RunConfig, Settings, parse
+from lorabench.finished import finished_records
 from lorabench.planning import Job, label_of, new_manifest, plan_packs, planned_packs
 from lorabench.prune import LEAST, cell_key, prunable, pruned, reason
 from lorabench.records import Record, Store
-from lorabench.finished import finished_records
 from tiny import make_base, make_data
 
 RATES = [2.5e-4 * 2**i for i in range(8)]

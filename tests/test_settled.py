@@ -120,6 +120,14 @@ def test_another_kind_of_device_is_refused_until_it_is_accepted(sweep: Cli) -> N
     assert sweep("method.r=1,2,4")[0] == 2, "accepted once is not accepted for good"
 
 
+@pytest.mark.parametrize("note", [["cpu"], {"precision": 16}])
+def test_a_note_that_is_none_is_bad_input(sweep: Cli, note: Any) -> None:
+    store = Store("sweeps/s")
+    store.write_manifest({"schema": 1, "settled": note})
+    code, out = sweep("method.r=1")
+    assert code == 2 and "(at settled" in out
+
+
 def _trained_on(store: Store, device: str) -> None:
     manifest = store.manifest()
     store.write_manifest(manifest | {"settled": manifest["settled"] | {"device": device}})

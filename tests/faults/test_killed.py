@@ -53,6 +53,30 @@ def test_stopped_with_a_grace_period(fault, launcher, undisturbed, tmp_path):
     fault.compare(undisturbed, tmp_path / "sweeps/s")
 
 
+@pytest.mark.parametrize("stops", [5, pytest.param(50, marks=pytest.mark.slow)])
+def test_random_stops(fault, launcher, undisturbed, tmp_path, stops):
+    """SIGTERM at random"""
+    times, folder = random.Random(stops), tmp_path / "0"
+    start = time.monotonic()
+    assert launcher("sweep.measure_solo=true", folder=tmp_path / "whole").wait()[0] == 0
+    whole = time.monotonic() - start
+    while fault.tried < stops:
+        victim = launcher("sweep.measure_solo=true", folder=folder)
+        victim.ended(times.uniform(0, 0.8 * whole))
+        store = Store(folder / "sweeps/s")
+        left = 6 - len(store.records())
+        victim.signal(signal.SIGTERM)
+        assert victim.ended(60), "the grace period is over"
+        code, out = victim.wait()
+        assert code == 143 or (code == 0 and left < 2) or not out, f"{code}, with {left} runs left: {out}"
+        fault.tried += 1
+        if code == 0:  # all is done: on with the next sweep
+            fault.compare(undisturbed, folder / "sweeps/s")
+            folder = tmp_path / str(int(folder.name) + 1)
+    assert launcher(folder=folder).wait()[0] == 0
+    fault.compare(undisturbed, folder / "sweeps/s")
+
+
 OUTSIDE = {
     "preparation": "lorabench.prepare:load_data:1",
     "loading the second pack's base": "lorabench.prepare:base:2",
