@@ -1,4 +1,5 @@
-"""`python -m lorabench`: Hydra's command line. Exit 0: done; 1: some runs failed; 2: bad input, nothing written."""
+"""`python -m lorabench`: Hydra's command line. Exit 0: done; 1: some runs failed; 2: bad input, nothing written; 130, 143:
+stopped by Ctrl-C or SIGTERM."""
 
 from __future__ import annotations
 
@@ -10,6 +11,7 @@ import yaml
 from hydra.errors import HydraException
 from omegaconf.errors import OmegaConfBaseException
 
+from lorabench import stopping
 from lorabench.app import config_dir, task
 from lorabench.guards import check_arguments, guard_yaml
 from lorabench.schema import ConfigError, Unwritable
@@ -20,6 +22,7 @@ def main() -> None:
     # Read when torch loads its threads. Ones that wait spin for milliseconds otherwise, and where another process wants
     # the core they spin on, every operation waits that long: a step then takes ten times as long.
     os.environ.setdefault("GOMP_SPINCOUNT", "10000")
+    stopping.install()
     try:
         check_arguments(sys.argv[1:])
         guard_yaml()
@@ -32,7 +35,7 @@ def main() -> None:
         sys.exit(1)
     except (KeyboardInterrupt, SystemExit) as e:
         code = 130 if isinstance(e, KeyboardInterrupt) else e.code
-        if code in (130, 143):  # Ctrl-C, SIGTERM
+        if code in (130, stopping.CODE):
             print("stopped; the same command goes on from here", file=sys.stderr)
         sys.exit(code)
     except Exception as e:

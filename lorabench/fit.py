@@ -10,7 +10,7 @@ from typing import Any
 
 import pytorch_lightning as pl
 
-from lorabench import replicas
+from lorabench import replicas, stopping
 from lorabench.config import RunConfig
 from lorabench.outcome import Session
 from lorabench.prepare import Resolved
@@ -32,10 +32,12 @@ def make_trainer(run: RunConfig, resolved: Resolved, progress: Progress, start: 
 
 
 class Progress(pl.Callback):
-    """Tells a listener of each step and adds up the seconds of training and of evaluation."""
+    """Tells a listener of each step and adds up the seconds of training and of evaluation; ends at SIGTERM where Lightning,
+    which hears of it only while it trains or evaluates, does not: at the beginning of either."""
 
     def __init__(self, step: Callable[[int, int], None], total: int, seconds: dict[str, float]) -> None:
         self.step, self.total, self.seconds, self._since = step, total, seconds, time.perf_counter()
+        self.stopped: Callable[[], bool] = lambda: False  # whether SIGTERM has come
 
     def lap(self, what: str | None) -> None:
         """What has passed since the last lap was `what`: train, eval; None: neither."""
@@ -48,7 +50,19 @@ class Progress(pl.Callback):
         self.lap("train")
         self.step(module.steps_done, self.total)
 
+    def heed(self) -> None:
+        """Leave if SIGTERM has come."""
+        if self.stopped():
+            raise SystemExit(stopping.CODE)
+
+    def on_train_start(self, trainer: Any, module: Any) -> None:
+        self.heed()
+
+    def on_test_start(self, trainer: Any, module: Any) -> None:
+        self.heed()
+
     def on_validation_start(self, trainer: Any, module: Any) -> None:
+        self.heed()
         self.lap("train")
 
     def on_validation_end(self, trainer: Any, module: Any) -> None:
@@ -74,21 +88,27 @@ def fit(s: Session, saver: Saver) -> None:
 
     SIGTERM: the step under way is finished, a checkpoint written, and the process leaves with 143.
     """
-    try:
-        _train_to_end(s)
-        for k, state in enumerate(s.module.slices):
-            if state.best_weights is not None:
-                s.stack.load_slice(k, state.best_weights)
-        if s.pack.runs[0].role == "confirm" and s.module.kept:
-            s.progress.lap(None)
-            s.trainer.test(s.module, s.eval_stream("test", lambda: s.module.kept), verbose=False)
-            _heed_sigterm(s)
-            s.progress.lap("eval")
-    except SystemExit as e:  # how Lightning passes on SIGTERM (with code 0) and Ctrl-C (with code 1)
-        if not s.trainer.received_sigterm:
-            raise SystemExit(130) from e
-        saver.save()
-        raise SystemExit(143) from e
+    with stopping.deferred() as stopped:
+        s.progress.stopped = stopped
+        try:
+            _train_and_test(s)
+        except SystemExit as e:  # ours; and how Lightning passes on SIGTERM (with code 0) and Ctrl-C (with code 1)
+            if not _stopped(s):
+                raise SystemExit(130) from e
+            saver.save()
+            raise SystemExit(stopping.CODE) from e
+
+
+def _train_and_test(s: Session) -> None:
+    _train_to_end(s)
+    for k, state in enumerate(s.module.slices):
+        if state.best_weights is not None:
+            s.stack.load_slice(k, state.best_weights)
+    if s.pack.runs[0].role == "confirm" and s.module.kept:
+        s.progress.lap(None)
+        s.trainer.test(s.module, s.eval_stream("test", lambda: s.module.kept), verbose=False)
+        _heed_sigterm(s)
+        s.progress.lap("eval")
 
 
 def _train_to_end(s: Session) -> None:
@@ -115,8 +135,12 @@ def _evaluate(s: Session) -> None:
 
 def _heed_sigterm(s: Session) -> None:
     """Lightning leaves at SIGTERM between batches, but not after the last one."""
-    if s.trainer.received_sigterm:
-        raise SystemExit(0)
+    if _stopped(s):
+        raise SystemExit(stopping.CODE)
+
+
+def _stopped(s: Session) -> bool:
+    return bool(s.trainer.received_sigterm or s.progress.stopped())
 
 
 class quiet(warnings.catch_warnings):

@@ -75,6 +75,18 @@ def _start(pid: int) -> str:
     return "" if fields[0] in "ZX" else fields[19]
 
 
+@dataclass(frozen=True)
+class Held:
+    """A lease that somebody has taken, as it looks from here. since, heard: when it was taken and when its holder last
+    touched it, in seconds since the epoch by the file system's clock; dead: its holder is gone or silent for too long."""
+
+    file: Path
+    who: Holder
+    since: float
+    heard: float
+    dead: bool
+
+
 class Lease:
     """What this process holds until it releases it or dies; use as a context. `file` is there as long as it is ours."""
 
@@ -139,20 +151,27 @@ class Leases:
 
     def holder(self, name: str) -> Holder | None:
         """Who holds a lease now; a dead holder is put out."""
+        held = self.look(name)
+        if held is not None and held.dead:
+            _put_out(held.file)
+            return None
+        return held.who if held else None
+
+    def look(self, name: str) -> Held | None:
+        """The lease as it is, a dead holder's too; changes nothing. Who cannot be seen from here is taken for dead only by one
+        that has looked for `SILENT` seconds."""
         found = _look(self._path(name))
         if found is None:
             self._seen.pop(name, None)
             return None
-        file, who, state = found
+        file, who, state, taken = found
         before, since = self._seen.get(name, (None, 0.0))
         if before != (file, state):
             since = time.monotonic()
             self._seen[name] = (file, state), since
         gone = who.gone
-        if gone or (gone is None and time.monotonic() - since > SILENT):
-            _put_out(file)
-            return None
-        return who
+        dead = bool(gone or (gone is None and time.monotonic() - since > SILENT))
+        return Held(file, who, taken, state[0] / 1e9, dead)
 
     def _path(self, name: str) -> Path:
         if name in ("", ".", "..") or "/" in name or "\0" in name:
@@ -192,14 +211,15 @@ def refuse_link(path: Path, key: str = "path") -> None:
         raise ExistingWork(key, str(path), f"no symbolic link; this one leads to {os.readlink(path)}")
 
 
-def _look(path: Path) -> tuple[Path, Holder, Any] | None:
-    """The file in a lease, who wrote it, and its state, which changes with every beat; None for one that nobody holds."""
+def _look(path: Path) -> tuple[Path, Holder, tuple[int, int], float] | None:
+    """The file in a lease, who wrote it, its state, which changes with every beat, and when the lease was taken; None for one
+    that nobody holds."""
     try:
         folder = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW)
         try:
             # `.nfs...` is a file that was deleted while someone had it open
             names = sorted(name for name in os.listdir(folder) if not name.startswith("."))
-            return _read(path / names[0], folder) if names else None
+            return (*_read(path / names[0], folder), os.fstat(folder).st_mtime) if names else None
         finally:
             os.close(folder)
     except FileNotFoundError:  # nobody's, or released while we looked
@@ -210,7 +230,7 @@ def _look(path: Path) -> tuple[Path, Holder, Any] | None:
         raise ExistingWork("lease", str(path), "a lease of lorabench; this is a file or a symbolic link") from e
 
 
-def _read(file: Path, folder: int) -> tuple[Path, Holder, Any]:
+def _read(file: Path, folder: int) -> tuple[Path, Holder, tuple[int, int]]:
     handle = os.open(file.name, os.O_RDONLY | os.O_NOFOLLOW, dir_fd=folder)  # opened: a network file system asks anew
     with open(handle, "rb") as f:
         about = os.fstat(handle)

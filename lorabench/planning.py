@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from lorabench import __version__
+from lorabench import __version__, settled
 from lorabench import prepare as prep
 from lorabench.config import RunConfig, Settings, digest
 from lorabench.memory import available, estimate
@@ -49,11 +49,13 @@ MOST = 16  # slices a pack where memory would allow more: a pack is what a kill 
 SHARE = 0.7  # of the memory there is that a pack may be planned to take: its estimate is good to about a third
 
 
-def plan_packs(runs: Sequence[RunConfig], max_pack: int | None, start: int = 0, *, prune: bool = False) -> list[Pack]:
+def plan_packs(
+    runs: Sequence[RunConfig], max_pack: int | None, start: int = 0, *, prune: bool = False, auto: str | None = None
+) -> list[Pack]:
     """Group runs that can share a base, most alike first: equal method, equal rank (unused rows cost time), then equal seed.
 
     max_pack: slices a pack at most; None: as many as fit into memory. prune: keep the tuning runs of a cell in one pack,
-    where the rule of `prune` sees all its rates, whatever its size.
+    where the rule of `prune` sees all its rates, whatever its size. auto: as in `prepare.resolve`.
     """
     groups: dict[str, list[RunConfig]] = {}
     for run in runs:
@@ -61,16 +63,16 @@ def plan_packs(runs: Sequence[RunConfig], max_pack: int | None, start: int = 0, 
     packs: list[Pack] = []
     for group in groups.values():
         group.sort(key=lambda r: (r.method.name, getattr(r.method, "r", 0), r.seed, r.optimizer.lr, r.run_id))
-        most = max_pack or _fitting(group)
+        most = max_pack or _fitting(group, auto)
         for units in _fill(_whole_cells(group) if prune else [[run] for run in group], most):
             cells = any(len(unit) > 1 for unit in units)
             packs.append(Pack(f"p{start + len(packs)}", tuple(r for unit in units for r in unit), prune=cells))
     return packs
 
 
-def _fitting(runs: Sequence[RunConfig]) -> int:
+def _fitting(runs: Sequence[RunConfig], auto: str | None) -> int:
     """How many of these runs, whose largest come last, fit into the memory that is free now; at least 1."""
-    largest, resolved = list(runs[-MOST:]), prep.resolve(runs[0])
+    largest, resolved = list(runs[-MOST:]), prep.resolve(runs[0], auto)
     free, info = SHARE * available(resolved.device), prep.layers(runs[0])
     plans = [prep.plan(run, info) for run in largest]
     while len(plans) > 1 and free < estimate(
@@ -160,9 +162,10 @@ def planned_packs(store: Store, jobs: Sequence[Job]) -> list[Pack]:
     new = [r for i, r in runs.items() if i not in planned]
     begun, start = _begun(manifest) if sweep.prune and new else set(), len(manifest["packs"])
     late = {r.run_id for r in new if begun and cell_key(r) in begun}
-    fresh = plan_packs([r for r in new if r.run_id not in late], sweep.max_pack, start, prune=sweep.prune)
-    fresh += plan_packs([r for r in new if r.run_id in late], sweep.max_pack, start + len(fresh))
-    manifest["packs"] += [_entry(pack, version=1) for pack in fresh]
+    auto = settled.precision(store)
+    fresh = plan_packs([r for r in new if r.run_id not in late], sweep.max_pack, start, prune=sweep.prune, auto=auto)
+    fresh += plan_packs([r for r in new if r.run_id in late], sweep.max_pack, start + len(fresh), auto=auto)
+    manifest["packs"] += [_entry(pack, auto, version=1) for pack in fresh]
     store.write_manifest(manifest)
     return known + fresh
 
@@ -193,7 +196,7 @@ def replan(store: Store, pack: Pack, parts: Sequence[Pack]) -> None:
         for entry in manifest["packs"]:
             if entry["id"] == pack.id:
                 entry["replaced"] = [p.id for p in parts]
-        manifest["packs"] += [_entry(part, version=2) for part in parts]
+        manifest["packs"] += [_entry(part, settled.precision(store), version=2) for part in parts]
         store.write_manifest(manifest)
 
 
@@ -205,8 +208,8 @@ def parts_of(store: Store, pack: Pack) -> list[Pack]:
     return [Pack(i, tuple(runs[run_id] for run_id in entries[i]["runs"])) for i in replaced]
 
 
-def _entry(pack: Pack, *, version: int) -> dict[str, Any]:
+def _entry(pack: Pack, auto: str | None, *, version: int) -> dict[str, Any]:
     """A pack in the manifest, with what `auto` means for it here."""
     first = pack.runs[0]
-    entry = {"id": pack.id, "version": version, "role": first.role, "runs": pack.run_ids, "resolved": asdict(prep.resolve(first))}  # fmt: skip
+    entry = {"id": pack.id, "version": version, "role": first.role, "runs": pack.run_ids, "resolved": asdict(prep.resolve(first, auto))}  # fmt: skip
     return entry | ({"prune": True} if pack.prune else {})

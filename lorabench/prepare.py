@@ -188,8 +188,9 @@ def total_steps(run: RunConfig, examples: int) -> int:
     return t.max_steps if t.max_steps is not None else per_epoch * (t.max_epochs or 1)
 
 
-def resolve(run: RunConfig) -> Resolved:
-    """The table behind `trainer.precision=auto` and `model.attention=auto`.
+def resolve(run: RunConfig, auto: str | None = None) -> Resolved:
+    """The table behind `trainer.precision=auto` and `model.attention=auto`. auto: what the first means in a sweep that has
+    begun (`settled`), whatever this machine would choose.
 
     bf16: CUDA devices that have it, CPUs with native bf16 products (AVX512-BF16, AMX); else float32. Frozen bases
     are held in bf16 with float32 adapters; a base that trains keeps float32 master weights under autocast.
@@ -197,7 +198,8 @@ def resolve(run: RunConfig) -> Resolved:
     Parts: how many tokens go through the base at once, by device.
     """
     device = _device(run.trainer)
-    precision = _precision(run.trainer.precision, device)
+    asked = run.trainer.precision
+    precision = _precision(auto if auto and asked == "auto" else asked, device)
     full = run.method.name == "full"
     names = {"32": ("float32", "32-true"), "64": ("float64", "32-true"), "bf16-mixed": ("float32", "bf16-mixed")}
     dtype, trainer = names.get(precision, ("float32", "bf16-mixed") if full else ("bfloat16", "32-true"))
@@ -260,11 +262,16 @@ def _precision(name: str, device: str) -> str:
         "bf16-mixed": "bf16-mixed",
     }
     if name == "auto":
-        return "bf16" if fast_bf16(device) else "32"
+        return auto_precision(device)
     if name not in known:
         why = "; fp16's loss scaling would couple the runs of a pack" if name.startswith("16") else ""
         raise ConfigError("trainer.precision", name, f"allowed: auto, {', '.join(known)}{why}")
     return known[name]
+
+
+def auto_precision(device: str) -> str:
+    """What `trainer.precision=auto` is on this machine, by itself."""
+    return "bf16" if fast_bf16(device) else "32"
 
 
 def fast_bf16(device: str) -> bool:

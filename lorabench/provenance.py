@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import os
 import platform
+import re
 import subprocess
 from functools import cache
 from importlib import metadata
@@ -14,14 +15,40 @@ from typing import Any
 PACKAGES = ("lorabench", "torch", "pytorch-lightning", "transformers", "peft", "datasets", "numpy", "hydra-core")
 
 
-@cache
-def code_fingerprint() -> str:
-    """SHA-256 prefix over this package's Python source."""
+IMPORT = re.compile(r"^[ \t]*(?:from (lorabench[\w.]*) import (\([^)]*\)|.*)|import (lorabench[\w.]+))", re.MULTILINE)
+FOUND_BY_NAME = ("methods", "models", "tasks")  # `components` imports their files, whichever a config names
+
+
+def training_code(root: Path) -> list[Path]:
+    """The files of a package lorabench that can change a number of a run: all that `train` reaches by import, inside functions
+    too, and every method, model and task. Reports, mirrors, launchers and other faces are none of them."""
+    files, found = set(root.rglob("*.py")), set[Path]()
+    todo = [root / "train.py", *(path for part in FOUND_BY_NAME for path in (root / part).rglob("*.py"))]
+    while todo:
+        path = todo.pop()
+        if path in found or path not in files:
+            continue
+        found.add(path)
+        for source, names, plain in IMPORT.findall(path.read_text(encoding="utf-8")):
+            for dotted in (plain, *(f"{source}.{name}" for name in re.findall(r"\w+", names))):
+                parts = dotted.split(".")[1:]
+                for at in (root.joinpath(*parts[:n]) for n in range(1, len(parts) + 1)):
+                    todo += [at.with_suffix(".py"), at / "__init__.py"]
+    return sorted(found)
+
+
+def fingerprint(root: Path) -> str:
+    """SHA-256 prefix over `training_code`."""
     h = hashlib.sha256()
-    root = Path(__file__).parent
-    for path in sorted(root.rglob("*.py")):
+    for path in training_code(root):
         h.update(str(path.relative_to(root)).encode() + b"\0" + path.read_bytes() + b"\0")
     return h.hexdigest()[:16]
+
+
+@cache
+def code_fingerprint() -> str:
+    """That of this package."""
+    return fingerprint(Path(__file__).parent)
 
 
 @cache

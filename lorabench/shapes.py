@@ -150,5 +150,6 @@ MANIFEST = fields(
     may={
         "name": MAYBE_TEXT, "experiment": MAYBE_TEXT, "study": _STUDY, "study_hash": MAYBE_TEXT, "units": each(TEXT, TEXT), "cells": each(_CELL),
         "runs": each(_LISTED, RUN), "packs": each(fields(needs={"id": TEXT, "runs": each(RUN)})),
+        "settled": fields(may={"device": TEXT, "precision": TEXT}),
     },
 )  # fmt: skip

@@ -16,14 +16,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lorabench import checkpoints, leases, provenance, replicas
+from lorabench import checkpoints, leases, provenance, replicas, settled
 from lorabench import prepare as prep
 from lorabench.checkpoints import Content, Unreadable
 from lorabench.memory import out_of_memory
 from lorabench.module import SliceState
 from lorabench.optim import PackedAdamW
 from lorabench.outcome import Session
-from lorabench.prepare import Pack
+from lorabench.prepare import Pack, Resolved
 from lorabench.records import Store
 from lorabench.schema import ExistingWork
 
@@ -53,14 +53,14 @@ class Begun:
         return int(self.state["history"][run_id] or 0)
 
 
-def facts(pack: Pack, model: str) -> dict[str, Any]:
+def facts(pack: Pack, model: str, resolved: Resolved) -> dict[str, Any]:
     """What a pack's numbers depend on beside its runs. model: the fingerprint of the base's files."""
     first = pack.runs[0]
     data = prep.load_data(first.task).fingerprint
     settings = {name: getattr(first.trainer, name) for name in SETTINGS}
     return {
         "code": provenance.code_fingerprint(), **provenance.packages(), "data": data, "model": model, **settings,
-        "user code": prep.user_code(first), "threads": torch.get_num_threads(), **asdict(prep.resolve(first)),
+        "user code": prep.user_code(first), "threads": torch.get_num_threads(), **asdict(resolved),
     }  # fmt: skip
 
 
@@ -74,7 +74,9 @@ def begun(pack: Pack, store: Store, keep: Collection[str], *, accept_drift: bool
     if found is None:
         return None
     tensors, state = found
-    changed = checkpoints.drift(state["facts"], facts(pack, prep.model_fingerprint(pack.runs[0])))
+    first = pack.runs[0]
+    now = facts(pack, prep.model_fingerprint(first), settled.resolve(first, store))
+    changed = checkpoints.drift(state["facts"], now)
     if changed and not accept_drift:
         differences = ", ".join(f"{name} {then}, here {now}" for name, (then, now) in changed.items())
         raise ExistingWork(
@@ -181,7 +183,7 @@ class Saver:
     def __init__(self, session: Session, peak: Callable[[], int]) -> None:
         self.session, self._peak = session, peak
         self.interval = session.pack.runs[0].trainer.checkpoint_interval
-        self._facts = facts(session.pack, session.base.fingerprint)
+        self._facts = facts(session.pack, session.base.fingerprint, session.resolved)
         self._last = time.monotonic()
 
     def peak(self) -> int:

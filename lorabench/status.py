@@ -12,26 +12,48 @@ from pathlib import Path
 from typing import Any
 
 from lorabench import checkpoints
+from lorabench.clusters import job as jobs
+from lorabench.leases import Held
 from lorabench.records import Record, Store
 from lorabench.schema import ConfigError
 
-FRESH = 600  # seconds since a run last wrote: longer, and it is taken for one that was cut
+FRESH = 600  # seconds: who cannot be seen from here (on another machine, a cluster's job) counts as gone when silent for longer
 
 
 @dataclass(frozen=True)
 class Begun:
-    """A run with a history or a checkpoint and no record. step of steps: the last row's, or the checkpoint's where that is
-    later; age: seconds since either was written; kept: the step of its pack's last checkpoint."""
+    """A run without a record whose pack is held, or that has a history or a checkpoint. step of steps: the last row's, or the
+    checkpoint's where that is later; None: nothing is written yet. running: who trains it is there; by: who that is or was.
+    age: seconds since something was written; kept: the step of its pack's last checkpoint."""
 
     run_id: str
-    step: int
+    step: int | None
     steps: int | None
     age: float
+    running: bool
+    by: str = ""
     kept: int | None = None
 
+
+@dataclass(frozen=True)
+class Hands:
+    """A pack's newest checkpoint, its lease and its job on a cluster, as far as there are any."""
+
+    checkpoint: Path | None = None
+    held: Held | None = None
+    job: str | None = None  # "slurm job 17"
+
     @property
-    def running(self) -> bool:
-        return self.age < FRESH
+    def alive(self) -> bool:
+        """Whether the lease's holder is there: seen, or heard of not long ago."""
+        held = self.held
+        return held is not None and not held.dead and (held.who.gone is False or _age(held.heard) < FRESH)
+
+    @property
+    def by(self) -> str:
+        if self.job or not self.held:
+            return self.job or ""
+        return f"{self.held.who}" + (f" for {_span(_age(self.held.since))}" if self.alive else "")
 
 
 @dataclass(frozen=True)
@@ -70,14 +92,14 @@ class Status:
         spent = [s for r in self.records if (s := _share(r)) is not None]
         if not spent or not self.left:
             return 0.0 if not self.left else None
-        done = sum(b.step / b.steps for b in self.begun if b.steps and b.running)
+        done = sum((b.step or 0) / b.steps for b in self.begun if b.steps and b.running)
         return sum(spent) / len(spent) * max(0.0, self.left - done)
 
 
-def read(sweep_dir: str | Path) -> Status:
-    """Raises `ConfigError` for a directory that is no sweep's."""
+def read(sweep_dir: str | Path, store: Store | None = None) -> Status:
+    """Raises `ConfigError` for a directory that is no sweep's. store: its own, for one who looks again and again."""
     root = Path(sweep_dir)
-    store = Store(root)
+    store = store or Store(root)
     manifest = store.manifest() if root.is_dir() else {}
     if not manifest:
         raise ConfigError(
@@ -86,27 +108,47 @@ def read(sweep_dir: str | Path) -> Status:
     listed = manifest["runs"]
     records = tuple(r for i in sorted(listed) if (r := store.read(i)) is not None)
     ended = {r.run_id for r in records}
-    at = _checkpoints(root, manifest)
-    begun = tuple(b for i in sorted(set(listed) - ended) if (b := _begun(store, i, listed[i], at.get(i))) is not None)
+    hands = _hands(store, manifest, ended)
+    begun = tuple(b for i in sorted(hands) if (b := _begun(store, i, listed.get(i, {}), hands[i])) is not None)
     name = str(manifest.get("name") or root.resolve().name)
     return Status(name, len(listed), records, begun, sum(run["role"] == "confirm" for run in listed.values()))
 
 
-def _checkpoints(root: Path, manifest: dict[str, Any]) -> dict[str, Path]:
-    """The newest checkpoint by run_id, of the packs that have one."""
-    packs = [p for p in manifest["packs"] if not p.get("replaced")]
-    newest = {p["id"]: checkpoints.listed(checkpoints.folder(root, p["id"]))[:1] for p in packs}
-    return {i: newest[p["id"]][0] for p in packs for i in p["runs"] if newest[p["id"]]}
+def _hands(store: Store, manifest: dict[str, Any], ended: set[str]) -> dict[str, Hands]:
+    """Of the runs that have no record, by run_id, what is known of their packs."""
+    found = {i: Hands() for i in manifest["runs"] if i not in ended}
+    working = {i: _plain(f"{e.get('engine')} job {e['job']}") for i, e in jobs.unended(store).items()}
+    for pack in manifest["packs"]:
+        left = [i for i in pack["runs"] if i in found]
+        if left and not pack.get("replaced"):
+            newest = checkpoints.listed(checkpoints.folder(store.root, pack["id"]))[:1]
+            hands = Hands(newest[0] if newest else None, store.leases.look(pack["id"]), working.get(pack["id"]))
+            found |= dict.fromkeys(left, hands)
+    return found
 
 
-def _begun(store: Store, run_id: str, entry: dict[str, Any], checkpoint: Path | None) -> Begun | None:
-    written = [m for p in (store.run_dir(run_id) / "history.jsonl", checkpoint) if p and (m := _written(p)) is not None]
+def _begun(store: Store, run_id: str, entry: dict[str, Any], hands: Hands) -> Begun | None:
+    history, checkpoint = store.run_dir(run_id) / "history.jsonl", hands.checkpoint
+    steps = (entry.get("config") or {}).get("trainer", {}).get("max_steps")
+    written = [m for p in (history, checkpoint) if p and (m := _written(p)) is not None]
     if not written:
-        return None
+        preparing = hands.alive and not hands.job  # a job may still wait in its queue
+        return Begun(run_id, None, steps, 0.0, True, hands.by) if preparing else None
+    age = _age(max(written))
     kept = checkpoints.step_of(checkpoint) if checkpoint else None
     step = max((int(row.get("step") or 0) for row in store.history(run_id)), default=0)
-    steps = (entry.get("config") or {}).get("trainer", {}).get("max_steps")
-    return Begun(run_id, max(step, kept or 0), steps, max(0.0, time.time() - max(written)), kept)
+    running = hands.alive or (hands.job is not None and age < FRESH)
+    return Begun(run_id, max(step, kept or 0), steps, age, running, hands.by, kept)
+
+
+def _plain(text: str) -> str:
+    """What another's file says, without control characters and without end."""
+    return "".join(c for c in text[:64] if c.isprintable())
+
+
+def _age(moment: float) -> float:
+    """Seconds since then; two clocks may differ, so never below 0."""
+    return max(0.0, time.time() - moment)
 
 
 def _written(path: Path) -> float | None:
@@ -144,11 +186,12 @@ def _unfinished(begun: Sequence[Begun]) -> list[str]:
     """A line for all runs of one state and step: the slices of a pack go together."""
     groups: dict[str, list[str]] = {}
     for b in begun:
-        at = f"step {b.step}" + (f" of {b.steps}" if b.steps else "")
+        at = "being prepared" if b.step is None else f"step {b.step}" + (f" of {b.steps}" if b.steps else "")
         again = "the sweep's own command " + ("trains it again" if b.kept is None else f"goes on from step {b.kept}")
-        groups.setdefault(f"running, {at}" if b.running else f"cut at {at}, {_span(b.age)} ago: {again}", []).append(
-            b.run_id
-        )
+        gone = f" ({b.by} is gone)" if b.by else ""
+        by = f", by {b.by}" if b.by else ""
+        state = f"running, {at}{by}" if b.running else f"cut at {at}, {_span(b.age)} ago{gone}: {again}"
+        groups.setdefault(state, []).append(b.run_id)
     return [
         f"  {', '.join(ids[:3])}{f' and {len(ids) - 3} more' if len(ids) > 3 else ''} {state}"
         for state, ids in groups.items()
@@ -192,11 +235,12 @@ def _watch(sweep_dir: Path) -> Status:
     from rich.live import Live
     from rich.text import Text
 
-    found = read(sweep_dir)
+    store = Store(sweep_dir)
+    found = read(sweep_dir, store)
     with Live(Text("\n".join(lines(found))), auto_refresh=False) as live:
         while found.left:
             time.sleep(2)
-            found = read(sweep_dir)
+            found = read(sweep_dir, store)
             live.update(Text("\n".join(lines(found))), refresh=True)
     return found
 

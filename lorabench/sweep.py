@@ -10,10 +10,11 @@ from typing import Any
 
 from rich.console import Console
 
-from lorabench import checkpoints, declaration, probes
+from lorabench import checkpoints, declaration, settled
 from lorabench import prepare as prep
 from lorabench.config import RunConfig, Settings
 from lorabench.damage import damaged
+from lorabench.finished import finished_records
 from lorabench.leases import LeaseLost
 from lorabench.planning import Job, cell_id, label_of, parts_of, plan_packs, planned_packs, replan, write_cells
 from lorabench.prepare import Pack
@@ -21,7 +22,7 @@ from lorabench.provenance import code_fingerprint
 from lorabench.ranks import train
 from lorabench.records import Record, Store
 from lorabench.report.select import Choice, choose
-from lorabench.schema import ConfigError, ExistingWork
+from lorabench.schema import ConfigError
 from lorabench.sharing import Ended, freed
 from lorabench.slice_plan import SlicePlan
 from lorabench.terminal import Progress, dry_run_table
@@ -57,19 +58,23 @@ def execute(jobs: Sequence[Job], *, executor: Executor = map, console: Console |
     plans = check_all(jobs)
     if settings.sweep.dry_run:
         unique = list({j.run.run_id: j for j in jobs}.values())
-        packs = plan_packs([j.run for j in unique], settings.sweep.max_pack, prune=settings.sweep.prune)
-        console.print(dry_run_table(packs, unique, plans))
+        auto = settled.precision(store)
+        packs = plan_packs([j.run for j in unique], settings.sweep.max_pack, prune=settings.sweep.prune, auto=auto)
+        console.print(dry_run_table(packs, unique, plans, auto))
         return [None] * len(jobs)
     declaration.check_unchanged(store.manifest(), settings.study, store.root)
     write_cells(store, jobs, plans, only_new=True)
+    here = not isinstance(executor, Crew)  # else packs are jobs, and the machine that trains settles
     with store.locked():
+        if here:
+            settled.settle(store, jobs[0].run)
         packs = planned_packs(store, jobs)
     runs = [run for pack in packs for run in pack.runs]
     stamps = {run.run_id: store.stamp(run.run_id) for run in runs}
     torn = damaged(store, stamps)
     for run_id, name in torn.items():
         console.print(f"{store.run_dir(run_id)}: {name} cannot be read; the run trains again", highlight=False)
-    finished = _finished(store, settings, [run for run in runs if run.run_id not in torn])
+    finished = finished_records(store, settings, [run for run in runs if run.run_id not in torn])
     todo = [p for p in packs if any(i in plans and i not in finished for i in p.run_ids)]
     for pack in packs:  # cut after its last record and before its checkpoints went
         if all(i in finished and finished[i].status != "failed" for i in pack.run_ids):
@@ -79,6 +84,8 @@ def execute(jobs: Sequence[Job], *, executor: Executor = map, console: Console |
         console.print(
             f"{store.root}: {other} finished runs were made by other source code of lorabench", highlight=False
         )
+    if todo and here and (said := settled.heed(store, runs, accept_drift=settings.sweep.accept_drift)):
+        console.print(said, highlight=False)
     if not todo and settings.sweep.progress:
         console.print(f"{store.root}: all {len(plans)} runs are finished, nothing to train", highlight=False)
     with Progress(console, todo, enabled=settings.sweep.progress) as progress:
@@ -152,42 +159,6 @@ def _listener(progress: Progress, pack: Pack, tracker: Any) -> Listener:
             tracker.log(run_id, row)
 
     return Listener(step=progress.step(pack), start=start, rows=rows, finish=lambda r: tracker.finish(r.run_id, r))
-
-
-def _finished(store: Store, settings: Settings, runs: Sequence[RunConfig]) -> dict[str, Record]:
-    """Records of the runs that need no training, after checking that what they were trained on is what is here.
-
-    A pruned run is finished as long as `sweep.prune` is on; without it, it is one to train to its end.
-    """
-    again = {"failed"} if settings.sweep.retry_failed else set()
-    again |= set() if settings.sweep.prune else {"pruned"}
-    done: dict[str, Record] = {}
-    for run in runs:
-        record = store.read(run.run_id)
-        if record is None or record.status in again:
-            continue
-        if record.status != "failed" and not settings.sweep.accept_drift:
-            _check_drift(record, run)
-        done[run.run_id] = record
-    return done
-
-
-def _check_drift(record: Record, run: RunConfig) -> None:
-    """Refuse to reuse a record whose data, model or own Python files are not those that are here now."""
-    now = (
-        ("task", "data", "data_fingerprint", prep.load_data(run.task).fingerprint),
-        ("model", "model", "model_fingerprint", prep.model_fingerprint(run)),
-        ("task.probe", "probe's data", "probe_fingerprint", probes.fingerprint(run)),
-        ("task.file", "Python", "user_code", prep.user_code(run)),
-    )
-    for key, what, name, value in now:
-        then = record.provenance.get(name)
-        if then != value:
-            raise ExistingWork(
-                key, run.model.name if key == "model" else run.task.name,
-                f"the {what} files are not those that run {record.run_id} was trained on ({then} then, {value} now); "
-                "use another sweep.name, or sweep.accept_drift=true to keep the old records",
-            )  # fmt: skip
 
 
 def declare(jobs: Sequence[Job]) -> None:

@@ -92,8 +92,13 @@ def describe(pack: Pack) -> str:
     return f"{pack.runs[0].role} {methods}{rank} x {len(pack.runs)}"
 
 
-def dry_run_table(packs: Sequence[Pack], jobs: Sequence[Any], plans: Mapping[str, SlicePlan]) -> Table:
-    """Runs, packs, trainable parameters and estimated memory. No weights were loaded, nothing was written."""
+def dry_run_table(
+    packs: Sequence[Pack], jobs: Sequence[Any], plans: Mapping[str, SlicePlan], auto: str | None = None
+) -> Table:
+    """Runs, packs, trainable parameters and estimated memory. No weights were loaded, nothing was written.
+
+    auto: as in `prepare.resolve`.
+    """
     caption = "memory: an estimate, at full-length batches; nothing was written"
     table = Table(title=f"dry run: {len(jobs)} runs in {len(packs)} packs", caption=caption)
     for name in ("run", "cell", "lr", "seed", "trainable"):
@@ -101,7 +106,7 @@ def dry_run_table(packs: Sequence[Pack], jobs: Sequence[Any], plans: Mapping[str
     labels = {j.run.run_id: j.label for j in jobs}
     for pack in packs:
         first, info = pack.runs[0], prep.layers(pack.runs[0])
-        size = _estimate(pack, plans)
+        size = _estimate(pack, plans, auto)
         steps = prep.total_steps(first, len(prep.load_data(first.task).splits["train"]))
         table.add_row(f"[bold]{pack.id}[/]", f"[bold]{first.role}, {steps} steps, {size / 2**30:.1f} GiB[/]")
         for run in pack.runs:
@@ -113,9 +118,9 @@ def dry_run_table(packs: Sequence[Pack], jobs: Sequence[Any], plans: Mapping[str
     return table
 
 
-def _estimate(pack: Pack, plans: Mapping[str, SlicePlan]) -> int:
+def _estimate(pack: Pack, plans: Mapping[str, SlicePlan], auto: str | None) -> int:
     first = pack.runs[0]
-    resolved, chosen = prep.resolve(first), [plans[i] for i in pack.run_ids]
+    resolved, chosen = prep.resolve(first, auto), [plans[i] for i in pack.run_ids]
     return estimate(
         prep.layers(first), chosen, first, dtype=resolved.base_dtype, device=resolved.device,
         part_tokens=resolved.part_tokens,

@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 
-from lorabench import checkpoints, replicas
+from lorabench import checkpoints, replicas, settled, stopping
 from lorabench import prepare as prep
 from lorabench.adapters import SlicesMix, inject, probe
 from lorabench.beside import Beside
@@ -143,7 +143,7 @@ def measure(run: RunConfig, store: Store, *, steps: int = 10) -> dict[str, Any]:
         reuse = Reuse(s, alone=prep.total_steps(run, len(s.prepared.encoded.splits["train"])))
         if run.trainer.reuse_trunk:
             s.module.reuse = reuse
-        with PeakMemory(s.resolved.device) as memory, quiet():
+        with PeakMemory(s.resolved.device) as memory, quiet(), stopping.deferred() as s.progress.stopped:
             s.trainer.fit(s.module, s.train_stream(), s.val_stream())  # never reached: eval_interval
             peak = memory.peak()
         reused = {"reused_blocks": reuse.depth, "trunk_seconds": round(reuse.seconds("train"), 4)}
@@ -165,7 +165,7 @@ def _opened(
 ) -> Iterator[Session]:
     """A pack ready to train on its base from step `start`; the base comes back as it was, and that is checked."""
     first = pack.runs[0]
-    prepared, resolved = prep.prepare(first), prep.resolve(first)
+    prepared, resolved = prep.prepare(first), settled.resolve(first, store)
     base = prep.base(first, prepared.head, resolved)
     prepared = prep.taught(first, prepared, base)
     before = _checksum(base.model)

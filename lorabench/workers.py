@@ -99,7 +99,7 @@ class Workers:
             while not self._ending.is_set():
                 began = checkpoints.reached(store.root, pack.id) or 0
                 try:
-                    return worker.train(pack, store, heard, keep, accept_drift)
+                    return worker.train(pack, store, heard, keep, accept_drift, self._ending)
                 except BrokenProcessPool:
                     if self._ending.is_set():
                         break
@@ -147,13 +147,16 @@ class _Worker:
         self.pool.shutdown(wait=False, cancel_futures=True)
 
     def train(
-        self, pack: Pack, store: Store, heard: dict[str, Callable[..., None]], keep: Iterable[str], accept_drift: bool
-    ) -> list[Record]:
+        self, pack: Pack, store: Store, heard: dict[str, Callable[..., None]], keep: Iterable[str], accept_drift: bool,
+        ending: Event,
+    ) -> list[Record]:  # fmt: skip
         runs = [run.to_dict() for run in pack.runs]
         lease = str(store.lease) if store.lease else None
         told = pack.id, runs, pack.prune, str(store.root), lease, list(keep), accept_drift
         future = self.pool.submit(_train, *told)
         while not (future.done() and self.channel.empty()):
+            if ending.is_set():  # told again: when it was told first its process may not have been there
+                self.terminate()
             with suppress(queue.Empty):
                 messages.heard(heard, self.channel.get(timeout=0.1))
         return messages.result(future.result())

@@ -11,9 +11,9 @@ from safetensors.torch import load_file
 from lorabench import forgetting, prepare, probes
 from lorabench.beside import Beside
 from lorabench.config import RunConfig
+from lorabench.finished import _check_drift
 from lorabench.records import Store
 from lorabench.schema import ConfigError, ExistingWork
-from lorabench.sweep import _check_drift
 from lorabench.train import Listener, Pack, _opened, train
 from tiny import WORDS, make_base, make_data, make_decoder, make_run
 

@@ -34,6 +34,8 @@ NEEDS_TORCH = {
     "optim",
     "batches",
     "prepare",
+    "settled",
+    "finished",
     "module",
     "replicas",
     "messages",

@@ -14,10 +14,10 @@ import pytest
 from omegaconf import OmegaConf
 
 from lorabench.config import RunConfig, Settings, parse
+from lorabench.finished import finished_records
 from lorabench.planning import Job, label_of, new_manifest, plan_packs, planned_packs
 from lorabench.prune import LEAST, cell_key, prunable, pruned, reason
 from lorabench.records import Record, Store
-from lorabench.sweep import _finished
 from tiny import make_base, make_data
 
 RATES = [2.5e-4 * 2**i for i in range(8)]
@@ -334,7 +334,7 @@ def test_a_pruned_run_is_finished_while_pruning_is_on(sweep_dir: Path, changes: 
     store, runs = Store(sweep_dir), cell(RATES[:5], seeds=(0,))
     for run, status in zip(runs, ("completed", "diverged", "failed", "pruned")):
         store.write(Record(run.run_id, "tune", status, run.to_dict()))
-    found = _finished(store, settings(**changes), runs)
+    found = finished_records(store, settings(**changes), runs)
     assert {r.status for r in found.values()} == finished
 
 

@@ -24,7 +24,7 @@ from lorabench.module import PackModule
 from lorabench.prepare import Pack
 from lorabench.records import Store
 from lorabench.schema import ExistingWork
-from lorabench.train import Listener, OutOfMemory, train
+from lorabench.train import Listener, OutOfMemory, measure, train
 from lorabench.workers import Workers
 from tiny import make_base, make_data, make_run
 
@@ -176,6 +176,46 @@ def test_sigterm_while_testing(places: Any, tmp_path: Path, monkeypatch: pytest.
     assert left(cut, pack) == left(whole, pack)
 
 
+def test_sigterm_while_a_cell_is_timed(places: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Lightning's own way out has exit code 0 there."""
+    step = PackModule.training_step
+
+    def told(module: Any, batch: Any, index: int) -> Any:
+        os.kill(os.getpid(), signal.SIGTERM)
+        return step(module, batch, index)
+
+    monkeypatch.setattr(PackModule, "training_step", told)
+    with pytest.raises(SystemExit) as e:
+        measure(pack_of(places).runs[0], Store(tmp_path))
+    assert e.value.code == 143
+
+
+@pytest.mark.parametrize("before", ["fit", "validate", "test"])
+def test_sigterm_between_what_lightning_does(
+    places: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, before: str
+) -> None:
+    """Lightning hears nothing before it trains or evaluates: the signal is not lost, and the last step is in a checkpoint."""
+    from lorabench import fit
+
+    pack = pack_of(places, {}, {"seed": 1}, **{"role": "confirm", "trainer.checkpoint_interval": 100})
+    whole, cut = Store(tmp_path / "whole"), Store(tmp_path / "cut")
+    train(pack, whole)
+    call = getattr(fit.pl.Trainer, before)
+
+    def told(trainer: Any, *args: Any, **kwargs: Any) -> Any:
+        os.kill(os.getpid(), signal.SIGTERM)
+        return call(trainer, *args, **kwargs)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(fit.pl.Trainer, before, told)
+        with pytest.raises(SystemExit) as e:
+            train(pack, cut)
+    assert e.value.code == 143
+    assert checkpoints.reached(cut.root, "p0") == (0 if before == "fit" else 7)
+    train(pack, cut)
+    assert left(cut, pack) == left(whole, pack)
+
+
 SCRIPT = """
 import json, os, signal, sys
 from pathlib import Path
@@ -282,6 +322,18 @@ def test_sigterm_reaches_the_workers(places: Any, tmp_path: Path) -> None:
     assert [(r.run_id, r.metrics) for r in got.records()] == [(r.run_id, r.metrics) for r in want.records()]
     assert all(got.history(i) == want.history(i) and len(got.history(i)) == 220 for i in want.run_ids())
     assert all(len(r.provenance["resumed"]) == 1 for r in got.records())
+
+
+@pytest.mark.slow
+def test_a_worker_that_starts_while_all_end(places: Any, tmp_path: Path) -> None:
+    """SIGTERM came a moment before its process was there: it is told none the less."""
+    pack = pack_of(places, **{"trainer.max_steps": 10_000, "trainer.checkpoint_interval": 10_000})
+    with Workers(1, "cpu") as workers:
+        late = Listener(step=lambda now, total: workers._ending.set())
+        with pytest.raises(SystemExit) as e:
+            workers.train(pack, Store(tmp_path), late, keep=())
+    assert e.value.code == 143
+    assert 0 < (checkpoints.reached(tmp_path, "p0") or 0) < 10_000
 
 
 def test_the_packs_hold_what_they_are_meant_to(places: Any, tmp_path: Path) -> None:

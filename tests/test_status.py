@@ -2,25 +2,33 @@
 
 from __future__ import annotations
 
+import json
 import os
+import platform
+import subprocess
+import sys
 import time
+from collections.abc import Iterator
+from dataclasses import asdict
 from pathlib import Path
 
 import pytest
 
+from lorabench.leases import Holder
 from lorabench.records import Record, Store
 from lorabench.status import main, read
 
 
 @pytest.fixture
-def store(tmp_path: Path) -> Store:
-    """Eight runs: two completed, one of each other end, one running, one cut, one waiting."""
+def store(tmp_path: Path) -> Iterator[Store]:
+    """Eight runs: two completed, one of each other end, one running (in p0, held by this process), one cut, one waiting."""
     store = Store(tmp_path / "s")
     ids = [f"{i:012x}" for i in range(8)]
     config = {"method": {"name": "lora"}, "optimizer": {"lr": 1e-3}, "seed": 0, "trainer": {"max_steps": 40}}
     runs = {i: {"role": "tune", "lr": 1e-3, "seed": 0, "config": config} for i in ids}
     runs[ids[0]]["role"] = "confirm"
-    store.write_manifest({"schema": 1, "name": "s", "cells": [], "runs": runs, "packs": []})
+    packs = [{"id": "p0", "runs": ids[5:6]}, {"id": "p1", "runs": ids[6:7]}, {"id": "p2", "runs": ids[7:]}]
+    store.write_manifest({"schema": 1, "name": "s", "cells": [], "runs": runs, "packs": packs})
     for i, status in zip(ids, ("completed", "completed", "diverged", "pruned", "failed"), strict=False):
         resources = {"pack_seconds": 60.0, "pack_size": 6} if status == "completed" else {}
         error = "ValueError: no\nmore" if status == "failed" else None
@@ -28,8 +36,12 @@ def store(tmp_path: Path) -> Store:
     for i in ids[5:7]:
         store.append_history(i, [{"step": 10, "train/loss": 1.0}])
     old = time.time() - 3600
-    os.utime(store.run_dir(ids[6]) / "history.jsonl", (old, old))
-    return store
+    for i in ids[5:7]:  # what is held runs, however long its next row takes
+        os.utime(store.run_dir(i) / "history.jsonl", (old, old))
+    lease = store.leases.take("p0")
+    assert lease
+    with lease:
+        yield store
 
 
 def test_every_run_is_counted_once(store: Store) -> None:
@@ -46,7 +58,8 @@ def test_what_is_printed(store: Store, capsys: pytest.CaptureFixture[str]) -> No
     out = capsys.readouterr().out
     assert "5 of 8 runs have ended (7 tune, 1 confirm)" in out
     assert "failed: ValueError: no\n" in out and "sweep.retry_failed=true" in out
-    assert "running, step 10 of 40" in out and "cut at step 10 of 40, 60 min ago" in out
+    assert f"running, step 10 of 40, by process {os.getpid()} on {platform.node()} for 0 s" in out
+    assert "cut at step 10 of 40, 60 min ago: the sweep's own command trains it again" in out
     assert "time left: about 28 s" in out
 
 
@@ -60,7 +73,7 @@ def test_a_pack_with_a_checkpoint_says_where_it_goes_on(store: Store, capsys: py
         path = where / f"{step:08d}-{'0' * 64}.safetensors"
         path.touch()
         os.utime(path, (time.time() - 1800,) * 2)
-    store.write_manifest(manifest | {"packs": [{"id": "p3", "runs": runs}]})
+    store.write_manifest(manifest | {"packs": [*manifest["packs"][:1], {"id": "p3", "runs": runs}]})
     assert read(store.root).counts["cut"] == 2
     main([str(store.root)])
     out = capsys.readouterr().out
@@ -91,3 +104,71 @@ def test_what_is_no_sweep(tmp_path: Path, capsys: pytest.CaptureFixture[str], ma
         path.write_text("")
     assert main([str(path)]) == 2
     assert "error: sweep dir=" in capsys.readouterr().err
+
+
+HOLD = """
+import sys, time
+from pathlib import Path
+from lorabench.leases import Leases
+with Leases(Path(sys.argv[1])).take("p1"):
+    print("held", flush=True)
+    time.sleep(600)
+"""
+
+
+def test_a_holder_that_is_killed_no_longer_runs(store: Store, capsys: pytest.CaptureFixture[str]) -> None:
+    """A process takes the cut run's pack: it runs, by whom and where; killed, the run is cut again, a moment later."""
+    command = [sys.executable, "-c", HOLD, str(store.leases.folder)]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as holder:
+        try:
+            assert holder.stdout is not None and holder.stdout.readline() == "held\n"
+            counts = read(store.root).counts
+            assert (counts["running"], counts["cut"]) == (2, 0)
+            main([str(store.root)])
+            assert f"by process {holder.pid} on {platform.node()} for " in capsys.readouterr().out
+        finally:
+            holder.kill()
+    lease = list((store.leases.folder / "p1").iterdir())
+    counts = read(store.root).counts
+    assert (counts["running"], counts["cut"]) == (1, 1)
+    main([str(store.root)])
+    assert f"ago (process {holder.pid} on {platform.node()} is gone): the sweep's" in capsys.readouterr().out
+    assert list((store.leases.folder / "p1").iterdir()) == lease, "looking changes nothing"
+
+
+def test_a_pack_that_is_held_and_has_written_nothing_is_being_prepared(
+    store: Store, capsys: pytest.CaptureFixture[str]
+) -> None:
+    lease = store.leases.take("p2")
+    assert lease
+    with lease:
+        assert read(store.root).counts["running"] == 2
+        main([str(store.root)])
+        assert f"{7:012x} running, being prepared, by process {os.getpid()}" in capsys.readouterr().out
+    assert read(store.root).counts["waiting"] == 1
+
+
+@pytest.mark.parametrize(("silent", "running"), [(0, 2), (3600, 1)])
+def test_a_holder_on_another_machine_counts_by_its_last_sign(store: Store, silent: float, running: int) -> None:
+    nest = store.leases.folder / "p1"
+    nest.mkdir()
+    (nest / "token").write_text(json.dumps(asdict(Holder("far\x1b[2J", 1, "another boot", "1"))))
+    moment = time.time() - silent
+    os.utime(nest / "token", (moment, moment))
+    assert read(store.root).counts["running"] == running
+
+
+@pytest.mark.parametrize(("age", "running"), [(0, 2), (3600, 1)])
+def test_a_job_of_a_cluster_outlives_its_launcher(
+    store: Store, capsys: pytest.CaptureFixture[str], age: float, running: int
+) -> None:
+    """Nobody holds the lease: what the job writes is the only sign of it."""
+    from lorabench.clusters import job
+
+    job.note(store, "p1", engine="slurm", job="17\x1b", tries=1)
+    moment = time.time() - age
+    os.utime(store.run_dir(f"{6:012x}") / "history.jsonl", (moment, moment))
+    assert read(store.root).counts["running"] == running
+    main([str(store.root)])
+    out = capsys.readouterr().out
+    assert ("by slurm job 17\n" if running == 2 else "(slurm job 17 is gone)") in out and "\x1b" not in out

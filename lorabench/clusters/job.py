@@ -102,6 +102,7 @@ class PackJob:
     def run(self, me: str, *, leader: bool = True) -> None:
         """Train, and leave word of how it ended. Errors of the runs are in their records."""
         self._threads()
+        from lorabench import settled
         from lorabench.planning import planned_pack
         from lorabench.ranks import train
         from lorabench.train import Listener, OutOfMemory, SlicesMix
@@ -112,6 +113,10 @@ class PackJob:
         ended: dict[str, Any] = {"kind": "done"}
         try:
             if len(keep) < len(pack.runs):
+                with store.locked():
+                    settled.settle(store, pack.runs[0])
+                if said := settled.heed(store, pack.runs, accept_drift=bool(self.options.get("accept_drift"))):
+                    print(said, flush=True)
                 train(pack, store, Listener(), keep=keep, **self.options)
         except SlicesMix as e:
             ended = {"kind": "mix", "layer": e.layer, "reason": e.reason}

@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Mapping
 
 from lorabench.config import digest
+from lorabench.records import Record
 from lorabench.report import declared, formats, unfinished
 from lorabench.report.findings import Findings
 from lorabench.report.formats import plural
 
 DIFFER = {
     "precision": "precision",
+    "device": "kind of device",
+    "cpu": "kind of CPU",
     "data_fingerprint": "version of the data",
     "model_fingerprint": "version of the base",
 }
@@ -77,16 +80,33 @@ def _rates(f: Findings) -> Iterator[str]:
             yield f"{r.name}: confirmed at {formats.rate(r.lr)} without tuning."
 
 
+def _made(runs: Iterable[Record], key: str) -> list[str]:
+    """The values of a condition among runs, each once. A CPU counts where it was what trained."""
+    found = set()
+    for r in runs:
+        place, machine = r.provenance, r.provenance.get("machine")
+        if key == "cpu":
+            here = place.get("device", "cpu") == "cpu" and isinstance(machine, Mapping)
+            place = machine if here and machine else {}
+        if place.get(key):
+            found.add(str(place[key]))
+    return sorted(found)
+
+
 def _conditions(f: Findings) -> Iterator[str]:
     for key, what in DIFFER.items():
         found: dict[str, list[str]] = {}
         for x in f.results.values():
-            for value in sorted({str(r.provenance[key]) for r in x.runs if r.provenance.get(key)}):
+            for value in _made(x.runs, key):
                 found.setdefault(value, []).append(x.name)
         if len(found) > 1:
             groups = sorted(found.items(), key=lambda item: (-len(item[1]), item[0]))
             rest = "; ".join(f"{value} for {', '.join(names)}" for value, names in groups[1:])
             yield f"Cells compared here differ in {what}: {groups[0][0]}, but {rest}."
+        tuned = {x.name: _made(f.sweep.done(x.cell.tune), key) for x in f.results.values()}
+        if mixed := [name for name, values in tuned.items() if len(values) > 1]:
+            values = sorted({value for name in mixed for value in tuned[name]})
+            yield f"Learning rates were chosen among runs that differ in {what} ({', '.join(values)}): {', '.join(mixed)}."
     tasks = sorted({str(r.metrics["primary"]) for r in f.sweep.records.values() if r.metrics.get("primary")})
     if len(tasks) > 1:
         yield f"Records name different primary metrics ({', '.join(tasks)}); this report shows {f.sweep.metric}."

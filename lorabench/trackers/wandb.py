@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import Any
 
 import lorabench
+from lorabench import stopping
 from lorabench.durable import atomic_write
 from lorabench.records import Record, Store, dump_json
 from lorabench.settings import TrackerConfig
@@ -102,7 +103,7 @@ class WandbTracker:
     def leave(self) -> None:
         """Wait for what is still to be sent, a little; then end the process and say what is not at W&B."""
         atexit.unregister(self.leave)
-        wait = STOPPED if self.stopped else max(PATIENCE, SHARE * (time.monotonic() - self.began))
+        wait = STOPPED if self.stopped or stopping.asked() else max(PATIENCE, SHARE * (time.monotonic() - self.began))
         self._send(do="close", wait=wait)
         try:
             self.process.wait(wait + 1.0)

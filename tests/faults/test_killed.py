@@ -53,6 +53,57 @@ def test_stopped_with_a_grace_period(fault, launcher, undisturbed, tmp_path):
     fault.compare(undisturbed, tmp_path / "sweeps/s")
 
 
+@pytest.mark.parametrize("stops", [5, pytest.param(50, marks=pytest.mark.slow)])
+def test_random_stops(fault, launcher, undisturbed, tmp_path, stops):
+    """SIGTERM at random"""
+    times, folder = random.Random(stops), tmp_path / "0"
+    start = time.monotonic()
+    assert launcher("sweep.measure_solo=true", folder=tmp_path / "whole").wait()[0] == 0
+    whole = time.monotonic() - start
+    while fault.tried < stops:
+        victim = launcher("sweep.measure_solo=true", folder=folder)
+        victim.ended(times.uniform(0, 0.8 * whole))
+        store = Store(folder / "sweeps/s")
+        left = 6 - len(store.records())
+        victim.signal(signal.SIGTERM)
+        assert victim.ended(60), "the grace period is over"
+        code, out = victim.wait()
+        assert code == 143 or (code == 0 and left < 2) or not out, f"{code}, with {left} runs left: {out}"
+        fault.tried += 1
+        if code == 0:  # all is done: on with the next sweep
+            fault.compare(undisturbed, folder / "sweeps/s")
+            folder = tmp_path / str(int(folder.name) + 1)
+    assert launcher(folder=folder).wait()[0] == 0
+    fault.compare(undisturbed, folder / "sweeps/s")
+
+
+OUTSIDE = {
+    "preparation": "lorabench.prepare:load_data:1",
+    "loading the second pack's base": "lorabench.prepare:base:2",
+    "the second pack's records": "lorabench.train:records_of:2",
+    "the report": "lorabench.report:render:1",
+}
+
+
+@pytest.mark.parametrize("where", OUTSIDE.values(), ids=OUTSIDE)
+def test_stopped_outside_training(fault, launcher, undisturbed, tmp_path, where):
+    """SIGTERM outside training"""
+    victim = launcher("report.enabled=true", lingers=where, small_report=True)
+    victim.until((tmp_path / "lingers").exists)
+    store = Store(tmp_path / "sweeps/s")
+    before = {i: store.stamp(i) for i in store.run_ids() if store.stamp(i)}
+    victim.signal(signal.SIGTERM)
+    assert victim.ended(60), "the grace period is over"
+    code, out = victim.wait()
+    assert code == 143, out
+    assert "stopped; the same command goes on from here" in out
+    fault.tried += 1
+    assert not list(tmp_path.glob("sweeps/s/locks/*/*")) and not list(tmp_path.glob("reports/.locks/*/*"))
+    assert launcher().wait()[0] == 0
+    assert {i: store.stamp(i) for i in before} == before
+    fault.compare(undisturbed, store.root)
+
+
 @pytest.mark.parametrize("count", [2, 4])
 def test_launchers_side_by_side(fault, launcher, undisturbed, tmp_path, count):
     """launchers at once"""

@@ -1,0 +1,69 @@
+"""SIGTERM: this process ends soon, with exit code 143, and on its way out lets go of what it holds. What is recorded stays."""
+
+from __future__ import annotations
+
+import os
+import signal
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from threading import Timer, current_thread, main_thread
+from typing import Any
+
+CODE = 143  # as a shell says it: 128 + SIGTERM
+AGAIN = 2.0  # seconds in which further signals are the same one, told twice
+_told = [float("-inf")]  # when the last one came, by the steady clock
+_hooks: list[Callable[[Any], Any]] = []  # what hears of other exceptions that nobody can catch
+
+
+def install() -> None:
+    """From now on SIGTERM raises `SystemExit(143)` wherever this process is, so that every lease and file is given up in order.
+
+    A signal that comes soon after is the same one (`timeout` tells a process and then its group): it must not break off what
+    the first has begun. A later one raises again.
+    """
+    if current_thread() is main_thread():
+        signal.signal(signal.SIGTERM, _stop)
+        if sys.unraisablehook is not _ignored:
+            _hooks[:] = [sys.unraisablehook]
+            sys.unraisablehook = _ignored
+
+
+def _stop(*signal_and_frame: Any) -> None:
+    before, _told[0] = _told[0], time.monotonic()
+    if _told[0] - before > AGAIN:
+        raise SystemExit(CODE)
+
+
+def _ignored(what: Any) -> None:
+    """Python drops what is raised in a finaliser (`__del__`), where signals come often: told once more, a moment later."""
+    if isinstance(what.exc_value, SystemExit) and asked():
+        _told[0] = time.monotonic() - 2 * AGAIN
+        again = Timer(0.05, os.kill, (os.getpid(), signal.SIGTERM))
+        again.daemon = True
+        again.start()
+    else:
+        _hooks[0](what)
+
+
+def asked() -> bool:
+    """Whether this process is on its way out: nothing may take long any more."""
+    return _told[0] > float("-inf")
+
+
+@contextmanager
+def deferred() -> Iterator[Callable[[], bool]]:
+    """Inside, SIGTERM is only noted, and whoever trains asks (what is given here) and ends where its state is whole. It is
+    raised as `SystemExit(143)` at the latest at the end, in place of whatever else is raised there."""
+    if current_thread() is not main_thread():  # signals are the main thread's
+        yield lambda: False
+        return
+    noted: list[bool] = []
+    before = signal.signal(signal.SIGTERM, lambda *_: noted.append(True))
+    try:
+        yield lambda: bool(noted)
+    finally:
+        signal.signal(signal.SIGTERM, before)
+        if noted:
+            raise SystemExit(CODE)

@@ -1,0 +1,51 @@
+"""SIGTERM wherever it comes, in a process of its own."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+
+import pytest
+
+START = """
+import os, signal, time
+from lorabench import stopping
+stopping.install()
+
+def told():
+    os.kill(os.getpid(), signal.SIGTERM)
+
+try:
+"""
+END = """
+    for _ in range(1000):
+        time.sleep(0.01)
+finally:
+    print("in order")
+"""
+WHERE = {
+    "anywhere": "    told()",
+    "in a finaliser": """
+    class Dying:
+        def __del__(self):
+            told()
+            [None for _ in range(9)]
+
+    dying = Dying()
+    del dying
+    print("swallowed")
+""",
+    "twice": "    try:\n        told()\n    finally:\n        told()\n        print('not cut short')",
+    "where it is deferred": "    with stopping.deferred() as stopped:\n        told()\n        assert stopped()\n        raise ValueError",
+}
+
+
+@pytest.mark.parametrize("where", WHERE)
+def test_it_ends_the_process_in_order(where: str) -> None:
+    done = subprocess.run(
+        [sys.executable, "-c", START + WHERE[where] + END], capture_output=True, text=True, timeout=120
+    )
+    assert done.returncode == 143, done.stderr
+    assert "in order" in done.stdout
+    assert ("swallowed" in done.stdout) == (where == "in a finaliser")
+    assert ("not cut short" in done.stdout) == (where == "twice")
