@@ -227,12 +227,13 @@ def _choices(settings: Settings) -> dict[str, Choice]:
 
 
 def measure_cells(settings: Settings, jobs: Sequence[Job]) -> None:
-    """A few steps of each cell alone, for the seconds and the memory that tables show; once a cell."""
+    """A few steps of each cell alone, for the seconds and the memory that tables show; once a cell; none whose base is cut."""
     if not settings.sweep.measure_solo or settings.sweep.dry_run:
         return
     store = Store(settings.sweep.dir)
     done = {r.run_id for r in store.records() if r.status == "completed"}
-    first = {cell_id(job.label): job for job in reversed(list(jobs)) if job.run.run_id in done}
+    alone = [job for job in jobs if job.run.run_id in done and job.run.trainer.strategy != "fsdp"]
+    first = {cell_id(job.label): job for job in reversed(alone)}
     if first.keys() <= _measured(store):
         return
     with store.leases.wait("solo"):  # two that measure at a time would measure each other

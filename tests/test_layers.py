@@ -36,6 +36,7 @@ NEEDS_TORCH = {
     "prepare",
     "module",
     "replicas",
+    "shards",
     "messages",
     "ranks",
     "outcome",
