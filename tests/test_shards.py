@@ -31,7 +31,7 @@ CUT = {"trainer.devices": 2, "trainer.strategy": "fsdp"}
 def places(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     root = tmp_path_factory.mktemp("shards")
     pairs, text = root / "pairs.jsonl", root / "text.txt"
-    said = [" ".join(WORDS[(i * j) % len(WORDS)] for j in range(2, 5 + i % 6)) for i in range(200)]
+    said = [" ".join(WORDS[(i * j) % len(WORDS)] for j in range(2, 5 + i % 6)) for i in range(400)]
     pairs.write_text(
         "".join(
             json.dumps({"prompt": f"{s} {i}", "reply": f"dog {WORDS[i % 3]} cat"}) + "\n" for i, s in enumerate(said)
@@ -40,7 +40,14 @@ def places(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     text.write_text("\n\n".join(f"{s} {i}" for i, s in enumerate(said)))
     decoders = {kind: make_decoder(root / kind, kind) for kind in ("gpt2", "llama")}
     bert = make_base(root / "bert", "bert", dropout=0.1)
-    return {**decoders, "bert": bert, "data": make_data(root / "data.csv", rows=150), "pairs": pairs, "text": text}
+    return {
+        **decoders,
+        "bert": bert,
+        "data": make_data(root / "data.csv", rows=150),
+        "other": make_data(root / "other.csv", rows=130),
+        "pairs": pairs,
+        "text": text,
+    }
 
 
 def both(packs: list[tuple[RunConfig, ...]], tmp_path: Path) -> tuple[Store, Store, list[Record], list[Record]]:
@@ -83,7 +90,7 @@ def test_what_is_measured_beside_the_test_is_that_of_one_process(
 ) -> None:
     """Replies (as many steps as the slowest needs), forgetting, samples; GPT-2's embeddings are its output layer, too."""
     task = {"kind": "causal_lm", "name": "chat", "source": "file", "file": str(places["pairs"]), "prompt_column": "prompt",
-            "response_column": "reply", "max_length": 32, "style_prompts": 16,
+            "response_column": "reply", "max_length": 32, "style_prompts": 24,
             "probe": {"kind": "causal_lm", "name": "plain", "source": "text", "file": str(places["text"]),
                       "unit": "paragraph", "max_length": 24}}  # fmt: skip
     packs = [
@@ -103,7 +110,7 @@ def test_a_probe_of_labels_runs_the_body_alone(places: dict[str, Path], tmp_path
         "kind": "text_classification",
         "name": "again",
         "source": "file",
-        "file": str(places["data"]),
+        "file": str(places["other"]),
         "max_length": 32,
     }
     settings = {"role": "confirm", "trainer.max_steps": 4, "task.probe": probe}
