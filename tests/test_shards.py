@@ -43,7 +43,7 @@ def places(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     return {
         **decoders,
         "bert": bert,
-        "data": make_data(root / "data.csv", rows=150),
+        "data": make_data(root / "data.csv", rows=149),
         "other": make_data(root / "other.csv", rows=130),
         "pairs": pairs,
         "text": text,
