@@ -47,6 +47,7 @@ class Part(NamedTuple):
     micro: int  # which micro-batch of the step this belongs to
     slices: tuple[int, ...]
     batch: dict[str, Any]
+    counts: bool = True  # False: stands in for an empty share, and goes along without adding anything
 
 
 class PackStream:
@@ -55,7 +56,8 @@ class PackStream:
     seeds: one a slice; slices of equal seeds share their order, which is computed once. budget: the most padded tokens
     (of whatever `lengths` counts) that go through the base at once: neighbouring slices share a part as far as it
     allows, one slice's micro-batch is never cut. live: the slices that still train, asked at each step.
-    share: this process's part of a micro-batch, where several train one pack.
+    shares: (rank, world) where several processes train one pack, each on every `world`-th row of a micro-batch. All cut
+    their parts alike: as many, of the same slices, so that what the processes do together they do in one order.
     """
 
     def __init__(
@@ -71,10 +73,10 @@ class PackStream:
         start: int = 0,
         budget: int | None = None,
         live: Callable[[], Sequence[int]] | None = None,
-        share: Callable[[np.ndarray], np.ndarray] = lambda own: own,
+        shares: tuple[int, int] = (0, 1),
     ) -> None:
         self.examples, self.lengths, self.seeds, self.collate = examples, np.asarray(lengths), tuple(seeds), collate
-        self.share = share
+        self.shares = shares
         self.batch_size, self.accumulate, self.total_steps, self.budget = batch_size, accumulate, total_steps, budget
         self.live, self.start = live or (lambda: range(len(self.seeds))), start
         self.per_epoch = steps_per_epoch(len(examples), batch_size, accumulate)
@@ -91,19 +93,21 @@ class PackStream:
         first, live = position * self.accumulate, tuple(self.live())
         orders = {k: self._order(self.seeds[k], epoch)[first : first + self.accumulate] for k in live}
         micros = len(orders[live[0]]) if live else 0
-        return [part for i in range(micros) for part in self._parts(i, {k: self.share(orders[k][i]) for k in live})]
+        return [part for i in range(micros) for part in self._parts(i, {k: orders[k][i] for k in live})]
 
     def _parts(self, micro: int, indices: Mapping[int, np.ndarray]) -> list[Part]:
-        """As few parts of about one size as the budget allows; none where this process's share is empty."""
-        if not all(len(own) for own in indices.values()):
-            return []
-        longest = max(self.lengths[own].max() for own in indices.values())
-        tokens = sum(map(len, indices.values())) * int(longest)
+        """As few parts of about one size as the budget allows. indices: the whole micro-batch of each slice."""
+        rank, world = self.shares
+        longest = max(self.lengths[rows].max() for rows in indices.values())
+        tokens = sum(math.ceil(len(rows) / world) for rows in indices.values()) * int(longest)
         count = min(len(indices), math.ceil(tokens / self.budget)) if self.budget else 1
-        return [self._part(micro, tuple(map(int, s)), indices) for s in np.array_split(list(indices), count)]
+        counts = all(len(rows) > rank for rows in indices.values())
+        own = {k: rows[rank::world] if counts else rows[:1] for k, rows in indices.items()}
+        cut = [tuple(map(int, slices)) for slices in np.array_split(list(indices), count)]
+        return [Part(micro, slices, self._batch([own[k] for k in slices]), counts) for slices in cut]
 
-    def _part(self, micro: int, slices: tuple[int, ...], indices: Mapping[int, np.ndarray]) -> Part:
-        return Part(micro, slices, self.collate([self.examples[i] for k in slices for i in indices[k]]))
+    def _batch(self, rows: Sequence[np.ndarray]) -> dict[str, Any]:
+        return self.collate([self.examples[i] for own in rows for i in own])
 
     def _order(self, seed: int, epoch: int) -> list[np.ndarray]:
         if (seed, epoch) not in self._orders:
@@ -116,7 +120,7 @@ class EvalStream:
     """Every example once for every live slice, sorted by length outright, in parts of all live slices.
 
     A part holds at most `rows` rows and, unless one example a slice is more, at most `budget` padded tokens.
-    shares: (rank, world) where several processes evaluate one pack, each every `world`-th example.
+    shares: (rank, world) where several processes evaluate one pack, each every `world`-th example, in as many parts.
     """
 
     def __init__(
@@ -133,8 +137,10 @@ class EvalStream:
         self.examples, self.live, self.collate = examples, live, collate
         self.rows, self.budget = rows, budget
         rank, world = shares
-        self.order = np.argsort(np.asarray(lengths), kind="stable")[rank::world]
-        self.sorted = np.asarray(lengths)[self.order]
+        order = np.argsort(np.asarray(lengths), kind="stable")
+        self.order, self.stand_in = order[rank::world], order[:1]
+        last = np.minimum(np.arange(world - 1, len(order) + world - 1, world), len(order) - 1)
+        self.sorted = np.asarray(lengths)[order[last]]  # the longest of what the processes take at a time
 
     def __len__(self) -> int:
         return len(self._cuts(len(self.live())))
@@ -142,8 +148,9 @@ class EvalStream:
     def __iter__(self) -> Iterator[Part]:
         slices = tuple(self.live())
         for start, end in self._cuts(len(slices)):
-            chunk = [self.examples[i] for i in self.order[start:end]]
-            yield Part(0, slices, self.collate(chunk * len(slices)))
+            own = self.order[start:end]
+            chunk = [self.examples[i] for i in (own if len(own) else self.stand_in)]
+            yield Part(0, slices, self.collate(chunk * len(slices)), len(own) > 0)
 
     def _cuts(self, slices: int) -> list[tuple[int, int]]:
         """Runs of examples in order of length: as many at a time as rows and budget allow for so many slices."""

@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from lorabench import regression
+from lorabench import regression, shards
 from lorabench.batches import EvalStream
 from lorabench.config import digest
 from lorabench.outcome import Session
@@ -84,7 +84,8 @@ def _features(
     stream, states = _stream(s, probe, split, slices), []
     for part in stream:
         try:
-            state = mean_state(body, {name: column.to(device) for name, column in part.batch.items()})
+            batch = {name: column.to(device) for name, column in part.batch.items()}
+            state = shards.within(s.base.model, lambda: mean_state(body, batch))  # noqa: B023
         except (AttributeError, TypeError) as e:
             raise ConfigError("task.probe", probe.task.name, "null: this base gives no last_hidden_state") from e
         states.append(state.double().view(max(1, len(slices)), -1, state.shape[-1]).cpu().numpy())

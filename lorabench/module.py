@@ -140,7 +140,10 @@ class PackModule(pl.LightningModule):
                 self._key_dropout(self.steps_done * micros + part.micro, part.batch)
                 with self.reuse(part):
                     out = self.task.step(self.model, part.batch)
-                self.manual_backward(out.loss_sum.sum())
+                loss = out.loss_sum.sum()
+                self.manual_backward(loss if part.counts else 0 * loss)
+            if not part.counts:
+                continue
             losses[list(part.slices)] += by_slice(out.loss_sum.detach(), part)
             weights[list(part.slices)] += by_slice(out.weight, part)
             if "attention_mask" in part.batch:
@@ -203,6 +206,8 @@ class PackModule(pl.LightningModule):
     def _evaluate(self, part: Part) -> None:
         with self.stack.active(part.slices), self.reuse(part):
             out = self.task.step(self.model, part.batch)
+        if not part.counts:
+            return
         columns = {"example": part.batch["example"], **out.rows, "loss_sum": out.loss_sum, "weight": out.weight}
         for name, column in columns.items():
             wide = column.detach().float() if column.dtype in (torch.bfloat16, torch.float16) else column.detach()

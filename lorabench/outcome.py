@@ -47,6 +47,7 @@ class Session:
     changed: dict[str, list[Any]] = field(default_factory=dict)
     extras: dict[int, dict[str, float]] = field(default_factory=dict)  # metrics of a slice from beside its own task
     beside_seconds: float | None = None  # what they took
+    base_bytes: list[int] | None = None  # of a base that is cut over processes, what each holds between uses
 
     def train_stream(self) -> PackStream:
         """The steps that are left; where several processes train the pack, this one's share of each."""
@@ -55,7 +56,7 @@ class Session:
             encoded.splits["train"], encoded.lengths["train"], [r.seed for r in self.pack.runs],
             collate=self.module.task.collate, batch_size=t.batch_size, accumulate=t.accumulate_grad_batches,
             start=self.module.steps_done, total_steps=self.module.total_steps, budget=self.resolved.part_tokens,
-            live=lambda: self.module.live, share=replicas.share,
+            live=lambda: self.module.live, shares=replicas.place(),
         )  # fmt: skip
 
     def eval_stream(self, split: str, live: Callable[[], list[int]], *, dealt: bool = True) -> EvalStream:
@@ -63,7 +64,7 @@ class Session:
         encoded, rows = self.prepared.encoded, self.pack.runs[0].trainer.eval_batch_size
         return EvalStream(
             encoded.splits[split], encoded.lengths[split], live, rows=rows, collate=self.module.task.collate,
-            budget=self.resolved.part_tokens, shares=(replicas.rank(), replicas.world()) if dealt else (0, 1),
+            budget=self.resolved.part_tokens, shares=replicas.place() if dealt else (0, 1),
         )  # fmt: skip
 
     def val_stream(self) -> EvalStream:
@@ -156,11 +157,18 @@ def _provenance(s: Session, state: Any) -> dict[str, Any]:
         "precision": s.resolved.precision, "base_dtype": s.resolved.base_dtype, "attention": s.resolved.attention,
         "part_tokens": s.resolved.part_tokens, "reused_blocks": getattr(s.module.reuse, "depth", 0),
         "data_fingerprint": s.prepared.data.fingerprint, "model_fingerprint": s.base.fingerprint, "model_notes": s.base.notes,
-        "data_notes": {**s.prepared.data.notes, **s.prepared.encoded.notes}, "pack": s.pack.id, "pack_runs": s.pack.run_ids, **({"devices": replicas.world()} if replicas.world() > 1 else {}),
+        "data_notes": {**s.prepared.data.notes, **s.prepared.encoded.notes}, "pack": s.pack.id, "pack_runs": s.pack.run_ids, **_devices(s),
         "head": {"auto_class": s.prepared.head.auto_class, "label_names": list(s.prepared.head.label_names)},
         "user_code": user_code(s.pack.runs[0]), "probe_fingerprint": probes.fingerprint(s.pack.runs[0]),
         "stopped": state.reason if state.status == "stopped" else None,
     }  # fmt: skip
+
+
+def _devices(s: Session) -> dict[str, Any]:
+    """Where several processes trained the pack."""
+    if replicas.world() == 1:
+        return {}
+    return {"devices": replicas.world(), **({"base_bytes_by_rank": s.base_bytes} if s.base_bytes else {})}
 
 
 def failed(run: RunConfig, error: str, trace: str) -> Record:

@@ -110,6 +110,10 @@ def plan(run: RunConfig, info: BaseInfo) -> SlicePlan:
     made: SlicePlan = run.method.plan(info, seed=run.seed)
     if made.trainable(info) == 0:
         raise ConfigError("method", run.method.name, "nothing would train with these settings")
+    if made.full and run.trainer.strategy == "fsdp":
+        raise ConfigError(
+            "trainer.strategy", "fsdp", f"auto or ddp where the base itself trains (method={run.method.name})"
+        )
     return made
 
 
@@ -155,6 +159,11 @@ def base(run: RunConfig, head: HeadSpec, resolved: Resolved) -> Base:
         _base.clear()  # two bases at once are memory nobody asked for
         _base[key] = run.model.load(head, dtype=resolved.base_dtype, attention=resolved.attention)
     return _base[key]
+
+
+def forget_base() -> None:
+    """The base in use will not be given back as it was: the next pack loads its own."""
+    _base.clear()
 
 
 def taught(run: RunConfig, prepared: Prepared, base: Base) -> Prepared:
@@ -238,11 +247,11 @@ def device_count(trainer: TrainerConfig) -> int:
         raise ConfigError(
             "trainer.num_nodes", trainer.num_nodes, "1: the devices of one pack are on one machine; packs go to many"
         )
-    if trainer.strategy not in ("auto", "ddp"):
+    if trainer.strategy not in ("auto", "ddp", "fsdp"):
         raise ConfigError(
             "trainer.strategy",
             trainer.strategy,
-            "allowed: auto, ddp (both: each device holds the pack and takes its share of a batch)",
+            "allowed: auto, ddp (each device has the pack and its share of a batch), fsdp (and its share of the frozen base)",
         )
     if count > 1 and trainer.batch_size % count:
         raise ConfigError(

@@ -14,6 +14,8 @@ import torch.distributed as dist
 from pytorch_lightning.plugins.environments import LightningEnvironment
 from pytorch_lightning.strategies import DDPStrategy
 from torch import Tensor
+from torch.distributed.tensor import DTensor
+from torch.nn.parallel import DistributedDataParallel
 
 
 class Replicas(DDPStrategy):
@@ -21,6 +23,13 @@ class Replicas(DDPStrategy):
 
     def configure_ddp(self) -> None:
         pass
+
+    def setup(self, trainer: Any) -> None:
+        """Outside a fit Lightning sends the first process's weights to all; of those that are cut each has its own share."""
+        assert self.model is not None
+        cut = [name for name, p in self.model.named_parameters() if isinstance(p, DTensor)]
+        DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(self.model, cut)
+        super().setup(trainer)
 
 
 _place = (0, 1)  # rank and world of this process
@@ -38,6 +47,11 @@ def placed(device: str, devices: Any) -> dict[str, Any]:
         return {"devices": devices[:1] if isinstance(devices, list) else 1}
     joins = Replicas(process_group_backend="nccl" if device == "cuda" else "gloo")
     return {"devices": devices, "strategy": joins, "plugins": [LightningEnvironment()]}
+
+
+def place() -> tuple[int, int]:
+    """(rank, world) of this process."""
+    return _place
 
 
 def world() -> int:
@@ -79,8 +93,3 @@ def gather(value: Any) -> list[Any]:
     found: list[Any] = [None] * world()
     dist.all_gather_object(found, value)
     return found
-
-
-def share(values: Any) -> Any:
-    """This process's part of a sequence: every `world`-th, from its rank on."""
-    return values[rank() :: world()]

@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-from lorabench import replies
+from lorabench import replicas, replies
 from lorabench.durable import atomic_write
 from lorabench.forgetting import evaluating
 from lorabench.outcome import Session
@@ -51,6 +51,8 @@ def write(s: Session, samples: Samples) -> None:
     """One file a slice whose weights are a result."""
     kept = s.module.kept
     after = _said(s, samples.encoded, kept) or []
+    if not replicas.leads():
+        return
     for k, own in zip(kept, after, strict=True):
         triples = zip(samples.items, samples.before[k], own, strict=True)
         made = [{**item, "before": then, "after": now} for item, then, now in triples]

@@ -198,14 +198,15 @@ def _choices(settings: Settings) -> dict[str, Choice]:
 
 
 def measure_cells(settings: Settings, jobs: Sequence[Job]) -> None:
-    """A few steps of each cell alone, for the seconds and the memory that tables show; once a cell."""
+    """A few steps of each cell alone, for the seconds and the memory that tables show; once a cell; none whose base is cut."""
     if not settings.sweep.measure_solo or settings.sweep.dry_run:
         return
     from lorabench.report.results import timed_cells
 
     store = Store(settings.sweep.dir)
     done = {r.run_id: r for r in store.records() if r.status == "completed"}
-    first = {cell_id(job.label): job for job in reversed(list(jobs)) if job.run.run_id in done}
+    alone = [job for job in jobs if job.run.run_id in done and job.run.trainer.strategy != "fsdp"]
+    first = {cell_id(job.label): job for job in reversed(alone)}
     if first.keys() <= timed_cells(store.manifest(), done):
         return
     with store.leases.wait("solo"):  # two that measure at a time would measure each other

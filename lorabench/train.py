@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 
-from lorabench import checkpoints, replicas, settled, stopping
+from lorabench import checkpoints, replicas, settled, shards, stopping
 from lorabench import prepare as prep
 from lorabench.adapters import SlicesMix, inject, probe
 from lorabench.beside import Beside
@@ -112,9 +112,10 @@ class OutOfMemory(RuntimeError):
 def _train(pack: Pack, store: Store, listener: Listener, keep: Collection[str], start: Begun | None) -> list[Record]:
     with _opened(pack, store, listener, keep, start.step if start else 0) as session:
         _probe(session)
-        if pack.runs[0].trainer.reuse_trunk:
+        cut = shards.sharded(session.base.model)
+        if pack.runs[0].trainer.reuse_trunk and not cut:
             session.module.reuse = Reuse(session)
-        measured = pack.runs[0].role == "confirm" and replicas.leads()
+        measured = pack.runs[0].role == "confirm" and (replicas.leads() or cut)  # what is cut runs in all or in none
         beside = Beside(session) if measured else None  # the base as it is, before anything of a checkpoint
         if start:
             restore(session, start)
@@ -123,6 +124,8 @@ def _train(pack: Pack, store: Store, listener: Listener, keep: Collection[str], 
             session.trainer.callbacks.append(Checkpoints(saver))
             fit(session, saver)
             session.peak_memory = saver.peak()
+        if cut:
+            session.base_bytes = shards.bytes_held(session.base.model)
         if beside:
             beside.finish()
         return records_of(session) if replicas.leads() else []
@@ -188,14 +191,20 @@ def _opened(
         seconds = {"train": 0.0, "eval": 0.0}
         progress = Progress(listener.step, total, seconds)
         trainer = make_trainer(first, resolved, progress, start)
+        if first.trainer.strategy == "fsdp" and replicas.world() > 1:
+            trained = {t.parameter for t in stack.named_trainables()}
+            with quiet():
+                shards.shard(base.model, trained, base.info.num_layers, trainer.strategy)
         yield Session(
             pack, store, prepared, resolved, base, plans, stack, module, trainer, progress, keep=keep, seconds=seconds
         )
     finally:
         stack.remove()
         if first.trainer.gradient_checkpointing:
-            base.model.gradient_checkpointing_disable()  # type: ignore[operator]
+            base.model.activation_checkpointing_disable()  # type: ignore[operator]
         base.model.eval()
+        if shards.sharded(base.model):
+            prep.forget_base()
     if _checksum(base.model) != before:
         raise RuntimeError("the frozen base changed during training")
 
@@ -224,10 +233,13 @@ def _probe(s: Session) -> None:
 
 
 def _checksum(model: torch.nn.Module) -> int:
-    """A wrap-around sum over the bits of every parameter and buffer: cheap, and any changed bit shows."""
+    """A wrap-around sum over the bits of every parameter and buffer: cheap, and any changed bit shows.
+
+    Shares of parameters that are cut over processes add up to the whole.
+    """
     kinds = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
-    tensors = [*model.parameters(), *model.buffers()]
-    return sum(
-        int(t.detach().contiguous().view(kinds[t.element_size()]).sum(dtype=torch.int64)) * (i + 1)
-        for i, t in enumerate(tensors)
-    )
+    sums = [0, 0]  # of what is whole here, of what is cut
+    for i, t in enumerate([*model.parameters(), *model.buffers()], 1):
+        own = shards.held(t)
+        sums[own is not t] += int(own.detach().contiguous().view(kinds[t.element_size()]).sum(dtype=torch.int64)) * i
+    return (sums[0] + (sum(replicas.gather(sums[1])) if shards.sharded(model) else 0)) % 2**64

@@ -128,3 +128,32 @@ def test_evaluation_sees_every_example_once_a_slice(budget):
     for r in rows:
         assert r.size <= 32
         assert budget is None or r.shape[1] == 1 or r.size * max(LENGTHS[i] for i in r[0]) <= budget
+
+
+@pytest.mark.parametrize("n", [997, 994, 993])  # a last micro-batch of 5, 2 and 1 rows for three processes
+def test_processes_that_share_a_pack_cut_it_alike(n):
+    seeds = [3, 7, 3]
+    steps = steps_per_epoch(n, 32, 2)
+    whole = _stream(seeds, 2, n=n)
+    shared = [_stream(seeds, 2, n=n, budget=600, shares=(rank, 3)) for rank in range(3)]
+    for step in range(steps):
+        parts = [stream[step] for stream in shared]
+        assert len({tuple((p.micro, p.slices) for p in own) for own in parts}) == 1
+        dealt = [_examples([p for p in own if p.counts], 3) for own in parts]
+        assert all(p.counts for p in parts[0])
+        for k, rows in _examples(whole[step], 3).items():
+            assert sorted(np.concatenate([own[k] for own in dealt if own])) == sorted(rows)
+
+
+@pytest.mark.parametrize("n", [50, 49, 2])
+def test_processes_evaluate_in_as_many_parts(n):
+    examples = [{"id": i} for i in range(n)]
+    streams = [
+        EvalStream(examples, LENGTHS[:n], lambda: [0, 2], rows=8, collate=_collate, budget=300, shares=(rank, 3))
+        for rank in range(3)
+    ]
+    parts = [list(stream) for stream in streams]
+    assert len({len(own) for own in parts} | {len(stream) for stream in streams}) == 1
+    seen = [p.batch["example"].reshape(2, -1)[1] for own in parts for p in own if p.counts]
+    assert sorted(np.concatenate(seen).tolist()) == list(range(n))
+    assert all(len(p.batch["example"]) <= 8 for own in parts for p in own)

@@ -38,6 +38,7 @@ NEEDS_TORCH = {
     "finished",
     "module",
     "replicas",
+    "shards",
     "messages",
     "ranks",
     "outcome",

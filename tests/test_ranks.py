@@ -10,7 +10,7 @@ import pytest
 from safetensors.numpy import load_file
 
 from lorabench import checkpoints
-from lorabench.prepare import Pack, device_count
+from lorabench.prepare import Pack, check, device_count
 from lorabench.ranks import train
 from lorabench.records import Record, Store
 from lorabench.schema import ConfigError
@@ -21,14 +21,21 @@ from tiny import make_base, make_data, make_run
 @pytest.fixture(scope="module")
 def parts(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
     root = tmp_path_factory.mktemp("ranks")
-    return make_base(root / "base", "bert", dropout=0.1), make_data(root / "data.csv", rows=150)
+    return make_base(root / "base", "bert", dropout=0.1), make_data(root / "data.csv", rows=149)
 
 
 def runs(parts: tuple[Path, Path], devices: int, **changes: Any) -> tuple[Any, ...]:
-    """Two slices of different rank, rate and seed, dropout on; a last batch that does not divide."""
+    """Two slices of different rank, rate and seed, dropout on; 101 examples: of the last batch one process gets none."""
     settings = {"model.dropout": 0.1, "trainer.devices": devices, "trainer.max_steps": 30, **changes}
     slices: list[dict[str, Any]] = [{"method.r": 2}, {"method.r": 4, "optimizer.lr": 2e-3, "seed": 1}]
     return tuple(make_run(*parts, role="confirm", **settings, **one) for one in slices)
+
+
+@pytest.fixture(scope="module")
+def alone(parts: tuple[Path, Path], tmp_path_factory: pytest.TempPathFactory) -> tuple[Store, list[Record]]:
+    """What one process makes of them."""
+    store = Store(tmp_path_factory.mktemp("alone"))
+    return store, train(Pack("p0", runs(parts, 1)), store)
 
 
 def numbers(record: Record) -> dict[str, Any]:
@@ -44,21 +51,28 @@ def same(a: Store, b: Store, one: Record, two: Record) -> None:
     x, y = a.arrays(one.run_id, "test"), b.arrays(two.run_id, "test")
     assert x and y
     assert all(np.allclose(x[name], y[name], rtol=1e-6) for name in x)
-    first, second = (load_file(s.run_dir(one.run_id) / "adapter/adapter_model.safetensors") for s in (a, b))
-    assert all(np.allclose(first[name], second[name], rtol=1e-9, atol=1e-12) for name in first)
+    first, second = (load_file(next(s.run_dir(one.run_id).glob("adapter/*.safetensors"))) for s in (a, b))
+    assert first and all(np.allclose(first[name], second[name], rtol=1e-9, atol=1e-12) for name in first)
     assert {k: one.resources[k] for k in ("tokens", "steps", "examples")} == {
         k: two.resources[k] for k in ("tokens", "steps", "examples")
     }
 
 
-def test_two_processes_give_the_numbers_of_one(parts: tuple[Path, Path], tmp_path: Path) -> None:
-    alone, shared = Store(tmp_path / "alone"), Store(tmp_path / "shared")
-    heard: list[int] = []
-    one = train(Pack("p0", runs(parts, 1)), alone)
-    two = train(Pack("p0", runs(parts, 2)), shared, Listener(step=lambda step, total: heard.append(step)))
-    for x, y in zip(one, two, strict=True):
-        same(alone, shared, x, y)
+@pytest.mark.parametrize("strategy", ["ddp", "fsdp"])
+def test_two_processes_give_the_numbers_of_one(
+    parts: tuple[Path, Path], alone: tuple[Store, list[Record]], tmp_path: Path, strategy: str
+) -> None:
+    shared, heard = Store(tmp_path / "shared"), list[int]()
+    pack = Pack("p0", runs(parts, 2, **{"trainer.strategy": strategy}))
+    two = train(pack, shared, Listener(step=lambda step, total: heard.append(step)))
+    for x, y in zip(alone[1], two, strict=True):
+        same(alone[0], shared, x, y)
         assert y.provenance["devices"] == 2
+        held, base = y.provenance.get("base_bytes_by_rank"), 8 * y.resources["total_parameters"]  # float64
+        if strategy == "fsdp":
+            assert sum(held) == base and [n / base for n in held] == pytest.approx([0.5, 0.5], abs=0.01)
+        told = [(s.run_dir(y.run_id) / "samples.json").read_bytes() for s in (alone[0], shared)]
+        assert told[0] == told[1]
     assert heard == list(range(1, 31))
     assert shared.records() == sorted(two, key=lambda r: r.run_id)
     assert not checkpoints.listed(checkpoints.folder(shared.root, "p0"))
@@ -69,7 +83,7 @@ def test_two_processes_give_the_numbers_of_one(parts: tuple[Path, Path], tmp_pat
     "changes",
     [
         {"method.name": "full", "trainer.precision": "32"},
-        {"trainer.accumulate_grad_batches": 2, "trainer.max_steps": 20},
+        {"trainer.accumulate_grad_batches": 2, "trainer.max_steps": 20, "model.dropout": 0.1},
         {"method.name": "head", "trainer.early_stopping_patience": 1, "optimizer.lr": 1e-4},
     ],
     ids=["full", "accumulated", "head"],
@@ -108,13 +122,21 @@ def test_a_process_that_dies_fails_the_pack_and_leaves_no_process(parts: tuple[P
         ({"trainer.devices": "auto"}, "trainer.devices=auto"),
         ({"trainer.devices": 0}, "trainer.devices=0"),
         ({"trainer.num_nodes": 2}, "trainer.num_nodes=2"),
-        ({"trainer.strategy": "fsdp"}, "trainer.strategy=fsdp: allowed: auto, ddp"),
+        ({"trainer.strategy": "deepspeed"}, "trainer.strategy=deepspeed: allowed: auto, ddp .*, fsdp "),
         ({"trainer.devices": 3}, "trainer.batch_size=4: a multiple of trainer.devices=3"),
     ],
 )
 def test_what_is_not_built_is_refused(parts: tuple[Path, Path], changes: dict[str, Any], text: str) -> None:
     with pytest.raises(ConfigError, match=text):
         device_count(make_run(*parts, **changes).trainer)
+
+
+def test_a_base_that_trains_is_not_cut(parts: tuple[Path, Path]) -> None:
+    run = make_run(*parts, **{"method.name": "full", "trainer.devices": 2, "trainer.strategy": "fsdp"})
+    with pytest.raises(
+        ConfigError, match="trainer.strategy=fsdp: auto or ddp where the base itself trains .method=full"
+    ):
+        check(run)
 
 
 def test_workers_beside_several_devices_are_refused(cli: Any, parts: tuple[Path, Path]) -> None:

@@ -1,0 +1,172 @@
+"""A frozen base cut over two processes (gloo, CPU): what each holds, and the numbers of one process for every kind of run."""
+
+from __future__ import annotations
+
+import gc
+import json
+import multiprocessing
+import os
+import signal
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch.distributed.tensor import DTensor
+
+from lorabench import checkpoints, replicas
+from lorabench.config import RunConfig
+from lorabench.prepare import Pack
+from lorabench.ranks import _free_port, train
+from lorabench.records import Record, Store
+from lorabench.train import Listener, _opened, _probe
+from test_ranks import numbers, runs, same
+from tiny import WORDS, make_base, make_data, make_decoder, make_run
+
+pytestmark = pytest.mark.slow
+CUT = {"trainer.devices": 2, "trainer.strategy": "fsdp"}
+
+
+@pytest.fixture(scope="module")
+def places(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    root = tmp_path_factory.mktemp("shards")
+    pairs, text = root / "pairs.jsonl", root / "text.txt"
+    said = [" ".join(WORDS[(i * j) % len(WORDS)] for j in range(2, 5 + i % 6)) for i in range(400)]
+    pairs.write_text(
+        "".join(
+            json.dumps({"prompt": f"{s} {i}", "reply": f"dog {WORDS[i % 3]} cat"}) + "\n" for i, s in enumerate(said)
+        )
+    )
+    text.write_text("\n\n".join(f"{s} {i}" for i, s in enumerate(said)))
+    decoders = {kind: make_decoder(root / kind, kind) for kind in ("gpt2", "llama")}
+    bert = make_base(root / "bert", "bert", dropout=0.1)
+    return {
+        **decoders,
+        "bert": bert,
+        "data": make_data(root / "data.csv", rows=149),
+        "other": make_data(root / "other.csv", rows=130),
+        "pairs": pairs,
+        "text": text,
+    }
+
+
+def both(packs: list[tuple[RunConfig, ...]], tmp_path: Path) -> tuple[Store, Store, list[Record], list[Record]]:
+    """A pack in one process, the same in two."""
+    stores = Store(tmp_path / "alone"), Store(tmp_path / "cut")
+    one, two = (train(Pack("p0", pack), store) for pack, store in zip(packs, stores, strict=True))
+    for record in two:
+        assert record.status == "completed", record.provenance
+        assert record.provenance["base_bytes_by_rank"] and record.provenance["devices"] == 2
+    return *stores, one, two
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"trainer.part_tokens": 64, "trainer.accumulate_grad_batches": 2, "trainer.gradient_checkpointing": True},
+        {"method.name": "bitfit"},
+        {"method.name": "dora", "method.target_modules": ["query", "dense"]},
+        {"method.name": "pissa", "model.dropout": 0.0},
+        {"method.name": "head", "trainer.early_stopping_patience": 1, "optimizer.lr": 1e-4},
+        {"method.layers": [1], "model.dropout": 0.0},
+    ],
+    ids=["parts", "bitfit", "dora", "pissa", "head", "layers"],
+)
+def test_every_kind_of_run_is_that_of_one_process(
+    places: dict[str, Path], tmp_path: Path, changes: dict[str, Any]
+) -> None:
+    parts, settings = (places["bert"], places["data"]), {"trainer.max_steps": 20, "model.dropout": 0.1, **changes}
+    packs = [(make_run(*parts, role="confirm", **settings, **more),) for more in ({}, CUT)]
+    if "method.name" not in changes:
+        packs = [runs(parts, 1, **changes), runs(parts, 2, **changes, **{"trainer.strategy": "fsdp"})]
+    a, b, one, two = both(packs, tmp_path)
+    for x, y in zip(one, two, strict=True):
+        same(a, b, x, y)
+
+
+@pytest.mark.parametrize("kind", ["gpt2", "llama"])
+def test_what_is_measured_beside_the_test_is_that_of_one_process(
+    places: dict[str, Path], tmp_path: Path, kind: str
+) -> None:
+    """Replies (as many steps as the slowest needs), forgetting, samples; GPT-2's embeddings are its output layer, too."""
+    task = {"kind": "causal_lm", "name": "chat", "source": "file", "file": str(places["pairs"]), "prompt_column": "prompt",
+            "response_column": "reply", "max_length": 32, "style_prompts": 24,
+            "probe": {"kind": "causal_lm", "name": "plain", "source": "text", "file": str(places["text"]),
+                      "unit": "paragraph", "max_length": 24}}  # fmt: skip
+    packs = [
+        (make_run(places[kind], places["data"], role="confirm", **{"task": task, "trainer.max_steps": 6, **more}),)
+        for more in ({}, CUT)
+    ]
+    a, b, one, two = both(packs, tmp_path)
+    close = 1e-10 if kind == "gpt2" else 1e-5  # Llama's norms are float32 whatever its type
+    assert numbers(one[0]) == pytest.approx(numbers(two[0]), rel=close, abs=close)
+    assert {"probe/plain/before", "style/adapted"} <= one[0].metrics.keys()
+    x, y = ((s.run_dir(one[0].run_id) / "samples.json").read_bytes() for s in (a, b))
+    assert x == y and b"after" in x
+
+
+def test_a_probe_of_labels_runs_the_body_alone(places: dict[str, Path], tmp_path: Path) -> None:
+    probe = {
+        "kind": "text_classification",
+        "name": "again",
+        "source": "file",
+        "file": str(places["other"]),
+        "max_length": 32,
+    }
+    settings = {"role": "confirm", "trainer.max_steps": 4, "task.probe": probe}
+    packs = [(make_run(places["bert"], places["data"], **settings, **more),) for more in ({}, CUT)]
+    _, _, one, two = both(packs, tmp_path)
+    assert one[0].metrics["probe/again/before"] == two[0].metrics["probe/again/before"]
+    assert numbers(one[0]) == pytest.approx(numbers(two[0]), rel=1e-10)
+
+
+def test_a_killed_pack_goes_on_as_if_it_had_not_been(places: dict[str, Path], tmp_path: Path) -> None:
+    def kill(step: int, total: int) -> None:
+        if step == 17:
+            os.kill(multiprocessing.active_children()[-1].pid or 0, signal.SIGKILL)
+
+    parts, settings = (places["bert"], places["data"]), {"trainer.checkpoint_interval": 5, "trainer.strategy": "fsdp"}
+    pack = Pack("p0", runs(parts, 2, **settings))
+    stores = Store(tmp_path / "undisturbed"), Store(tmp_path / "killed")
+    one = train(pack, stores[0])
+    assert {r.status for r in train(pack, stores[1], Listener(step=kill))} == {"failed"}
+    assert len(checkpoints.listed(checkpoints.folder(stores[1].root, "p0"))) == 2
+    two = train(pack, stores[1])
+    for x, y in zip(one, two, strict=True):
+        assert y.provenance["resumed"] == [15]
+        assert numbers(x) == numbers(y)
+        assert stores[0].history(x.run_id) == stores[1].history(x.run_id)
+        files = [(s.run_dir(x.run_id) / "adapter/adapter_model.safetensors").read_bytes() for s in stores]
+        assert files[0] == files[1]
+
+
+def test_each_process_holds_half_of_the_base_in_memory(places: dict[str, Path], tmp_path: Path) -> None:
+    """Of all float64 storages there are after a forward and a backward pass, those of parameters given up included."""
+    context = multiprocessing.get_context("spawn")
+    said, port = context.Queue(), _free_port()
+    told = (port, [r.to_dict() for r in runs((places["bert"], places["data"]), 2, **{"trainer.strategy": "fsdp"})])
+    processes = [context.Process(target=_look, args=(rank, *told, str(tmp_path), said)) for rank in (0, 1)]
+    for process in processes:
+        process.start()
+    found = [said.get(timeout=300) for _ in processes]
+    for process in processes:
+        process.join()
+    assert [p.exitcode for p in processes] == [0, 0]
+    for whole, now in found:
+        assert 0.5 <= now / whole < 0.6, found  # and two slices of adapters with their gradients
+
+
+def _look(rank: int, port: int, configs: list[dict[str, Any]], root: str, said: Any) -> None:
+    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "LOCAL_RANK": str(rank), "NODE_RANK": "0"}
+    replicas.join(rank, 2)
+    pack = Pack("p0", tuple(RunConfig.from_dict(c) for c in configs))
+    with _opened(pack, Store(root), Listener()) as session:
+        _probe(session)
+        found: dict[int, int] = {}
+        gc.collect()
+        for x in gc.get_objects():
+            if issubclass(type(x), torch.Tensor) and type(x) is not DTensor and x.dtype == torch.float64:
+                found[x.untyped_storage().data_ptr()] = x.untyped_storage().nbytes()
+        said.put((8 * session.base.info.parameters, sum(found.values())))
+        said.close()
+        said.join_thread()
