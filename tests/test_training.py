@@ -173,7 +173,7 @@ def test_measuring_a_cell_leaves_nothing_behind(places, tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("key", "value"), [("trainer.devices", "all"), ("trainer.num_nodes", 2), ("trainer.precision", "16-mixed")]
+    ("key", "value"), [("trainer.devices", "all"), ("trainer.num_nodes", 3), ("trainer.precision", "16-mixed")]
 )
 def test_what_would_couple_or_split_slices_is_refused(places, key, value):
     bases, data, _ = places
