@@ -88,9 +88,11 @@ class _Group:
         # They inherit the mask: SIGTERM, which a job's end sends to all, is the parent's to hear, and in them would break
         # a sum in two. What they did since their last checkpoint is done again.
         before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM, signal.SIGUSR2})
-        for process in self.processes:
-            process.start()
-        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+        try:
+            for process in self.processes:
+                process.start()
+        finally:
+            signal.pthread_sigmask(signal.SIG_SETMASK, before)
         try:
             return self._listen()
         finally:

@@ -136,7 +136,8 @@ def test_a_time_out_costs_a_try_only_without_progress(sweep, monkeypatch, steps,
 
     class Late(Here):
         def death(self, job):
-            monkeypatch.setattr(checkpoints, "reached", lambda root, pack: steps[len(self.jobs) - 1])
+            step = steps[len(self.jobs) - 1]
+            monkeypatch.setattr(checkpoints, "reached", lambda root, pack: step)
             return self.why
 
     engine = Late(lose=99, death=Death("TIMEOUT", cause=TIME_LIMIT))

@@ -4,7 +4,6 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from math import prod
 from typing import Any, Optional
 
 from hydra.core.config_store import ConfigStore
@@ -62,8 +61,8 @@ class PackedLauncher(Launcher):
 
         self.executor = check(executor)
         self.settings = {k: OmegaConf.to_object(v) if OmegaConf.is_config(v) else v for k, v in settings.items()}
-        tasks = (self.settings.get(k, 1) for k in ("nodes", "tasks_per_node"))
-        self.tasks = prod(tasks) if self.executor == "slurm" else 1
+        nodes, each = int(settings.get("nodes", 1)), int(settings.get("tasks_per_node", 1))
+        self.tasks = nodes * each if self.executor == "slurm" else 1
 
     @property
     def elsewhere(self) -> bool:

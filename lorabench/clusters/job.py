@@ -106,21 +106,16 @@ class PackJob:
         with Notice() as notice:
             try:
                 if not self._is_mine(store, me):
-                    print(
-                        f"{self.pack_id}: job {me} is not the one that its launcher noted; it trains nothing",
-                        flush=True,
-                    )
+                    print(f"{self.pack_id}: job {me} is not the one its launcher noted; it trains nothing", flush=True)
                 elif not end(store, self.pack_id, me):  # requeued after its end, it has nothing left to do
                     self.run(me, env)
             except SystemExit:
                 if notice.heard is None:
                     raise
-                if (
-                    env.global_rank
-                ):  # Slurm may end all tasks of a job where one leaves: the first has something to do yet
-                    time.sleep(NOTED)
-                else:
+                if env.global_rank == 0:
                     self._leave(store, env, notice.why(me, on_slurm=env.name() == "slurm"), begun)
+                else:  # where one task leaves Slurm may end all: the first has something to do yet
+                    time.sleep(NOTED)
                 raise
 
     def _leave(self, store: Store, env: Any, why: str, begun: int) -> None:

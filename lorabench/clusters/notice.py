@@ -58,8 +58,6 @@ class Notice:
 def requeue(environment: Any) -> None:
     """Ask for another start of this job. Where that is refused, a launcher submits the pack again."""
     with suppress(SubprocessError, OSError):
-        environment._requeue(
-            0
-        )  # submitit's: scontrol on Slurm; a local job leaves with the code that its parent looks for
+        environment._requeue(0)  # submitit's: scontrol on Slurm, an exit code on this machine
         return
     print(f"job {environment.job_id} was not requeued", file=sys.stderr)

@@ -4,7 +4,6 @@
 """
 
 import os
-import re
 import shutil
 import signal
 import subprocess
@@ -101,18 +100,20 @@ def history_rows(name):
     return sum(len(Store(f"sweeps/{name}").history(i)) for i in Store(f"sweeps/{name}").run_ids())
 
 
-def process_of(made):
-    """The Python process of a job, by what Slurm put into its environment."""
+def processes_of(made, program=b"\0submitit.core._submit\0"):
+    """The Python processes of a job's tasks, by what Slurm put into their environment."""
     names = ["SLURM_ARRAY_JOB_ID", "SLURM_ARRAY_TASK_ID"] if "_" in made else ["SLURM_JOB_ID"]
     wanted = [f"{k}={v}".encode() for k, v in zip(names, made.split("_"), strict=True)]
+    found = []
     for path in Path("/proc").glob("[0-9]*"):
         try:
             command, environment = (path / "cmdline").read_bytes(), (path / "environ").read_bytes().split(b"\0")
         except OSError:
             continue
-        if b"\0submitit.core._submit\0" in command and b"srun" not in command and all(w in environment for w in wanted):
-            return int(path.name)
-    raise AssertionError(f"no process of job {made}")
+        if program in command and b"srun" not in command and all(w in environment for w in wanted):
+            found.append(int(path.name))
+    assert found, f"no process of job {made}"
+    return found
 
 
 def slurm_says(*command):
@@ -234,17 +235,19 @@ def restarts(made):
     return int(slurm_says("scontrol", "show", "job", made).split("Restarts=")[1].split()[0])
 
 
-def held(pack):
-    """The process of a pack's job, stopped once it trains, so that it is not done before what a test has in mind."""
+def held(pack, *program):
+    """The processes of a pack's job, stopped once it trains, so that it is not done before what a test has in mind."""
     wait_for(lambda: checkpoints.reached(Path("sweeps/s"), pack))
-    process = process_of(noted("s", pack))
-    os.kill(process, signal.SIGSTOP)
-    return process
+    found = processes_of(noted("s", pack), *program)
+    for process in found:
+        os.kill(process, signal.SIGSTOP)
+    return found
 
 
-def has_pending(process, number):
-    pending = re.search(r"^ShdPnd:\s*(\w+)", Path(f"/proc/{process}/status").read_text(encoding="utf-8"), re.MULTILINE)
-    return int(pending[1], 16) >> (number - 1) & 1
+def preempt():
+    """A job of a partition with more priority takes all nodes for a moment."""
+    wants = ["--partition=urgent", "--nodes=2", "--exclusive", "--mem=100"]
+    slurm_says("sbatch", *wants, "--output=/dev/null", "--wrap=sleep 1")
 
 
 @pytest.mark.slow
@@ -264,12 +267,13 @@ def test_a_requeued_job_leaves_the_same_records(sweep, launcher):
 @pytest.mark.slow
 @pytest.mark.parametrize(("partition", "requeued"), [("debug", True), ("cheap", False)], ids=["requeue", "cancel"])
 def test_a_preempted_job_leaves_the_same_records(sweep, launcher, partition, requeued):
-    """A job of a partition with more priority takes all nodes for a moment. In the grace time a pack's job writes a checkpoint
-    and asks for its requeue; a partition that cancels what it preempts, and gives no time, forgets the job, and the
+    """In the grace time a pack's job writes a checkpoint and asks for its requeue; a partition that cancels what it preempts, and gives no time, forgets the job, and the
     launcher submits the pack again, whatever `resubmit` says."""
-    running = launcher("s", *JOBS, OFTEN, "hydra.launcher.resubmit=0", f"hydra.launcher.partition={partition}", steps=400)
+    running = launcher(
+        "s", *JOBS, OFTEN, "hydra.launcher.resubmit=0", f"hydra.launcher.partition={partition}", steps=400
+    )
     jobs = [held(pack) and noted("s", pack) for pack in ("p0", "p1")]
-    slurm_says("sbatch", "--partition=urgent", "--nodes=2", "--exclusive", "--mem=100", "--output=/dev/null", "--wrap=sleep 1")
+    preempt()
     out = running.communicate(timeout=900)[0].decode()
     assert running.returncode == 0, out
     if requeued:
@@ -283,16 +287,34 @@ def test_a_preempted_job_leaves_the_same_records(sweep, launcher, partition, req
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize(
+    "several",
+    [["trainer.devices=2", "hydra.launcher.cpus_per_task=2"], ["trainer.num_nodes=2", "hydra.launcher.nodes=2"]],
+    ids=["devices", "nodes"],
+)
+def test_a_preempted_job_of_several_processes_leaves_the_same_records(sweep, launcher, several):
+    """They go on from the last regular checkpoint, all of them from the same."""
+    running = launcher("s", *JOBS, OFTEN, *several, "hydra.launcher.resubmit=0", "method.r=4", steps=200)
+    assert len(held("p0", b"spawn_main")) == 2
+    preempt()
+    out = running.communicate(timeout=900)[0].decode()
+    assert running.returncode == 0, out
+    assert restarts(noted("s")) == 1 and "submitted again" not in out, out
+    assert resumed("s") and all(step % 20 == 0 < step for step in resumed("s"))
+    assert sweep("inline", OFTEN, "trainer.devices=2", "method.r=4", steps=200)[0] == 0
+    assert metrics("s") == metrics("inline")
+
+
+@pytest.mark.slow
 def test_a_job_that_reaches_its_time_limit_leaves_the_same_records(sweep, launcher):
-    """The limit is set to the next full minute, which is how Slurm counts; the job is woken when it has been told."""
+    """The limit is set to the next full minute, which is how Slurm counts. Its signal wakes the job."""
     options = ["hydra.launcher.resubmit=0", "hydra.launcher.signal_delay_s=20", "method.r=4", "optimizer.lr=1e-3"]
     running = launcher("s", *JOBS, OFTEN, *options, steps=400)
-    process, made = held("p0"), noted("s")
-    minutes, seconds = map(int, slurm_says("squeue", "--noheader", f"--jobs={made}", "--format=%M").split(":"))
+    held("p0")
+    made = noted("s")
+    minutes = int(slurm_says("squeue", "--noheader", f"--jobs={made}", "--format=%M").split(":")[-2])
     slurm_says("scontrol", "update", f"JobId={made}", f"TimeLimit={minutes + 1}")
-    wait_for(lambda: has_pending(process, signal.SIGUSR2))
-    os.kill(process, signal.SIGCONT)
-    wait_for(lambda: restarts(made))
+    wait_for(lambda: "JobState=PENDING" in slurm_says("scontrol", "show", "job", made))
     slurm_says("scontrol", "update", f"JobId={made}", "TimeLimit=60")
     out = running.communicate(timeout=900)[0].decode()
     assert running.returncode == 0, out
@@ -316,7 +338,7 @@ def test_a_lost_job_is_submitted_again(sweep, launcher):
     running = launcher("s", *JOBS, steps=1500)
     wait_for(lambda: history_rows("s"))
     first = noted("s")
-    os.kill(process_of(first), signal.SIGKILL)
+    os.kill(processes_of(first)[0], signal.SIGKILL)
     out = running.communicate(timeout=300)[0].decode()
     assert running.returncode == 0, out
     assert noted("s") != first and "submitted again" in out
