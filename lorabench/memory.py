@@ -8,6 +8,9 @@ import os
 import resource
 import signal
 import sys
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -54,14 +57,28 @@ class PeakMemory:
 
 def release() -> None:
     """Give freed memory back to the system, which glibc puts off: a peak is then this stretch's own."""
-    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})  # Ctrl-C inside a finalizer would be lost
-    try:
+    with _interrupts_put_off():
         gc.collect()
-    finally:
-        signal.pthread_sigmask(signal.SIG_SETMASK, before)
     trim = getattr(ctypes.CDLL(None), "malloc_trim", None) if sys.platform == "linux" else None
     if trim is not None:
         trim(0)
+
+
+@contextmanager
+def _interrupts_put_off() -> Iterator[None]:
+    """Ctrl-C inside a finalizer would be lost: it comes when the block is done. A signal mask would not do, being this thread's
+    alone: where another thread takes the signal, Python still handles it in the main one."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    heard: list[int] = []
+    before = signal.signal(signal.SIGINT, lambda number, frame: heard.append(number))
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, before)
+        if heard:
+            signal.raise_signal(signal.SIGINT)
 
 
 def out_of_memory(error: BaseException) -> bool:

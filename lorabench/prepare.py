@@ -236,16 +236,12 @@ def _device(trainer: TrainerConfig) -> str:
 
 
 def device_count(trainer: TrainerConfig) -> int:
-    """How many devices, and so processes, train one pack. Raises `ConfigError` for what is not built."""
+    """How many devices, and so processes, train one pack, over all its nodes. Raises `ConfigError` for what is not built."""
     devices = trainer.devices
     count = len(devices) if isinstance(devices, list) else int(devices) if str(devices).isdecimal() else 0
     if count < 1:
         raise ConfigError(
             "trainer.devices", devices, "a number of devices from 1 on, or a list of their indices such as [0]"
-        )
-    if trainer.num_nodes != 1:
-        raise ConfigError(
-            "trainer.num_nodes", trainer.num_nodes, "1: the devices of one pack are on one machine; packs go to many"
         )
     if trainer.strategy not in ("auto", "ddp", "fsdp"):
         raise ConfigError(
@@ -253,11 +249,21 @@ def device_count(trainer: TrainerConfig) -> int:
             trainer.strategy,
             "allowed: auto, ddp (each device has the pack and its share of a batch), fsdp (and its share of the frozen base)",
         )
-    if count > 1 and trainer.batch_size % count:
+    world = count * trainer.num_nodes
+    if world > 1 and trainer.batch_size % world:
+        nodes = f" x trainer.num_nodes={trainer.num_nodes}" if trainer.num_nodes > 1 else ""
+        allowed = f"a multiple of trainer.devices={count}{nodes}: each takes its share"
+        raise ConfigError("trainer.batch_size", trainer.batch_size, allowed)
+    return world
+
+
+def check_nodes(asked: int, tasks: int) -> None:
+    """Raise `ConfigError` where a pack's job has another number of tasks than the pack has nodes."""
+    if asked != tasks:
         raise ConfigError(
-            "trainer.batch_size", trainer.batch_size, f"a multiple of trainer.devices={count}: each takes its share"
-        )
-    return count
+            "trainer.num_nodes", asked,
+            f"{tasks}, the tasks of a pack's job; with hydra/launcher=slurm these are hydra.launcher.nodes x tasks_per_node",
+        )  # fmt: skip
 
 
 def _precision(name: str, device: str) -> str:

@@ -1,6 +1,7 @@
-"""One pack on several devices of this machine: a process each, started here and not by Lightning.
+"""One pack on several devices: a process each, started here and not by Lightning.
 
-Lightning's own launcher runs the command line again in each process, and so the whole multirun; these run one pack.
+Lightning's own launcher runs the command line again in each process, and so the whole multirun; these run one pack. Where a
+pack has several nodes, each of them starts its own processes, and somebody else has started this one on each (`Node`).
 """
 
 from __future__ import annotations
@@ -10,8 +11,9 @@ import os
 import queue
 import signal
 import socket
-from collections.abc import Collection
+from collections.abc import Callable, Collection
 from contextlib import suppress
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -24,6 +26,17 @@ from lorabench.train import Listener
 from lorabench.train import train as train_alone
 
 
+@dataclass(frozen=True)
+class Node:
+    """This machine's place among those of a pack. address, port: where the first one's first process waits for all others;
+    over: whether another node has said how the pack ended."""
+
+    index: int
+    address: str
+    port: int
+    over: Callable[[], bool]
+
+
 def train(
     pack: Pack,
     store: Store,
@@ -31,15 +44,21 @@ def train(
     *,
     keep: Collection[str] = (),
     accept_drift: bool = False,
+    node: Node | None = None,
 ) -> list[Record]:
-    """`train.train`, in as many processes as `trainer.devices` asks for; the first of them writes the records."""
+    """`train.train`, in as many processes as `trainer.devices` asks for; the first of them writes the records.
+
+    node: where `trainer.num_nodes` is more than one. Of those, all but the first return no records.
+    """
     world = device_count(pack.runs[0].trainer)
     if world == 1:
         return train_alone(pack, store, listener, keep=keep, accept_drift=accept_drift)
-    listener = listener or Listener()
+    listener, node = listener or Listener(), node or Node(0, "127.0.0.1", free_port(), lambda: False)
     try:
-        return _Group(pack, store, listener, keep, accept_drift, world).result()
+        return _Group(pack, store, listener, keep, accept_drift, node).result()
     except _Died as e:
+        if node.index:
+            raise
         return messages.died(pack, store, listener, keep, str(e))
 
 
@@ -48,23 +67,32 @@ class _Died(Exception):
 
 
 class _Group:
-    """The processes of one pack."""
+    """The processes of one pack on this machine."""
 
     def __init__(
-        self, pack: Pack, store: Store, listener: Listener, keep: Collection[str], accept_drift: bool, world: int
+        self, pack: Pack, store: Store, listener: Listener, keep: Collection[str], accept_drift: bool, node: Node
     ) -> None:
-        self.listener = listener
+        self.listener, self.over = listener, node.over
         context = multiprocessing.get_context("spawn")
         self.channel: Any = context.Queue()
-        runs, port = [run.to_dict() for run in pack.runs], _free_port()
+        trainer = pack.runs[0].trainer
+        world = device_count(trainer)
+        here = world // trainer.num_nodes
+        runs, meet = [run.to_dict() for run in pack.runs], (node.index, node.address, node.port)
         root = (str(store.root), str(store.lease) if store.lease else None)
-        told = (world, port, pack.id, runs, pack.prune, root, list(keep), accept_drift, self.channel)
-        self.processes = [context.Process(target=_rank, args=(rank, *told), daemon=True) for rank in range(world)]
+        told = (here, world, meet, pack.id, runs, pack.prune, root, list(keep), accept_drift, self.channel)
+        self.processes = [context.Process(target=_rank, args=(local, *told), daemon=True) for local in range(here)]
 
     def result(self) -> list[Record]:
         """Raises what `train.train` raises, and `_Died` when one of the processes did."""
-        for process in self.processes:
-            process.start()
+        # They inherit the mask: SIGTERM, which a job's end sends to all, is the parent's to hear, and in them would break
+        # a sum in two. What they did since their last checkpoint is done again.
+        before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM, signal.SIGUSR2})
+        try:
+            for process in self.processes:
+                process.start()
+        finally:
+            signal.pthread_sigmask(signal.SIG_SETMASK, before)
         try:
             return self._listen()
         finally:
@@ -81,30 +109,34 @@ class _Group:
                 dead = [p.exitcode for p in self.processes if p.exitcode]
                 if dead:
                     raise _Died(f"a process of the pack died (exit code {dead[0]})") from None
+                if self.over():
+                    return []
                 continue
             if message[0] not in calls:
                 return messages.result(message)
             messages.heard(calls, message)
 
 
-def _free_port() -> int:
+def free_port() -> int:
     with socket.socket() as s:
         s.bind(("127.0.0.1", 0))
         return int(s.getsockname()[1])
 
 
 def _rank(
-    rank: int, world: int, port: int, pack_id: str, runs: list[dict[str, Any]], prune: bool, root: tuple[str, str | None],
+    local: int, here: int, world: int, meet: tuple[int, str, int], pack_id: str, runs: list[dict[str, Any]], prune: bool, root: tuple[str, str | None],
     keep: list[str],
     accept_drift: bool, channel: Any,
 ) -> None:  # fmt: skip
     """In a process of the group: join it, train, and as the first of it say what happens."""
     messages.belong_to_parent()
+    node, address, port = meet
     os.environ |= {
-        "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "LOCAL_RANK": str(rank), "NODE_RANK": "0",
+        "MASTER_ADDR": address, "MASTER_PORT": str(port), "LOCAL_RANK": str(local), "NODE_RANK": str(node),
     }  # fmt: skip
     if not torch.cuda.is_available():
-        torch.set_num_threads(max(1, torch.get_num_threads() // world))
+        torch.set_num_threads(max(1, torch.get_num_threads() // here))
+    rank = node * here + local
     replicas.join(rank, world)
     pack = Pack(pack_id, tuple(RunConfig.from_dict(r) for r in runs), prune=prune)
     store, listener = Store(*root), messages.telling(channel) if rank == 0 else Listener()

@@ -42,11 +42,16 @@ def join(rank: int, world: int) -> None:
 
 
 def placed(device: str, devices: Any) -> dict[str, Any]:
-    """What a Trainer is told of devices: the first for one process; in a process of a group how to form it."""
+    """What a Trainer is told of devices: the first for one process; in a process of a group how to form it.
+
+    The environment is named, or Lightning would take ranks, and a requeue of its own, from a Slurm job's variables.
+    """
+    plugins = [LightningEnvironment()]
     if world() == 1:
-        return {"devices": devices[:1] if isinstance(devices, list) else 1}
+        return {"devices": devices[:1] if isinstance(devices, list) else 1, "plugins": plugins}
     joins = Replicas(process_group_backend="nccl" if device == "cuda" else "gloo")
-    return {"devices": devices, "strategy": joins, "plugins": [LightningEnvironment()]}
+    nodes = world() // (len(devices) if isinstance(devices, list) else int(devices))
+    return {"devices": devices, "num_nodes": nodes, "strategy": joins, "plugins": plugins}
 
 
 def place() -> tuple[int, int]:

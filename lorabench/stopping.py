@@ -9,6 +9,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from threading import Timer, current_thread, main_thread
+from types import FrameType
 from typing import Any
 
 CODE = 143  # as a shell says it: 128 + SIGTERM
@@ -60,7 +61,13 @@ def deferred() -> Iterator[Callable[[], bool]]:
         yield lambda: False
         return
     noted: list[bool] = []
-    before = signal.signal(signal.SIGTERM, lambda *_: noted.append(True))
+
+    def note(number: int, frame: FrameType | None) -> None:
+        noted.append(True)
+        if callable(before) and before is not _stop:  # whoever else listens: a cluster's job
+            before(number, frame)
+
+    before = signal.signal(signal.SIGTERM, note)
     try:
         yield lambda: bool(noted)
     finally:

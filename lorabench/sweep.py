@@ -56,6 +56,8 @@ def execute(jobs: Sequence[Job], *, executor: Executor = map, console: Console |
     store = Store(settings.sweep.dir)
     store.check_foreign()
     plans = check_all(jobs)
+    for job in jobs:
+        prep.check_nodes(job.run.trainer.num_nodes, getattr(executor, "nodes", 1))
     if settings.sweep.dry_run:
         unique = list({j.run.run_id: j for j in jobs}.values())
         auto = settled.precision(store)

@@ -6,12 +6,18 @@ The engine here runs a job inside this process, or loses it; `tests/slurm` has t
 import dataclasses
 import importlib.util
 import itertools
+import os
+import signal
+import time
 from collections import Counter
+from contextlib import nullcontext
 
 import pytest
 
-from lorabench.clusters import crew, engines, job, watch
+from lorabench import checkpoints
+from lorabench.clusters import crew, engines, job, slurm, watch
 from lorabench.clusters.engines import Death, check
+from lorabench.clusters.notice import PREEMPTED, STOPPED, TIME_LIMIT, Notice
 from lorabench.records import Store
 from lorabench.schema import ConfigError, ExistingWork
 from lorabench.train import Listener, OutOfMemory
@@ -115,6 +121,90 @@ def test_a_death_that_will_repeat_is_not_submitted_again(sweep):
     engine = Here(lose=99, death=Death("CANCELLED", again=False))
     assert sweep(engine)[0] == 1
     assert len(engine.jobs) == 2
+
+
+def test_a_preempted_job_costs_no_try(sweep):
+    engine = Here(lose=6, death=Death("PREEMPTED", cause=PREEMPTED))
+    code, out = sweep(engine, "hydra.launcher.resubmit=0")
+    assert code == 0 and len(engine.jobs) == 2 + 6, out
+    assert {s for s, _ in metrics().values()} == {"completed"}
+
+
+@pytest.mark.parametrize(("steps", "jobs"), [([7, 9, 9], 3), ([0], 1)], ids=["further", "no further"])
+def test_a_time_out_costs_a_try_only_without_progress(sweep, monkeypatch, steps, jobs):
+    """steps: of the checkpoint that each job leaves when its time is up; one that is no further than the last is the end."""
+
+    class Late(Here):
+        def death(self, job):
+            step = steps[len(self.jobs) - 1]
+            monkeypatch.setattr(checkpoints, "reached", lambda root, pack: step)
+            return self.why
+
+    engine = Late(lose=99, death=Death("TIMEOUT", cause=TIME_LIMIT))
+    code, out = sweep(engine, "hydra.launcher.resubmit=0", "method.r=1")
+    assert code == 1 and len(engine.jobs) == jobs, out
+    begun = steps[-2] if len(steps) > 1 else 0
+    limit = f"hydra.launcher.timeout_min is its limit, it went from step {begun} to {steps[-1]}"
+    assert all(limit in r.error for r in Store("sweeps/s").records())
+
+
+@pytest.mark.parametrize(
+    ("number", "training", "code"), [("SIGTERM", False, 143), ("SIGUSR2", False, None), ("SIGUSR2", True, None)]
+)
+def test_what_a_job_hears(number, training, code):
+    """SIGTERM leaves; SIGUSR2 is for Lightning, while that trains, as its SIGTERM; nothing is heard twice."""
+    told, number = [], getattr(signal, number)
+    with Notice() as notice:
+        own = signal.getsignal(signal.SIGTERM)
+
+        def lightning(number, frame):
+            told.append(number)
+            own(number, frame)  # Lightning's handler calls the one that was there
+
+        if training:
+            signal.signal(signal.SIGTERM, lightning)
+        with pytest.raises(SystemExit) if code else nullcontext() as left:
+            os.kill(os.getpid(), number)
+            time.sleep(0.1)
+        assert not code or left.value.code == code
+        assert (notice.heard, told) == (number, [signal.SIGTERM] if training else [])
+        if code or training:
+            signal.signal(signal.SIGTERM, own)
+            os.kill(os.getpid(), signal.SIGTERM)
+            time.sleep(0.1)
+        assert notice.why("7_0", on_slurm=False) == (TIME_LIMIT if number == signal.SIGUSR2 else STOPPED)
+    assert signal.getsignal(signal.SIGTERM) != own
+
+
+@pytest.mark.parametrize(
+    ("why", "step", "requeues"), [(PREEMPTED, 0, 1), (TIME_LIMIT, 5, 1), (TIME_LIMIT, 3, 0), (STOPPED, 5, 0)]
+)
+def test_which_jobs_ask_for_another_start(tmp_path, monkeypatch, why, step, requeues):
+    """Preempted ones, and timed out ones that got further than the step 3 they began at. All of them say why they left."""
+    asked = []
+
+    class Environment:
+        job_id = "7_0"
+        _requeue = staticmethod(asked.append)
+
+    store = Store(tmp_path)
+    job.note(store, "p0", engine="slurm", job="7_0", tries=1, step=3)
+    monkeypatch.setattr(checkpoints, "reached", lambda root, pack: step)
+    job.PackJob(str(tmp_path), "p0")._leave(store, Environment(), why, begun=3)
+    assert (len(asked), job.left(store, "p0", "7_0"), job.left(store, "p0", "8_0")) == (requeues, why, None)
+
+
+@pytest.mark.parametrize(
+    ("shown", "state"),
+    [
+        ("JobState=FAILED ExitCode=143:0 PreemptTime=None", "FAILED"),
+        ("JobState=FAILED ExitCode=143:0 PreemptTime=2026-01-01T00:00:00", "PREEMPTED"),
+        ("JobState=CANCELLED ExitCode=0:15 PreemptTime=2026-01-01T00:00:00", "CANCELLED"),
+    ],
+)
+def test_a_job_that_ended_in_its_grace_time_was_preempted(monkeypatch, shown, state):
+    monkeypatch.setattr(slurm, "said", lambda *command: shown)
+    assert slurm.state("7_0")[0] == state
 
 
 def test_a_job_killed_for_its_memory_is_split(sweep):

@@ -1,12 +1,16 @@
 """The dry run's memory estimate against what the reference sweep really took."""
 
+import os
+import signal
+import threading
+import time
 from collections import defaultdict
 
 import pytest
 
 from lorabench import prepare
 from lorabench.config import RunConfig
-from lorabench.memory import PeakMemory, available, estimate, out_of_memory
+from lorabench.memory import PeakMemory, available, estimate, out_of_memory, release
 from lorabench.records import Store
 
 
@@ -38,6 +42,31 @@ def test_a_peak_is_of_its_own_block():
     with PeakMemory("cpu") as memory:
         small = memory.peak()
     assert large - small > 200 * 10**6
+
+
+def test_ctrl_c_in_a_finalizer_is_heard_after_it():
+    """Python prints and forgets what a finalizer raises. A second thread: a signal goes to any one that does not block it."""
+
+    class Cycle:
+        def __init__(self):
+            self.me = self
+
+        def __del__(self):
+            os.kill(os.getpid(), signal.SIGINT)
+            time.sleep(0.05)
+
+    over = threading.Event()
+    other = threading.Thread(target=over.wait)
+    other.start()
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    try:
+        Cycle()
+        with pytest.raises(KeyboardInterrupt):
+            release()
+    finally:
+        signal.signal(signal.SIGINT, before)
+        over.set()
+        other.join()
 
 
 def test_a_failed_allocation_is_told_from_other_errors():

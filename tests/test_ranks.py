@@ -121,8 +121,8 @@ def test_a_process_that_dies_fails_the_pack_and_leaves_no_process(parts: tuple[P
     [
         ({"trainer.devices": "auto"}, "trainer.devices=auto"),
         ({"trainer.devices": 0}, "trainer.devices=0"),
-        ({"trainer.num_nodes": 2}, "trainer.num_nodes=2"),
         ({"trainer.strategy": "deepspeed"}, "trainer.strategy=deepspeed: allowed: auto, ddp .*, fsdp "),
+        ({"trainer.num_nodes": 3}, "trainer.batch_size=4: a multiple of trainer.devices=1 x trainer.num_nodes=3"),
         ({"trainer.devices": 3}, "trainer.batch_size=4: a multiple of trainer.devices=3"),
     ],
 )

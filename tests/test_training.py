@@ -196,7 +196,7 @@ def test_a_cell_is_measured_with_the_trunk_that_its_runs_are_served(places, tmp_
 
 
 @pytest.mark.parametrize(
-    ("key", "value"), [("trainer.devices", "all"), ("trainer.num_nodes", 2), ("trainer.precision", "16-mixed")]
+    ("key", "value"), [("trainer.devices", "all"), ("trainer.num_nodes", 3), ("trainer.precision", "16-mixed")]
 )
 def test_what_would_couple_or_split_slices_is_refused(places, key, value):
     bases, data, _ = places

@@ -20,14 +20,13 @@ class PackedLauncherConf:
     _target_: str = "hydra_plugins.lorabench.launcher.PackedLauncher"
     executor: Optional[str] = None  # noqa: UP045 (OmegaConf) null, inline: this process; slurm, local: submitit; ray
     poll_seconds: float = 5.0  # between two looks at the queue and the records
-    resubmit: int = 1  # times a pack is submitted again whose job died: node lost, killed
+    resubmit: int = 1  # times a pack is submitted again whose job died: node lost, killed, timed out without progress
     timeout_min: int = 60
-    max_num_timeout: int = 3  # requeues after a time-out or preemption
     signal_delay_s: int = 120  # how long before the end a job is told of it
     array_parallelism: int = 256  # jobs at once
     cpus_per_task: Optional[int] = None  # noqa: UP045
     mem_gb: Optional[int] = None  # noqa: UP045
-    nodes: int = 1
+    nodes: int = 1  # of one pack, and tasks on each: trainer.num_nodes is their product
     tasks_per_node: int = 1
     gpus_per_node: Optional[int] = None  # noqa: UP045
     stderr_to_stdout: bool = False
@@ -62,6 +61,8 @@ class PackedLauncher(Launcher):
 
         self.executor = check(executor)
         self.settings = {k: OmegaConf.to_object(v) if OmegaConf.is_config(v) else v for k, v in settings.items()}
+        nodes, each = int(settings.get("nodes", 1)), int(settings.get("tasks_per_node", 1))
+        self.tasks = nodes * each if self.executor == "slurm" else 1
 
     @property
     def elsewhere(self) -> bool:
@@ -69,7 +70,10 @@ class PackedLauncher(Launcher):
         return self.executor != "inline"
 
     def setup(self, *, hydra_context: HydraContext, task_function: TaskFunction, config: DictConfig) -> None:
+        from lorabench.prepare import check_nodes
+
         self.context, self.config = hydra_context, config
+        check_nodes(OmegaConf.select(config, "trainer.num_nodes", default=1), self.tasks)
 
     def launch(self, job_overrides: Sequence[Sequence[str]], initial_job_idx: int) -> Sequence[JobReturn]:
         from hydra_plugins.lorabench._compose import Composer
@@ -92,7 +96,7 @@ class PackedLauncher(Launcher):
             return map
         from lorabench.clusters.crew import JobCrew
 
-        return JobCrew(self.executor, self.settings, sweep.name, quiet=not sweep.progress)
+        return JobCrew(self.executor, self.settings, sweep.name, nodes=self.tasks, quiet=not sweep.progress)
 
     @staticmethod
     def _returned(overrides: Sequence[str], record: Any, value: float) -> JobReturn:

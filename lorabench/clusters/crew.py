@@ -11,9 +11,11 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from typing import Any
 
+from lorabench import checkpoints
 from lorabench.clusters import job as jobs
 from lorabench.clusters import watch as watching
 from lorabench.clusters.engines import Death, Engine, engine
+from lorabench.clusters.notice import PREEMPTED, TIME_LIMIT
 from lorabench.clusters.watch import Watch
 from lorabench.outcome import failed
 from lorabench.prepare import Pack
@@ -29,11 +31,14 @@ class JobCrew:
     """Use as a context. `train` has the meaning of `train.train`, `map` that of `map`.
 
     settings: the launcher's, for the engine; poll_seconds: between two looks at the queue and the store; resubmit: how
-    often a pack whose job died (node lost, killed) is submitted again before its runs are recorded as failed.
+    often a pack whose job died (node lost, killed) is submitted again before its runs are recorded as failed. A
+    preemption never counts there, and a time-out only if its job got no further than the last one. nodes: tasks of a job.
     """
 
-    def __init__(self, name: str, settings: Mapping[str, Any], sweep: str, *, quiet: bool = False) -> None:
-        self.settings, self.quiet = dict(settings), quiet
+    def __init__(
+        self, name: str, settings: Mapping[str, Any], sweep: str, *, nodes: int = 1, quiet: bool = False
+    ) -> None:
+        self.settings, self.nodes, self.quiet = dict(settings), nodes, quiet
         self.poll, self.resubmit = self.settings.pop("poll_seconds"), self.settings.pop("resubmit")
         self.name, self.sweep = name, sweep
         self._inbox: queue.SimpleQueue[Watch] = queue.SimpleQueue()
@@ -153,7 +158,8 @@ class JobCrew:
         ]
         for watch, job in zip(fresh, self._engine.submit(made), strict=True):
             watch.job, watch.tries, watch.missed = job, watch.tries + 1, 0
-            jobs.note(store, watch.pack.id, engine=self.name, job=job, tries=watch.tries)
+            step = checkpoints.reached(store.root, watch.pack.id) or 0
+            jobs.note(store, watch.pack.id, engine=self.name, job=job, tries=watch.tries, step=step)
             self._watched.append(watch)
         self.say(f"{store.root.name}: {len(fresh)} packs submitted, {self.name} job {_named(w.job for w in fresh)}")
 
@@ -179,15 +185,22 @@ class JobCrew:
         self._watched = [w for w in self._watched if w.job is not None and not w.result.done()]
 
     def _died(self, watch: Watch, death: Death) -> None:
-        """Once more, in halves, or failed: what a job that left no word is worth."""
+        """Once more, in halves, or failed: what a job that left no word of its end is worth."""
+        cause = death.cause or jobs.left(watch.store, watch.pack.id, str(watch.job))
+        begun = jobs.entry(watch.store, watch.pack.id).get("step", 0)
+        step, why = checkpoints.reached(watch.store.root, watch.pack.id) or 0, death.reason
+        if cause == TIME_LIMIT:
+            why += f"; hydra.launcher.timeout_min is its limit, it went from step {begun} to {step}"
+        if cause == PREEMPTED or (cause == TIME_LIMIT and step > begun):
+            watch.tries -= 1
         if death.memory and len(watch.pack.runs) > 1:
             watching.settle(watch, error=OutOfMemory(f"{watch.pack.id}: {death.reason}"))
         elif death.again and watch.tries <= self.resubmit:
-            self.say(f"{watch.pack.id}: {death.reason}; submitted again")
+            self.say(f"{watch.pack.id}: {why}; submitted again")
             watch.job = None
             self._waiting.append(watch)
         else:
-            why = f"{death.reason}; sweep.retry_failed=true trains it again"
+            why = f"{why}; sweep.retry_failed=true trains it again"
             kept = [i for i in watch.pack.run_ids if i not in watching.again(watch) and watch.store.read(i)]
             for run in watch.pack.runs:
                 if run.run_id not in kept:

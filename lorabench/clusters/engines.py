@@ -7,13 +7,14 @@ import os
 import re
 import secrets
 import shutil
-import subprocess
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
+from lorabench.clusters import slurm
 from lorabench.clusters.job import PackJob, folder, unended
+from lorabench.clusters.notice import PREEMPTED, TIME_LIMIT
 from lorabench.records import Store
 from lorabench.schema import ConfigError, ExistingWork
 
@@ -27,11 +28,13 @@ CORES = 8  # a local job's share where none was asked for
 
 @dataclass(frozen=True)
 class Death:
-    """Why a job is gone without a word. again: it may do better a second time; memory: its pack was too large."""
+    """Why a job is gone without a word. again: it may do better a second time; memory: its pack was too large; cause:
+    `PREEMPTED` or `TIME_LIMIT`, where it was one of these."""
 
     reason: str
     again: bool = True
     memory: bool = False
+    cause: str | None = None
 
 
 class Engine(Protocol):
@@ -77,17 +80,21 @@ class Submitit:
 
         self.name, self.logs = name, logs
         asked = {k: v for k, v in settings.items() if v is not None}
-        limits = {f"{name}_max_num_timeout": asked.pop("max_num_timeout", 0)}
+        more = dict(asked.pop("additional_parameters", {}))
+        if not more.keys() & {"no-requeue", "no_requeue"}:
+            more = {"requeue": True} | more  # whatever the cluster's own default is
         if nice := asked.pop("nice", None):
-            asked["additional_parameters"] = {"nice": nice, **asked.get("additional_parameters", {})}
-        asked = {k: v for k, v in asked.items() if v != {}}
+            more = {"nice": nice} | more
+        asked["additional_parameters"] = more
         cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
         share = max(1, cores // asked.get("cpus_per_task", CORES))
         self.room = min(share, asked.get("array_parallelism", share)) if name == "local" else None
-        self._executor = submitit.AutoExecutor(folder=logs, cluster=name, **limits)
+        self._executor = submitit.AutoExecutor(folder=logs, cluster=name)
         if name == "local":
-            asked = {k: v for k, v in asked.items() if k in COMMON | {"setup"}}
+            asked = {k: v for k, v in asked.items() if k in COMMON - {"nodes", "tasks_per_node"} | {"setup"}}
         own = {k if k in COMMON else f"{name}_{k}": v for k, v in asked.items()}
+        if name == "slurm":
+            own["slurm_srun_args"] = ["--kill-on-bad-exit=1"]  # a task alone waits for ever
         self._executor.update_parameters(name=f"lorabench-{sweep}", **own)
         self._started: dict[str, Any] = {}
 
@@ -118,11 +125,12 @@ class Submitit:
         last = self._last_words(job)
         if self.name == "local":
             return Death(f"local job {job} died{last}")
-        state, code = _state(job)
+        state, code = slurm.state(job)
         memory = state == "OUT_OF_MEMORY" or re.search(r"\boom[-_ ]?kill", last, re.IGNORECASE) is not None
-        again = not state.startswith(("CANCELLED", "TIMEOUT", "DEADLINE"))
-        hint = "; hydra.launcher.timeout_min is its limit" if state == "TIMEOUT" else ""
-        return Death(f"Slurm job {job} ended: {state or 'it left the queue'}{code}{hint}{last}", again, memory)
+        again = not state.startswith(("CANCELLED", "DEADLINE"))
+        ended = f"{state} (exit code {code})" if state else "it left the queue"
+        cause = {"PREEMPTED": PREEMPTED, "TIMEOUT": TIME_LIMIT}.get(state)
+        return Death(f"Slurm job {job} ended: {ended}{last}", again, memory, cause)
 
     def _last_words(self, job: str) -> str:
         try:
@@ -139,7 +147,7 @@ class Submitit:
 def alive(name: str, ids: Iterable[str], logs: Path) -> set[str] | None:
     """Which jobs are still there, whoever submitted them; None where nobody can say."""
     if name == "slurm":
-        out = _said("squeue", "--noheader", "--array", f"--user={os.getuid()}", "--format=%i")
+        out = slurm.said("squeue", "--noheader", "--array", f"--user={os.getuid()}", "--format=%i")
         return None if out is None else set(out.split()) & set(ids)
     return {i for i in ids if _breathes(i, logs)}
 
@@ -164,27 +172,6 @@ def refuse_others(store: Store, name: str) -> None:
                 f"{', '.join(ids[i] for i in sorted(left))}: {other} jobs still ({', '.join(sorted(left))}); "
                 f"start with hydra.launcher.executor={other}, which waits for them, or end them",
             )  # fmt: skip
-
-
-def _state(job: str) -> tuple[str, str]:
-    """A job's state and exit code, from the controller while it remembers, then from accounting where there is any."""
-    said = _said("scontrol", "--oneliner", "show", "job", job)
-    if said:
-        words = dict(w.split("=", 1) for w in said.split() if "=" in w)
-        return words.get("JobState", ""), f" (exit code {words.get('ExitCode', '?')})"
-    said = _said("sacct", "--jobs", job, "--allocations", "--noheader", "--parsable2", "--format=State,ExitCode")
-    if said and "|" in said:
-        state, code = said.split("\n")[0].split("|")[:2]
-        return state, f" (exit code {code})"
-    return "", ""
-
-
-def _said(*command: str) -> str | None:
-    try:
-        done = subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)
-    except (OSError, subprocess.TimeoutExpired):
-        return None
-    return done.stdout if done.returncode == 0 else None
 
 
 class Ray:

@@ -1,7 +1,9 @@
 """What runs inside a cluster's job: one pack, rebuilt from the manifest, trained as this process would train it.
 
-<sweep dir>/locks/jobs/<pack>.json        the pack's job: engine, id, how often it was submitted
+<sweep dir>/locks/jobs/<pack>.json        the pack's job: engine, id, how often it was submitted, from which step
 <sweep dir>/locks/jobs/<pack>.end.json    what became of that job's training, written by the job as its last act
+<sweep dir>/locks/jobs/<pack>.left.json   why it left before that, if it was told to
+<sweep dir>/locks/jobs/<pack>.meet.json   where the tasks of that job meet, if it has several
 <sweep dir>/locks/jobs/log/               the engine's files: standard output and error, sbatch scripts
 
 Only the job that the first file names trains the pack. So a job whose launcher died before it could note its id
@@ -19,6 +21,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from lorabench import checkpoints
+from lorabench.clusters.notice import PREEMPTED, TIME_LIMIT, Notice, requeue
 from lorabench.durable import atomic_write
 from lorabench.records import Store, dump_json
 from lorabench.schema import ConfigError
@@ -32,7 +36,7 @@ def folder(store: Store) -> Path:
 
 
 def entry(store: Store, pack_id: str) -> dict[str, Any]:
-    """The pack's job as noted: `engine`, `job`, `tries`; empty where there is none."""
+    """The pack's job as noted: `engine`, `job`, `tries`, `step`; empty where there is none."""
     return _read(_path(store, pack_id, ".json"))
 
 
@@ -44,13 +48,23 @@ def unended(store: Store) -> dict[str, dict[str, Any]]:
 
 def note(store: Store, pack_id: str, **values: Any) -> None:
     """Name the job that may train a pack; what an earlier job left is no longer its end."""
-    _path(store, pack_id, ".end.json").unlink(missing_ok=True)
+    for word in (".end.json", ".left.json"):
+        _path(store, pack_id, word).unlink(missing_ok=True)
     atomic_write(_path(store, pack_id, ".json"), dump_json(values))
 
 
 def end(store: Store, pack_id: str, job: str) -> dict[str, Any]:
     """What that job says became of its training: `kind` done, mix, memory or refused; empty before."""
-    found = _read(_path(store, pack_id, ".end.json"))
+    return _word(store, pack_id, job, ".end.json")
+
+
+def left(store: Store, pack_id: str, job: str) -> str | None:
+    """Why that job left before its end, if it was told to and said so."""
+    return _word(store, pack_id, job, ".left.json").get("why")
+
+
+def _word(store: Store, pack_id: str, job: str, suffix: str) -> dict[str, Any]:
+    found = _read(_path(store, pack_id, suffix))
     return found if found.get("job") == job else {}
 
 
@@ -83,49 +97,82 @@ class PackJob:
     cpus: int | None = None
 
     def __call__(self) -> None:
-        """As submitit calls it, once a start of the job."""
+        """As submitit calls it, once a start of the job and task of it."""
         import submitit
 
         env = submitit.JobEnvironment()
         store, me = Store(self.root), env.job_id
-        if not self._is_mine(store, me):
-            print(f"{self.pack_id}: job {me} is not the one that its launcher noted; it trains nothing", flush=True)
-        elif not end(store, self.pack_id, me):  # a job that was requeued after its end has nothing left to do
-            self.run(me, leader=env.global_rank == 0)
+        begun = checkpoints.reached(store.root, self.pack_id) or 0
+        with Notice() as notice:
+            try:
+                if not self._is_mine(store, me):
+                    print(f"{self.pack_id}: job {me} is not the one its launcher noted; it trains nothing", flush=True)
+                elif not end(store, self.pack_id, me):  # requeued after its end, it has nothing left to do
+                    self.run(me, env)
+            except SystemExit:
+                if notice.heard is None:
+                    raise
+                if env.global_rank == 0:
+                    self._leave(store, env, notice.why(me, on_slurm=env.name() == "slurm"), begun)
+                else:  # where one task leaves Slurm may end all: the first has something to do yet
+                    time.sleep(NOTED)
+                raise
 
-    def checkpoint(self) -> Any:
-        """Time-out and preemption: the same again. What a pack keeps for its resumption is the store's."""
-        import submitit
+    def _leave(self, store: Store, env: Any, why: str, begun: int) -> None:
+        """Say why, and ask for the next start: always after a preemption, after a time-out if it got further than before."""
+        if entry(store, self.pack_id).get("job") == env.job_id:
+            atomic_write(_path(store, self.pack_id, ".left.json"), dump_json({"job": env.job_id, "why": why}))
+        further = (checkpoints.reached(store.root, self.pack_id) or 0) > begun
+        if why == PREEMPTED or (why == TIME_LIMIT and further):
+            requeue(env)
 
-        return submitit.helpers.DelayedSubmission(self)
+    def run(self, me: str, env: Any = None) -> None:
+        """Train, and leave word of how it ended. Errors of the runs are in their records.
 
-    def run(self, me: str, *, leader: bool = True) -> None:
-        """Train, and leave word of how it ended. Errors of the runs are in their records."""
+        env: submitit's, for a job that may have several tasks.
+        """
         self._threads()
         from lorabench import settled
         from lorabench.planning import planned_pack
+        from lorabench.prepare import check_nodes
         from lorabench.ranks import train
         from lorabench.train import Listener, OutOfMemory, SlicesMix
 
-        store = Store(self.root)
+        store, tasks = Store(self.root), env.num_tasks if env else 1
         pack = planned_pack(store, self.pack_id, prune=self.prune)
         keep = [i for i in pack.run_ids if i not in self.again and store.read(i) is not None]
         ended: dict[str, Any] = {"kind": "done"}
         try:
+            check_nodes(pack.runs[0].trainer.num_nodes, tasks)
             if len(keep) < len(pack.runs):
                 with store.locked():
                     settled.settle(store, pack.runs[0])
                 if said := settled.heed(store, pack.runs, accept_drift=bool(self.options.get("accept_drift"))):
                     print(said, flush=True)
-                train(pack, store, Listener(), keep=keep, **self.options)
+                node = self._node(store, me, env) if tasks > 1 else None
+                train(pack, store, Listener(), keep=keep, node=node, **self.options)
         except SlicesMix as e:
             ended = {"kind": "mix", "layer": e.layer, "reason": e.reason}
         except OutOfMemory as e:
             ended = {"kind": "memory", "reason": str(e)}
         except ConfigError as e:  # what the job finds is not what the launcher checked, or not what was trained before
             ended = {"kind": "refused", "key": e.key, "value": str(e.value), "allowed": e.allowed}
-        if leader:
+        first = tasks == 1 or env.global_rank == 0
+        if (first or ended["kind"] != "done") and not end(store, self.pack_id, me):
             atomic_write(_path(store, self.pack_id, ".end.json"), dump_json({**ended, "job": me}))
+
+    def _node(self, store: Store, me: str, env: Any) -> Any:
+        """This task's place among those of its job. The first says in <pack>.meet.json where it waits."""
+        from lorabench.ranks import Node, free_port
+
+        start = {"job": me, "start": os.environ.get("SLURM_RESTART_COUNT", "0")}
+        path = _path(store, self.pack_id, ".meet.json")
+        if env.global_rank == 0:
+            here = env.hostname if env.num_nodes > 1 else "127.0.0.1"
+            atomic_write(path, dump_json({**start, "address": here, "port": free_port()}))
+        while not (found := _read(path)).items() >= start.items():
+            time.sleep(0.2)  # for as long as Slurm lets it
+        return Node(env.global_rank, found["address"], found["port"], lambda: bool(end(store, self.pack_id, me)))
 
     def _is_mine(self, store: Store, me: str) -> bool:
         until = time.monotonic() + NOTED

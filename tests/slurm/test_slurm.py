@@ -13,6 +13,7 @@ from pathlib import Path
 
 import pytest
 
+from lorabench import checkpoints
 from lorabench.clusters import job
 from lorabench.records import Store
 from tiny import make_base, make_data
@@ -20,6 +21,7 @@ from tiny import make_base, make_data
 pytest.importorskip("submitit", reason="submitit is not installed: pip install 'lorabench[slurm]'")
 HERE = Path(__file__).resolve().parent
 JOBS = ["hydra.launcher.executor=slurm", "hydra.launcher.poll_seconds=0.5", "hydra.launcher.cpus_per_task=1", "hydra.launcher.mem_gb=2"]  # fmt: skip
+OFTEN = "trainer.checkpoint_interval=20"
 GRID = ["-m", "method.r=1,4", "optimizer.lr=1e-3,2e-2", "sweep.max_pack=2"]
 
 
@@ -64,7 +66,11 @@ def launcher(tmp_path, tiny, monkeypatch):
 
     def run(name, *argv, steps=6):
         command = [sys.executable, "-m", "lorabench", *GRID, *tiny, f"sweep.name={name}", f"trainer.max_steps={steps}"]
-        made = subprocess.Popen([*command, *argv], cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
+        # a shell that runs its jobs in the background leaves SIGINT ignored to what it starts
+        heeds = {"preexec_fn": lambda: signal.signal(signal.SIGINT, signal.SIG_DFL)}
+        made = subprocess.Popen(
+            [*command, *argv], cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, **heeds
+        )
         started.append(made)
         return made
 
@@ -78,7 +84,7 @@ def metrics(name):
     return {r.run_id: (r.status, r.metrics) for r in Store(f"sweeps/{name}").records()}
 
 
-def wait_for(what, seconds=120.0):
+def wait_for(what, seconds=300.0):
     until = time.monotonic() + seconds
     while not (found := what()):
         assert time.monotonic() < until, "waited in vain"
@@ -94,17 +100,20 @@ def history_rows(name):
     return sum(len(Store(f"sweeps/{name}").history(i)) for i in Store(f"sweeps/{name}").run_ids())
 
 
-def process_of(made):
-    """The Python process of an array's job, by what Slurm put into its environment."""
-    wanted = [f"SLURM_ARRAY_{k}={v}".encode() for k, v in zip(("JOB_ID", "TASK_ID"), made.split("_"), strict=True)]
+def processes_of(made, program=b"\0submitit.core._submit\0"):
+    """The Python processes of a job's tasks, by what Slurm put into their environment."""
+    names = ["SLURM_ARRAY_JOB_ID", "SLURM_ARRAY_TASK_ID"] if "_" in made else ["SLURM_JOB_ID"]
+    wanted = [f"{k}={v}".encode() for k, v in zip(names, made.split("_"), strict=True)]
+    found = []
     for path in Path("/proc").glob("[0-9]*"):
         try:
             command, environment = (path / "cmdline").read_bytes(), (path / "environ").read_bytes().split(b"\0")
         except OSError:
             continue
-        if b"\0submitit.core._submit\0" in command and b"srun" not in command and all(w in environment for w in wanted):
-            return int(path.name)
-    raise AssertionError(f"no process of job {made}")
+        if program in command and b"srun" not in command and all(w in environment for w in wanted):
+            found.append(int(path.name))
+    assert found, f"no process of job {made}"
+    return found
 
 
 def slurm_says(*command):
@@ -144,6 +153,42 @@ def test_a_killed_launcher_finds_its_jobs_again(sweep, launcher):
     assert {s for s, _ in metrics("s").values()} == {"completed"} and len(metrics("s")) == 4
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "several",
+    [
+        ["trainer.devices=2", "hydra.launcher.cpus_per_task=2"],
+        ["trainer.num_nodes=2", "hydra.launcher.nodes=2"],
+        ["trainer.num_nodes=2", "trainer.devices=2", "hydra.launcher.nodes=2"],
+    ],
+    ids=["devices", "nodes", "both"],
+)
+def test_one_pack_in_several_processes(sweep, several):
+    """Two processes of one task, two nodes, both: one job, the numbers of one process, and no second multirun."""
+    code, out = sweep("s", *JOBS, *several, "method.r=4")
+    assert code == 0, out
+    assert sweep("inline", "method.r=4")[0] == 0
+    found, alone = metrics("s"), metrics("inline")
+    assert len(found) == 2 and found.keys() == alone.keys()
+    for run_id, (status, one) in found.items():
+        expected = {
+            k: pytest.approx(v, rel=1e-9, abs=1e-12) if isinstance(v, float) else v for k, v in alone[run_id][1].items()
+        }
+        assert (status, one) == ("completed", expected)
+    world = 4 if len(several) > 2 else 2
+    assert {r.provenance["devices"] for r in Store("sweeps/s").records()} == {world}
+    assert len(list(Path("sweeps/s/locks/jobs/log").glob("*_submitted.pkl"))) == 1 and not Path("multirun").exists()
+    nodes = int(slurm_says("scontrol", "show", "job", noted("s")).split("NumNodes=")[1].split()[0])
+    assert nodes == (1 if "devices" in several[0] else 2)
+
+
+def test_nodes_of_a_pack_are_tasks_of_its_job(sweep):
+    for argv in (["trainer.num_nodes=2"], [*JOBS, "trainer.num_nodes=2"], [*JOBS, "hydra.launcher.nodes=2"]):
+        code, out = sweep("s", *argv)
+        assert code == 2 and "trainer.num_nodes=" in out and "hydra.launcher.nodes" in out, out
+    assert not Path("sweeps").exists()
+
+
 def test_jobs_that_fail_leave_failed_records_with_the_reason(sweep):
     code, out = sweep("s", *JOBS, "hydra.launcher.setup=['echo no such module >&2; exit 3']")
     assert code == 1, out
@@ -181,32 +226,110 @@ def test_stopped_launchers_leave_their_jobs_and_cancelled_jobs_fail(launcher):
     assert len(records) == 4 and all("ended: CANCELLED" in r.error for r in records), out
 
 
+def resumed(name):
+    """The steps at which packs went on from a checkpoint, over all runs."""
+    return [step for r in Store(f"sweeps/{name}").records() for step in r.provenance.get("resumed", [])]
+
+
+def restarts(made):
+    return int(slurm_says("scontrol", "show", "job", made).split("Restarts=")[1].split()[0])
+
+
+def held(pack, *program):
+    """The processes of a pack's job, stopped once it trains, so that it is not done before what a test has in mind."""
+    wait_for(lambda: checkpoints.reached(Path("sweeps/s"), pack))
+    found = processes_of(noted("s", pack), *program)
+    for process in found:
+        os.kill(process, signal.SIGSTOP)
+    return found
+
+
+def preempt():
+    """A job of a partition with more priority takes all nodes for a moment."""
+    wants = ["--partition=urgent", "--nodes=2", "--exclusive", "--mem=100"]
+    slurm_says("sbatch", *wants, "--output=/dev/null", "--wrap=sleep 1")
+
+
 @pytest.mark.slow
 def test_a_requeued_job_leaves_the_same_records(sweep, launcher):
-    """`scontrol requeue` in the middle of training; Slurm lets the job start again after two minutes."""
-    running = launcher("s", *JOBS, steps=3000)
-    wait_for(lambda: history_rows("s"))
+    """`scontrol requeue` in the middle of training."""
+    running = launcher("s", *JOBS, OFTEN, steps=400)
     for pack in ("p0", "p1"):
+        held(pack)
         slurm_says("scontrol", "requeue", noted("s", pack))
-    out = running.communicate(timeout=500)[0].decode()
+    out = running.communicate(timeout=900)[0].decode()
     assert running.returncode == 0, out
-    assert "Restarts=1" in slurm_says("scontrol", "show", "job", noted("s"))
-    assert sweep("inline", steps=3000)[0] == 0
+    assert restarts(noted("s")) == 1
+    assert sweep("inline", OFTEN, steps=400)[0] == 0
+    assert metrics("s") == metrics("inline") and resumed("s")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("partition", "requeued"), [("debug", True), ("cheap", False)], ids=["requeue", "cancel"])
+def test_a_preempted_job_leaves_the_same_records(sweep, launcher, partition, requeued):
+    """In the grace time a pack's job writes a checkpoint and asks for its requeue; a partition that cancels what it preempts, and gives no time, forgets the job, and the
+    launcher submits the pack again, whatever `resubmit` says."""
+    running = launcher(
+        "s", *JOBS, OFTEN, "hydra.launcher.resubmit=0", f"hydra.launcher.partition={partition}", steps=400
+    )
+    jobs = [held(pack) and noted("s", pack) for pack in ("p0", "p1")]
+    preempt()
+    out = running.communicate(timeout=900)[0].decode()
+    assert running.returncode == 0, out
+    if requeued:
+        assert [noted("s", "p0"), noted("s", "p1")] == jobs and [restarts(job) for job in jobs] == [1, 1], out
+    else:
+        assert all(f"Slurm job {job} ended: PREEMPTED" in " ".join(out.split()) for job in jobs), out
+        assert not set(jobs) & {noted("s", "p0"), noted("s", "p1")} and "submitted again" in out, out
+    assert resumed("s") and all(resumed("s"))
+    assert sweep("inline", OFTEN, steps=400)[0] == 0
     assert metrics("s") == metrics("inline")
 
 
 @pytest.mark.slow
-def test_a_preempted_job_leaves_the_same_records(sweep, launcher):
-    """A job of a partition with more priority takes all CPUs; the pack's job starts again after it."""
-    running = launcher("s", *JOBS, "hydra.launcher.signal_delay_s=5", steps=3000)
-    wait_for(lambda: history_rows("s"))
-    subprocess.run(["sbatch", "--partition=urgent", "--cpus-per-task=8", "--mem=100", "--output=/dev/null", "--wrap=sleep 5"], check=True)  # fmt: skip
-    out = running.communicate(timeout=500)[0].decode()
+@pytest.mark.parametrize(
+    "several",
+    [["trainer.devices=2", "hydra.launcher.cpus_per_task=2"], ["trainer.num_nodes=2", "hydra.launcher.nodes=2"]],
+    ids=["devices", "nodes"],
+)
+def test_a_preempted_job_of_several_processes_leaves_the_same_records(sweep, launcher, several):
+    """They go on from the last regular checkpoint, all of them from the same."""
+    running = launcher("s", *JOBS, OFTEN, *several, "hydra.launcher.resubmit=0", "method.r=4", steps=200)
+    assert len(held("p0", b"spawn_main")) == 2
+    preempt()
+    out = running.communicate(timeout=900)[0].decode()
     assert running.returncode == 0, out
-    # a job that ends inside the grace time is not requeued by Slurm: then it is submitted again
-    assert "Restarts=1" in slurm_says("scontrol", "show", "job", noted("s")) or "submitted again" in out
-    assert sweep("inline", steps=3000)[0] == 0
+    assert restarts(noted("s")) == 1 and "submitted again" not in out, out
+    assert resumed("s") and all(step % 20 == 0 < step for step in resumed("s"))
+    assert sweep("inline", OFTEN, "trainer.devices=2", "method.r=4", steps=200)[0] == 0
     assert metrics("s") == metrics("inline")
+
+
+@pytest.mark.slow
+def test_a_job_that_reaches_its_time_limit_leaves_the_same_records(sweep, launcher):
+    """The limit is set to the next full minute, which is how Slurm counts. Its signal wakes the job."""
+    options = ["hydra.launcher.resubmit=0", "hydra.launcher.signal_delay_s=20", "method.r=4", "optimizer.lr=1e-3"]
+    running = launcher("s", *JOBS, OFTEN, *options, steps=400)
+    held("p0")
+    made = noted("s")
+    minutes = int(slurm_says("squeue", "--noheader", f"--jobs={made}", "--format=%M").split(":")[-2])
+    slurm_says("scontrol", "update", f"JobId={made}", f"TimeLimit={minutes + 1}")
+    wait_for(lambda: "JobState=PENDING" in slurm_says("scontrol", "show", "job", made))
+    slurm_says("scontrol", "update", f"JobId={made}", "TimeLimit=60")
+    out = running.communicate(timeout=900)[0].decode()
+    assert running.returncode == 0, out
+    assert (noted("s"), restarts(made)) == (made, 1) and "submitted again" not in out, out
+    assert resumed("s") and all(resumed("s"))
+    assert sweep("inline", OFTEN, *options[2:], steps=400)[0] == 0
+    assert metrics("s") == metrics("inline")
+
+
+@pytest.mark.slow
+def test_a_time_out_before_the_first_checkpoint_fails_with_the_limit(sweep):
+    code, out = sweep("s", *JOBS, "hydra.launcher.resubmit=0", "hydra.launcher.timeout_min=1", "hydra.launcher.setup=[sleep 600]")  # fmt: skip
+    assert code == 1, out
+    why = "ended: TIMEOUT (exit code 0:15)"
+    assert all(why in r.error and "timeout_min is its limit, it went from step 0 to 0" in r.error for r in Store("sweeps/s").records()), out  # fmt: skip
 
 
 @pytest.mark.slow
@@ -215,7 +338,7 @@ def test_a_lost_job_is_submitted_again(sweep, launcher):
     running = launcher("s", *JOBS, steps=1500)
     wait_for(lambda: history_rows("s"))
     first = noted("s")
-    os.kill(process_of(first), signal.SIGKILL)
+    os.kill(processes_of(first)[0], signal.SIGKILL)
     out = running.communicate(timeout=300)[0].decode()
     assert running.returncode == 0, out
     assert noted("s") != first and "submitted again" in out
