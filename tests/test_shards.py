@@ -17,7 +17,7 @@ from torch.distributed.tensor import DTensor
 from lorabench import checkpoints, replicas
 from lorabench.config import RunConfig
 from lorabench.prepare import Pack
-from lorabench.ranks import _free_port, train
+from lorabench.ranks import free_port, train
 from lorabench.records import Record, Store
 from lorabench.train import Listener, _opened, _probe
 from test_ranks import numbers, runs, same
@@ -143,7 +143,7 @@ def test_a_killed_pack_goes_on_as_if_it_had_not_been(places: dict[str, Path], tm
 def test_each_process_holds_half_of_the_base_in_memory(places: dict[str, Path], tmp_path: Path) -> None:
     """Of all float64 storages there are after a forward and a backward pass, those of parameters given up included."""
     context = multiprocessing.get_context("spawn")
-    said, port = context.Queue(), _free_port()
+    said, port = context.Queue(), free_port()
     told = (port, [r.to_dict() for r in runs((places["bert"], places["data"]), 2, **{"trainer.strategy": "fsdp"})])
     processes = [context.Process(target=_look, args=(rank, *told, str(tmp_path), said)) for rank in (0, 1)]
     for process in processes:

@@ -18,6 +18,7 @@ from lorabench import sync
 from lorabench.records import Record, Store
 from lorabench.settings import TrackerConfig
 from lorabench.trackers import make_tracker
+from lorabench.trackers import wandb as parent
 from lorabench.trackers import wandb_report as report
 from lorabench.trackers import wandb_runs as wb
 from lorabench.trackers.wandb_api import Away, Server, api_key
@@ -299,10 +300,13 @@ def track(store: Store, *runs: str, **settings: Any) -> Any:
     return tracker
 
 
-def leave(tracker: Any) -> None:
-    """As at the end of a sweep and of its process."""
-    tracker.close()
-    tracker.tracker.leave()
+def leave(tracker: Any, patience: float = 90.0) -> None:
+    """As at the end of a sweep and of its process, with time enough for a machine that does other things, too."""
+    with pytest.MonkeyPatch.context() as m:
+        m.setattr(parent, "PATIENCE", patience)
+        m.setattr(parent, "STOPPED", patience)
+        tracker.close()
+        tracker.tracker.leave()
 
 
 def test_the_tracker_sends_and_no_key_is_left_anywhere(
@@ -325,16 +329,13 @@ def test_the_tracker_sends_and_no_key_is_left_anywhere(
 
 
 def test_a_hanging_server_does_not_hold_a_sweep(
-    server: WandbServer, store: Store, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    server: WandbServer, store: Store, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """Every call returns although no answer ever comes; at the end the process is given up."""
-    from lorabench.trackers import wandb as parent
-
-    monkeypatch.setattr(parent, "PATIENCE", 0.1)
     server.delay = 3600.0
     tracker = track(store, *RUNS)
     process = tracker.tracker.process
-    leave(tracker)
+    leave(tracker, patience=0.1)
     assert process.poll() is not None
     said = capsys.readouterr().err
     assert said.count("tracker wandb:") == 1 and f"python -m lorabench.sync {store.root}" in said
