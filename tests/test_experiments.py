@@ -12,8 +12,8 @@ RUNS = {"smoke": 6, "rank_sweep": 22, "alpha_sweep": 140, "target_sweep": 45, "l
         "planted_rank": 18, "variants": 120, "data_size": 48, "chitchat": 16}  # fmt: skip
 
 
-# A hundred runs take their time to compose; what is said of them is checked for the others, too.
-LARGE = {"prune_grid", "alpha_sweep", "variants"}
+# A hundred runs take their time to compose, and much data to read; what is said of them is checked for the others, too.
+LARGE = {"prune_grid", "alpha_sweep", "variants", "data_size", "chitchat"}
 
 
 @pytest.mark.parametrize("name", [pytest.param(n, marks=[pytest.mark.slow] if n in LARGE else []) for n in EXPERIMENTS])

@@ -275,7 +275,8 @@ def undisturbed(tiny, tmp_path_factory):
 
 
 @pytest.mark.parametrize(
-    ("name", "code"), [("SIGKILL", -9), ("SIGTERM", 143), pytest.param("SIGINT", 130, marks=pytest.mark.slow)]
+    ("name", "code"),
+    [("SIGKILL", -9), *(pytest.param(*x, marks=pytest.mark.slow) for x in (("SIGTERM", 143), ("SIGINT", 130)))],
 )
 def test_stopped_in_the_middle_and_started_again_gives_the_same_records(tiny, tmp_path, undisturbed, name, code):
     victim = command(tmp_path, tiny)
