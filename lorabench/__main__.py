@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import os
 import sys
+from typing import Any, NoReturn
 
 import hydra
 import yaml
@@ -27,22 +28,27 @@ def main() -> None:
         check_arguments(sys.argv[1:])
         guard_yaml()
         hydra.main(version_base="1.3", config_path=config_dir(), config_name="config")(task)()
-    except (ConfigError, HydraException, OmegaConfBaseException, yaml.YAMLError) as e:
-        print(f"error: {e}", file=sys.stderr)
-        sys.exit(2)
-    except Unwritable as e:
-        print(f"error: {e}; the same command goes on from here", file=sys.stderr)
-        sys.exit(1)
     except (KeyboardInterrupt, SystemExit) as e:
-        code = 130 if isinstance(e, KeyboardInterrupt) else e.code
-        if code in (130, stopping.CODE):
-            print("stopped; the same command goes on from here", file=sys.stderr)
-        sys.exit(code)
+        _leave(130 if isinstance(e, KeyboardInterrupt) else e.code)
     except Exception as e:
+        if stopping.asked():  # a parser that SIGTERM broke off may raise something of its own over it
+            _leave(stopping.CODE)
+        if isinstance(e, (ConfigError, HydraException, OmegaConfBaseException, yaml.YAMLError)):
+            print(f"error: {e}", file=sys.stderr)
+            sys.exit(2)
+        if isinstance(e, Unwritable):
+            print(f"error: {e}; the same command goes on from here", file=sys.stderr)
+            sys.exit(1)
         if type(e).__name__ != "SweepFailed":  # by name: importing it here would import torch
             raise
         print(f"error: {e}", file=sys.stderr)
         sys.exit(1)
+
+
+def _leave(code: Any) -> NoReturn:
+    if code in (130, stopping.CODE):
+        print("stopped; the same command goes on from here", file=sys.stderr)
+    sys.exit(code)
 
 
 if __name__ == "__main__":

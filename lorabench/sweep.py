@@ -78,9 +78,10 @@ def execute(jobs: Sequence[Job], *, executor: Executor = map, console: Console |
         console.print(f"{store.run_dir(run_id)}: {name} cannot be read; the run trains again", highlight=False)
     finished = finished_records(store, settings, [run for run in runs if run.run_id not in torn])
     todo = [p for p in packs if any(i in plans and i not in finished for i in p.run_ids)]
-    for pack in packs:  # cut after its last record and before its checkpoints went
+    for pack in packs:  # cut after its last record and before its checkpoints and its lease went
         if all(i in finished and finished[i].status != "failed" for i in pack.run_ids):
             checkpoints.remove(store.root, pack.id)
+            store.leases.holder(pack.id)
     other = sum(record.provenance.get("code") != code_fingerprint() for record in finished.values())
     if other and settings.sweep.progress:
         console.print(
@@ -210,6 +211,7 @@ def measure_cells(settings: Settings, jobs: Sequence[Job]) -> None:
     alone = [job for job in jobs if job.run.run_id in done and job.run.trainer.strategy != "fsdp"]
     first = {cell_id(job.label): job for job in reversed(alone)}
     if first.keys() <= timed_cells(store.manifest(), done):
+        store.leases.holder("solo")  # one who died as all were measured is put out
         return
     with store.leases.wait("solo"):  # two that measure at a time would measure each other
         for name in [name for name in first if name not in timed_cells(store.manifest(), done)]:

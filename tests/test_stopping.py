@@ -6,6 +6,10 @@ import subprocess
 import sys
 
 import pytest
+from hydra.errors import ConfigCompositionException
+
+from lorabench import __main__ as entry
+from lorabench import stopping
 
 START = """
 import os, signal, time
@@ -49,3 +53,18 @@ def test_it_ends_the_process_in_order(where: str) -> None:
     assert "in order" in done.stdout
     assert ("swallowed" in done.stdout) == (where == "in a finaliser")
     assert ("not cut short" in done.stdout) == (where == "twice")
+
+
+def test_what_a_broken_off_parser_raises_is_no_bad_input(monkeypatch, capsys) -> None:
+    """Seen: SIGTERM inside a composing Hydra came out as its exception without words."""
+
+    def composing(**_):
+        raise ConfigCompositionException
+
+    monkeypatch.setattr("sys.argv", ["lorabench"])
+    monkeypatch.setattr(entry.hydra, "main", composing)
+    for told, code, words in ((False, 2, "error: "), (True, 143, "stopped; the same command")):
+        monkeypatch.setattr(stopping, "asked", lambda told=told: told)
+        with pytest.raises(SystemExit) as ended:
+            entry.main()
+        assert ended.value.code == code and words in capsys.readouterr().err

@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import os
 import random
+import shutil
 import signal
+import subprocess
+import sys
 import time
 from pathlib import Path
 
@@ -51,6 +54,19 @@ def test_stopped_with_a_grace_period(fault, launcher, undisturbed, tmp_path):
     assert not list(tmp_path.glob("sweeps/s/locks/p*/*")) or code < 0, "it let go of what it held"
     assert launcher().wait()[0] == 0
     fault.compare(undisturbed, tmp_path / "sweeps/s")
+
+
+def test_killed_between_a_packs_last_record_and_its_lease(fault, launcher, undisturbed, tmp_path):
+    """SIGKILL between the last record and the lease"""
+    root = tmp_path / "0/sweeps/s"
+    shutil.copytree(undisturbed, root)
+    code = f"import os; from pathlib import Path; from lorabench.leases import Leases; Leases(Path({str(root / 'locks')!r})).take('p0'); os._exit(9)"
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 9 and list(
+        (root / "locks/p0").iterdir()
+    )
+    fault.tried += 1
+    assert launcher(folder=tmp_path / "0").wait()[0] == 0
+    fault.compare(undisturbed, root)
 
 
 @pytest.mark.parametrize("stops", [5, pytest.param(50, marks=pytest.mark.slow)])
