@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from lorabench.records import Store
-from lorabench.report import render, style, units
+from lorabench.report import formats, render, style, units
 from lorabench.report.findings import find
 from lorabench.report.load import Sweep, load
 from planted_sections import rule_sweep
@@ -82,3 +82,7 @@ def test_a_sweep_writes_down_what_its_task_says(cli: Any) -> None:
     code, out = cli(*argv, *fast)
     assert code == 0, out
     assert Store("sweeps/s").manifest()["units"] == {"loss": "nats"}
+
+
+def test_a_sentence_leaves_a_name_as_it_is():
+    assert formats.capital("rsLoRA r = 1 is") == "rsLoRA r = 1 is" and formats.capital("the best") == "The best"

@@ -39,19 +39,19 @@ def _lead(f: Findings) -> str:
     margin = declared.margin(f)
     if rec and rec.cell is None and rec.passed and rec.stopped:
         best = f.results[rec.reference]
-        return f"{_cap(best.name)} reaches {_score(f, best)}; whether a smaller adapter would do gets no verdict ({rec.stopped.blocked})."
+        return f"{formats.capital(best.name)} reaches {_score(f, best)}; whether a smaller adapter would do gets no verdict ({rec.stopped.blocked})."
     if rec is None or rec.cell is None:
         best = _leader(f)
-        text = f"{_cap(best.name)} has the best {declared.selection(f.sweep)} and reaches {_score(f, best)} on test."
+        text = f"{formats.capital(best.name)} has the best {declared.selection(f.sweep)} and reaches {_score(f, best)} on test."
         if rec is not None:
             text += f" No adapter was shown to be within {margin} of {f.results[rec.reference].name}."
         return text
     r, ref = f.results[rec.cell], f.results[rec.reference]
     if rec.cell != rec.reference:
-        text = f"{_cap(r.name)} is enough: {_score(f, r)}, shown to fall short of {ref.name} by less than {margin}"
+        text = f"{formats.capital(r.name)} is enough: {_score(f, r)}, shown to fall short of {ref.name} by less than {margin}"
         return text + f", with {_fraction(r, ref)} of its trainable parameters."
     if rec.stopped is None:
-        return f"{_cap(r.name)} reaches {_score(f, r)}; there is no smaller adapter here to set against it."
+        return f"{formats.capital(r.name)} reaches {_score(f, r)}; there is no smaller adapter here to set against it."
     text = f"Not resolved how small an adapter can be: none below {r.name} was shown to be within {margin} of it, so it is the one to keep"
     return f"{text} ({_score(f, r)})."
 
@@ -68,12 +68,12 @@ def _points(f: Findings) -> Iterator[tuple[str, str]]:
 def _against_reference(f: Findings) -> Iterator[tuple[str, str]]:
     """Every cell in a sentence while they are few, else in groups."""
     if len(f.versus) <= 3:
-        yield from ((_cap(f.results[made.cell].name), _sentence(f, made)) for made in f.versus.values())
+        yield from ((formats.capital(f.results[made.cell].name), _sentence(f, made)) for made in f.versus.values())
         return
     ways = {"better": "better", "worse": "worse", "not resolved": "not told apart from it"}
     groups = {way: [f.results[c].name for c, made in f.versus.items() if made.direction == way] for way in ways}
     text = "; ".join(f"{ways[way]}: {', '.join(names)}" for way, names in groups.items() if names)
-    yield f"Against {f.results[f.reference].name if f.reference else ''}", f"{_cap(text)}."
+    yield f"Against {f.results[f.reference].name if f.reference else ''}", f"{formats.capital(text)}."
 
 
 def _sentence(f: Findings, made: Comparison, prefix: str = "") -> str:
@@ -84,11 +84,11 @@ def _sentence(f: Findings, made: Comparison, prefix: str = "") -> str:
     bounds = f"({adjusted}95 % interval {f.metric.bounds(*made.interval)})"
     signed = f"{f.metric.difference(made.estimate.mean, unit=True)} {bounds}"
     if made.blocked:
-        return f"{_cap(subject)} against {other}: {signed}; no verdict ({made.blocked})."
+        return f"{formats.capital(subject)} against {other}: {signed}; no verdict ({made.blocked})."
     if made.direction == "not resolved":
-        return f"{_cap(subject)} and {other} are not told apart: {signed}; {_margin_words(f, made)}."
+        return f"{formats.capital(subject)} and {other} are not told apart: {signed}; {_margin_words(f, made)}."
     text = f"{subject} is {f.metric.size(made.estimate.mean)} {made.direction} than {other} {bounds}"
-    return f"{_cap(text)}; {_margin_words(f, made)}."
+    return f"{formats.capital(text)}; {_margin_words(f, made)}."
 
 
 def _how_small(f: Findings) -> Iterator[tuple[str, str]]:
@@ -183,11 +183,14 @@ def _validation(f: Findings) -> Iterator[tuple[str, str]]:
             if about == "Best adapter" else f"{f.results[i].name}: {f.metric.value(f.results[i].val, unit=True)}"
             for i, about in named if i]  # fmt: skip
     if len(said) > 1:
-        text = f"{_cap('; '.join(said))} {f.metric.title}. The seeds that chose these rates measured them, so they are too good, most where more rates were tried."
+        text = f"{formats.capital('; '.join(said))} {f.metric.title}. The seeds that chose these rates measured them, so they are too good, most where more rates were tried."
         yield "On validation", text
     if gaps := unfinished.missing(f):
-        yield "Missing", f"{_cap(gaps)}. After them confirmation runs with fresh seeds, which alone see test."
-        yield "To go on", f"{_cap(unfinished.GO_ON)}."
+        yield (
+            "Missing",
+            f"{formats.capital(gaps)}. After them confirmation runs with fresh seeds, which alone see test.",
+        )
+        yield "To go on", f"{formats.capital(unfinished.GO_ON)}."
         return
     yield (
         "To confirm",
@@ -228,7 +231,3 @@ def _hydra(value: Any) -> str:
     if isinstance(value, float):
         return f"{value:g}" if float(f"{value:g}") == value else repr(value)
     return str(value)
-
-
-def _cap(text: str) -> str:
-    return text[:1].upper() + text[1:]

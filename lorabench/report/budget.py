@@ -103,7 +103,7 @@ def _batch(r: Record) -> str:
 def _hardware(r: Record) -> str:
     machine, p = r.provenance.get("machine") or {}, r.provenance
     device = str(p.get("device") or "")
-    cpus = f"{machine['cpus']} cores" if machine.get("cpus") else ""
+    cpus = plural(machine["cpus"], "core") if isinstance(machine.get("cpus"), int) else ""
     threads = plural(int(p["threads"]), "thread") if p.get("threads") else ""
     return ", ".join(
         x for x in (device, str(machine.get("cpu") or ""), cpus, threads, str(machine.get("system") or "")) if x

@@ -37,7 +37,7 @@ def _gaps(f: Findings) -> Iterator[str]:
     open_runs = [i for i in sweep.planned if i not in sweep.records]
     if open_runs:
         command = unfinished.command(sweep)
-        how = f" {unfinished.GO_ON[:1].upper()}{unfinished.GO_ON[1:]}{f': {command}' if command else ''}."
+        how = f" {formats.capital(unfinished.GO_ON)}{f': {command}' if command else ''}."
         how = how if f.confirmed else ""  # else the answer says it
         yield f"{plural(len(open_runs), 'run')} of {len(sweep.planned)} had not ended; this is a report of the others.{how}"
     if empty := unfinished.untouched(f):

@@ -7,7 +7,7 @@ from typing import Any
 
 from matplotlib.axes import Axes
 
-from lorabench.report import curves, style
+from lorabench.report import curves, formats, style
 from lorabench.report.findings import Findings
 from lorabench.report.load import short
 from lorabench.report.results import Result
@@ -69,7 +69,7 @@ def metric_by_rank(f: Findings, found: dict[str, style.Look]) -> Drawing:
         style.per_metric(ax, f.metric)
         labels += _margin_line(ax, f)
         style.end_labels(ax, labels)
-        title = f"{f.metric.title[:1].upper() + f.metric.title[1:]} against rank"
+        title = f"{formats.capital(f.metric.title)} against rank"
         return style.drawing("metric_by_rank", title, _caption(f) + _ring(f), _alt(f, "against rank"), figure)
 
 
@@ -168,5 +168,5 @@ def metric_by_cell(f: Findings, found: dict[str, style.Look]) -> Drawing:
         ax.tick_params(axis="y", length=0)
         if f.recommendation and f.recommendation.cell:
             caption += " The ring marks the recommended adapter."
-        title = f"{f.metric.title[:1].upper() + f.metric.title[1:]} by cell"
+        title = f"{formats.capital(f.metric.title)} by cell"
         return style.drawing("metric_by_cell", title, caption, _alt(f, "by cell"), figure)

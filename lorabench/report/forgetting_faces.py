@@ -57,7 +57,7 @@ def _words(f: Findings, made: Forgetting) -> list[str]:
     for c, reference, d in pairs[:4]:
         low, high = d.interval()
         out.append(
-            f"{c.result.name[:1].upper()}{c.result.name[1:]} is shown to be within the margin of {reference.result.name} on the test {f.metric.title}; at the chosen rates its {p.what} is "
+            f"{formats.capital(c.result.name)} is shown to be within the margin of {reference.result.name} on the test {f.metric.title}; at the chosen rates its {p.what} is "
             f"{p.metric.difference(d.mean, unit=True)} ({p.metric.bounds(low, high)}) against it (95 %, exploratory)."
         )
     return out
@@ -89,7 +89,7 @@ def draw(f: Findings, made: Forgetting, looks: Mapping[str, Look]) -> Drawing:
 
 
 def _axis(p: Probe) -> str:
-    text = p.what[:1].upper() + p.what[1:]
+    text = formats.capital(p.what)
     short = text if len(text) <= 34 else ("Change" if p.before else "Value") + " of the probe"
     return formats.in_unit(short, p.metric.points)
 
@@ -158,7 +158,7 @@ def _paths(ax: Axes, f: Findings, made: Forgetting, looks: Mapping[str, Look]) -
 
 def _caption(f: Findings, made: Forgetting) -> str:
     bars = "over seeds and test examples across" if f.confirmed else "none across"
-    text = f"{made.probe.what[:1].upper() + made.probe.what[1:]} on data that training did not see, by cell; bars are 95 % intervals, {bars}, over seeds upwards."
+    text = f"{formats.capital(made.probe.what)} on data that training did not see, by cell; bars are 95 % intervals, {bars}, over seeds upwards."
     if made.value is not None:
         along = "learning rates" if made.how == "rates" else "evaluations"
         text += f" Right: each seed's runs along its {along}; points on the dotted line are the means where the target passes {f.metric.value(made.value, unit=True)}."
@@ -172,7 +172,7 @@ def _alt(f: Findings, made: Forgetting) -> str:
         said.append(
             text + (f", matched {spread(made.probe, c.matched)}" if c.matched and made.value is not None else "")
         )
-    return f"{made.probe.what[:1].upper() + made.probe.what[1:]} against {f.metric.axis}: {'; '.join(said)}."
+    return f"{formats.capital(made.probe.what)} against {f.metric.axis}: {'; '.join(said)}."
 
 
 # -- the table -----------------------------------------------------------------------------------------------------------

@@ -132,3 +132,9 @@ def memory(n: float | None) -> str:
 
 def plural(n: int, word: str) -> str:
     return f"{n:,} {word}" + ("" if n == 1 else "s")
+
+
+def capital(text: str) -> str:
+    """A text with a capital letter at its start; a first word that has capitals of its own stays (rsLoRA)."""
+    first = text.split(" ", 1)[0]
+    return text[:1].upper() + text[1:] if first == first.lower() else text

@@ -112,7 +112,7 @@ def unresolved(e: Evidence, on: Sequence[Result]) -> list[tuple[Result, Result]]
 def _said(f: Findings, e: Evidence, made: Front) -> str:
     names = ", ".join(r.name for r in made.on)
     open_pairs = unresolved(e, made.on)
-    text = f"{made.cost.title[:1].upper()}{made.cost.title[1:]}: on the front, from cheap to dear, {names}."
+    text = f"{formats.capital(made.cost.title)}: on the front, from cheap to dear, {names}."
     if len(made.on) == 1:
         return f"{text} It costs least and scores best."
     if not open_pairs:
