@@ -119,8 +119,8 @@ class Leases:
         self.folder = folder
         self._seen: dict[str, tuple[Any, float]] = {}  # a lease as it last looked, and since when it looks so
 
-    def take(self, name: str) -> Lease | None:
-        """The lease; None while another holds it."""
+    def take(self, name: str, *, again: int = 9) -> Lease | None:
+        """The lease; None while another holds it. again: how often to begin anew where others clean up meanwhile."""
         path = self._path(name)
         if self.holder(name) is not None:
             return None
@@ -132,6 +132,8 @@ class Leases:
                 os.rmdir(path)  # what a holder that was put out has left; some file systems rename onto nothing only
             os.rename(nest, path)
         except OSError as e:
+            if e.errno == errno.ENOENT and again:  # another took the half-made directory for a dead process's
+                return self.take(name, again=again - 1)
             if e.errno not in TAKEN and not (path / token).exists():
                 raise
         finally:
@@ -148,6 +150,11 @@ class Leases:
             time.sleep(pause)
             pause = min(0.25, pause * 1.5)
         return lease
+
+    def tidy(self, name: str) -> None:
+        """Remove what dead holders have left of a lease that nobody will take any more."""
+        self.holder(name)
+        self._clean(name)
 
     def holder(self, name: str) -> Holder | None:
         """Who holds a lease now; a dead holder is put out."""
@@ -192,11 +199,14 @@ class Leases:
             json.dump(asdict(me), f)
 
     def _clean(self, name: str) -> None:
-        """Remove what processes that died in `_fill` have left."""
+        """Remove what processes that died in `_fill` have left; a living one whose work goes with it begins anew."""
         for nest in self.folder.glob(f".{name}.{'[0-9a-f]' * 16}"):
             with suppress(OSError, ExistingWork):
-                if (found := _look(nest)) and found[1].gone:
-                    shutil.rmtree(nest, ignore_errors=True)
+                found = _look(nest)
+                if found is None:
+                    os.rmdir(nest)
+                elif found[1].gone or not found[0].stat().st_size:
+                    _put_out(found[0])
 
 
 def check(lease: Path | None) -> None:

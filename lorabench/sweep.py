@@ -81,7 +81,7 @@ def execute(jobs: Sequence[Job], *, executor: Executor = map, console: Console |
     for pack in packs:  # cut after its last record and before its checkpoints and its lease went
         if all(i in finished and finished[i].status != "failed" for i in pack.run_ids):
             checkpoints.remove(store.root, pack.id)
-            store.leases.holder(pack.id)
+            store.leases.tidy(pack.id)
     other = sum(record.provenance.get("code") != code_fingerprint() for record in finished.values())
     if other and settings.sweep.progress:
         console.print(
@@ -211,7 +211,7 @@ def measure_cells(settings: Settings, jobs: Sequence[Job]) -> None:
     alone = [job for job in jobs if job.run.run_id in done and job.run.trainer.strategy != "fsdp"]
     first = {cell_id(job.label): job for job in reversed(alone)}
     if first.keys() <= timed_cells(store.manifest(), done):
-        store.leases.holder("solo")  # one who died as all were measured is put out
+        store.leases.tidy("solo")  # one who died as all were measured is put out
         return
     with store.leases.wait("solo"):  # two that measure at a time would measure each other
         for name in [name for name in first if name not in timed_cells(store.manifest(), done)]:

@@ -173,8 +173,29 @@ def test_what_a_process_left_that_died_while_it_asked_goes(tmp_path: Path) -> No
     alive = tmp_path / f".p0.{'1' * 16}"
     alive.mkdir()
     (alive / ("1" * 16)).write_text(json.dumps({"host": "h", "pid": 1, "place": "out of sight", "start": "1"}))
+    empty, torn = (tmp_path / f".p0.{digit * 16}" for digit in "23")
+    empty.mkdir()
+    torn.mkdir()
+    (torn / ("3" * 16)).touch()
     lease = Leases(tmp_path).take("p0")
-    assert lease is not None and not nest.exists() and alive.exists()
+    assert lease is not None and alive.exists() and not any(path.exists() for path in (nest, empty, torn))
+    empty.mkdir()
+    Leases(tmp_path).tidy("p0")
+    assert lease.file.exists() and alive.exists() and not empty.exists()
+
+
+def test_who_is_cleaned_away_while_it_asks_begins_anew(tmp_path: Path, monkeypatch) -> None:
+    here, fill, lost = Leases(tmp_path), Leases._fill, []
+
+    def cleaned(self: Leases, nest: Path, token: str) -> None:
+        fill(self, nest, token)
+        if len(lost) < 2:
+            lost.append(nest)
+            module.shutil.rmtree(nest)
+
+    monkeypatch.setattr(Leases, "_fill", cleaned)
+    lease = here.take("p0")
+    assert lease is not None and lease.file.exists() and len(lost) == 2
 
 
 @pytest.mark.parametrize("umask", [0o000, 0o022])
