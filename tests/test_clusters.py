@@ -14,7 +14,7 @@ from contextlib import nullcontext
 
 import pytest
 
-from lorabench import checkpoints
+from lorabench import checkpoints, stopping
 from lorabench.clusters import crew, engines, job, slurm, watch
 from lorabench.clusters.engines import Death, check
 from lorabench.clusters.notice import PREEMPTED, STOPPED, TIME_LIMIT, Notice
@@ -174,6 +174,22 @@ def test_what_a_job_hears(number, training, code):
             time.sleep(0.1)
         assert notice.why("7_0", on_slurm=False) == (TIME_LIMIT if number == signal.SIGUSR2 else STOPPED)
     assert signal.getsignal(signal.SIGTERM) != own
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR2])
+def test_a_job_hears_what_is_deferred_while_a_pack_trains(number):
+    """Whoever trains ends at its next whole state, and the job knows why it ended."""
+    heard = []
+
+    def train() -> None:
+        with stopping.deferred() as stopped:
+            os.kill(os.getpid(), number)
+            time.sleep(0.1)
+            heard.append(stopped())
+
+    with Notice() as notice, pytest.raises(SystemExit, match="143"):
+        train()
+    assert heard == [True] and notice.heard == number
 
 
 @pytest.mark.parametrize(
