@@ -8,11 +8,11 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from lorabench import stopping
 from lorabench.cache import cache_root
 
 REPO = Path(__file__).resolve().parent.parent
@@ -71,7 +71,7 @@ def launch(name: str, arguments: Sequence[str], *, folder: Path, device: str) ->
         child = watch = None
         start = time.perf_counter()
         try:
-            with _sigterm_waits():
+            with stopping.put_off(signal.SIGTERM):  # inside `Popen` it would leave a child that nobody knows
                 child = subprocess.Popen(
                     command, cwd=folder, env=env, stdin=subprocess.DEVNULL, stdout=out, stderr=subprocess.STDOUT
                 )
@@ -92,19 +92,6 @@ def launch(name: str, arguments: Sequence[str], *, folder: Path, device: str) ->
         raise BenchmarkFailed(message, 2 if child.returncode == 2 else 1)
     scale = 1 if sys.platform == "darwin" else 1024
     return Finished(seconds, usage.ru_utime + usage.ru_stime, max(watched, usage.ru_maxrss * scale))
-
-
-@contextmanager
-def _sigterm_waits() -> Iterator[None]:
-    """SIGTERM comes after the block: an exception inside `Popen` would leave a child that nobody knows."""
-    came: list[int] = []
-    before = signal.signal(signal.SIGTERM, lambda number, _: came.append(number))
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGTERM, before)
-    if came:
-        signal.raise_signal(signal.SIGTERM)
 
 
 class _Watch:

@@ -8,11 +8,10 @@ import os
 import resource
 import signal
 import sys
-import threading
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
+
+from lorabench import stopping
 
 _CLEAR, _STATUS = Path("/proc/self/clear_refs"), Path("/proc/self/status")
 
@@ -57,28 +56,11 @@ class PeakMemory:
 
 def release() -> None:
     """Give freed memory back to the system, which glibc puts off: a peak is then this stretch's own."""
-    with _interrupts_put_off():
+    with stopping.put_off(signal.SIGINT):  # inside a finalizer it would be lost
         gc.collect()
     trim = getattr(ctypes.CDLL(None), "malloc_trim", None) if sys.platform == "linux" else None
     if trim is not None:
         trim(0)
-
-
-@contextmanager
-def _interrupts_put_off() -> Iterator[None]:
-    """Ctrl-C inside a finalizer would be lost: it comes when the block is done. A signal mask would not do, being this thread's
-    alone: where another thread takes the signal, Python still handles it in the main one."""
-    if threading.current_thread() is not threading.main_thread():
-        yield
-        return
-    heard: list[int] = []
-    before = signal.signal(signal.SIGINT, lambda number, frame: heard.append(number))
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGINT, before)
-        if heard:
-            signal.raise_signal(signal.SIGINT)
 
 
 def out_of_memory(error: BaseException) -> bool:

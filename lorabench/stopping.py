@@ -74,3 +74,20 @@ def deferred() -> Iterator[Callable[[], bool]]:
         signal.signal(signal.SIGTERM, before)
         if noted:
             raise SystemExit(CODE)
+
+
+@contextmanager
+def put_off(number: int) -> Iterator[None]:
+    """A signal that comes inside is heard when the block is done. A signal mask would not do, being one thread's alone: where
+    another thread takes the signal, Python still handles it in the main one; and a child inherits it."""
+    if current_thread() is not main_thread():
+        yield
+        return
+    came: list[int] = []
+    before = signal.signal(number, lambda told, _: came.append(told))
+    try:
+        yield
+    finally:
+        signal.signal(number, before)
+        if came:
+            signal.raise_signal(number)

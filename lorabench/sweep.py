@@ -214,7 +214,8 @@ def measure_cells(settings: Settings, jobs: Sequence[Job]) -> None:
         store.leases.tidy("solo")  # one who died as all were measured is put out
         return
     with store.leases.wait("solo"):  # two that measure at a time would measure each other
-        for name in [name for name in first if name not in timed_cells(store.manifest(), done)]:
+        timed = timed_cells(store.manifest(), done)
+        for name in [name for name in first if name not in timed]:
             found = measure(first[name].run, store)
             with store.locked():
                 manifest = store.manifest()
