@@ -24,12 +24,12 @@ def finished_records(store: Store, settings: Settings, runs: Sequence[RunConfig]
         if record is None or record.status in again:
             continue
         if record.status != "failed" and not settings.sweep.accept_drift:
-            _check_drift(record, run)
+            check_drift(record, run)
         done[run.run_id] = record
     return done
 
 
-def _check_drift(record: Record, run: RunConfig) -> None:
+def check_drift(record: Record, run: RunConfig) -> None:
     """Refuse to reuse a record whose data, model or own Python files are not those that are here now."""
     now = (
         ("task", "data", "data_fingerprint", prep.load_data(run.task).fingerprint),

@@ -95,6 +95,7 @@ class SweepConfig:
     )
     dry_run: bool = knob(False, help="print runs, packs, parameters and memory; write nothing")
     accept_drift: bool = knob(False, help="reuse records and checkpoints although data, model or code changed")
+    reuse: list[str] = knob([], help="directories of sweeps: runs they have trained to the end are taken from there")
     retry_failed: bool = knob(False, help="train runs again whose record says failed")
     measure_solo: bool = knob(True, help="time a few steps of each cell alone: the seconds and memory that tables show")
     progress: bool = knob(True, help="live progress on the terminal")

@@ -10,7 +10,7 @@ from typing import Any
 
 from rich.console import Console
 
-from lorabench import checkpoints, declaration, settled
+from lorabench import checkpoints, declaration, elsewhere, settled
 from lorabench import prepare as prep
 from lorabench.config import RunConfig, Settings
 from lorabench.damage import damaged
@@ -41,6 +41,7 @@ class SweepFailed(Exception):
 
 def check_all(jobs: Sequence[Job]) -> dict[str, SlicePlan]:
     """Check every listed run before anything is written. Raises `ConfigError` for the first bad one."""
+    elsewhere.opened(jobs[0].settings.sweep.reuse)
     for job in jobs:
         declaration.check_run(job)
         if (job.settings.sweep.workers or 1) > 1 and prep.device_count(job.run.trainer) > 1:
@@ -68,6 +69,8 @@ def execute(jobs: Sequence[Job], *, executor: Executor = map, console: Console |
     write_cells(store, jobs, plans, only_new=True)
     here = not isinstance(executor, Crew)  # else packs are jobs, and the machine that trains settles
     with store.locked():
+        for line in elsewhere.bring(store, [job.run for job in jobs], settings.sweep.reuse):
+            console.print(line, highlight=False, soft_wrap=True)
         if here:
             settled.settle(store, jobs[0].run)
         packs = planned_packs(store, jobs)

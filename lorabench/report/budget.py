@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
@@ -49,6 +50,8 @@ def _training(f: Findings) -> Iterator[tuple[str, str]]:
     counts = [
         f"{n} {s}" for s in ("completed", "diverged", "failed", "pruned") if (n := sum(r.status == s for r in runs))
     ]
+    sources = Counter(str(r.provenance["reused_from"]) for r in runs if r.provenance.get("reused_from"))
+    counts += [f"{n} taken from {name}" for name, n in sorted(sources.items())]
     open_runs = len(sweep.planned) - len(runs)
     yield (
         "Runs",

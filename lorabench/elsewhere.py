@@ -1,0 +1,89 @@
+"""Runs that another sweep has trained already (`sweep.reuse`): the same run_id, so the same run; its files are copied."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+from lorabench.config import RunConfig
+from lorabench.damage import damaged
+from lorabench.durable import atomic_write, sync
+from lorabench.finished import check_drift
+from lorabench.records import MANIFEST, Record, Store, dump_json
+from lorabench.schema import ConfigError, ExistingWork, writing
+
+WHOLE = ("completed", "diverged")  # a pruned run was held against rates that this sweep may not have
+
+
+def opened(sources: Sequence[str]) -> list[Store]:
+    """The sweeps at these paths. Raises `ConfigError` for one that is no sweep's directory."""
+    for path in sources:
+        if not (Path(path) / MANIFEST).is_file():
+            raise ConfigError("sweep.reuse", path, f"directories of sweeps; there is no {MANIFEST} in this one")
+        Store(path).check_foreign()
+    return [Store(path) for path in sources]
+
+
+def bring(store: Store, runs: Sequence[RunConfig], sources: Sequence[str]) -> Iterator[str]:
+    """Copy into `store` the runs it has not begun and that a source has trained to the end; yields a line a source.
+
+    One made on another device or precision than this sweep's is left, as one made of data, base or Python files that are not here. To be called under `Store.locked`, before the sweep settles.
+    """
+    here = dict(store.manifest().get("settled") or {}) if store.run_ids() else {}
+    for other in opened(sources):
+        new = {run.run_id: run for run in runs if not store.run_dir(run.run_id).exists()}
+        torn, taken, left = damaged(other, new), 0, 0
+        for record in map(other.read, sorted(new.keys() - torn.keys())):
+            if record is None or record.status not in WHOLE:
+                continue
+            if _alike(record, here, new[record.run_id]):
+                taken += _copy(other, store, record)
+            else:
+                left += 1
+        why = f"; {left} of other data, base, device or precision than this sweep's are not" if left else ""
+        if taken or left:
+            yield f"{store.root}: {taken} runs taken from {other.root}{why}"
+
+
+def _alike(record: Record, here: dict[str, str], run: RunConfig) -> bool:
+    """Was it made as this sweep's are? The first run says how, where none is there. `here`: {"device": "cpu", ...}."""
+    try:
+        check_drift(record, run)
+    except ExistingWork:
+        return False
+    automatic = record.config.get("trainer", {}).get("precision") == "auto"  # else the precision is part of the run_id
+    for name in ("device", "precision") if automatic else ("device",):
+        if (value := str(record.provenance.get(name))) != here.setdefault(name, value):
+            return False
+    return True
+
+
+def _copy(other: Store, store: Store, record: Record) -> bool:
+    """All of a run or nothing of it; False where another launcher has begun it just now."""
+    target = store.run_dir(record.run_id)
+    made = target.with_name(f".{record.run_id}.reuse")
+    with writing(target):
+        target.parent.mkdir(parents=True, exist_ok=True)
+        shutil.rmtree(made, ignore_errors=True)  # of a process that was killed here
+        shutil.copytree(other.run_dir(record.run_id), made, ignore=_skipped)
+        data = json.loads((made / "run.json").read_text(encoding="utf-8"))
+        data["provenance"]["reused_from"] = other.root.name
+        atomic_write(made / "run.json", dump_json(data))
+        for path in (*made.rglob("*"), made):
+            sync(path)
+        try:
+            made.rename(target)
+        except OSError:
+            if not target.exists():
+                raise
+            shutil.rmtree(made)
+            return False
+        sync(target.parent)
+    return True
+
+
+def _skipped(folder: str, names: list[str]) -> list[str]:
+    """What is not copied: symbolic links, which would lead elsewhere, and what a kill left half-written."""
+    return [n for n in names if (Path(folder) / n).is_symlink() or n.endswith(".tmp")]

@@ -1,0 +1,136 @@
+"""`sweep.reuse`: what another sweep has trained is taken from there, and the records are those of a sweep that trained all."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from lorabench import prepare as prep
+from lorabench.records import Store
+from lorabench.report.budget import budget
+from lorabench.report.findings import find
+from lorabench.report.load import load
+from tiny import make_base, make_data
+
+Cli = Callable[..., tuple[int, str]]
+
+
+@pytest.fixture(scope="module")
+def places(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
+    root = tmp_path_factory.mktemp("tiny")
+    return make_base(root / "bert", "bert"), make_data(root / "data.csv", rows=60)
+
+
+@pytest.fixture
+def sweep(cli: Cli, places: tuple[Path, Path]) -> Cli:
+    def run(name: str, *argv: str) -> tuple[int, str]:
+        return cli(
+            "-m", "model=hf", f"model.source={places[0]}", "model.name=tiny", "task=text_file", f"task.file={places[1]}",
+            "task.max_length=32", "trainer.max_steps=2", "trainer.batch_size=4", f"sweep.name={name}",
+            "sweep.measure_solo=false", "report.enabled=false", *argv,
+        )  # fmt: skip
+
+    return run
+
+
+PHASES = ("optimizer.lr=1e-3,2e-3", "sweep.confirm_seeds=[100,101]")
+
+
+def results(name: str) -> dict[str, tuple[object, ...]]:
+    """By run_id: what a run found out, to the last bit."""
+    store = Store(f"sweeps/{name}")
+    tests = {i: store.arrays(i, "test") or {} for i in store.run_ids()}
+    arrays = {i: {k: v.tobytes() for k, v in found.items()} for i, found in tests.items()}
+    return {r.run_id: (r.status, r.metrics, store.history(r.run_id), arrays[r.run_id]) for r in store.records()}
+
+
+def taken(name: str) -> dict[str, str]:
+    return {
+        r.run_id: r.provenance["reused_from"]
+        for r in Store(f"sweeps/{name}").records()
+        if "reused_from" in r.provenance
+    }
+
+
+def test_what_another_sweep_trained_is_not_trained_again(sweep: Cli) -> None:
+    assert sweep("first", "method.r=2,4", *PHASES)[0] == 0
+    code, said = sweep("second", "method.r=2,8", *PHASES, "sweep.reuse=[sweeps/first]")
+    assert code == 0
+    assert "2 runs taken from sweeps/first" in said
+    assert sweep("alone", "method.r=2,8", *PHASES)[0] == 0
+    assert results("second") == results("alone")
+    assert len(taken("second")) == 4
+    assert set(taken("second").values()) == {"first"}
+    assert {Store("sweeps/second").read(i).config["method"]["r"] for i in taken("second")} == {2}  # type: ignore[union-attr]
+    adapter = f"runs/{min(taken('second'))}/adapter/adapter_model.safetensors"
+    assert Path("sweeps/second", adapter).read_bytes() == Path("sweeps/first", adapter).read_bytes()
+    assert ", 4 taken from first" in dict(budget(find(load("sweeps/second"))))["Runs"]
+    before = results("second")
+    code, said = sweep("second", "method.r=2,8", *PHASES, "sweep.reuse=[sweeps/first]")
+    assert (code, results("second")) == (0, before)
+    assert "taken" not in said
+
+
+def test_runs_made_under_other_conditions_are_left(sweep: Cli, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(prep, "fast_bf16", lambda device: True)
+    assert sweep("bf16", "method.r=2")[0] == 0
+    monkeypatch.setattr(prep, "fast_bf16", lambda device: False)
+    assert sweep("mixed", "method.r=4")[0] == 0
+    code, said = sweep("mixed", "method.r=2,4", "sweep.reuse=[sweeps/bf16]")
+    assert code == 0
+    assert "0 runs taken from sweeps/bf16; 1 of other data, base, device or precision" in said
+    assert {r.provenance["precision"] for r in Store("sweeps/mixed").records()} == {"32"}
+    assert sweep("all", "method.r=2,4", "sweep.reuse=[sweeps/bf16]")[0] == 0  # a new sweep goes on as it began
+    assert {r.provenance["precision"] for r in Store("sweeps/all").records()} == {"bf16"}
+
+
+def test_torn_and_pruned_runs_train_here(sweep: Cli) -> None:
+    assert sweep("first", "method.r=2,4")[0] == 0
+    store = Store("sweeps/first")
+    torn, pruned = store.run_ids()
+    (store.run_dir(torn) / "history.jsonl").write_text("{")
+    record = store.read(pruned)
+    assert record is not None
+    record.status = "pruned"
+    store.write(record)
+    assert sweep("second", "method.r=2,4", "sweep.reuse=[sweeps/first]")[0] == 0
+    assert not taken("second")
+    assert {r.status for r in Store("sweeps/second").records()} == {"completed"}
+
+
+def test_a_copy_that_was_cut_is_made_again(sweep: Cli) -> None:
+    assert sweep("first", "method.r=2")[0] == 0
+    (run_id,) = Store("sweeps/first").run_ids()
+    cut = Path(f"sweeps/second/runs/.{run_id}.reuse")
+    cut.mkdir(parents=True)
+    (cut / "history.jsonl").write_text('{"step": 1')
+    (Path("sweeps/first/runs") / run_id / "link").symlink_to("/etc/passwd")
+    assert sweep("second", "method.r=2", "sweep.reuse=[sweeps/first]")[0] == 0
+    assert taken("second")
+    assert not cut.exists()
+    assert results("second") == results("first")
+    assert not (Path("sweeps/second/runs") / run_id / "link").exists()
+
+
+def test_what_was_trained_on_other_data_trains_here(sweep: Cli) -> None:
+    assert sweep("first", "method.r=2")[0] == 0
+    (path,) = Path("sweeps/first/runs").glob("*/run.json")
+    data = json.loads(path.read_text())
+    data["provenance"]["data_fingerprint"] = "another"
+    path.write_text(json.dumps(data))
+    code, said = sweep("second", "method.r=2", "sweep.reuse=[sweeps/first]")
+    assert code == 0
+    assert "0 runs taken from sweeps/first; 1 of other data" in said
+    assert not taken("second")
+
+
+@pytest.mark.parametrize("path", ["sweeps/none", "."])
+def test_what_is_no_sweep_is_refused_and_nothing_is_written(sweep: Cli, path: str) -> None:
+    code, said = sweep("second", "method.r=2", f"sweep.reuse=[{path}]")
+    assert code == 2
+    assert "sweep.reuse" in said
+    assert path in said
+    assert not Path("sweeps/second").exists()
