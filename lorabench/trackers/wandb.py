@@ -29,7 +29,7 @@ from lorabench.trackers.wandb_api import api_key
 from lorabench.trackers.wandb_runs import environment
 
 SHARE, MOST = 0.02, 60.0  # of a sweep's time that its end may wait for W&B, and seconds at most
-PATIENCE = 10.0  # seconds that it may wait where the server is fast enough to have everything by then
+PATIENCE, LONGER = 10.0, 2.5  # seconds, or times that share, where the server is fast enough to have everything by then
 STOPPED = 2.0  # likewise, for a sweep that was told to stop
 SAID = 1.0  # seconds after which a wait is announced
 GRACE = 5.0  # more seconds for the mirror's process to end by itself
@@ -107,8 +107,9 @@ class WandbTracker:
         """Wait for what is still to be sent, a little; then end the process and say what is not at W&B."""
         atexit.unregister(self.leave)
         hurry = self.stopped or stopping.asked()
-        wait = min(STOPPED if hurry else MOST, SHARE * (time.monotonic() - self.began))
-        most = STOPPED if hurry else max(wait, PATIENCE)
+        share = SHARE * (time.monotonic() - self.began)
+        wait = min(STOPPED if hurry else MOST, share)
+        most = STOPPED if hurry else max(PATIENCE, min(MOST, LONGER * share))
         self._send(do="close", wait=wait, most=most)
         why = "the mirror's process died"
         try:
