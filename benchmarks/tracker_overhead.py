@@ -1,12 +1,14 @@
-"""What does mirroring to W&B add to a sweep's makespan? `tracker=wandb` beside `tracker=none`, on many tiny runs.
+"""What does mirroring to W&B add to a sweep's makespan, and what does a bad server? On many tiny runs.
 
-    python benchmarks/tracker_overhead.py --json result.json               100 runs, 5 repeats
+    python benchmarks/tracker_overhead.py --json result.json               none, offline, online: 100 runs, 5 repeats
+    python benchmarks/tracker_overhead.py --arms none online slow down refusing absent
     python benchmarks/tracker_overhead.py --runs 8 --repeats 1             does it work here?
 
 Makespan: wall seconds of `python -m lorabench -m ...`, start-up, report and the wait for W&B at the end in it. Offline
 writes W&B's files; online sends to a stand-in server on the loopback device (`tests/wandb_server.py`), which runs in this
-process and so takes its share of the same CPU. Arms take turns, in another order each repeat; a ratio compares arms of one
-repeat. Nothing leaves the machine. Run it where nothing else runs.
+process and so takes its share of the same CPU. Bad servers: slow answers each request `--delay` seconds later, down refuses
+connections, refusing answers HTTP 500, absent takes connections and never answers. Arms take turns, in another order each
+repeat; a ratio compares arms of one repeat. Nothing leaves the machine. Run it where nothing else runs.
 """
 
 from __future__ import annotations
@@ -19,7 +21,8 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -27,9 +30,20 @@ from typing import Any
 REPO = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(REPO / "tests"), str(REPO)]
 
-ARMS = ("none", "offline", "online")
-TARGET = 1.10  # the ratio that is aimed at, at most
+BAD = ("slow", "down", "refusing", "absent")
+ARMS = ("none", "offline", "online", *BAD)
+BESIDE = ("none", "online")  # what the others are compared with
+TARGET, BAD_TARGET = 1.10, 1.05  # the ratios that are aimed at, at most; the second for bad servers
 RATES = 25  # runs of a rank
+SETTLE = 2.0  # seconds between arms: W&B's own process outlives its parent by a moment
+
+
+def ranks(runs: int) -> int:
+    """How many ranks the grid of so many runs has. Raises `ValueError` for a number that makes no grid."""
+    found = -(-runs // RATES)
+    if runs % found:
+        raise ValueError(f"--runs {runs}: a multiple of {found}")
+    return found
 
 
 def settings(folder: Path, runs: int, steps: int) -> list[str]:
@@ -37,28 +51,45 @@ def settings(folder: Path, runs: int, steps: int) -> list[str]:
     from tiny import make_base, make_data
 
     base, data = make_base(folder / "base", "bert"), make_data(folder / "data.csv")
-    ranks = -(-runs // RATES)
-    if runs % ranks:
-        raise ValueError(f"--runs {runs}: a multiple of {ranks}")
-    rates = [f"{1e-4 * 1.2**k:.6g}" for k in range(runs // ranks)]
+    wide = ranks(runs)
+    rates = [f"{1e-4 * 1.2**k:.6g}" for k in range(runs // wide)]
     return [
-        "-m", f"method.r={','.join(str(2**k) for k in range(ranks))}", f"optimizer.lr={','.join(rates)}", "model=hf",
+        "-m", f"method.r={','.join(str(2**k) for k in range(wide))}", f"optimizer.lr={','.join(rates)}", "model=hf",
         f"model.source={base}", "model.name=tiny", "task=text_file", f"task.file={data}", "task.max_length=32",
         f"trainer.max_steps={steps}", "trainer.batch_size=4", "sweep.measure_solo=false", "sweep.progress=false",
     ]  # fmt: skip
 
 
-def run(arm: str, overrides: Sequence[str], folder: Path, server: Any) -> dict[str, Any]:
+@contextmanager
+def served(arm: str, server: Any, delay: float) -> Iterator[str]:
+    """The address of this arm's server, which is as the arm says."""
+    from wandb_server import silence
+
+    server.reset()
+    server.delay, server.refuse = delay if arm == "slow" else 0.0, 500 if arm == "refusing" else 0
+    if arm == "down":
+        server.stop()
+    try:
+        with silence() as absent:
+            yield absent if arm == "absent" else server.url
+    finally:
+        server.start()
+        time.sleep(SETTLE)
+        while server.asked:
+            time.sleep(0.1)
+
+
+def run(arm: str, overrides: Sequence[str], folder: Path, server: Any, url: str) -> dict[str, Any]:
     """One sweep in a folder of its own: seconds, CPU seconds of it and its children, and what was mirrored."""
     from wandb_server import KEY
 
     folder.mkdir(parents=True)
-    server.reset()
-    online = {"WANDB_API_KEY": KEY} if arm == "online" else {}
+    online = {} if arm in ("none", "offline") else {"WANDB_API_KEY": KEY}
     env = {k: v for k, v in os.environ.items() if not k.startswith("WANDB")} | online | {
-        "WANDB_BASE_URL": server.url, "NETRC": str(folder / "none"), "PYTHONPATH": str(REPO), "LORABENCH_CACHE": str(folder / "cache"),
+        "WANDB_BASE_URL": url, "NETRC": str(folder / "none"), "PYTHONPATH": str(REPO), "LORABENCH_CACHE": str(folder / "cache"),
     }  # fmt: skip
-    tracker = ["tracker=none"] if arm == "none" else ["tracker=wandb", f"tracker.mode={arm}"]
+    mode = f"tracker.mode={'online' if online else 'offline'}"
+    tracker = ["tracker=none"] if arm == "none" else ["tracker=wandb", mode]
     before, start = resource.getrusage(resource.RUSAGE_CHILDREN), time.perf_counter()
     done = subprocess.run(
         [sys.executable, "-m", "lorabench", *overrides, *tracker, "sweep.name=s"],
@@ -81,56 +112,82 @@ def mirrored(arm: str, folder: Path, server: Any) -> dict[str, int]:
     if arm == "offline":
         return {"runs": len(ids), "mirrored": len(list(store.root.glob("runs/*/wandb/offline-run-*/*.wandb")))}
     whole = 0
-    for run_id in ids if arm == "online" else ():
+    for run_id in () if arm == "none" else ids:
         found = server.runs.get(f"me/lorabench/{wandb_id('s', run_id)}")
         whole += found is not None and found.steps == [s for s, _ in steps(store.history(run_id))]
     return {"runs": len(ids), "mirrored": whole}
 
 
-def ratios(repeats: Sequence[Mapping[str, Mapping[str, Any]]]) -> dict[str, dict[str, float]]:
-    """Makespan over that of `none` in the same repeat: median, least, most."""
-    out = {}
-    for arm in ARMS[1:]:
-        found = [r[arm]["seconds"] / r["none"]["seconds"] for r in repeats]
-        out[arm] = {"median": median(found), "least": min(found), "most": max(found)}
+def ratios(
+    repeats: Sequence[Mapping[str, Mapping[str, Any]]], arms: Sequence[str]
+) -> dict[str, dict[str, dict[str, float]]]:
+    """By what they are compared with, each arm's makespan over that one's in the same repeat: median, least, most."""
+    out: dict[str, dict[str, dict[str, float]]] = {}
+    for beside in (b for b in BESIDE if b in arms):
+        out[beside] = {}
+        for arm in (a for a in arms if a != beside and (a in BAD or beside == "none")):
+            found = [r[arm]["seconds"] / r[beside]["seconds"] for r in repeats]
+            out[beside][arm] = {"median": median(found), "least": min(found), "most": max(found)}
     return out
+
+
+def target(arm: str) -> float:
+    return BAD_TARGET if arm in BAD else TARGET
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Exit code 0; 1 where a median ratio is above the target; 2 for bad input."""
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    p.add_argument(
+        "--arms", nargs="+", choices=ARMS, default=["none", "offline", "online"], metavar="ARM", help=", ".join(ARMS)
+    )
     p.add_argument("--runs", type=int, default=100)
     p.add_argument("--steps", type=int, default=60, help="optimizer steps a run")
     p.add_argument("--repeats", type=int, default=5)
+    p.add_argument("--delay", type=float, default=1.0, help="seconds before each answer of the slow server")
     p.add_argument("--json", type=Path, metavar="FILE", help="write the result there")
     args = p.parse_args(argv)
-    if min(args.runs, args.steps, args.repeats) < 1:
-        print("error: --runs, --steps and --repeats: at least 1", file=sys.stderr)
+    arms = [a for a in ARMS if a in args.arms]
+    try:
+        if min(args.runs, args.steps, args.repeats) < 1 or args.delay < 0:
+            raise ValueError("--runs, --steps and --repeats: at least 1; --delay: at least 0")
+        if len(arms) < 2 or not set(arms) & set(BESIDE):
+            raise ValueError(f"--arms {' '.join(args.arms)}: at least two, one of them {' or '.join(BESIDE)}")
+        ranks(args.runs)
+    except ValueError as e:
+        print(f"error: {e}", file=sys.stderr)
         return 2
+    repeats = measure(arms, args)
+    found = ratios(repeats, arms)
+    for beside, of in found.items():
+        for arm, r in of.items():
+            whole = min(x[arm]["mirrored"] for x in repeats)
+            print(f"{arm}: {r['median']:.3f} of {beside} ({r['least']:.3f} to {r['most']:.3f}, {args.repeats} repeats; "
+                  f"at most {target(arm):.2f} wanted); at least {whole} of {args.runs} runs mirrored in full")  # fmt: skip
+    if args.json:
+        result = {
+            "runs": args.runs, "steps": args.steps, "delay": args.delay, "targets": {a: target(a) for a in arms},
+            "ratios": found, "repeats": repeats, "cpus": os.cpu_count(), "load": os.getloadavg(),
+        }  # fmt: skip
+        args.json.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+    return int(any(r["median"] > target(arm) for of in found.values() for arm, r in of.items()))
+
+
+def measure(arms: Sequence[str], args: argparse.Namespace) -> list[dict[str, dict[str, Any]]]:
+    """By repeat, what `run` says of each arm."""
     from wandb_server import WandbServer
 
+    repeats: list[dict[str, dict[str, Any]]] = []
     with tempfile.TemporaryDirectory() as made, WandbServer() as server:
-        try:
-            overrides = settings(Path(made), args.runs, args.steps)
-        except ValueError as e:
-            print(f"error: {e}", file=sys.stderr)
-            return 2
-        repeats = []
+        overrides = settings(Path(made), args.runs, args.steps)
         for k in range(args.repeats):
-            turn = ARMS[k % 3 :] + ARMS[: k % 3]
-            repeats.append({arm: run(arm, overrides, Path(made, f"{k}-{arm}"), server) for arm in turn})
-            print(f"repeat {k}: " + ", ".join(f"{a} {repeats[-1][a]['seconds']:.1f} s" for a in ARMS), file=sys.stderr)
-    result = {
-        "runs": args.runs, "steps": args.steps, "target": TARGET, "ratios": ratios(repeats), "repeats": repeats,
-        "cpus": os.cpu_count(), "load": os.getloadavg(),
-    }  # fmt: skip
-    for arm, r in result["ratios"].items():  # type: ignore[attr-defined]
-        whole = min(x[arm]["mirrored"] for x in repeats)
-        print(f"wandb {arm}: {r['median']:.3f} of tracker=none ({r['least']:.3f} to {r['most']:.3f}, {args.repeats} repeats); "
-              f"at least {whole} of {args.runs} runs mirrored in full")  # fmt: skip
-    if args.json:
-        args.json.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
-    return int(any(r["median"] > TARGET for r in result["ratios"].values()))  # type: ignore[attr-defined]
+            first = k % len(arms)
+            repeats.append({})
+            for arm in [*arms[first:], *arms[:first]]:
+                with served(arm, server, args.delay) as url:
+                    repeats[-1][arm] = run(arm, overrides, Path(made, f"{k}-{arm}"), server, url)
+            print(f"repeat {k}: " + ", ".join(f"{a} {repeats[-1][a]['seconds']:.1f} s" for a in arms), file=sys.stderr)
+    return repeats
 
 
 if __name__ == "__main__":

@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import json
+import math
 import os
+import queue
+import re
 import shutil
 import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -19,11 +23,12 @@ from lorabench.records import Record, Store
 from lorabench.settings import TrackerConfig
 from lorabench.trackers import make_tracker
 from lorabench.trackers import wandb as parent
+from lorabench.trackers import wandb_ending as ending
 from lorabench.trackers import wandb_report as report
 from lorabench.trackers import wandb_runs as wb
 from lorabench.trackers.wandb_api import Away, Server, api_key
 from lorabench.trackers.wandb_mirror import Follower
-from wandb_server import KEY, Bucket, WandbServer
+from wandb_server import KEY, Bucket, WandbServer, silence
 
 RUNS = ("0123456789ab", "ba9876543210", "aaaabbbbcccc")
 CONFIG: dict[str, Any] = {
@@ -100,13 +105,21 @@ def turns(follower: Follower, until: Callable[[], bool]) -> None:
     raise AssertionError((follower.why, follower.live))
 
 
+def until(it_is_so: Callable[[], bool]) -> None:
+    for _ in range(900):
+        if it_is_so():
+            return
+        time.sleep(0.1)
+    raise AssertionError("not within 90 s")
+
+
 def bucket(server: WandbServer, run_id: str, sweep: str = "my sweep") -> Bucket:
     return server.runs[f"me/lorabench/{wb.wandb_id(sweep, run_id)}"]
 
 
-def arrived(server: WandbServer, run_id: str, rows: list[dict[str, Any]] = ROWS) -> Bucket:
+def arrived(server: WandbServer, run_id: str, rows: list[dict[str, Any]] = ROWS, sweep: str = "my sweep") -> Bucket:
     """The run, after checking that its history is the records': no gap, nothing twice, no line written over."""
-    run, want = bucket(server, run_id), wb.steps(rows)
+    run, want = bucket(server, run_id, sweep), wb.steps(rows)
     assert run.steps == [step for step, _ in want] and not run.faults
     for step, values in want:
         row = next(r for r in run.history if r["_step"] == step)
@@ -285,8 +298,8 @@ def test_an_adapter_is_an_artifact_if_asked(server: WandbServer, store: Store) -
 # -- the whole tracker, with its process -------------------------------------------------------------------------------------
 
 
-def track(store: Store, *runs: str, **settings: Any) -> Any:
-    tracker = make_tracker(TrackerConfig(name="wandb", **settings), sweep="my sweep", sweep_dir=store.root)
+def track(store: Store, *runs: str, sweep: str = "my sweep", **settings: Any) -> Any:
+    tracker = make_tracker(TrackerConfig(name="wandb", **settings), sweep=sweep, sweep_dir=store.root)
     assert tracker is not None
     for run_id in runs:
         tracker.start(run_id, CONFIG, method="lora", tags=["minilm"])
@@ -300,13 +313,20 @@ def track(store: Store, *runs: str, **settings: Any) -> Any:
     return tracker
 
 
-def leave(tracker: Any, patience: float = 90.0) -> None:
-    """As at the end of a sweep and of its process, with time enough for a machine that does other things, too."""
-    with pytest.MonkeyPatch.context() as m:
-        m.setattr(parent, "PATIENCE", patience)
-        m.setattr(parent, "STOPPED", patience)
+def leave(tracker: Any) -> None:
+    """As at the end of a sweep and of its process."""
+    with patient():
         tracker.close()
         tracker.tracker.leave()
+
+
+@contextmanager
+def patient() -> Iterator[None]:
+    """An end has time enough for a machine that does other things, too, and does not announce that it waits."""
+    with pytest.MonkeyPatch.context() as m:
+        for name, value in {"MOST": 90.0, "STOPPED": 90.0, "SHARE": math.inf, "SAID": math.inf}.items():
+            m.setattr(parent, name, value)
+        yield
 
 
 def test_the_tracker_sends_and_no_key_is_left_anywhere(
@@ -328,18 +348,100 @@ def test_the_tracker_sends_and_no_key_is_left_anywhere(
     assert len(files) > 10 and not [p for p in files if KEY.encode() in p.read_bytes()]
 
 
-def test_a_hanging_server_does_not_hold_a_sweep(
-    server: WandbServer, store: Store, capsys: pytest.CaptureFixture[str]
+@pytest.mark.parametrize("kind", ["down", "refusing", "slow", "absent"])
+def test_a_bad_server_is_not_waited_for_and_a_sync_sends_the_rest(
+    kind: str, server: WandbServer, store: Store, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """Every call returns although no answer ever comes; at the end the process is given up."""
-    server.delay = 3600.0
-    tracker = track(store, *RUNS)
-    process = tracker.tracker.process
-    leave(tracker, patience=0.1)
+    """Ten minutes would be there, in which a slow server takes everything: that anything is left shows that none waited."""
+    monkeypatch.setattr(parent, "PATIENCE", 600.0)
+    monkeypatch.setattr(parent, "SHARE", 0.0)
+    with ExitStack() as stack:
+        if kind == "down":
+            server.stop()
+        elif kind == "refusing":
+            server.refuse = 500
+        elif kind == "slow":
+            server.delay = 1.0
+        else:
+            monkeypatch.setenv("WANDB_BASE_URL", stack.enter_context(silence()))
+        tracker = track(store, *RUNS, sweep=store.root.name)
+        process = tracker.tracker.process
+        until(lambda: kind != "slow" or bool(server.runs))  # the first of its runs is begun
+        tracker.close()
+        tracker.tracker.leave()
     assert process.poll() is not None
-    said = capsys.readouterr().err
-    assert said.count("tracker wandb:") == 1 and f"python -m lorabench.sync {store.root}" in said
-    assert len(store.records()) == 3 and not server.runs
+    *before, last = [line for line in capsys.readouterr().err.splitlines() if "waiting for W&B" not in line]
+    assert len(before) <= 1 and all("tried again" in line for line in before)
+    assert re.search(r"not at W&B: (\w{12}(, )?){3} \(http://127\.0\.0\.1:", last)  # every run by name, and why
+    why = {"down": "Connection refused", "refusing": "HTTP 500", "slow": "does not answer", "absent": "does not answer"}
+    assert why[kind] in last and f"python -m lorabench.sync {store.root} sends what is missing" in last
+    assert [r.status for r in store.records()] == ["completed"] * 3
+    server.start()
+    until(lambda: not (server.asked or wandb_core(process.pid)))  # what was under way is over
+    server.delay, server.refuse = 0.0, 0
+    monkeypatch.setenv("WANDB_BASE_URL", server.url)
+    assert sync.main([str(store.root)]) == 0
+    for run_id in RUNS:
+        assert arrived(server, run_id, sweep=store.root.name).summary["status"] == "completed"
+    capsys.readouterr()
+    assert sync.main([str(store.root)]) == 0
+    assert "3 of 3 ended runs are there; 0 history rows to send" in capsys.readouterr().out
+
+
+def test_a_wait_that_is_broken_off_ends_the_mirrors_process(
+    server: WandbServer, store: Store, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def ctrl_c(tracker: Any, wait: float) -> bool:
+        raise KeyboardInterrupt
+
+    server.delay = 3600.0
+    tracker = track(store, RUNS[0])
+    monkeypatch.setattr(parent.WandbTracker, "_ended", ctrl_c)
+    tracker.tracker.leave()
+    assert tracker.tracker.process.poll() is not None
+    assert "the wait was broken off" in capsys.readouterr().err
+
+
+def wandb_core(parent: int) -> bool:
+    """Whether the process that W&B's client began for this parent is there; False where that cannot be told."""
+    for path in Path("/proc").glob("[0-9]*/cmdline"):
+        with suppress(OSError):
+            if b"--pid\0%d\0" % parent in path.read_bytes():
+                return True
+    return False
+
+
+def test_how_long_an_end_waits_is_the_servers_pace(
+    server: WandbServer, store: Store, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked = Server(server.url, KEY, "p", None)
+    monkeypatch.setattr(ending, "PROMPT", 30.0)
+    assert ending.late(asked, 30.0) == ""
+    server.refuse = 401
+    assert "the key is refused" in ending.late(asked, 30.0)
+    server.refuse, server.delay = 0, 0.5
+    monkeypatch.setattr(ending, "PROMPT", 2.0)
+    assert "to answer, too long" in ending.late(asked, 0.0)
+    limits: list[float] = []
+    monkeypatch.setattr(ending, "late", lambda server, limit: limits.append(limit) or "too long")
+    monkeypatch.setattr(ending, "PROMPT", 1e9)
+    for runs in (RUNS[:1], RUNS):
+        assert ending.outlast(follow(to(server, store), *runs), 0.0, 900.0) == "too long"
+    alone, three = limits
+    assert three < alone / 2 and alone < 900.0
+
+
+def test_runs_that_nobody_had_time_for_are_named_too(
+    store: Store, server: WandbServer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The follower hangs in a question: what stands in the queue has not been heard, and is not at W&B."""
+    said: dict[str, Any] = {}
+    monkeypatch.setattr(ending.os, "_exit", lambda code: None)
+    heard: queue.Queue[Any] = queue.Queue()
+    for run_id in RUNS[1:]:
+        heard.put({"do": "start", "run": run_id, "config": CONFIG, "method": "lora", "tags": []})
+    ending.Ending(follow(to(server, store), RUNS[0]), heard, lambda **words: said.update(words))("too slow")
+    assert said == {"left": list(RUNS), "why": "too slow"}
 
 
 def test_phases_of_a_sweep_share_one_process(server: WandbServer, store: Store) -> None:
@@ -410,9 +512,10 @@ def sweep(cli: Callable[..., tuple[int, str]], tmp_path: Path) -> Callable[..., 
             "model.name=tiny", "task=text_file", f"task.file={data}", "task.max_length=32", "trainer.max_steps=6",
             "trainer.batch_size=4", "trainer.precision=64", "trainer.accelerator=cpu", *more,
         )  # fmt: skip
-        for tracker in _running.values():
-            if tracker.process.poll() is None:
-                tracker.leave()
+        with patient():
+            for tracker in _running.values():
+                if tracker.process.poll() is None:
+                    tracker.leave()
         assert code == 0, out
         return out
 

@@ -12,7 +12,8 @@ import threading
 import time
 import zlib
 from collections import Counter
-from contextlib import suppress
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
@@ -49,6 +50,15 @@ class Bucket:
         return {row["_step"]: row[key] for row in self.history if key in row}
 
 
+@contextmanager
+def silence() -> Iterator[str]:
+    """The address of a host that takes connections and never answers."""
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        s.listen(1000)
+        yield f"http://127.0.0.1:{s.getsockname()[1]}"
+
+
 class WandbServer:
     """Use as a context, or `start` and `stop`. `delay`: seconds before each answer; `refuse`: an HTTP status for all."""
 
@@ -57,6 +67,8 @@ class WandbServer:
             s.bind(("127.0.0.1", 0))
             self.port = s.getsockname()[1]
         self.httpd: ThreadingHTTPServer | None = None
+        self.lock = threading.Lock()
+        self.asked = 0  # connections that are open
         self.reset()
 
     def reset(self) -> None:
@@ -67,7 +79,6 @@ class WandbServer:
         self.keys: set[str] = set()
         self.delay, self.refuse = 0.0, 0
         self.refuse_streams = False
-        self.lock = threading.Lock()
 
     @property
     def url(self) -> str:
@@ -242,6 +253,15 @@ class _Handler(BaseHTTPRequestHandler):
     owner: WandbServer
 
     def log_message(self, *args: Any) -> None: ...
+
+    def handle(self) -> None:
+        with self.owner.lock:
+            self.owner.asked += 1
+        try:
+            super().handle()
+        finally:
+            with self.owner.lock:
+                self.owner.asked -= 1
 
     def _body(self) -> bytes:
         raw = self.rfile.read(int(self.headers.get("Content-Length") or 0))

@@ -28,8 +28,11 @@ from lorabench.trackers.contract import Row
 from lorabench.trackers.wandb_api import api_key
 from lorabench.trackers.wandb_runs import environment
 
-PATIENCE, SHARE = 10.0, 0.05  # seconds to wait for W&B at the end of a sweep, or this share of its time if that is more
-STOPPED = 2.0  # seconds, for a sweep that was told to stop
+SHARE, MOST = 0.02, 60.0  # of a sweep's time that its end may wait for W&B, and seconds at most
+PATIENCE, LONGER = 10.0, 2.5  # seconds, or times that share, where the server is fast enough to have everything by then
+STOPPED = 2.0  # likewise, for a sweep that was told to stop
+SAID = 1.0  # seconds after which a wait is announced
+GRACE = 5.0  # more seconds for the mirror's process to end by itself
 TARGET = ".wandb/target.json"  # in the sweep's directory: the project it went to, for `lorabench.sync`
 MESSAGES = 100_000  # that may wait for the mirror's process; a message starts or ends a run
 
@@ -103,15 +106,24 @@ class WandbTracker:
     def leave(self) -> None:
         """Wait for what is still to be sent, a little; then end the process and say what is not at W&B."""
         atexit.unregister(self.leave)
-        wait = STOPPED if self.stopped or stopping.asked() else max(PATIENCE, SHARE * (time.monotonic() - self.began))
-        self._send(do="close", wait=wait)
+        hurry = self.stopped or stopping.asked()
+        share = SHARE * (time.monotonic() - self.began)
+        wait = min(STOPPED if hurry else MOST, share)
+        most = STOPPED if hurry else max(PATIENCE, min(MOST, LONGER * share))
+        self._send(do="close", wait=wait, most=most)
+        why = "the mirror's process died"
         try:
-            self.process.wait(wait + 1.0)
-            why = "the mirror's process died"
-        except subprocess.TimeoutExpired:
+            if not self._ended(min(SAID, most)):
+                print(f"tracker wandb: waiting for W&B, {most:.0f} s at most", file=sys.stderr)
+                if not self._ended(most + GRACE):
+                    why = f"not done {most + GRACE:.0f} s after the end"
+        except (KeyboardInterrupt, SystemExit):
+            why = "the wait was broken off"
+            if multiprocessing.parent_process() is not None:  # else this is the end anyway
+                raise
+        finally:
             self.process.kill()
             self.process.wait()
-            why = f"not done {wait:.0f} s after the end"
         self.outbox.put_nowait("")
         for thread in self.threads:
             thread.join(1.0)
@@ -123,6 +135,13 @@ class WandbTracker:
                 f"tracker wandb: not at W&B: {who} ({result['why']}); the records are complete; {again}",
                 file=sys.stderr,
             )
+
+    def _ended(self, wait: float) -> bool:
+        try:
+            self.process.wait(wait)
+        except subprocess.TimeoutExpired:
+            return False
+        return True
 
     def _send(self, **message: Any) -> None:
         self.outbox.put_nowait(json.dumps(message, default=str) + "\n")

@@ -16,12 +16,13 @@ import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, TextIO
+from typing import Any
 
 from lorabench.records import Record, Store
 from lorabench.trackers import wandb_report
 from lorabench.trackers import wandb_runs as wb
 from lorabench.trackers.wandb_api import Away, Server, api_key, base_url
+from lorabench.trackers.wandb_ending import Ending
 
 LOOK = 0.5  # seconds between looks at the histories of live runs
 PAUSES = (1.0, 2.0, 5.0, 10.0, 30.0)  # after a server's first, second, ... silence in a row
@@ -96,6 +97,11 @@ class Follower:
     def idle(self) -> bool:
         return not self.live and self.report is None
 
+    @property
+    def left(self) -> list[str]:
+        """What is not at W&B, as far as this has heard."""
+        return [*self.lost, *self.live, *(["the report"] if self.report else [])]
+
     def _try(self, one: Live) -> None:
         try:
             self._advance(one)
@@ -146,17 +152,16 @@ class Follower:
 
 
 def serve(follower: Follower, heard: queue.Queue[dict[str, Any] | None]) -> None:
-    """Until told to close and done, or out of time; or until the sweep's process is gone."""
-    deadline = float("inf")
-    while not (deadline < float("inf") and (follower.idle or time.monotonic() > deadline)):
+    """Until told to close and done, or the server is silent then; or until the sweep's process is gone."""
+    closing = False
+    while not (closing and (follower.idle or follower.silences)):
         try:
             while True:
                 message = heard.get(timeout=LOOK)
                 if message is None:
                     return
                 if message["do"] == "close":
-                    deadline = time.monotonic() + float(message["wait"])
-                    follower.resume_at = 0.0
+                    closing, follower.resume_at = True, 0.0
                 else:
                     follower.hear(message)
                 if heard.empty():
@@ -164,8 +169,6 @@ def serve(follower: Follower, heard: queue.Queue[dict[str, Any] | None]) -> None
         except queue.Empty:
             pass
         follower.turn()
-        if follower.silences and deadline < float("inf"):
-            return
 
 
 def main() -> None:
@@ -184,13 +187,13 @@ def main() -> None:
     try:
         follower = Follower(_target(given), lambda text: tell(say=text))
         heard: queue.Queue[dict[str, Any] | None] = queue.Queue()
-        threading.Thread(target=_listen, args=(sys.stdin, heard), daemon=True).start()
+        end = Ending(follower, heard, tell)
+        threading.Thread(target=end.listen, args=(sys.stdin,), daemon=True).start()
         serve(follower, heard)
-        left = [*follower.lost, *follower.live, *(["the report"] if follower.report else [])]
-        tell(left=left, why=follower.why)
+        end()
     except Exception as e:
         tell(left=["every run"], why=f"{type(e).__name__}: {e}")
-    os._exit(0)  # W&B's own exit hook would wait for a server that does not answer
+    os._exit(0)
 
 
 def _target(given: Mapping[str, Any]) -> wb.Target:
@@ -204,12 +207,6 @@ def _target(given: Mapping[str, Any]) -> wb.Target:
         Store(Path(given["dir"])), given["sweep"], given["project"], given["entity"], server, given["mode"],
         given["artifacts"],
     )  # fmt: skip
-
-
-def _listen(lines: TextIO, heard: queue.Queue[dict[str, Any] | None]) -> None:
-    for line in lines:
-        heard.put(json.loads(line))
-    heard.put(None)
 
 
 if __name__ == "__main__":
