@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.optim.adamw import adamw
 
 from lorabench import replicas
-from lorabench.shards import held
+from lorabench.shards import cut, held
 
 
 def per_slice(values: Tensor, like: Tensor, *, stacked: bool) -> Tensor:
@@ -111,21 +111,21 @@ def grad_norms(parameters: Sequence[tuple[nn.Parameter, bool]], slices: int) -> 
 
     Where some are cut over processes all of these must ask: their shares' squares are summed.
     """
-    whole, cut = list[Tensor](), list[Tensor]()
+    whole, shares = list[Tensor](), list[Tensor]()
     for p, stacked in parameters:
         if p.grad is not None:
             grad = held(p.grad)
             flat = grad.flatten(1) if stacked else grad.reshape(1, -1)
             wide = torch.promote_types(p.dtype, torch.float32)
             norm = torch.linalg.vector_norm(flat, dim=1, dtype=wide)
-            (whole if grad is p.grad else cut).append(norm)
+            (shares if cut(p) else whole).append(norm)
     squares = torch.zeros(slices, dtype=torch.float64)
     if whole:
         squares = torch.stack(whole).cpu().double().square().sum(0)  # one copy off the device, not one a tensor
-    if cut:
-        shares = torch.stack(cut).double().square().sum(0)
-        replicas.add_up([shares])
-        squares = squares + shares.cpu()
+    if shares:
+        own = torch.stack(shares).double().square().sum(0)
+        replicas.add_up([own])
+        squares = squares + own.cpu()
     return squares.sqrt()
 
 
