@@ -32,7 +32,11 @@ def evaluating(s: Session) -> Iterator[torch.device]:
     home = next(s.base.model.parameters()).device
     s.base.model.to(device).eval()
     try:
-        with torch.no_grad(), torch.autocast(device.type, dtype=torch.bfloat16, enabled=autocast(s)):
+        lower = torch.autocast(
+            device.type, dtype=torch.bfloat16, enabled=autocast(s),
+            cache_enabled=not shards.sharded(s.base.model),  # it would keep each weight that is gathered
+        )  # fmt: skip
+        with torch.no_grad(), lower:
             yield device
     finally:
         s.base.model.to(home).train(mode)

@@ -1,7 +1,8 @@
 """AdamW, clipping and schedules for K slices at once. Shapes: K slices; a stacked tensor is [K, ...].
 
 The update is that of torch.optim.AdamW (Loshchilov & Hutter, arXiv 1711.05101), with one learning rate and one
-decay a slice. A tensor that is not stacked (a base that trains itself) belongs to the one slice of its pack.
+decay a slice. A tensor that is not stacked (a base that trains itself) belongs to the one slice of its pack; where it is cut
+over processes (`shards`), each steps its share.
 """
 
 from __future__ import annotations
@@ -13,6 +14,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.optim.adamw import adamw
+
+from lorabench import replicas
+from lorabench.shards import cut, held
 
 
 def per_slice(values: Tensor, like: Tensor, *, stacked: bool) -> Tensor:
@@ -82,7 +86,7 @@ class PackedAdamW(torch.optim.Optimizer):
                 slices = len(group["slice_lr"])
                 state["exp_avg"], state["exp_avg_sq"] = torch.zeros_like(p), torch.zeros_like(p)
                 state["steps"] = torch.zeros(slices, device=p.device)
-            own = (p, p.grad, state["exp_avg"], state["exp_avg_sq"])
+            own = [held(t) for t in (p, p.grad, state["exp_avg"], state["exp_avg_sq"])]
             views = (*(t[k] if group["stacked"] else t for t in own), state["steps"][k])
             for into, tensor in zip(lists, views, strict=True):
                 into.append(tensor)
@@ -103,16 +107,26 @@ def drop_frozen(parameter: nn.Parameter, rates: Sequence[float] | None) -> None:
 
 
 def grad_norms(parameters: Sequence[tuple[nn.Parameter, bool]], slices: int) -> Tensor:
-    """Gradient norm of each slice over all its tensors, [K] float64 on the CPU. parameters: (tensor, stacked)."""
-    norms = []
+    """Gradient norm of each slice over all its tensors, [K] float64 on the CPU. parameters: (tensor, stacked).
+
+    Where some are cut over processes all of these must ask: their shares' squares are summed.
+    """
+    whole, shares = list[Tensor](), list[Tensor]()
     for p, stacked in parameters:
         if p.grad is not None:
-            flat = p.grad.flatten(1) if stacked else p.grad.reshape(1, -1)
+            grad = held(p.grad)
+            flat = grad.flatten(1) if stacked else grad.reshape(1, -1)
             wide = torch.promote_types(p.dtype, torch.float32)
-            norms.append(torch.linalg.vector_norm(flat, dim=1, dtype=wide))
-    if not norms:
-        return torch.zeros(slices, dtype=torch.float64)
-    return torch.stack(norms).cpu().double().square().sum(0).sqrt()  # one copy off the device, not one a tensor
+            norm = torch.linalg.vector_norm(flat, dim=1, dtype=wide)
+            (shares if cut(p) else whole).append(norm)
+    squares = torch.zeros(slices, dtype=torch.float64)
+    if whole:
+        squares = torch.stack(whole).cpu().double().square().sum(0)  # one copy off the device, not one a tensor
+    if shares:
+        own = torch.stack(shares).double().square().sum(0)
+        replicas.add_up([own])
+        squares = squares + own.cpu()
+    return squares.sqrt()
 
 
 @torch.no_grad()
@@ -120,7 +134,8 @@ def scale_grads(parameters: Sequence[tuple[nn.Parameter, bool]], factors: Tensor
     """Multiply each slice's gradients by its factor, in place. factors: [K]."""
     for p, stacked in parameters:
         if p.grad is not None:
-            p.grad.mul_(per_slice(factors, p.grad, stacked=stacked))
+            grad = held(p.grad)
+            grad.mul_(per_slice(factors, grad, stacked=stacked))
 
 
 def clip_factors(norms: Tensor, max_norm: float | None) -> Tensor:

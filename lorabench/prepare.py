@@ -110,10 +110,6 @@ def plan(run: RunConfig, info: BaseInfo) -> SlicePlan:
     made: SlicePlan = run.method.plan(info, seed=run.seed)
     if made.trainable(info) == 0:
         raise ConfigError("method", run.method.name, "nothing would train with these settings")
-    if made.full and run.trainer.strategy == "fsdp":
-        raise ConfigError(
-            "trainer.strategy", "fsdp", f"auto or ddp where the base itself trains (method={run.method.name})"
-        )
     return made
 
 
@@ -247,7 +243,7 @@ def device_count(trainer: TrainerConfig) -> int:
         raise ConfigError(
             "trainer.strategy",
             trainer.strategy,
-            "allowed: auto, ddp (each device has the pack and its share of a batch), fsdp (and its share of the frozen base)",
+            "allowed: auto, ddp (each device has the pack and its share of a batch), fsdp (and its share of the base)",
         )
     world = count * trainer.num_nodes
     if world > 1 and trainer.batch_size % world:

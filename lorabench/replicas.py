@@ -82,10 +82,15 @@ def add_up(tensors: Iterable[Tensor]) -> None:
 
 
 def add_up_gradients(parameters: Iterable[torch.nn.Parameter]) -> None:
-    """The same for gradients; a process whose share of a batch was empty has none, and gives zeros."""
+    """The same for gradients; a process whose share of a batch was empty has none, and gives zeros.
+
+    Those of parameters that are cut over the processes were summed in the backward pass.
+    """
     if world() == 1:
         return
     for parameter in parameters:
+        if isinstance(parameter, DTensor):
+            continue
         if parameter.grad is None:
             parameter.grad = torch.zeros_like(parameter)
         dist.all_reduce(parameter.grad)

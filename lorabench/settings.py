@@ -51,7 +51,7 @@ class TrainerConfig:
     accelerator: str = knob("auto", help="Lightning's accelerator", identity=False)
     devices: Any = knob(1, help="Lightning's devices", identity=False)
     num_nodes: int = knob(1, help="nodes of one pack; more than one: the tasks of its Slurm job", low=1, identity=False)
-    strategy: str = knob("auto", help="auto, ddp; fsdp: the frozen base is cut over the devices, too", identity=False)
+    strategy: str = knob("auto", help="auto, ddp; fsdp: the base is cut over the devices, too", identity=False)
     log_interval: int = knob(1, help="steps between training rows of the history", low=1, identity=False)
     checkpoint_interval: int | None = knob(
         None,

@@ -2,7 +2,8 @@
 
 What trains, the optimizer's moments, each slice's state and how far its history goes, no base weights (except where the base
 trains). The schedule and the data follow from the step; dropout is keyed by it. A slice's best weights are left out where
-they are its present ones.
+they are its present ones. What is cut over processes (`shards`) is whole in a checkpoint: the first process gathers it, one
+tensor at a time, and has room for all of it in its memory.
 """
 
 from __future__ import annotations
@@ -16,8 +17,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lorabench import checkpoints, leases, provenance, replicas, settled
+from lorabench import checkpoints, leases, provenance, replicas, settled, shards
 from lorabench import prepare as prep
+from lorabench.adapters import Trainable
 from lorabench.checkpoints import Content, Unreadable
 from lorabench.memory import out_of_memory
 from lorabench.module import SliceState
@@ -106,7 +108,10 @@ def _check(content: Content, pack: Pack, store: Store, keep: Collection[str]) ->
 
 
 def capture(s: Session, peak: int, known: Mapping[str, Any]) -> Content:
-    """A session between two steps. known: the `facts` it began with. Tensors share memory with the model."""
+    """A session between two steps. known: the `facts` it began with. Tensors share memory with the model.
+
+    Where what trains is cut over processes all of them must ask, and what the first one gets is the checkpoint.
+    """
     m = s.module
     tensors = {"generator/cpu": torch.get_rng_state()}
     if s.resolved.device == "cuda":
@@ -122,6 +127,7 @@ def capture(s: Session, peak: int, known: Mapping[str, Any]) -> Content:
         if state.best_weights is not None and not present:
             tensors |= {f"best/{k}/{name}": value for name, value in state.best_weights.items()}
         slices.append(plain | {"present_is_best": present})
+    tensors = {name: shards.whole(t) for name, t in tensors.items()}
     history = {i: None if i in s.keep else s.store.sync_history(i) for i in s.pack.run_ids}
     return tensors, {
         "schema": 1, "pack": s.pack.id, "runs": s.pack.run_ids, "prune": s.pack.prune, "step": m.steps_done,
@@ -146,15 +152,19 @@ def _restore(s: Session, begun: Begun) -> None:
     m, state, tensors = s.module, begun.state, begun.tensors
     trainables = s.stack.named_trainables()
     for t in trainables:
-        t.parameter.copy_(tensors[f"trained/{t.name}"])
-    m.moments = {t.name: _moments(tensors, t.name) for t in trainables}  # for the optimizer, when it is made
+        t.parameter.copy_(shards.cut_as(t.parameter, tensors[f"trained/{t.name}"]))
+    m.moments = {t.name: _moments(tensors, t) for t in trainables}  # for the optimizer, when it is made
     m.steps_done, m.evaluated_at = state["step"], state["evaluated_at"]
     for k, saved in enumerate(state["slices"]):
         plain = {key: value for key, value in saved.items() if key != "present_is_best"}
-        prefix = f"best/{k}/"
-        own = {name.removeprefix(prefix): t for name, t in tensors.items() if name.startswith(prefix)}
+        now = s.stack.slice_state(k)
+        own = {
+            name: shards.cut_as(t, best).cpu()
+            for name, t in now.items()
+            if (best := tensors.get(f"best/{k}/{name}")) is not None
+        }
         if saved["present_is_best"]:
-            own = {name: t.cpu().clone() for name, t in s.stack.slice_state(k).items()}
+            own = {name: t.cpu().clone() for name, t in now.items()}
         m.slices[k] = SliceState(**plain, best_weights=own or None)
     if hasattr(m.reuse, "decided"):
         m.reuse.decided = state["reused"]
@@ -166,8 +176,9 @@ def _restore(s: Session, begun: Begun) -> None:
     begun.tensors.clear()
 
 
-def _moments(tensors: Mapping[str, Tensor], name: str) -> dict[str, Tensor]:
-    return {key: t for key in PackedAdamW.STATE if (t := tensors.get(f"moment/{key}/{name}")) is not None}
+def _moments(tensors: Mapping[str, Tensor], of: Trainable) -> dict[str, Tensor]:
+    found = {key: t for key in PackedAdamW.STATE if (t := tensors.get(f"moment/{key}/{of.name}")) is not None}
+    return {key: t if key == "steps" else shards.cut_as(of.parameter, t) for key, t in found.items()}
 
 
 class Saver:
@@ -184,6 +195,7 @@ class Saver:
         self.session, self._peak = session, peak
         self.interval = session.pack.runs[0].trainer.checkpoint_interval
         self._facts = facts(session.pack, session.base.fingerprint, session.resolved)
+        self._together = any(shards.cut(t.parameter) for t in session.stack.named_trainables())
         self._last = time.monotonic()
 
     def peak(self) -> int:
@@ -195,6 +207,7 @@ class Saver:
         m, since = self.session.module, time.monotonic() - self._last
         if self.interval is None:
             due = (evaluated or since >= EVERY) and since * SHARE >= Saver.cost
+            due = replicas.gather(due)[0] if self._together else due  # by one clock
         else:
             due = self.interval > 0 and m.steps_done % self.interval == 0
         if due and (m.steps_done < m.total_steps or self.session.pack.runs[0].role == "confirm"):
@@ -202,13 +215,15 @@ class Saver:
 
     def save(self) -> None:
         """Write one now, unless they are off. One that cannot be written is said on stderr: training goes on."""
-        if self.interval == 0 or not replicas.leads():
+        if self.interval == 0 or not (replicas.leads() or self._together):
             return
         s, start = self.session, time.monotonic()
         where = checkpoints.folder(s.store.root, s.pack.id)
         leases.check(s.store.lease)
         try:
-            checkpoints.write(where, s.module.steps_done, *capture(s, self.peak(), self._facts))
+            content = capture(s, self.peak(), self._facts)
+            if replicas.leads():
+                checkpoints.write(where, s.module.steps_done, *content)
         except OSError as e:
             print(f"pack {s.pack.id}: no checkpoint at step {s.module.steps_done}: {e}", file=sys.stderr)
         self._last = time.monotonic()

@@ -128,6 +128,8 @@ def _train(pack: Pack, store: Store, listener: Listener, keep: Collection[str], 
             session.base_bytes = shards.bytes_held(session.base.model)
         if beside:
             beside.finish()
+        if cut and pack.runs[0].trainer.save_weights:
+            session.stack.own = shards.whole_parameters(session.stack.own)  # for the files
         return records_of(session) if replicas.leads() else []
 
 
@@ -171,9 +173,12 @@ def _opened(
     prepared, resolved = prep.prepare(first), settled.resolve(first, store)
     base = prep.base(first, prepared.head, resolved)
     prepared = prep.taught(first, prepared, base)
-    before = _checksum(base.model)
+    before: int | None = _checksum(base.model)
     plans = [prep.plan(run, base.info) for run in pack.runs]
-    stack = inject(base.model, plans, info=base.info)
+    cut = first.trainer.strategy == "fsdp" and replicas.world() > 1
+    stack = inject(base.model, plans, info=base.info, give_back=not cut)
+    if cut and stack.own:
+        before = None  # it trains and is given up
     ids = pack.run_ids
 
     def rows(k: int, new: list[dict[str, Any]]) -> None:
@@ -191,10 +196,11 @@ def _opened(
         seconds = {"train": 0.0, "eval": 0.0}
         progress = Progress(listener.step, total, seconds)
         trainer = make_trainer(first, resolved, progress, start)
-        if first.trainer.strategy == "fsdp" and replicas.world() > 1:
-            trained = {t.parameter for t in stack.named_trainables()}
+        if cut:
+            beside = {t.parameter for t in stack.named_trainables() if t.stacked}
             with quiet():
-                shards.shard(base.model, trained, base.info.num_layers, trainer.strategy)
+                shards.shard(base.model, beside, base.info.num_layers, trainer.strategy)
+            stack.own = dict(base.model.named_parameters()) if stack.own else {}
         yield Session(
             pack, store, prepared, resolved, base, plans, stack, module, trainer, progress, keep=keep, seconds=seconds
         )
@@ -203,9 +209,9 @@ def _opened(
         if first.trainer.gradient_checkpointing:
             base.model.activation_checkpointing_disable()  # type: ignore[operator]
         base.model.eval()
-        if shards.sharded(base.model):
+        if cut:
             prep.forget_base()
-    if _checksum(base.model) != before:
+    if before is not None and _checksum(base.model) != before:
         raise RuntimeError("the frozen base changed during training")
 
 

@@ -10,7 +10,7 @@ import pytest
 from safetensors.numpy import load_file
 
 from lorabench import checkpoints
-from lorabench.prepare import Pack, check, device_count
+from lorabench.prepare import Pack, device_count
 from lorabench.ranks import train
 from lorabench.records import Record, Store
 from lorabench.schema import ConfigError
@@ -131,12 +131,17 @@ def test_what_is_not_built_is_refused(parts: tuple[Path, Path], changes: dict[st
         device_count(make_run(*parts, **changes).trainer)
 
 
-def test_a_base_that_trains_is_not_cut(parts: tuple[Path, Path]) -> None:
-    run = make_run(*parts, **{"method.name": "full", "trainer.devices": 2, "trainer.strategy": "fsdp"})
-    with pytest.raises(
-        ConfigError, match="trainer.strategy=fsdp: auto or ddp where the base itself trains .method=full"
-    ):
-        check(run)
+def test_a_base_that_trains_is_cut_too(parts: tuple[Path, Path], tmp_path: Path) -> None:
+    """Clipped in every step by the norm over both shares; the weights kept are not the last ones."""
+    settings = {"method.name": "full", "optimizer.lr": 1e-3, "trainer.max_steps": 12, "trainer.gradient_clip_val": 0.05}
+    cut = {"trainer.devices": 2, "trainer.strategy": "fsdp"}
+    packs = [(make_run(*parts, role="confirm", **settings, **more),) for more in ({}, cut)]
+    stores = Store(tmp_path / "alone"), Store(tmp_path / "cut")
+    (one,), (two,) = (train(Pack("p0", pack), store) for pack, store in zip(packs, stores, strict=True))
+    same(*stores, one, two)
+    assert one.metrics["best_step"] == 10
+    half = 8 * two.resources["total_parameters"] / 2  # float64
+    assert two.provenance["base_bytes_by_rank"] == pytest.approx([half, half], rel=0.01)
 
 
 def test_workers_beside_several_devices_are_refused(cli: Any, parts: tuple[Path, Path]) -> None:

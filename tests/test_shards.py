@@ -1,4 +1,4 @@
-"""A frozen base cut over two processes (gloo, CPU): what each holds, and the numbers of one process for every kind of run."""
+"""A base cut over processes (gloo, CPU): what each holds, and the numbers of one process for every kind of run."""
 
 from __future__ import annotations
 
@@ -7,14 +7,17 @@ import json
 import multiprocessing
 import os
 import signal
+from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
+import torch.distributed as dist
 from torch.distributed.tensor import DTensor
 
-from lorabench import checkpoints, replicas
+from lorabench import checkpoints, replicas, shards
 from lorabench.config import RunConfig
 from lorabench.prepare import Pack
 from lorabench.ranks import free_port, train
@@ -84,9 +87,23 @@ def test_every_kind_of_run_is_that_of_one_process(
         same(a, b, x, y)
 
 
-@pytest.mark.parametrize("kind", ["gpt2", "llama"])
+def test_a_process_may_hold_nothing_of_a_small_tensor(places: dict[str, Path], tmp_path: Path) -> None:
+    """Four processes, a head whose weights have two rows; several parts a step, each summed into the shares."""
+    settings = {"method.name": "full", "optimizer.lr": 1e-3, "trainer.max_steps": 8, "trainer.part_tokens": 16,
+                "trainer.accumulate_grad_batches": 2, "trainer.gradient_checkpointing": True, "model.dropout": 0.1}  # fmt: skip
+    packs = [
+        (make_run(places["bert"], places["data"], role="confirm", **settings, **more),)
+        for more in ({}, {**CUT, "trainer.devices": 4})
+    ]
+    stores = Store(tmp_path / "alone"), Store(tmp_path / "cut")
+    (one,), (two,) = (train(Pack("p0", pack), store) for pack, store in zip(packs, stores, strict=True))
+    same(*stores, one, two)
+    assert len(set(two.provenance["base_bytes_by_rank"])) > 1
+
+
+@pytest.mark.parametrize(("kind", "method"), [("gpt2", "lora"), ("llama", "lora"), ("gpt2", "full")])
 def test_what_is_measured_beside_the_test_is_that_of_one_process(
-    places: dict[str, Path], tmp_path: Path, kind: str
+    places: dict[str, Path], tmp_path: Path, kind: str, method: str
 ) -> None:
     """Replies (as many steps as the slowest needs), forgetting, samples; GPT-2's embeddings are its output layer, too."""
     task = {"kind": "causal_lm", "name": "chat", "source": "file", "file": str(places["pairs"]), "prompt_column": "prompt",
@@ -94,7 +111,14 @@ def test_what_is_measured_beside_the_test_is_that_of_one_process(
             "probe": {"kind": "causal_lm", "name": "plain", "source": "text", "file": str(places["text"]),
                       "unit": "paragraph", "max_length": 24}}  # fmt: skip
     packs = [
-        (make_run(places[kind], places["data"], role="confirm", **{"task": task, "trainer.max_steps": 6, **more}),)
+        (
+            make_run(
+                places[kind],
+                places["data"],
+                role="confirm",
+                **{"method.name": method, "task": task, "trainer.max_steps": 6, **more},
+            ),
+        )
         for more in ({}, CUT)
     ]
     a, b, one, two = both(packs, tmp_path)
@@ -140,33 +164,117 @@ def test_a_killed_pack_goes_on_as_if_it_had_not_been(places: dict[str, Path], tm
         assert files[0] == files[1]
 
 
-def test_each_process_holds_half_of_the_base_in_memory(places: dict[str, Path], tmp_path: Path) -> None:
-    """Of all float64 storages there are after a forward and a backward pass, those of parameters given up included."""
-    context = multiprocessing.get_context("spawn")
-    said, port = context.Queue(), free_port()
-    told = (port, [r.to_dict() for r in runs((places["bert"], places["data"]), 2, **{"trainer.strategy": "fsdp"})])
-    processes = [context.Process(target=_look, args=(rank, *told, str(tmp_path), said)) for rank in (0, 1)]
-    for process in processes:
-        process.start()
-    found = [said.get(timeout=300) for _ in processes]
-    for process in processes:
-        process.join()
-    assert [p.exitcode for p in processes] == [0, 0]
+def test_a_killed_pack_whose_base_trains_goes_on_as_if_it_had_not_been(places: dict[str, Path], tmp_path: Path) -> None:
+    """Weights, moments and best weights are whole in the checkpoint, and each process takes its share of them again."""
+
+    def kill(step: int, total: int) -> None:
+        if step == 11:
+            os.kill(multiprocessing.active_children()[-1].pid or 0, signal.SIGKILL)
+
+    settings = {"method.name": "full", "optimizer.lr": 1e-3, "trainer.max_steps": 18, "trainer.eval_interval": 4}
+    run = make_run(
+        places["bert"], places["data"], role="confirm", **CUT, **settings, **{"trainer.checkpoint_interval": 5}
+    )
+    pack, stores = Pack("p0", (run,)), (Store(tmp_path / "undisturbed"), Store(tmp_path / "killed"))
+    (one,) = train(pack, stores[0])
+    assert train(pack, stores[1], Listener(step=kill))[0].status == "failed"
+    newest, before = checkpoints.listed(checkpoints.folder(stores[1].root, "p0"))
+    assert [checkpoints.step_of(path) for path in (newest, before)] == [10, 5]
+    held = checkpoints.read(newest)[0]
+    for kind in ("trained", "moment/exp_avg", "moment/exp_avg_sq", "best/0"):
+        whole = sum(t.numel() for name, t in held.items() if name.startswith(f"{kind}/"))
+        assert whole == one.resources["total_parameters"]
+    newest.write_bytes(newest.read_bytes()[:-8])  # torn: the one before is taken
+    (two,) = train(pack, stores[1])
+    assert two.provenance["resumed"] == [5] and one.metrics["best_step"] < 18
+    assert numbers(one) == numbers(two)
+    assert stores[0].history(run.run_id) == stores[1].history(run.run_id)
+    files = [(s.run_dir(run.run_id) / "adapter/weights.safetensors").read_bytes() for s in stores]
+    assert files[0] == files[1]
+
+
+@pytest.mark.parametrize("method", ["lora", "full"])
+def test_each_process_holds_half_of_the_base_in_memory(places: dict[str, Path], tmp_path: Path, method: str) -> None:
+    """Of all float64 storages there are after a forward and a backward pass, those of parameters given up included; of a
+    base that trains these are, after two steps, its weights, gradients and two moments."""
+    pack = runs((places["bert"], places["data"]), 2, **{"trainer.strategy": "fsdp"})
+    if method == "full":
+        steps = {"trainer.max_steps": 2, "trainer.eval_interval": 3}
+        pack = (make_run(places["bert"], places["data"], **{"method.name": "full", **CUT, **steps}),)
+    found = in_two(_look, [r.to_dict() for r in pack], str(tmp_path))
     for whole, now in found:
         assert 0.5 <= now / whole < 0.6, found  # and two slices of adapters with their gradients
 
 
-def _look(rank: int, port: int, configs: list[dict[str, Any]], root: str, said: Any) -> None:
+def in_two(call: Callable[..., Any], *told: Any) -> list[Any]:
+    """What `call(rank, *told)` gives in each of two processes of a group."""
+    context = multiprocessing.get_context("spawn")
+    said, port = context.Queue(), free_port()
+    processes = [context.Process(target=_joined, args=(rank, port, said, call, told)) for rank in (0, 1)]
+    for process in processes:
+        process.start()
+    found = dict(said.get(timeout=300) for _ in processes)
+    for process in processes:
+        process.join()
+    assert [p.exitcode for p in processes] == [0, 0]
+    return [found[0], found[1]]
+
+
+def _joined(rank: int, port: int, said: Any, call: Callable[..., Any], told: tuple[Any, ...]) -> None:
     os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "LOCAL_RANK": str(rank), "NODE_RANK": "0"}
     replicas.join(rank, 2)
+    said.put((rank, call(rank, *told)))
+    said.close()
+    said.join_thread()
+
+
+def _look(rank: int, configs: list[dict[str, Any]], root: str) -> tuple[int, int]:
     pack = Pack("p0", tuple(RunConfig.from_dict(c) for c in configs))
     with _opened(pack, Store(root), Listener()) as session:
-        _probe(session)
+        full = configs[0]["method"]["name"] == "full"
+        if full:
+            session.trainer.fit(session.module, session.train_stream(), session.val_stream())
+        else:
+            _probe(session)
         found: dict[int, int] = {}
         gc.collect()
         for x in gc.get_objects():
             if issubclass(type(x), torch.Tensor) and type(x) is not DTensor and x.dtype == torch.float64:
                 found[x.untyped_storage().data_ptr()] = x.untyped_storage().nbytes()
-        said.put((8 * session.base.info.parameters, sum(found.values())))
-        said.close()
-        said.join_thread()
+        return 8 * session.base.info.parameters * (4 if full else 1), sum(found.values())
+
+
+class Routed(torch.nn.Module):
+    """Two experts, of which an example takes one."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.experts = torch.nn.ModuleList([torch.nn.Linear(4, 4) for _ in range(2)])
+
+    def forward(self, x: torch.Tensor, expert: int) -> torch.Tensor:
+        out: torch.Tensor = self.experts[expert](x)
+        return out.square().sum()
+
+
+def test_what_one_process_does_not_use_gets_the_gradient_of_the_other() -> None:
+    model = Routed()
+    (model(_example(0), 0) + model(_example(1), 1)).backward()
+    found = in_two(_take_own_expert)
+    for name, p in model.named_parameters():
+        assert torch.allclose(torch.tensor(found[0][name] + found[1][name]), p.grad, rtol=1e-6)
+
+
+def _example(i: int) -> torch.Tensor:
+    return torch.arange(8.0).view(2, 4) + i
+
+
+def _take_own_expert(rank: int) -> dict[str, list[Any]]:
+    model = Routed()
+    strategy = SimpleNamespace(
+        root_device=torch.device("cpu"),
+        setup_environment=lambda: dist.init_process_group("gloo", rank=rank, world_size=2),
+    )
+    shards.shard(model, (), 0, strategy)
+    model(_example(rank), rank).backward()
+    return {name: shards.held(p.grad).tolist() for name, p in model.named_parameters()}

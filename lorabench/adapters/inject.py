@@ -20,18 +20,19 @@ from lorabench.slice_plan import SlicePlan
 _RUNNING = nn.modules.batchnorm._NormBase  # batch and instance normalisation with running statistics
 
 
-def inject(model: nn.Module, plans: Sequence[SlicePlan], *, info: BaseInfo) -> Stack:
+def inject(model: nn.Module, plans: Sequence[SlicePlan], *, info: BaseInfo, give_back: bool = True) -> Stack:
     """Put one slice a plan onto `model`, in place; `stack.remove()` undoes it.
 
     Slices of one pack train the same modules and biases; `full` is a pack of one. Everything not trained is frozen,
     normalisation statistics too. The base's own dropout is re-keyed (see `dropout`), which needs eager attention.
+    give_back: whether `full` keeps the base's weights for `stack.remove()`.
     """
     assert plans and (len(plans) == 1 or not any(p.full for p in plans)), "full fine-tuning is a pack of one"
     assert len({(p.modules, p.biases) for p in plans}) == 1, "slices of a pack train the same modules and biases"
     stack = Stack(model, plans)
     _freeze(stack)
     if plans[0].full:
-        _train_base(stack, info)
+        _train_base(stack, info, give_back)
     else:
         _wrap_adapters(stack, info)
         _wrap_biases(stack, info)
@@ -48,10 +49,11 @@ def _freeze(stack: Stack) -> None:
         p.requires_grad_(False)
 
 
-def _train_base(stack: Stack, info: BaseInfo) -> None:
+def _train_base(stack: Stack, info: BaseInfo, give_back: bool) -> None:
     """The whole base trains; its head starts from the seed, like everybody's."""
     for p in stack.model.parameters():
-        stack.undo.callback(_restore, p, p.detach().clone())
+        if give_back:
+            stack.undo.callback(_restore, p, p.detach().clone())
         p.requires_grad_(True)
     for name in info.head:
         module = stack.model.get_submodule(name)
