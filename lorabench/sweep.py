@@ -21,6 +21,7 @@ from lorabench.prepare import Pack
 from lorabench.provenance import code_fingerprint
 from lorabench.ranks import train
 from lorabench.records import Record, Store
+from lorabench.replicas import Lost
 from lorabench.report.select import Choice, choose
 from lorabench.schema import ConfigError
 from lorabench.sharing import Ended, freed
@@ -36,7 +37,7 @@ __all__ = ["Job", "SweepFailed", "cell_id", "declare", "execute", "finish", "lab
 
 
 class SweepFailed(Exception):
-    """Some runs of a sweep failed; the others are done and recorded. Exit code 1."""
+    """Some runs of a sweep failed, or are unfinished; the others are done and recorded. Exit code 1."""
 
 
 def check_all(jobs: Sequence[Job]) -> dict[str, SlicePlan]:
@@ -108,6 +109,7 @@ def _run(
     train_pack, executor = (workers.train, workers.map) if workers else (train, executor)
 
     others: list[Pack] = []  # packs that another launcher holds
+    lost: list[str] = []
 
     def one(pack: Pack) -> list[Record]:
         lease = store.leases.take(pack.id)
@@ -124,6 +126,9 @@ def _run(
                 except LeaseLost as e:
                     progress.say(f"{pack.id}: {e}")
                     others.append(pack)
+                    return []
+                except Lost as e:
+                    lost.append(f"{pack.id}: {e}")
                     return []
                 except SlicesMix as e:
                     size, why = 1, f"{e}; its runs train one by one"
@@ -143,6 +148,8 @@ def _run(
     finally:
         if tracker is not None:
             tracker.close()
+    if lost:
+        raise SweepFailed(f"{'; '.join(lost)}; the same command goes on from its last checkpoint")
 
 
 def _split(pack: Pack, size: int) -> list[Pack]:
