@@ -11,7 +11,6 @@ import os
 import queue
 import signal
 import socket
-import sys
 from collections.abc import Callable, Collection
 from contextlib import suppress
 from dataclasses import dataclass
@@ -19,7 +18,7 @@ from typing import Any
 
 import torch
 
-from lorabench import checkpoints, messages, replicas, stopping
+from lorabench import messages, replicas, stopping
 from lorabench.config import RunConfig
 from lorabench.prepare import Pack, device_count
 from lorabench.records import Record, Store
@@ -49,29 +48,19 @@ def train(
 ) -> list[Record]:
     """`train.train`, in as many processes as `trainer.devices` asks for; the first of them writes the records.
 
-    A pack of which a process died goes on from its last checkpoint, as long as it gets further each time; else `replicas.Lost`
-    is raised, and nothing is recorded. SIGTERM is handed on: all processes leave at one step, with a checkpoint.
-    node: where `trainer.num_nodes` is more than one. Of those, all but the first return no records, and none goes on by itself.
+    Raises `replicas.Lost` when one of them died: nothing is recorded. SIGTERM is handed on: all leave at one step, with a checkpoint.
+    node: where `trainer.num_nodes` is more than one. Of those, all but the first return no records.
     """
     world = device_count(pack.runs[0].trainer)
     if world == 1:
         return train_alone(pack, store, listener, keep=keep, accept_drift=accept_drift)
-    listener = listener or Listener()
-    while True:
-        began = checkpoints.reached(store.root, pack.id) or 0
-        here = node or Node(0, "127.0.0.1", free_port(), lambda: False)
-        try:
-            kind, value = message = _Group(pack, store, listener, keep, accept_drift, here).end()
-            if kind != "failed":
-                return messages.result(message)
-        except replicas.Lost as e:
-            if node or (checkpoints.reached(store.root, pack.id) or 0) <= began:
-                raise
-            print(f"pack {pack.id}: {e}; it goes on from its last checkpoint", file=sys.stderr)
-            continue
-        if here.index:
-            raise RuntimeError(value[0]["error"])  # its task ends, and all others of the job with it
-        return messages.wrote([Record(**r) for r in value], store, listener, keep)
+    listener, node = listener or Listener(), node or Node(0, "127.0.0.1", free_port(), lambda: False)
+    kind, value = message = _Group(pack, store, listener, keep, accept_drift, node).end()
+    if kind != "failed":
+        return messages.result(message)
+    if node.index:
+        raise RuntimeError(value[0]["error"])  # its task ends, and all others of the job with it
+    return messages.wrote([Record(**r) for r in value], store, listener, keep)
 
 
 class _Group:

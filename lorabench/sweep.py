@@ -108,7 +108,7 @@ def _run(
     workers = executor if isinstance(executor, Crew) else own
     train_pack, executor = (workers.train, workers.map) if workers else (train, executor)
 
-    others: list[Pack] = []  # packs that another launcher holds
+    others: list[Pack] = []  # packs that another launcher holds, or that go on
     lost: list[str] = []
 
     def one(pack: Pack) -> list[Record]:
@@ -121,6 +121,7 @@ def _run(
             parts = parts_of(store, pack)
             if not parts and not keep.issuperset(pack.run_ids):
                 listener, drift = _listener(progress, pack, tracker), settings.sweep.accept_drift
+                began = checkpoints.reached(store.root, pack.id) or 0
                 try:
                     return train_pack(pack, store.under(lease), listener, keep=keep, accept_drift=drift)
                 except LeaseLost as e:
@@ -128,7 +129,11 @@ def _run(
                     others.append(pack)
                     return []
                 except Lost as e:
-                    lost.append(f"{pack.id}: {e}")
+                    if (checkpoints.reached(store.root, pack.id) or 0) > began:
+                        progress.say(f"{pack.id}: {e}; it goes on from its last checkpoint")
+                        others.append(pack)
+                    else:
+                        lost.append(f"{pack.id}: {e}")
                     return []
                 except SlicesMix as e:
                     size, why = 1, f"{e}; its runs train one by one"
