@@ -112,15 +112,16 @@ class _Group:
             try:
                 message = self.channel.get(timeout=0.1)
             except queue.Empty:
-                dead = [p.exitcode for p in self.processes if p.exitcode]
-                if dead:
-                    raise replicas.Lost(f"a process of the pack died (exit code {dead[0]})") from None
-                if self.over():
-                    return "records", []
-                continue
-            if message[0] not in calls:
+                message = "silence", ()
+            dead = [p.exitcode for p in self.processes if p.exitcode]
+            if dead and message[0] in ("silence", "gone"):
+                raise replicas.Lost(f"a process of the pack died (exit code {dead[0]})")
+            if message[0] in calls:
+                messages.heard(calls, message)
+            elif message[0] != "silence":
                 return message
-            messages.heard(calls, message)
+            elif self.over():
+                return "records", []
 
 
 def free_port() -> int:
