@@ -6,6 +6,7 @@ import logging
 import time
 import warnings
 from collections.abc import Callable
+from contextlib import suppress
 from typing import Any
 
 import pytorch_lightning as pl
@@ -32,12 +33,13 @@ def make_trainer(run: RunConfig, resolved: Resolved, progress: Progress, start: 
 
 
 class Progress(pl.Callback):
-    """Tells a listener of each step and adds up the seconds of training and of evaluation; ends at SIGTERM where Lightning,
-    which hears of it only while it trains or evaluates, does not: at the beginning of either."""
+    """Tells a listener of each step and adds up the seconds of training and of evaluation; ends at SIGTERM after a batch and at
+    the beginning of either. Lightning ends then too, but hears of it only inside, and in one process of several."""
 
     def __init__(self, step: Callable[[int, int], None], total: int, seconds: dict[str, float]) -> None:
         self.step, self.total, self.seconds, self._since = step, total, seconds, time.perf_counter()
         self.stopped: Callable[[], bool] = lambda: False  # whether SIGTERM has come
+        self.leaving = False  # whether it has come to any process of the pack
 
     def lap(self, what: str | None) -> None:
         """What has passed since the last lap was `what`: train, eval; None: neither."""
@@ -49,10 +51,12 @@ class Progress(pl.Callback):
     def on_train_batch_end(self, trainer: Any, module: Any, *args: Any) -> None:
         self.lap("train")
         self.step(module.steps_done, self.total)
+        self.heed()
 
     def heed(self) -> None:
-        """Leave if SIGTERM has come."""
-        if self.stopped():
+        """Leave if SIGTERM has come. Where several processes train the pack all of them ask here, and leave at one step."""
+        self.leaving = replicas.anywhere(self.stopped())
+        if self.leaving:
             raise SystemExit(stopping.CODE)
 
     def on_train_start(self, trainer: Any, module: Any) -> None:
@@ -61,9 +65,15 @@ class Progress(pl.Callback):
     def on_test_start(self, trainer: Any, module: Any) -> None:
         self.heed()
 
+    def on_test_batch_end(self, trainer: Any, module: Any, *args: Any) -> None:
+        self.heed()
+
     def on_validation_start(self, trainer: Any, module: Any) -> None:
         self.heed()
         self.lap("train")
+
+    def on_validation_batch_end(self, trainer: Any, module: Any, *args: Any) -> None:
+        self.heed()
 
     def on_validation_end(self, trainer: Any, module: Any) -> None:
         self.lap("eval")
@@ -86,16 +96,19 @@ class Checkpoints(pl.Callback):
 def fit(s: Session, saver: Saver) -> None:
     """Train from where the session stands, evaluate, load each slice's best weights, and test where the role allows it.
 
-    SIGTERM: the step under way is finished, a checkpoint written, and the process leaves with 143.
+    SIGTERM: the step under way is finished, a checkpoint written, and the process leaves with 143; so do all that train the
+    pack, whichever was told.
     """
     with stopping.deferred() as stopped:
         s.progress.stopped = stopped
         try:
             _train_and_test(s)
         except SystemExit as e:  # ours; and how Lightning passes on SIGTERM (with code 0) and Ctrl-C (with code 1)
-            if not _stopped(s):
+            if not (s.progress.leaving or stopped()):
                 raise SystemExit(130) from e
             saver.save()
+            with suppress(RuntimeError):  # one is gone
+                replicas.gather(None)  # whoever ends first ends all: not before it is written
             raise SystemExit(stopping.CODE) from e
 
 
@@ -107,7 +120,7 @@ def _train_and_test(s: Session) -> None:
     if s.pack.runs[0].role == "confirm" and s.module.kept:
         s.progress.lap(None)
         s.trainer.test(s.module, s.eval_stream("test", lambda: s.module.kept), verbose=False)
-        _heed_sigterm(s)
+        s.progress.heed()
         s.progress.lap("eval")
 
 
@@ -119,7 +132,7 @@ def _train_to_end(s: Session) -> None:
     if m.live and m.steps_done < m.total_steps:
         trainer.fit_loop.epoch_loop.batch_progress.total.ready = m.steps_done  # evaluations come at multiples of this
         trainer.fit(m, s.train_stream(), s.val_stream())
-        _heed_sigterm(s)
+        s.progress.heed()
     s.progress.lap("train")
     if m.steps_done < m.total_steps and m.live:
         raise RuntimeError(f"training ended at step {m.steps_done} of {m.total_steps}")
@@ -130,17 +143,7 @@ def _evaluate(s: Session) -> None:
     """Unless that was done at this step."""
     if s.module.evaluated_at != s.module.steps_done and s.module.live:
         s.trainer.validate(s.module, s.val_stream(), verbose=False)
-        _heed_sigterm(s)
-
-
-def _heed_sigterm(s: Session) -> None:
-    """Lightning leaves at SIGTERM between batches, but not after the last one."""
-    if _stopped(s):
-        raise SystemExit(stopping.CODE)
-
-
-def _stopped(s: Session) -> bool:
-    return bool(s.trainer.received_sigterm or s.progress.stopped())
+        s.progress.heed()
 
 
 class quiet(warnings.catch_warnings):

@@ -14,6 +14,7 @@ from lorabench.leases import LeaseLost
 from lorabench.outcome import failed
 from lorabench.prepare import Pack
 from lorabench.records import Record, Store
+from lorabench.replicas import Lost
 from lorabench.schema import ExistingWork, Unwritable
 from lorabench.train import Listener, OutOfMemory, SlicesMix
 
@@ -56,12 +57,17 @@ def ended(train: Callable[[], list[Record]]) -> Message:
         return "memory", (str(e),)
     except LeaseLost as e:
         return "lost", (str(e),)
+    except Lost as e:
+        return "gone", (str(e),)
     except Unwritable as e:
         return "unwritable", (e.errno, e.strerror, e.filename)
+    except SystemExit as e:
+        return "stopped", (e.code,)
 
 
-ERRORS: dict[str, type[Exception]] = {
-    "drift": ExistingWork, "mix": SlicesMix, "memory": OutOfMemory, "lost": LeaseLost, "unwritable": Unwritable,
+ERRORS: dict[str, type[BaseException]] = {
+    "drift": ExistingWork, "mix": SlicesMix, "memory": OutOfMemory, "lost": LeaseLost, "gone": Lost, "unwritable": Unwritable,
+    "stopped": SystemExit,
 }  # fmt: skip
 
 
@@ -75,7 +81,12 @@ def result(message: Message) -> list[Record]:
 
 def died(pack: Pack, store: Store, listener: Listener, keep: Collection[str], why: str) -> list[Record]:
     """`failed` records for the runs of a pack whose process is gone, those in `keep` left as they are."""
-    records = [failed(run, f"{why}; sweep.retry_failed=true goes on from its last checkpoint", "") for run in pack.runs]
+    error = f"{why}; sweep.retry_failed=true goes on from its last checkpoint"
+    return wrote([failed(run, error, "") for run in pack.runs], store, listener, keep)
+
+
+def wrote(records: list[Record], store: Store, listener: Listener, keep: Collection[str]) -> list[Record]:
+    """Records that a process could not write itself, written and told of."""
     for record in records:
         if record.run_id not in keep:
             store.write(record)

@@ -18,7 +18,7 @@ from typing import Any
 
 import torch
 
-from lorabench import messages, replicas
+from lorabench import messages, replicas, stopping
 from lorabench.config import RunConfig
 from lorabench.prepare import Pack, device_count
 from lorabench.records import Record, Store
@@ -48,22 +48,19 @@ def train(
 ) -> list[Record]:
     """`train.train`, in as many processes as `trainer.devices` asks for; the first of them writes the records.
 
+    Raises `replicas.Lost` when one of them died: nothing is recorded. SIGTERM is handed on: all leave at one step, with a checkpoint.
     node: where `trainer.num_nodes` is more than one. Of those, all but the first return no records.
     """
     world = device_count(pack.runs[0].trainer)
     if world == 1:
         return train_alone(pack, store, listener, keep=keep, accept_drift=accept_drift)
     listener, node = listener or Listener(), node or Node(0, "127.0.0.1", free_port(), lambda: False)
-    try:
-        return _Group(pack, store, listener, keep, accept_drift, node).result()
-    except _Died as e:
-        if node.index:
-            raise
-        return messages.died(pack, store, listener, keep, str(e))
-
-
-class _Died(Exception):
-    """A process of a group is gone; its text says how."""
+    kind, value = message = _Group(pack, store, listener, keep, accept_drift, node).end()
+    if kind != "failed":
+        return messages.result(message)
+    if node.index:
+        raise RuntimeError(value[0]["error"])  # its task ends, and all others of the job with it
+    return messages.wrote([Record(**r) for r in value], store, listener, keep)
 
 
 class _Group:
@@ -83,38 +80,48 @@ class _Group:
         told = (here, world, meet, pack.id, runs, pack.prune, root, list(keep), accept_drift, self.channel)
         self.processes = [context.Process(target=_rank, args=(local, *told), daemon=True) for local in range(here)]
 
-    def result(self) -> list[Record]:
-        """Raises what `train.train` raises, and `_Died` when one of the processes did."""
-        # They inherit the mask: SIGTERM, which a job's end sends to all, is the parent's to hear, and in them would break
-        # a sum in two. What they did since their last checkpoint is done again.
-        before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM, signal.SIGUSR2})
-        try:
-            for process in self.processes:
-                process.start()
-        finally:
-            signal.pthread_sigmask(signal.SIG_SETMASK, before)
-        try:
-            return self._listen()
-        finally:
-            for process in self.processes:
-                process.kill()  # all of them are done, or one is gone and the others wait for it
-                process.join()
+    def end(self) -> messages.Message:
+        """How it ended, as the first process to end says it. Raises `replicas.Lost` when one died, and `SystemExit` at SIGTERM."""
+        with stopping.deferred() as stopped:
+            try:
+                # They inherit the mask: a handler, Lightning's own too, would break what they do together (`stopping.watch`).
+                before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM, signal.SIGUSR2})
+                try:
+                    for process in self.processes:
+                        process.start()
+                finally:
+                    signal.pthread_sigmask(signal.SIG_SETMASK, before)
+                return self._listen(stopped)
+            finally:
+                for process in self.processes:
+                    process.kill()  # all of them are done, or one is gone and the others wait for it
+                    process.join()
 
-    def _listen(self) -> list[Record]:
+    def _listen(self, stopped: Callable[[], bool]) -> messages.Message:
         calls = {name: getattr(self.listener, name) for name in messages.EVENTS}
+        up: list[int] = []
+        calls["up"] = up.append
+        told = False
         while True:
+            if stopped() and not told:
+                if len(up) < len(self.processes):
+                    return "stopped", (stopping.CODE,)
+                for process in self.processes:
+                    process.terminate()
+                told = True
             try:
                 message = self.channel.get(timeout=0.1)
             except queue.Empty:
-                dead = [p.exitcode for p in self.processes if p.exitcode]
-                if dead:
-                    raise _Died(f"a process of the pack died (exit code {dead[0]})") from None
-                if self.over():
-                    return []
-                continue
-            if message[0] not in calls:
-                return messages.result(message)
-            messages.heard(calls, message)
+                message = "silence", ()
+            dead = [p.exitcode for p in self.processes if p.exitcode]
+            if dead and message[0] in ("silence", "gone"):
+                raise replicas.Lost(f"a process of the pack died (exit code {dead[0]})")
+            if message[0] in calls:
+                messages.heard(calls, message)
+            elif message[0] != "silence":
+                return message
+            elif self.over():
+                return "records", []
 
 
 def free_port() -> int:
@@ -130,6 +137,8 @@ def _rank(
 ) -> None:  # fmt: skip
     """In a process of the group: join it, train, and as the first of it say what happens."""
     messages.belong_to_parent()
+    stopping.watch(lambda: channel.put(("stopped", (stopping.CODE,))))
+    channel.put(("up", (local,)))
     node, address, port = meet
     os.environ |= {
         "MASTER_ADDR": address, "MASTER_PORT": str(port), "LOCAL_RANK": str(local), "NODE_RANK": str(node),
@@ -141,9 +150,9 @@ def _rank(
     pack = Pack(pack_id, tuple(RunConfig.from_dict(r) for r in runs), prune=prune)
     store, listener = Store(*root), messages.telling(channel) if rank == 0 else Listener()
     end = messages.ended(lambda: train_alone(pack, store, listener, keep=keep, accept_drift=accept_drift))
-    if rank == 0 or end[0] != "records":
+    if rank and end[0] == "records":
+        end = ("failed", end[1])  # what the first does not know of: it writes what it has trained itself
+    if end[0] != "failed" or end[1]:
         channel.put(end)
-    channel.close()
-    channel.join_thread()
     with suppress(KeyboardInterrupt):
         signal.pause()  # the parent ends all of them at once: a process that leaves early would break the group's last word

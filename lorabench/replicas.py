@@ -32,6 +32,10 @@ class Replicas(DDPStrategy):
         super().setup(trainer)
 
 
+class Lost(Exception):
+    """A process that trains a pack with others is gone: no run's fault, and nothing is recorded."""
+
+
 _place = (0, 1)  # rank and world of this process
 
 
@@ -96,6 +100,15 @@ def add_up_gradients(parameters: Iterable[torch.nn.Parameter]) -> None:
         dist.all_reduce(parameter.grad)
 
 
+def anywhere(so: bool) -> bool:
+    """Whether it is so in any process; the same answer in each of them."""
+    if world() == 1:
+        return so
+    count = torch.tensor(int(so), device="cuda" if dist.get_backend() == "nccl" else "cpu")
+    add_up([count])
+    return bool(count)
+
+
 def gather(value: Any) -> list[Any]:
     """The value of every process, in the order of their ranks, in each of them."""
     if world() == 1:
@@ -103,3 +116,8 @@ def gather(value: Any) -> list[Any]:
     found: list[Any] = [None] * world()
     dist.all_gather_object(found, value)
     return found
+
+
+def broken(error: BaseException) -> bool:
+    """Whether an error says that another process of the group cannot be reached; gloo has no kind of error for it."""
+    return world() > 1 and (isinstance(error, dist.DistError) or "gloo/transport" in str(error))

@@ -8,7 +8,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from threading import Timer, current_thread, main_thread
+from threading import Thread, Timer, current_thread, main_thread
 from types import FrameType
 from typing import Any
 
@@ -16,6 +16,7 @@ CODE = 143  # as a shell says it: 128 + SIGTERM
 AGAIN = 2.0  # seconds in which further signals are the same one, told twice
 _told = [float("-inf")]  # when the last one came, by the steady clock
 _hooks: list[Callable[[Any], Any]] = []  # what hears of other exceptions that nobody can catch
+_deferred: list[list[bool]] = []  # what is noted wherever it is deferred now
 
 
 def install() -> None:
@@ -68,12 +69,28 @@ def deferred() -> Iterator[Callable[[], bool]]:
             before(number, frame)
 
     before = signal.signal(signal.SIGTERM, note)
+    _deferred.append(noted)
     try:
         yield lambda: bool(noted)
     finally:
+        _deferred.remove(noted)
         signal.signal(signal.SIGTERM, before)
         if noted:
             raise SystemExit(CODE)
+
+
+def watch(leave: Callable[[], Any]) -> None:
+    """For a process in whose threads SIGTERM is blocked, so that no handler runs in the middle of what it does together with
+    others: a thread waits for it. Where it is deferred it is noted as ever, elsewhere that thread calls `leave`."""
+
+    def wait() -> None:
+        signal.sigwait({signal.SIGTERM})
+        if _deferred:
+            _deferred[-1].append(True)
+        else:
+            leave()
+
+    Thread(target=wait, daemon=True, name="SIGTERM").start()
 
 
 @contextmanager

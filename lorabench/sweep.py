@@ -21,6 +21,7 @@ from lorabench.prepare import Pack
 from lorabench.provenance import code_fingerprint
 from lorabench.ranks import train
 from lorabench.records import Record, Store
+from lorabench.replicas import Lost
 from lorabench.report.select import Choice, choose
 from lorabench.schema import ConfigError
 from lorabench.sharing import Ended, freed
@@ -36,7 +37,7 @@ __all__ = ["Job", "SweepFailed", "cell_id", "declare", "execute", "finish", "lab
 
 
 class SweepFailed(Exception):
-    """Some runs of a sweep failed; the others are done and recorded. Exit code 1."""
+    """Some runs of a sweep failed, or are unfinished; the others are done and recorded. Exit code 1."""
 
 
 def check_all(jobs: Sequence[Job]) -> dict[str, SlicePlan]:
@@ -110,7 +111,8 @@ def _run(
     workers = executor if isinstance(executor, Crew) else own
     train_pack, executor = (workers.train, workers.map) if workers else (train, executor)
 
-    others: list[Pack] = []  # packs that another launcher holds
+    others: list[Pack] = []  # packs that another launcher holds, or that go on
+    lost: list[str] = []
 
     def one(pack: Pack) -> list[Record]:
         lease = store.leases.take(pack.id)
@@ -122,11 +124,19 @@ def _run(
             parts = parts_of(store, pack)
             if not parts and not keep.issuperset(pack.run_ids):
                 listener, drift = _listener(progress, pack, tracker), settings.sweep.accept_drift
+                began = checkpoints.reached(store.root, pack.id) or 0
                 try:
                     return train_pack(pack, store.under(lease), listener, keep=keep, accept_drift=drift)
                 except LeaseLost as e:
                     progress.say(f"{pack.id}: {e}")
                     others.append(pack)
+                    return []
+                except Lost as e:
+                    if (checkpoints.reached(store.root, pack.id) or 0) > began:
+                        progress.say(f"{pack.id}: {e}; it goes on from its last checkpoint")
+                        others.append(pack)
+                    else:
+                        lost.append(f"{pack.id}: {e}")
                     return []
                 except SlicesMix as e:
                     size, why = 1, f"{e}; its runs train one by one"
@@ -146,6 +156,8 @@ def _run(
     finally:
         if tracker is not None:
             tracker.close()
+    if lost:
+        raise SweepFailed(f"{'; '.join(lost)}; the same command goes on from its last checkpoint")
 
 
 def _split(pack: Pack, size: int) -> list[Pack]:

@@ -63,7 +63,8 @@ def train(
     accept_drift: go on from a checkpoint although code, packages, data or model changed; else `ExistingWork` is raised.
 
     Raises `SlicesMix` when the base cannot be shared between slices, and `OutOfMemory` when the pack does not fit: the
-    caller then trains the runs one by one, or the pack in halves. Neither leaves a record; nor do `LeaseLost` and `Unwritable`.
+    caller then trains the runs one by one, or the pack in halves. Neither leaves a record; nor do `LeaseLost`, `Unwritable` and
+    `replicas.Lost`.
     """
     listener = listener or Listener()
     start = begun(pack, store, keep, accept_drift=accept_drift)
@@ -88,6 +89,8 @@ def train(
         checkpoints.remove(store.root, pack.id)
         return train(pack, store, listener, keep=keep)
     except Exception as e:
+        if replicas.broken(e):
+            raise replicas.Lost(f"a process of the pack is gone ({e})") from e
         if not (out_of_memory(e) and len(pack.runs) > 1):
             error = "".join(traceback.format_exception(e)[-3:]).strip()
             records = [failed(run, f"{type(e).__name__}: {e}", error) for run in pack.runs]

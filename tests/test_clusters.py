@@ -130,9 +130,10 @@ def test_a_preempted_job_costs_no_try(sweep):
     assert {s for s, _ in metrics().values()} == {"completed"}
 
 
+@pytest.mark.parametrize("death", [Death("TIMEOUT", cause=TIME_LIMIT), Death("FAILED")], ids=["time-out", "killed"])
 @pytest.mark.parametrize(("steps", "jobs"), [([7, 9, 9], 3), ([0], 1)], ids=["further", "no further"])
-def test_a_time_out_costs_a_try_only_without_progress(sweep, monkeypatch, steps, jobs):
-    """steps: of the checkpoint that each job leaves when its time is up; one that is no further than the last is the end."""
+def test_a_death_costs_a_try_only_without_progress(sweep, monkeypatch, steps, jobs, death):
+    """steps: of the checkpoint that each job leaves when it ends; one that is no further than the last is the end."""
 
     class Late(Here):
         def death(self, job):
@@ -140,12 +141,24 @@ def test_a_time_out_costs_a_try_only_without_progress(sweep, monkeypatch, steps,
             monkeypatch.setattr(checkpoints, "reached", lambda root, pack: step)
             return self.why
 
-    engine = Late(lose=99, death=Death("TIMEOUT", cause=TIME_LIMIT))
+    engine = Late(lose=99, death=death)
     code, out = sweep(engine, "hydra.launcher.resubmit=0", "method.r=1")
     assert code == 1 and len(engine.jobs) == jobs, out
     begun = steps[-2] if len(steps) > 1 else 0
     limit = f"hydra.launcher.timeout_min is its limit, it went from step {begun} to {steps[-1]}"
-    assert all(limit in r.error for r in Store("sweeps/s").records())
+    assert all((limit in r.error) == (death.cause == TIME_LIMIT) for r in Store("sweeps/s").records())
+
+
+@pytest.mark.parametrize(
+    ("state", "cause"),
+    [("NODE_FAIL", PREEMPTED), ("PREEMPTED", PREEMPTED), ("TIMEOUT", TIME_LIMIT), ("FAILED", None)],
+)
+def test_what_slurm_says_of_a_death(tmp_path, monkeypatch, state, cause):
+    """A lost node is as little a pack's fault as a preemption."""
+    engine = object.__new__(engines.Submitit)
+    engine.name, engine.logs = "slurm", tmp_path
+    monkeypatch.setattr(slurm, "state", lambda job: (state, "0:9"))
+    assert engine.death("7_0") == Death(f"Slurm job 7_0 ended: {state} (exit code 0:9)", cause=cause)
 
 
 @pytest.mark.parametrize(

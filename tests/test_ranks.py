@@ -2,6 +2,11 @@
 
 from __future__ import annotations
 
+import multiprocessing
+import os
+import signal
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +20,7 @@ from lorabench.ranks import train
 from lorabench.records import Record, Store
 from lorabench.schema import ConfigError
 from lorabench.train import Listener
+from test_resume import left
 from tiny import make_base, make_data, make_run
 
 
@@ -36,6 +42,15 @@ def alone(parts: tuple[Path, Path], tmp_path_factory: pytest.TempPathFactory) ->
     """What one process makes of them."""
     store = Store(tmp_path_factory.mktemp("alone"))
     return store, train(Pack("p0", runs(parts, 1)), store)
+
+
+@pytest.fixture(scope="module")
+def together(
+    parts: tuple[Path, Path], tmp_path_factory: pytest.TempPathFactory
+) -> tuple[Store, list[Record], list[int]]:
+    """What two processes make of them, and the steps that were told of."""
+    store, heard = Store(tmp_path_factory.mktemp("together")), list[int]()
+    return store, train(Pack("p0", runs(parts, 2)), store, Listener(step=lambda step, total: heard.append(step))), heard
 
 
 def numbers(record: Record) -> dict[str, Any]:
@@ -60,11 +75,12 @@ def same(a: Store, b: Store, one: Record, two: Record) -> None:
 
 @pytest.mark.parametrize("strategy", ["ddp", "fsdp"])
 def test_two_processes_give_the_numbers_of_one(
-    parts: tuple[Path, Path], alone: tuple[Store, list[Record]], tmp_path: Path, strategy: str
+    parts: tuple[Path, Path], alone: tuple[Store, list[Record]], together: Any, tmp_path: Path, strategy: str
 ) -> None:
-    shared, heard = Store(tmp_path / "shared"), list[int]()
-    pack = Pack("p0", runs(parts, 2, **{"trainer.strategy": strategy}))
-    two = train(pack, shared, Listener(step=lambda step, total: heard.append(step)))
+    shared, two, heard = together
+    if strategy == "fsdp":
+        shared = Store(tmp_path / "shared")
+        two = train(Pack("p0", runs(parts, 2, **{"trainer.strategy": strategy})), shared)
     for x, y in zip(alone[1], two, strict=True):
         same(alone[0], shared, x, y)
         assert y.provenance["devices"] == 2
@@ -99,21 +115,132 @@ def test_other_runs_in_two_processes(parts: tuple[Path, Path], tmp_path: Path, c
     assert numbers(one) == pytest.approx(numbers(two), rel=close, abs=close)
 
 
+def processes() -> list[int]:
+    """Those of the pack in training, in the order of their ranks."""
+    return [p.pid or 0 for p in sorted(multiprocessing.active_children(), key=lambda p: p.pid or 0)]
+
+
+@pytest.mark.parametrize("strategy", ["ddp", pytest.param("fsdp", marks=pytest.mark.slow)])
+def test_sigterm_ends_all_of_them_at_one_step_with_a_checkpoint(
+    parts: tuple[Path, Path], together: Any, tmp_path: Path, strategy: str
+) -> None:
+    """First the second process alone is told, then the launcher alone; there is no other checkpoint."""
+    settings = {"trainer.checkpoint_interval": 1000, "trainer.strategy": strategy}
+    pack, store, reached = Pack("p0", runs(parts, 2, **settings)), Store(tmp_path), list[int]()
+    for at in (2, 5):
+
+        def tell(step: int, total: int, at: int = at) -> None:
+            if step == at + sum(reached):
+                os.kill(os.getpid() if reached else processes()[1], signal.SIGTERM)
+
+        with pytest.raises(SystemExit) as e:
+            train(pack, store, Listener(step=tell))
+        assert (e.value.code, multiprocessing.active_children(), store.records()) == (143, [], [])
+        reached.append(checkpoints.reached(store.root, "p0") or 0)
+        assert at + sum(reached[:-1]) <= reached[-1] < 30
+    records = train(pack, store)
+    assert records[0].provenance["resumed"] == reached
+    if strategy == "ddp":
+        assert left(store, pack) == left(together[0], pack)
+
+
 @pytest.mark.slow
-def test_a_process_that_dies_fails_the_pack_and_leaves_no_process(parts: tuple[Path, Path], tmp_path: Path) -> None:
-    import multiprocessing
-    import os
-    import signal
+def test_sigterm_before_they_train_ends_them_at_once(parts: tuple[Path, Path], tmp_path: Path) -> None:
+    store = Store(tmp_path)
+    tell = Listener(start=lambda run: os.kill(os.getpid(), signal.SIGTERM))
+    with pytest.raises(SystemExit) as e:
+        train(Pack("p0", runs(parts, 2)), store, tell)
+    assert (e.value.code, multiprocessing.active_children()) == (143, [])
+    assert not store.records() and checkpoints.reached(store.root, "p0") is None
 
-    def kill(step: int, total: int) -> None:
-        if step == 5:
-            os.kill(multiprocessing.active_children()[-1].pid or 0, signal.SIGKILL)
 
-    store = Store(tmp_path / "sweep")
-    records = train(Pack("p0", runs(parts, 2)), store, Listener(step=kill))
-    assert multiprocessing.active_children() == []
-    assert [r.status for r in store.records()] == ["failed", "failed"]
-    assert all("died (exit code -9)" in str(r.error) for r in records)
+TROUBLED = """
+import os, signal, time
+from dataclasses import dataclass
+import torch
+from lorabench.schema import knob
+from lorabench.tasks.text_classification import Config as Base
+
+calls = []
+
+@dataclass(frozen=True)
+class Config(Base):
+    kind: str = knob("local", help="")
+    source: str = knob("file", help="")
+    data: str = knob("", help="")
+
+    def _rows(self):
+        return self._file_rows(self.data, "task.data", None), ()
+
+    def step(self, model, batch):
+        calls.append(torch.is_grad_enabled())
+        what, rank, at = os.environ.get("TROUBLE", "none 0 0").split()
+        if rank == os.environ["LOCAL_RANK"] and calls[-1] and sum(calls) == int(at):
+            if what == "raise":
+                raise ValueError("a bad share")
+            if what == "kill":
+                os.kill(os.getpid(), signal.SIGKILL)
+            os.killpg(0, signal.SIGTERM)
+            time.sleep(1)
+        return super().step(model, batch)
+"""
+
+
+@pytest.fixture
+def troubled(parts: tuple[Path, Path], tmp_path: Path) -> list[str]:
+    """A sweep of one pack in two processes, in which `TROUBLE` says what befalls which of them, at which step or so."""
+    (tmp_path / "mine.py").write_text(TROUBLED)
+    return [
+        "-m", "method.r=2,4", "model=hf", f"model.source={parts[0]}", "task=local", f"task.file={tmp_path / 'mine.py'}",
+        f"+task.data={parts[1]}", "trainer.devices=2", "trainer.max_steps=30", "trainer.eval_interval=10", "trainer.batch_size=4",
+        "trainer.precision=64", "trainer.accelerator=cpu", "trainer.checkpoint_interval=10", "sweep.measure_solo=false",
+        "report.enabled=false", "sweep.name=s",
+    ]  # fmt: skip
+
+
+def launched(folder: Path, argv: list[str], trouble: str = "none 0 0") -> tuple[int, str]:
+    """A launcher of its own, and a process group of its own: exit code and what it said."""
+    folder.mkdir(exist_ok=True)
+    done = subprocess.run(
+        [sys.executable, "-m", "lorabench", *argv], cwd=folder, env={**os.environ, "TROUBLE": trouble}, stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT, text=True, start_new_session=True,
+    )  # fmt: skip
+    return done.returncode, done.stdout
+
+
+@pytest.mark.slow
+def test_a_sweep_goes_on_whatever_befalls_a_process(troubled: list[str], tmp_path: Path) -> None:
+    """One is killed before the first checkpoint; SIGTERM to the whole process group; the first is killed, again and again."""
+    cut, whole = Store(tmp_path / "cut/sweeps/s"), Store(tmp_path / "whole/sweeps/s")
+    for trouble, code, words in (
+        ("kill 1 4", 1, "(exit code -9); the same command goes on"),
+        ("term 0 6", 143, "stopped; the same command goes on"),
+    ):
+        ended, out = launched(tmp_path / "cut", troubled, trouble)
+        assert ended == code and words in " ".join(out.split()), out
+        assert not cut.records() and not list((cut.root / "locks").glob("p*/*")), "no record, no lease"
+    stopped = checkpoints.reached(cut.root, "p0") or 0
+    assert 0 < stopped < 30
+    code, out = launched(tmp_path / "cut", troubled, "kill 0 15")
+    assert code == 0 and "it goes on from its last checkpoint" in " ".join(out.split()), out
+    resumed = cut.records()[0].provenance["resumed"]
+    assert resumed[0] == stopped and len(resumed) > 1 and not any(step % 10 for step in resumed[1:])
+    code, out = launched(tmp_path / "whole", troubled)
+    assert code == 0, out
+    assert [(r.run_id, r.status, r.metrics) for r in cut.records()] == [
+        (r.run_id, r.status, r.metrics) for r in whole.records()
+    ]
+    assert all(cut.history(i) == whole.history(i) for i in whole.run_ids())
+
+
+@pytest.mark.slow
+def test_what_one_of_them_raises_fails_the_pack(troubled: list[str], tmp_path: Path) -> None:
+    """The others would wait for it."""
+    code, out = launched(tmp_path / "s", troubled, "raise 1 4")
+    assert code == 1, out
+    records = Store(tmp_path / "s/sweeps/s").records()
+    assert [(r.status, r.error) for r in records] == [("failed", "ValueError: a bad share")] * 2
+    assert "in step" in records[0].provenance["trace"]
 
 
 @pytest.mark.parametrize(

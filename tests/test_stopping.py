@@ -44,6 +44,30 @@ WHERE = {
 }
 
 
+WATCHED = """
+import os, signal, sys, time
+from lorabench import stopping
+signal.signal(signal.SIGTERM, lambda *_: print("a handler"))
+signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
+stopping.watch(lambda: (print("leave", flush=True), os._exit(7)))
+if sys.argv[1] == "outside":
+    os.kill(os.getpid(), signal.SIGTERM)
+    time.sleep(100)
+with stopping.deferred() as stopped:
+    assert not stopped()
+    os.kill(os.getpid(), signal.SIGTERM)
+    while not stopped():
+        time.sleep(0.01)
+    print("noted", flush=True)
+"""
+
+
+@pytest.mark.parametrize(("where", "code", "words"), [("outside", 7, "leave"), ("inside", 143, "noted")])
+def test_where_it_is_blocked_a_thread_hears_it(where: str, code: int, words: str) -> None:
+    done = subprocess.run([sys.executable, "-c", WATCHED, where], capture_output=True, text=True, timeout=300)
+    assert (done.returncode, done.stdout.split()) == (code, [words]), done.stderr
+
+
 @pytest.mark.parametrize("where", WHERE)
 def test_it_ends_the_process_in_order(where: str) -> None:
     done = subprocess.run(

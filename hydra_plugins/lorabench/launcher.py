@@ -20,7 +20,7 @@ class PackedLauncherConf:
     _target_: str = "hydra_plugins.lorabench.launcher.PackedLauncher"
     executor: Optional[str] = None  # noqa: UP045 (OmegaConf) null, inline: this process; slurm, local: submitit; ray
     poll_seconds: float = 5.0  # between two looks at the queue and the records
-    resubmit: int = 1  # times a pack is submitted again whose job died: node lost, killed, timed out without progress
+    resubmit: int = 1  # times a pack is submitted again whose job died (killed, out of time) no further than before
     timeout_min: int = 60
     signal_delay_s: int = 120  # how long before the end a job is told of it
     array_parallelism: int = 256  # jobs at once

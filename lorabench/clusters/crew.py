@@ -31,8 +31,8 @@ class JobCrew:
     """Use as a context. `train` has the meaning of `train.train`, `map` that of `map`.
 
     settings: the launcher's, for the engine; poll_seconds: between two looks at the queue and the store; resubmit: how
-    often a pack whose job died (node lost, killed) is submitted again before its runs are recorded as failed. A
-    preemption never counts there, and a time-out only if its job got no further than the last one. nodes: tasks of a job.
+    often a pack whose job died (killed, out of time) is submitted again before its runs are recorded as failed. A preemption
+    or a lost node never counts there, and a job that got further than the last one does not. nodes: tasks of a job.
     """
 
     def __init__(
@@ -191,7 +191,7 @@ class JobCrew:
         step, why = checkpoints.reached(watch.store.root, watch.pack.id) or 0, death.reason
         if cause == TIME_LIMIT:
             why += f"; hydra.launcher.timeout_min is its limit, it went from step {begun} to {step}"
-        if cause == PREEMPTED or (cause == TIME_LIMIT and step > begun):
+        if cause == PREEMPTED or step > begun:
             watch.tries -= 1
         if death.memory and len(watch.pack.runs) > 1:
             watching.settle(watch, error=OutOfMemory(f"{watch.pack.id}: {death.reason}"))

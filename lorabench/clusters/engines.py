@@ -29,7 +29,7 @@ CORES = 8  # a local job's share where none was asked for
 @dataclass(frozen=True)
 class Death:
     """Why a job is gone without a word. again: it may do better a second time; memory: its pack was too large; cause:
-    `PREEMPTED` or `TIME_LIMIT`, where it was one of these."""
+    `PREEMPTED` (a node that was lost is no more its fault) or `TIME_LIMIT`, where it was one of these."""
 
     reason: str
     again: bool = True
@@ -129,7 +129,7 @@ class Submitit:
         memory = state == "OUT_OF_MEMORY" or re.search(r"\boom[-_ ]?kill", last, re.IGNORECASE) is not None
         again = not state.startswith(("CANCELLED", "DEADLINE"))
         ended = f"{state} (exit code {code})" if state else "it left the queue"
-        cause = {"PREEMPTED": PREEMPTED, "TIMEOUT": TIME_LIMIT}.get(state)
+        cause = {"TIMEOUT": TIME_LIMIT, **dict.fromkeys(("PREEMPTED", "NODE_FAIL", "BOOT_FAIL"), PREEMPTED)}.get(state)
         return Death(f"Slurm job {job} ended: {ended}{last}", again, memory, cause)
 
     def _last_words(self, job: str) -> str:

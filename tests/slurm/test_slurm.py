@@ -235,9 +235,9 @@ def restarts(made):
     return int(slurm_says("scontrol", "show", "job", made).split("Restarts=")[1].split()[0])
 
 
-def held(pack, *program):
+def held(pack, *program, once=None):
     """The processes of a pack's job, stopped once it trains, so that it is not done before what a test has in mind."""
-    wait_for(lambda: checkpoints.reached(Path("sweeps/s"), pack))
+    wait_for(once or (lambda: checkpoints.reached(Path("sweeps/s"), pack)))
     found = processes_of(noted("s", pack), *program)
     for process in found:
         os.kill(process, signal.SIGSTOP)
@@ -293,13 +293,38 @@ def test_a_preempted_job_leaves_the_same_records(sweep, launcher, partition, req
     ids=["devices", "nodes"],
 )
 def test_a_preempted_job_of_several_processes_leaves_the_same_records(sweep, launcher, several):
-    """They go on from the last regular checkpoint, all of them from the same."""
-    running = launcher("s", *JOBS, OFTEN, *several, "hydra.launcher.resubmit=0", "method.r=4", steps=200)
-    assert len(held("p0", b"spawn_main")) == 2
+    """They leave at one step, with a checkpoint: there is no other."""
+    alike = ["trainer.checkpoint_interval=1000", "method.r=4"]
+    running = launcher("s", *JOBS, *alike, *several, "hydra.launcher.resubmit=0", steps=200)
+    assert len(held("p0", b"spawn_main", once=lambda: history_rows("s"))) == 2
     preempt()
     out = running.communicate(timeout=900)[0].decode()
     assert running.returncode == 0, out
     assert restarts(noted("s")) == 1 and "submitted again" not in out, out
+    assert len(set(resumed("s"))) == 1 and all(step >= 40 for step in resumed("s")), resumed("s")
+    assert sweep("inline", *alike, "trainer.devices=2", steps=200)[0] == 0
+    assert metrics("s") == metrics("inline")
+
+
+@pytest.mark.slow
+def test_a_pack_whose_node_is_lost_goes_on(sweep, launcher):
+    """One of its two nodes goes down, and Slurm may not requeue the job: the launcher submits it again, whatever `resubmit` says."""
+    several = [
+        "trainer.num_nodes=2",
+        "hydra.launcher.nodes=2",
+        "hydra.launcher.additional_parameters={no-requeue: true}",
+    ]
+    running = launcher("s", *JOBS, OFTEN, *several, "hydra.launcher.resubmit=0", "method.r=4", steps=200)
+    held("p0", b"spawn_main")
+    first = noted("s")
+    slurm_says("scontrol", "update", "NodeName=second", "State=DOWN", "Reason=lost")
+    try:
+        wait_for(lambda: "JobState=NODE_FAIL" in slurm_says("scontrol", "show", "job", first))
+    finally:
+        slurm_says("scontrol", "update", "NodeName=second", "State=RESUME")
+    out = running.communicate(timeout=900)[0].decode()
+    assert running.returncode == 0, out
+    assert noted("s") != first and "ended: NODE_FAIL" in " ".join(out.split()) and "submitted again" in out, out
     assert resumed("s") and all(step % 20 == 0 < step for step in resumed("s"))
     assert sweep("inline", OFTEN, "trainer.devices=2", "method.r=4", steps=200)[0] == 0
     assert metrics("s") == metrics("inline")
