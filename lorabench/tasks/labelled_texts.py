@@ -125,13 +125,16 @@ class LabelledTexts:
                 )  # fmt: skip
 
     def encode(self, data: TaskData, processor: Any) -> Encoded:
-        """Examples {"input_ids", "token_type_ids"?, "example"} by split."""
+        """Examples {"input_ids", "token_type_ids"?, "example", "group"} by split."""
         encoding.check_length(self.max_length, processor)
         splits, lengths, notes = {}, {}, {}
         for name, rows in data.splits.items():
             pairs = [r["pair"] for r in rows] if rows and "pair" in rows[0] else None
             tokens, full = encoding.tokenize(processor, [r["text"] for r in rows], pairs, self.max_length)
-            splits[name] = [made | {"example": row["example"]} for made, row in zip(tokens, rows, strict=True)]
+            splits[name] = [
+                made | {"example": row["example"], "group": split.content_hash(self._group(row))}
+                for made, row in zip(tokens, rows, strict=True)
+            ]
             lengths[name] = [len(t["input_ids"]) for t in tokens]
             notes[name] = encoding.truncation(full, self.max_length)
         return Encoded(splits, lengths, {"truncation": notes})
