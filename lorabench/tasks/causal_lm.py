@@ -60,6 +60,9 @@ class Config:
     probe_examples: int = knob(
         1000, help="of the probe: held-out examples at most, and as many to fit on", low=20, added="0.1.0"
     )
+    probe_along: bool = knob(
+        False, help="measure the probe at each evaluation of a confirmation run, too", added="0.1.0"
+    )
     style_prompts: int = knob(
         0, help="held-out prompts replied to, to see how far replies move towards the data's style; 0: off",
         low=0, added="0.1.0",
@@ -79,6 +82,8 @@ class Config:
             raise ConfigError(
                 f"{key}.test_fraction", self.test_fraction, "with val_fraction it must leave rows to train on"
             )
+        if self.probe_along and not self.probe:
+            raise ConfigError(f"{key}.probe_along", True, f"false without {key}.probe")
         if self.style_prompts and (self.style_prompts < FEWEST or not self.pairs):
             allowed = f"0, or at least {FEWEST} on prompts with responses"
             raise ConfigError(f"{key}.style_prompts", self.style_prompts, allowed)
