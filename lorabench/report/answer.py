@@ -11,7 +11,7 @@ from lorabench.report import declared, formats, unfinished
 from lorabench.report import statistics as st
 from lorabench.report.findings import Comparison, Findings
 from lorabench.report.formats import plural
-from lorabench.report.load import flatten
+from lorabench.report.unlisted import flatten
 from lorabench.report.results import Result
 
 

@@ -17,7 +17,8 @@ from lorabench.records import Record
 from lorabench.report import formats, measure
 from lorabench.report import statistics as st
 from lorabench.report.evidence import gather
-from lorabench.report.load import Cell, Sweep, flatten, short
+from lorabench.report.load import Cell, Sweep, short
+from lorabench.report.unlisted import flatten
 from lorabench.report.results import Result
 
 SEEN = ("packages", "machine", "git")  # provenance that is a mapping
