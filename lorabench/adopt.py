@@ -37,6 +37,9 @@ def parser() -> argparse.ArgumentParser:
         "--set", action="append", default=[], metavar="KEY=VALUE", help="equal in all runs, e.g. task.name=mnli"
     )
     p.add_argument("--primary", metavar="METRIC", help="the metric that is compared (default: the first but the loss)")
+    p.add_argument(
+        "--lower-is-better", action="store_true", help="of the primary metric less is more, e.g. a word error rate"
+    )
     p.add_argument("--attach", type=Path, metavar="RUN", help="add an evaluation to a run's record instead")
     p.add_argument("--score", action="append", default=[], metavar="NAME=NUMBER", help="with --attach")
     p.add_argument(
@@ -57,6 +60,8 @@ def adopt(args: argparse.Namespace) -> str:
         )  # fmt: skip
     else:
         records = from_folders(args.source, fixed=fixed, primary=args.primary)
+    for record in records if args.lower_is_better else ():
+        record.metrics["lower_is_better"] = True
     store = Store(args.out)
     store.check_foreign()
     for record in records:
@@ -80,6 +85,7 @@ def attach(args: argparse.Namespace) -> str:
             "--score", bad[0] if bad else "", "test/<name>=<number>, val/... or probe/..., or --examples FILE"
         )
     arrays = _examples(args.examples) if args.examples else {}
+    held = store.arrays(record.run_id, "test") if arrays else None
     if arrays and "correct" in arrays:
         scores.setdefault("test/accuracy", float(arrays["correct"].mean()))
     if arrays and "loss" in arrays:
@@ -97,13 +103,25 @@ def attach(args: argparse.Namespace) -> str:
         )
         raise ConfigError("--attach", record.run_id, allowed)
     if arrays:
-        store.write_arrays(record.run_id, "test", arrays)
+        store.write_arrays(record.run_id, "test", arrays if held is None else _beside(held, arrays, str(args.examples)))
     record.metrics |= scores
     record.provenance["attached"] = sorted({*record.provenance.get("attached", []), *scores})
     if any(name.startswith("test/") for name in scores):
         record.role = "confirm"
     store.write(record)
     return f"{record.run_id}: {', '.join(f'{name} = {value:.4g}' for name, value in sorted(scores.items()))}"
+
+
+def _beside(held: Mapping[str, np.ndarray], new: Mapping[str, np.ndarray], path: str) -> dict[str, np.ndarray]:
+    """Columns [N] of the same examples, whatever their order, beside those that a run holds. Raises `ConfigError`."""
+    if sorted(held["example"].tolist()) != sorted(new["example"].tolist()):
+        allowed = f"the {len(held['example'])} test examples whose results this run holds already; of others attach the mean, --score test/<name>=NUMBER"
+        raise ConfigError("--examples", path, allowed)
+    if taken := sorted(set(held) & set(new) - {"example"}):
+        raise ConfigError("--examples", path, f"columns this run does not hold yet; it has {', '.join(taken)}")
+    at = dict(zip(new["example"].tolist(), range(len(new["example"])), strict=True))
+    order = [at[i] for i in held["example"].tolist()]
+    return {**held, **{name: column[order] for name, column in new.items() if name != "example"}}
 
 
 def _examples(path: Path) -> dict[str, np.ndarray]:

@@ -9,7 +9,7 @@ import csv
 import hashlib
 import json
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -64,13 +64,30 @@ def from_table(
     scored = {**scores_of([n for n in names if n not in taken.values()]), **metrics}
     if not scored:
         raise ConfigError("--metric", None, f"test/<name>=<column>, for one of: {', '.join(names)}")
-    records = []
-    for i, row in enumerate(rows):
-        said = {key: _value(row[column] or "") for key, column in taken.items()} | {
-            k: _value(v) for k, v in fixed.items()
-        }
-        values = {name: _number(row[column], f"{path.name}, row {i + 1}, {column}") for name, column in scored.items()}
-        records.append(_record(said, values, primary, {"file": path.name, "row": i + 1}))
+    said = [{key: _value(row[column] or "") for key, column in taken.items()} | {k: _value(v) for k, v in fixed.items()}
+            for row in rows]  # fmt: skip
+    values = [{name: _number(row[column], f"{path.name}, row {i + 1}, {column}") for name, column in scored.items()}
+              for i, row in enumerate(rows)]  # fmt: skip
+    primary = primary or _primary(name for row in values for name, value in row.items() if value is not None)
+    return _in_their_phase(
+        [
+            _record(*row, primary, {"file": path.name, "row": i + 1})
+            for i, row in enumerate(zip(said, values, strict=True))
+        ]
+    )
+
+
+def _in_their_phase(records: list[Record]) -> list[Record]:
+    """A run that measured nothing (it crashed) is one of those it was started with: of the tested runs, where there are
+    any of the same settings but the seed, else of the others."""
+
+    def settings(record: Record) -> str:
+        return json.dumps({**record.config, "seed": None}, sort_keys=True)
+
+    tested = {settings(r) for r in records if r.role == "confirm"}
+    for record in records:
+        if not any("/" in name for name in record.metrics) and settings(record) in tested:
+            record.role = "confirm"
     return records
 
 
@@ -153,21 +170,28 @@ def _record(
     where: Mapping[str, Any],
 ) -> Record:
     said = {key: value for key, value in said.items() if value is not None and value != ""}
+    said |= {"method.name": "dora"} if said.pop("method.use_dora", None) is True else {}
     name = str(said.get("method.name", "lora" if "method.r" in said else "full")).lower()
     if name == "rslora":
         name, said = "lora", {**said, "method.use_rslora": True}
     if name not in METHODS:
         raise ConfigError("method.name", name, f"allowed: {', '.join([*METHODS, 'rslora'])}; or --set method.name=...")
-    status = STATUS.get(str(said.pop("status", "")).lower())
+    state = str(said.pop("status", ""))
+    status = STATUS.get(state.lower())
     if status is None:
-        raise ConfigError("status", where, f"allowed: {', '.join(filter(None, STATUS))}")
+        place = ", ".join(f"{key} {value}" for key, value in where.items())
+        allowed = f"allowed: {', '.join(filter(None, STATUS))} ({place}); a run that has not ended has no result yet"
+        raise ConfigError("status", state, allowed)
     if not _positive(said.get("optimizer.lr")):
         raise ConfigError(
             "optimizer.lr",
             said.get("optimizer.lr"),
             "the learning rate of every run: a column, or --set optimizer.lr=...",
         )
-    missing = [key for key in WANTED if key not in said and not (METHODS[name] == "full" and key.startswith("method."))]
+    none_of_its_own = METHODS[name] == "full"
+    missing = [
+        k for k in WANTED if k not in said and not (none_of_its_own and k.startswith("method.") and k != "method.name")
+    ]
     config: dict[str, Any] = {
         "model": {"name": "unknown"},
         "task": {"name": "unknown"},
@@ -191,9 +215,9 @@ def _record(
     return Record(digest, role, status, config, metrics, {}, provenance)
 
 
-def _primary(values: Mapping[str, float]) -> str:
+def _primary(measured: Iterable[str]) -> str:
     """The first metric that is not the loss, by name; the loss where there is nothing else."""
-    names = sorted({key.partition("/")[2] for key in values})
+    names = sorted({key.partition("/")[2] for key in measured})
     return next((name for name in names if name != "loss"), "loss")
 
 

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import os
+import re
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -28,8 +30,35 @@ def sweep_name(overrides: Sequence[str], experiment: str | None) -> str:
     return f"run-{digest(asked)[:8]}"
 
 
-def job(cfg: DictConfig, *, name: str, experiment: str | None, extra: Mapping[str, Any] | None = None) -> Any:
-    """Parse a composed config into a `planning.Job`. Raises `ConfigError`, before torch is imported."""
+PLACED = re.compile(r"(sweep|report|study|tracker|hydra)([./@].*)?|seed|optimizer\.lr")
+
+
+def asked(overrides: Sequence[str], sources: Iterable[Any] = ()) -> list[str]:
+    """Words of a command line that ask for the same run but for its rate and seed, and say nothing of where it goes, how it
+    is judged or shown. sources: Hydra's, for a config folder of the user's own."""
+    return _folder(sources) + [o for o in overrides if not PLACED.fullmatch(o.lstrip("+~").partition("=")[0])]
+
+
+def launched(hydra: Any) -> list[str]:
+    """The words of the command line of a sweep. hydra: the config's own section of that name."""
+    words = [o for o in (*hydra.overrides.hydra, *hydra.overrides.task) if not o.startswith("hydra.mode=")]
+    return ["-m", *_folder(hydra.runtime.config_sources), *words]
+
+
+def _folder(sources: Iterable[Any]) -> list[str]:
+    own = [s.path for s in sources if s.provider == "command-line"]
+    return ["--config-dir", os.path.relpath(own[0].removeprefix("file://"))] if own else []
+
+
+def job(
+    cfg: DictConfig,
+    *,
+    name: str,
+    experiment: str | None,
+    extra: Mapping[str, Any] | None = None,
+    words: Sequence[str] = (),
+) -> Any:
+    """Parse a composed config into a `planning.Job`. words: what `asked` gives. Raises `ConfigError`, before torch is imported."""
     cfg = cfg.copy()
     with open_dict(cfg):
         cfg.pop("hydra", None)
@@ -46,7 +75,7 @@ def job(cfg: DictConfig, *, name: str, experiment: str | None, extra: Mapping[st
         run, settings = parse(cfg)
     from lorabench.planning import Job, label_of
 
-    return Job(run, settings, label_of(run, alpha_rule=alpha_rule(cfg), extra=extra))
+    return Job(run, settings, label_of(run, alpha_rule=alpha_rule(cfg), extra=extra), tuple(words))
 
 
 def alpha_rule(cfg: DictConfig) -> str | None:
@@ -71,7 +100,8 @@ def task(cfg: DictConfig) -> float:
 def _run(cfg: DictConfig, hydra: Any) -> float:
     alone = hydra.mode is None or hydra.mode.name == "RUN"
     experiment = hydra.runtime.choices.get("experiment")
-    made = job(cfg, name=sweep_name(hydra.overrides.task, experiment), experiment=experiment)
+    words = asked(hydra.overrides.task, hydra.runtime.config_sources)
+    made = job(cfg, name=sweep_name(hydra.overrides.task, experiment), experiment=experiment, words=words)
     from lorabench.sweep import execute, finish
 
     (record,) = execute([made])

@@ -21,6 +21,7 @@ from lorabench.optim import PackedAdamW, clip_factors, drop_frozen, grad_norms, 
 from lorabench.prune import cell_key, pruned, reason
 
 Rows = Callable[[int, list[dict[str, Any]]], None]
+Along = Callable[[Sequence[int]], Mapping[int, Mapping[str, float]]]
 
 
 @dataclass
@@ -67,6 +68,7 @@ class PackModule(pl.LightningModule):
         self.slices = [SliceState() for _ in runs]
         self.cells = [cell_key(r) for r in runs] if prune else None
         self.reuse: Callable[[Part], AbstractContextManager[None]] = lambda part: nullcontext()
+        self.along: Along = lambda slices: {}  # what else is measured of these slices at an evaluation
         self.results: dict[int, dict[str, np.ndarray]] = {}  # per-example test results by slice
         self._chunks: dict[int, list[dict[str, np.ndarray]]] = {}
         self.steps_done = 0
@@ -236,9 +238,12 @@ class PackModule(pl.LightningModule):
 
     def on_validation_epoch_end(self) -> None:
         self.evaluated_at = self.steps_done
-        for k, rows in self._end_evaluation().items():
+        evaluated = self._end_evaluation()
+        for k, rows in evaluated.items():
             self._judge(k, self.slices[k], self.task.metrics(rows))
         self._prune()
+        for k, found in self.along([k for k in evaluated if k in self.kept]).items():
+            self.slices[k].pending[-1] |= found  # the row of this evaluation
         for k in range(len(self.slices)):
             self.flush(k)
 

@@ -101,7 +101,7 @@ def _metrics(s: Session, k: int, run: RunConfig, status: str) -> dict[str, Any]:
     if run.role == "confirm" and status == "completed":
         rows = s.module.results[k]
         metrics |= {f"test/{name}": value for name, value in run.task.metrics(rows).items()}
-        s.store.write_arrays(run.run_id, "test", _kept(rows))
+        s.store.write_arrays(run.run_id, "test", _kept(rows) | _groups(s, rows["example"]))
     return metrics | s.extras.get(k, {})
 
 
@@ -117,6 +117,15 @@ def _kept(rows: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
         if name not in ("example", "loss_sum", "weight"):
             kept[name] = _small(column)
     return kept
+
+
+def _groups(s: Session, examples: np.ndarray) -> dict[str, np.ndarray]:
+    """Numbers [N] of the groups that test examples belong to; empty where each is alone or the task does not say."""
+    found = {e["example"]: e["group"] for e in s.prepared.encoded.splits["test"] if "group" in e}
+    named = [found.get(i) for i in examples.tolist()]
+    if None in named or len(set(named)) == len(named):
+        return {}
+    return {"group": _small(np.unique(np.asarray(named, dtype=np.uint64), return_inverse=True)[1])}
 
 
 def _small(column: np.ndarray) -> np.ndarray:

@@ -161,7 +161,9 @@ def _hours(args: argparse.Namespace, study: Study, sweep: Sweep | None, notes: l
                 "--hours", args.hours, "a pilot with times of every method, or a measurement: hours are unknown"
             )
         return None
-    return hours(study, measured(study), "a few steps of the smallest and the largest cell, each alone")
+    known, once = measured(study)
+    source = "a few steps of the smallest and the largest cell of heads, adapters and whole bases, each alone"
+    return hours(study, known, source, once)
 
 
 def _rows(study: Study, design: Design, power: float, hours: Hours | None) -> list[dict[str, Any]]:

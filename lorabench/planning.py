@@ -23,6 +23,7 @@ class Job:
     run: RunConfig
     settings: Settings
     label: Mapping[str, Any]
+    asked: tuple[str, ...] = ()  # the command line's words for it, but for rate, seed and place (`app.asked`)
 
 
 def label_of(
@@ -109,11 +110,17 @@ def _fill(units: Sequence[list[RunConfig]], most: int) -> list[list[list[RunConf
     return next(packs for limit in range(1, most + 1) if len(packs := filled(limit)) == fewest)
 
 
-def write_cells(store: Store, jobs: Sequence[Job], plans: Mapping[str, SlicePlan], *, only_new: bool) -> None:
-    """Put jobs and the cells they belong to into the manifest. only_new: leave alone what a sweeper declared before."""
+def write_cells(
+    store: Store, jobs: Sequence[Job], plans: Mapping[str, SlicePlan], *, only_new: bool, command: Sequence[str] = ()
+) -> None:
+    """Put jobs and the cells they belong to into the manifest. only_new: leave alone what a sweeper declared before.
+
+    command: words that launch all of it again (`app.launched`).
+    """
     with store.locked():
         manifest = new_manifest(jobs[0]) | store.manifest()
         manifest["experiment"] = jobs[0].settings.sweep.experiment or manifest.get("experiment")
+        manifest |= {"command": list(command)} if command else {}
         cells, known = {c["id"]: c for c in manifest["cells"]}, set(manifest["runs"])
         for job in jobs:
             run, name = job.run, cell_id(job.label)
@@ -125,6 +132,7 @@ def write_cells(store: Store, jobs: Sequence[Job], plans: Mapping[str, SlicePlan
             if run.run_id not in cell["runs"][run.role]:
                 cell["runs"][run.role].append(run.run_id)
             entry = {"role": run.role, "lr": run.optimizer.lr, "seed": run.seed, "config": run.to_dict()}
+            entry |= {"asked": list(job.asked)} if job.asked else {}
             manifest["runs"].setdefault(run.run_id, entry)
         manifest["cells"] = list(cells.values())
         store.write_manifest(manifest)

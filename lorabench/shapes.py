@@ -137,7 +137,7 @@ _CELL = fields(
     needs={"id": TEXT, "label": _LABEL, "runs": fields(may={"tune": each(RUN), "confirm": each(RUN)})},
     may={"solo": _SOLO},
 )
-_LISTED = fields(needs={"lr": RATE, "seed": WHOLE}, may={"role": ROLE, "config": CONFIG})
+_LISTED = fields(needs={"lr": RATE, "seed": WHOLE}, may={"role": ROLE, "config": CONFIG, "asked": each(TEXT)})
 _STUDY = fields(
     may={
         "question": MAYBE_TEXT,
@@ -148,7 +148,7 @@ _STUDY = fields(
 MANIFEST = fields(
     needs={"schema": is_a("1", lambda v: v == 1)},
     may={
-        "name": MAYBE_TEXT, "experiment": MAYBE_TEXT, "study": _STUDY, "study_hash": MAYBE_TEXT, "units": each(TEXT, TEXT), "cells": each(_CELL),
+        "name": MAYBE_TEXT, "experiment": MAYBE_TEXT, "command": each(TEXT), "study": _STUDY, "study_hash": MAYBE_TEXT, "units": each(TEXT, TEXT), "cells": each(_CELL),
         "runs": each(_LISTED, RUN), "packs": each(fields(needs={"id": TEXT, "runs": each(RUN)})),
         "settled": fields(may={"device": TEXT, "precision": TEXT}),
     },

@@ -14,7 +14,7 @@ from lorabench.config import RunConfig, Settings
 from lorabench.planning import Job, cell_id
 from lorabench.records import Store
 from lorabench.report import formats
-from lorabench.report.pilot import ANY, Pace, evaluations, pace_of
+from lorabench.report.pilot import Pace, evaluations, pace_of
 from lorabench.report.power import FEWEST
 from lorabench.report.results import POOL_FROM
 from lorabench.schema import ConfigError
@@ -134,15 +134,15 @@ def _cell(name: str, jobs: Sequence[Job]) -> CellPlan:
     return CellPlan(name, run, frozenset(j.run.run_id for j in jobs), jobs[0].label.get("r"), trainable)
 
 
-def hours(study: Study, paces: Sequence[Pace], source: str) -> Hours | None:
-    """None where the pace of some method is not known."""
+def hours(study: Study, paces: Sequence[Pace], source: str, once: float = 0.0) -> Hours | None:
+    """None where the pace of some method is not known. once: seconds that the study pays once, in its tuning."""
     if unpaced(study, paces):
         return None
     sizes = {run_id: cell.trainable for cell in study.cells for run_id in cell.runs}
     tuning = sum(_seconds(run, sizes[run.run_id], paces, test=False) for run in study.tuning)
     seed = sum(_seconds(cell.run, cell.trainable, paces, test=True) for cell in study.distinct)
     devices = 3600 * _devices(study)
-    return Hours(tuning / devices, seed / devices, source)
+    return Hours(tuning / devices + once / 3600, seed / devices, source)
 
 
 def unpaced(study: Study, paces: Sequence[Pace]) -> list[str]:
@@ -169,20 +169,34 @@ def _devices(study: Study) -> int:
     return worker_count(study.settings.sweep.workers, device, len(study.tuning)) if device == "cuda" else 1
 
 
-def measured(study: Study) -> list[Pace]:
-    """A few training steps of the cells that train the least and the most, alone; evaluation by its share of a step."""
+def measured(study: Study) -> tuple[list[Pace], float]:
+    """A few training steps of the cells that train the least and the most, alone, of heads, of adapters and of whole bases;
+    evaluation by its share of a step. And the seconds of what is computed once: the frozen trunk's pass over the data.
+
+    A head alone needs no backward pass through the base, and with the trunk kept hardly a forward one: its pace says
+    nothing of an adapter's, however few parameters either trains.
+    """
     from lorabench.train import measure
 
-    ordered = sorted(study.cells, key=lambda c: c.trainable)
-    paces = []
-    for cell in {c.id: c for c in (ordered[0], ordered[-1])}.values():
-        with tempfile.TemporaryDirectory() as folder:  # what training writes is of no use here
-            found: dict[str, Any] = measure(cell.run, Store(folder))
-        t, tokens = cell.run.trainer, found["tokens"]
-        # a task without an attention mask counts no tokens; its seconds are then those of one step
-        train = found["seconds"] / (tokens or t.batch_size * t.accumulate_grad_batches)
-        paces.append(Pace(ANY, cell.trainable, train, train * FORWARD, "tokens" if tokens else "examples"))
-    return paces
+    kinds: dict[str | None, list[CellPlan]] = {}
+    for cell in sorted(study.cells, key=lambda c: c.trainable):
+        group = cell.run.method.pack_group
+        kinds.setdefault(group if group in (None, "head") else "adapter", []).append(cell)
+    paces: list[Pace] = []
+    trunk = 0.0
+    for cells in kinds.values():
+        names = sorted({c.run.method.name for c in cells})
+        for cell in {c.id: c for c in (cells[0], cells[-1])}.values():
+            with tempfile.TemporaryDirectory() as folder:  # what training writes is of no use here
+                found: dict[str, Any] = measure(cell.run, Store(folder))
+            t, tokens = cell.run.trainer, found["tokens"]
+            # a task without an attention mask counts no tokens; its seconds are then those of one step
+            train = found["seconds"] / (tokens or t.batch_size * t.accumulate_grad_batches)
+            unit = "tokens" if tokens else "examples"
+            paces += [Pace(name, cell.trainable, train, train * FORWARD, unit) for name in names]
+            trunk = max(trunk, found["trunk_seconds"])
+    sizes = study.examples
+    return paces, trunk * sum(sizes.values()) / sizes["train"] if trunk else 0.0
 
 
 def cautions(study: Study) -> Iterator[str]:

@@ -179,14 +179,15 @@ def _listener(progress: Progress, pack: Pack, tracker: Any) -> Listener:
     return Listener(step=progress.step(pack), start=start, rows=rows, finish=lambda r: tracker.finish(r.run_id, r))
 
 
-def declare(jobs: Sequence[Job]) -> None:
-    """Check all jobs, then write the cells they belong to into the manifest. A dry run writes nothing."""
+def declare(jobs: Sequence[Job], command: Sequence[str] = ()) -> None:
+    """Check all jobs, then write the cells they belong to into the manifest, and the command that launched them. A dry run
+    writes nothing."""
     plans = check_all(jobs)
     store = Store(jobs[0].settings.sweep.dir)
     store.check_foreign()
     if not jobs[0].settings.sweep.dry_run:
         declaration.check_unchanged(store.manifest(), jobs[0].settings.study, store.root)
-        write_cells(store, jobs, plans, only_new=False)
+        write_cells(store, jobs, plans, only_new=False, command=command)
 
 
 def chosen_rates(settings: Settings) -> dict[str, float]:

@@ -14,6 +14,9 @@ import pytest
 from lorabench.adopt import main
 from lorabench.records import Store
 from lorabench.report import render
+from lorabench.report.cautions import warnings as warnings_of
+from lorabench.report.findings import find
+from lorabench.report.load import load
 
 
 def table(path: Path, rows: list[dict[str, Any]]) -> Path:
@@ -58,6 +61,53 @@ def test_a_wandb_export_becomes_a_report(tmp_path: Path, capsys: pytest.CaptureF
         == 0
     )
     assert len(Store(out).records()) == 8, "adopting twice adds nothing"
+
+
+def test_a_crashed_run_takes_no_cell_with_it(tmp_path: Path) -> None:
+    rows = grid()
+    rows[0] |= {"State": "crashed", "eval_loss": "", "test_accuracy": ""}
+    assert main([str(table(tmp_path / "t.csv", rows)), "--out", str(tmp_path / "mine")]) == 0
+    assert {r.role for r in Store(tmp_path / "mine").records()} == {"confirm"}
+    assert {r.metrics["primary"] for r in Store(tmp_path / "mine").records()} == {"accuracy"}
+    f = find(load(tmp_path / "mine"))
+    lost = next(r for r in f.results.values() if r.cell.r == 4)
+    assert (len(lost.runs), lost.lost, lost.lr) == (3, 1, 2e-4)
+    assert any("1 confirmation run of 4 diverged or failed" in said for said in warnings_of(f))
+
+
+def test_of_rates_that_were_all_tested_the_best_on_validation(tmp_path: Path) -> None:
+    rows = [
+        {"lora_r": 8, "learning_rate": lr, "seed": seed, "eval_loss": loss + seed / 1e3, "test_wer": 0.3 - seed / 1e3}
+        for lr, loss in ((1e-4, 0.5), (3e-4, 0.4), (1e-3, 0.6)) for seed in (1, 2, 3)
+    ]  # fmt: skip
+    argv = [str(table(tmp_path / "t.csv", rows)), "--out", str(tmp_path / "mine"), "--lower-is-better"]
+    assert main(argv) == 0
+    f = find(load(tmp_path / "mine"))
+    (found,) = f.results.values()
+    assert found.lr == 3e-4 and f.metric.lower_is_better
+    assert any("although runs at 3 rates were tested" in said for said in warnings_of(f))
+
+
+def test_what_transformers_trainer_tells_wandb(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    peft = {
+        "r": 8,
+        "lora_alpha": 16,
+        "use_dora": "true",
+        "use_rslora": "false",
+        "target_modules": '["q_proj","v_proj"]',
+    }
+    row = {f"peft_config.default.{key}": value for key, value in peft.items()}
+    row |= {"_name_or_path": "roberta-base", "learning_rate": 1e-4, "eval/loss": 0.4, "seed": 1}
+    assert main([str(table(tmp_path / "t.csv", [row])), "--out", str(tmp_path / "mine")]) == 0
+    (record,) = Store(tmp_path / "mine").records()
+    assert record.config["method"] == {
+        "name": "dora", "r": 8, "alpha": 16, "use_rslora": False, "target_modules": ["q_proj", "v_proj"]
+    }  # fmt: skip
+    assert record.config["model"]["name"] == "roberta-base"
+    bare = table(tmp_path / "bare.csv", [{"learning_rate": 1e-4, "eval/loss": 0.4}])
+    capsys.readouterr()
+    assert main([str(bare), "--out", str(tmp_path / "bare")]) == 0
+    assert "nothing was said of method.name" in capsys.readouterr().out, "full fine-tuning is a guess"
 
 
 def test_columns_of_ones_own_names(tmp_path: Path) -> None:
@@ -137,6 +187,25 @@ class TestAttach:
         arrays = Store(run.parent.parent).arrays(run.name, "test")
         assert arrays is not None and arrays["correct"].tolist() == [1, 1, 1, 0, 1]
 
+    def test_per_example_results_never_replace_others(
+        self, run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    ) -> None:
+        store = Store(run.parent.parent)
+        held = {"example": np.array([7, 3, 5], np.uint64), "loss": np.array([0.1, 0.2, 0.3], np.float32)}
+        store.write_arrays(run.name, "test", {**held, "weight": np.ones(3, np.float32)})
+
+        def attach(*rows: dict[str, Any]) -> int:
+            return main(["--attach", str(run), "--examples", str(table(tmp_path / "e.csv", list(rows)))])
+
+        assert attach({"example": 1, "correct": 1}, {"example": 2, "correct": 0}) == 2
+        assert "the 3 test examples" in capsys.readouterr().err
+        assert attach(*({"example": i, "loss": 9} for i in (3, 5, 7))) == 2
+        assert "columns this run does not hold yet" in capsys.readouterr().err
+        assert attach(*({"example": i, "correct": int(i != 5)} for i in (3, 5, 7))) == 0
+        found = store.arrays(run.name, "test")
+        assert found is not None and found["loss"].tolist() == held["loss"].tolist()
+        assert found["example"].tolist() == [7, 3, 5] and found["correct"].tolist() == [1, 1, 0]
+
     def test_a_tuning_run_of_ours_takes_no_test_result(self, run: Path) -> None:
         store, record = Store(run.parent.parent), self.record(run)
         del record.provenance["adopted"]
@@ -151,7 +220,7 @@ class TestAttach:
         ([{"r": 4, "seed": 0, "test_acc": 0.5}], [], "optimizer.lr"),
         ([{"r": 4, "lr": 1e-3}], [], "--metric"),
         ([{"r": 4, "lr": 1e-3, "test_acc": "high"}], [], "row 1"),
-        ([{"r": 4, "lr": 1e-3, "test_acc": 0.5, "state": "odd"}], [], "status"),
+        ([{"r": 4, "lr": 1e-3, "test_acc": 0.5, "state": "running"}], [], "status=running"),
         ([{"r": 4, "lr": 1e-3, "test_acc": 0.5, "method": "magic"}], [], "method.name"),
         ([{"r": 4, "lr": 1e-3, "test_acc": 0.5}], ["--column", "method.alpha=a"], "a column of"),
         ([{"r": 4, "lr": 1e-3, "test_acc": 0.5}], ["--set", "nonsense"], "KEY=VALUE"),

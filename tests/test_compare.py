@@ -101,6 +101,19 @@ def test_other_examples_give_no_difference() -> None:
     assert between(one, two) == (None, "other test examples")
 
 
+def test_groups_that_one_of_two_sweeps_knows_hold_for_both() -> None:
+    rng, groups = np.random.default_rng(3), np.repeat(np.arange(20), 3)
+    tables = [rng.normal(size=(4, 60)) + rng.normal(size=20)[groups] for _ in range(2)]
+    seeds, ids = (0, 1, 2, 3), np.arange(60)
+    knows = Sample(seeds, tables[0].mean(1), tables[0], examples=ids, groups=groups)
+    older = Sample(seeds, tables[1].mean(1), tables[1], examples=ids)
+    paired, how = between(knows, older)
+    assert paired and how == "same seeds and examples, paired" and paired.examples == 60
+    assert paired.example_df == 19
+    apart = independent(knows, dataclasses.replace(older, seeds=(5, 6, 7, 8)))
+    assert apart.example == pytest.approx(paired.example) and apart.example_df == 19
+
+
 def test_independent_seeds_have_their_coverage() -> None:
     """Two sets of seeds that met the same examples, drawn from a model with all three sources of variance."""
     rng = np.random.default_rng(8)

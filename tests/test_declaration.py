@@ -18,7 +18,7 @@ from lorabench.report.answer import answer
 from lorabench.report.cautions import warnings
 from lorabench.report.declared import scale_at
 from lorabench.report.findings import Findings, find
-from lorabench.report.load import load
+from lorabench.report.load import Other, load
 from lorabench.report.select import choose
 from lorabench.schema import ConfigError, ExistingWork
 from lorabench.settings import StudyConfig
@@ -248,6 +248,37 @@ def test_another_margin_is_post_hoc_wherever_it_stands(
         assert face.main([str(root), f"--margin={bad}", "--out", "bad"]) == 2
         assert "margin=" in capsys.readouterr().err
     assert not Path("bad").exists()
+
+
+def test_another_metric_is_post_hoc_and_takes_a_margin_of_its_own(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What was attached to the runs afterwards can be compared, and says that it was."""
+    root = sweep(tmp_path)
+    store = Store(root)
+    confirm = [r for r in store.records() if r.role == "confirm"]
+    for r in confirm:
+        r.metrics["test/wer"] = 1 - r.metrics["test/accuracy"]
+        store.write(r)
+    monkeypatch.chdir(tmp_path)
+    for argv, key in (
+        (["--metric", "wer"], "margin="),
+        (["--metric", "bleu", "--margin", "1"], "accuracy, loss, wer"),
+        (["--lower-is-better"], "--lower-is-better="),
+    ):
+        assert face.main([str(root), *argv]) == 2
+        assert key in capsys.readouterr().err
+    assert not Path("reports").exists()
+    assert face.main([str(root), "--metric", "wer", "--lower-is-better", "--margin", "0.02"]) == 0
+    out = capsys.readouterr().out
+    assert "reports/rank-post-hoc/report.html" in out and "The metric is wer" in out
+    text = re.sub(r"\\(.)", r"\1", Path("reports/rank-post-hoc/report.md").read_text(encoding="utf-8"))
+    assert "wer (post hoc; the primary one: accuracy), lower is better" in text and "margin 0.020 (post hoc)" in text
+    by_accuracy, by_wer = (find(load(root, **kw)) for kw in ({}, {"margin": 0.02, "metric": Other("wer", True)}))
+    for cell, made in by_wer.versus.items():
+        assert made.estimate.mean == pytest.approx(-by_accuracy.versus[cell].estimate.mean)
+    assert face.main([str(root), "--metric", "accuracy", "--out", "same"]) == 0
+    assert "post hoc" not in Path("same/report.md").read_text(encoding="utf-8")
 
 
 def test_a_sweep_that_declared_nothing_says_so(tmp_path: Path) -> None:

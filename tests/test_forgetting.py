@@ -192,6 +192,28 @@ def test_the_base_is_measured_once(places, tmp_path, monkeypatch):
     assert asked == [[], [0], [0]]
 
 
+def test_the_probe_along_training(places, tmp_path):
+    """What forgetting is matched by: every evaluation's row has the probe; training is none the other for it."""
+    store, settings = Store(tmp_path), {"trainer.max_steps": 6, "trainer.eval_interval": 2, "trainer.keep": "last"}
+    task = lm(places["text"]) | {"probe": lm(places["plain"], "plain")}
+
+    def run(r: int, **more) -> RunConfig:
+        return make_run(
+            places["gpt2"], places["data"], role="confirm", **{**settings, "method.r": r}, task={**task, **more}
+        )
+
+    one, four = train(Pack("p0", (run(1, probe_along=True), run(4, probe_along=True))), store)
+    rows = {x.run_id: [row for row in store.history(x.run_id) if "val/loss" in row] for x in (one, four)}
+    assert [row["step"] for row in rows[one.run_id]] == [2, 4, 6]
+    for x in (one, four):
+        assert rows[x.run_id][-1]["probe/plain/loss"] == pytest.approx(x.metrics["probe/plain/loss"], abs=1e-12)
+        assert len({row["probe/plain/loss"] for row in rows[x.run_id]}) == 3
+    (alone,) = train(Pack("p1", (run(4),)), store)
+    assert not any("probe/plain/loss" in row for row in store.history(alone.run_id))
+    scores = {k: v for k, v in alone.metrics.items() if "/" in k}
+    assert scores == pytest.approx({k: four.metrics[k] for k in scores}, abs=1e-10)
+
+
 def test_tuning_runs_are_not_probed(places, tmp_path):
     (record,) = train(Pack("p0", (lm_run(places, role="tune"),)), Store(tmp_path))
     assert not [k for k in record.metrics if k.startswith(("probe/", "style/"))]
@@ -215,6 +237,11 @@ def test_a_probe_whose_data_changed_is_refused(places, tmp_path):
 
 
 # -- identity and errors ----------------------------------------------------------------------------------------------
+
+
+def test_along_takes_a_probe(places):
+    with pytest.raises(ConfigError, match=r"task\.probe_along=True: false without task\.probe"):
+        make_run(places["bert"], places["data"], **{"task.probe_along": True})
 
 
 def test_a_probe_is_identity_and_none_is_not(places):

@@ -9,6 +9,7 @@ import shlex
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -17,6 +18,7 @@ import pytest
 from lorabench import plan
 from lorabench.report import pilot, power
 from lorabench.report.load import load
+from lorabench.report.pilot import pace_of
 from lorabench.report.power import Design
 from lorabench.report.results import results
 from report_fixture import RANK_SWEEP, build
@@ -215,6 +217,33 @@ hydra:
       lora: {{method: lora, method.r: "1,2,4", optimizer.lr: "1e-3,2e-3"}}
       full: {{method: full, optimizer.lr: "1e-4"}}
 """
+
+
+def test_a_head_says_nothing_of_an_adapters_pace(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where its trunk is kept a head is timed as far faster; adapters train little more, but not as fast."""
+    from lorabench import study, train
+
+    seconds = {"head": 0.1, "lora": 10.0, "dora": 30.0, "full": 40.0}
+    groups = {"head": "head", "lora": "lora", "dora": "dora", "full": None}
+    timed: list[str] = []
+
+    def measure(run: Any, store: Any) -> dict[str, Any]:
+        timed.append(run.method.name)
+        trunk = 8.0 if run.method.name == "head" else 0.0
+        return {"seconds": seconds[run.method.name], "tokens": 100, "trunk_seconds": trunk}
+
+    def cell(name: str, trainable: int) -> Any:
+        method = SimpleNamespace(name=name, pack_group=groups[name])
+        return SimpleNamespace(id=f"{name}{trainable}", trainable=trainable, run=SimpleNamespace(method=method, trainer=None))
+
+    monkeypatch.setattr(train, "measure", measure)
+    cells = [cell("full", 10**7), cell("lora", 10**4), cell("lora", 10**5), cell("dora", 10**6), cell("head", 10**3)]
+    asked: Any = SimpleNamespace(cells=cells, examples={"train": 400, "val": 100, "test": 300})
+    paces, once = study.measured(asked)
+    assert sorted(timed) == ["dora", "full", "head", "lora"], "the least and the most of adapters, the one of the others"
+    found = {name: pace_of(paces, name, 10**4) for name in seconds}
+    assert {name: p and p.train for name, p in found.items()} == {"head": 0.001, "lora": 0.1, "dora": 0.1, "full": 0.4}
+    assert once == pytest.approx(8.0 * 2), "the frozen trunk's one pass, over validation and test too"
 
 
 def test_a_few_steps_are_timed_where_there_is_no_pilot(command: Command, tmp_path: Path) -> None:

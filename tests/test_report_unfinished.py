@@ -62,3 +62,13 @@ def test_an_experiment_that_is_not_known_has_no_command(tmp_path: Path) -> None:
     store = build(tmp_path / "s")
     store.write_manifest({**store.manifest(), "experiment": None})
     assert unfinished.command(load(store.root)) is None
+
+
+def test_the_command_that_goes_on_is_the_one_that_launched_it(tmp_path: Path) -> None:
+    store = build(tmp_path / "s")
+    words = ["-m", "--config-dir", "mine", "method.r=1,4", "task.train_examples=500"]
+    store.write_manifest({**store.manifest(), "command": [*words, "sweep.dir=old/place"], "experiment": None})
+    launched = "python -m lorabench " + " ".join(words)
+    assert unfinished.command(load(store.root)) == f"{launched} sweep.dir={tmp_path.name}/s"
+    store.write_manifest({**store.manifest(), "command": [*words, "sweep.dir=/elsewhere/s"]})
+    assert unfinished.command(load(store.root)) == f"{launched} sweep.dir=/elsewhere/s"

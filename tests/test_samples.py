@@ -97,6 +97,11 @@ def test_full_fine_tuning_shows_the_base_before_it_changed(places, tmp_path):
     for run in (full, lora):
         (record,) = train(Pack("p0", (run,)), Store(tmp_path))
         assert record.status == "completed", record.error
+    found = Store(tmp_path).arrays(lora.run_id, "test")
+    talk = {r["example"]: r["group"] for r in prepare.load_data(lora.task).splits["test"]}
+    assert found is not None
+    pairs = {(talk[e], int(g)) for e, g in zip(found["example"].tolist(), found["group"], strict=True)}
+    assert len(pairs) == len(set(talk.values())) < len(talk), "replies of one dialogue are one draw of the test set"
     of_full, of_lora = (shown(Store(tmp_path), run) for run in (full, lora))
     assert [x["before"] for x in of_full] == [x["before"] for x in of_lora]
 

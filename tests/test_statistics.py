@@ -151,6 +151,36 @@ def test_resamples_are_drawn_once_for_all_seeds() -> None:
     assert (again[:, 0] == draws[:, 0]).all()
 
 
+def test_a_group_of_equal_examples_is_one_draw(rng: np.random.Generator) -> None:
+    """Each example three times over, its copies in a group: the interval is that of the examples themselves."""
+    x = rng.normal(size=(4, 90)) + rng.normal(size=90)
+    order = rng.permutation(270)
+    groups = np.repeat(np.arange(90), 3)[order] + 7
+    three = np.repeat(x, 3, axis=1)[:, order]
+    once, grouped, alone = st.crossed(x), st.crossed(st.clustered(three, groups)), st.crossed(three)
+    assert (grouped.mean, grouped.variance, grouped.df) == pytest.approx((once.mean, once.variance, once.df))
+    assert alone.variance < once.variance / 2
+    draws = [
+        st.resample(lambda counts, x=table: counts @ x.T / counts.sum(1, keepdims=True), table.shape[1], 50, np.random.default_rng(0), own)  # type: ignore[misc]
+        for table, own in ((x, None), (three, groups))
+    ]  # fmt: skip
+    np.testing.assert_allclose(*draws)
+
+
+def test_groups_of_unequal_size_have_their_coverage(rng: np.random.Generator) -> None:
+    """Dialogues of 1 to 9 replies that share their luck: 95 % intervals hold the mean of all dialogues' replies."""
+    caught, times = {True: 0, False: 0}, 400
+    for _ in range(times):
+        groups = np.repeat(np.arange(60), rng.integers(1, 10, 60))
+        shared = rng.normal(size=60)[groups]
+        x = rng.normal(0, 0.2, (5, 1)) + shared + 0.3 * rng.normal(size=(5, len(groups)))
+        for known in caught:
+            low, high = st.crossed(st.clustered(x, groups if known else None)).interval()
+            caught[known] += low <= 0 <= high
+    assert 0.92 <= caught[True] / times <= 0.98
+    assert caught[False] / times < 0.85
+
+
 def test_seeds_needed(rng: np.random.Generator) -> None:
     e = st.crossed(rng.normal(size=(3, 400)) + rng.normal(size=(3, 1)))
     needed = st.seeds_needed(e, 0.5)

@@ -2,6 +2,7 @@
 
 import json
 import os
+import shlex
 import signal
 import subprocess
 import sys
@@ -12,6 +13,9 @@ from pathlib import Path
 import pytest
 
 from lorabench.records import Store
+from lorabench.report.answer import answer
+from lorabench.report.findings import find
+from lorabench.report.load import load
 from lorabench.sweep import plan_packs
 from tiny import make_base, make_data, make_run
 
@@ -36,8 +40,8 @@ def cli(cli, tiny):
     def run(*argv: str) -> tuple[int, str]:
         own_task = any(a.startswith("task=") for a in argv)
         common = [a for a in tiny if not (own_task and a.startswith("task"))]
-        flags = [a for a in argv if a == "-m"]
-        return cli(*flags, *common, *(a for a in argv if a != "-m"))
+        flags = [a for a in argv if a.startswith("-")]
+        return cli(*flags, *common, *(a for a in argv if a not in flags))
 
     return run
 
@@ -48,6 +52,36 @@ def stamps(name="s"):
 
 def by_id(root):
     return {r.run_id: r for r in Store(root).records()}
+
+
+def test_the_recommended_command_asks_for_the_run_that_won(cli, tiny, tmp_path):
+    """Base, data and budget of the command line are part of it, and so is a config folder of the user's own."""
+    (tmp_path / "mine" / "experiment").mkdir(parents=True)
+    (tmp_path / "mine" / "experiment" / "own.yaml").write_text(
+        "# @package _global_\nhydra:\n  mode: MULTIRUN\n  sweeper:\n    grids:\n"
+        '      lora: {method: lora, method.r: "1,4", method.dropout: 0.1, optimizer.lr: "1e-3,2e-2"}\n'
+    )
+    argv = ["--config-dir=mine", "+experiment=own", "sweep.confirm_seeds=[7,8,9]", "study.margin=0.9"]
+    code, out = cli(*argv, "trainer.max_steps=3")
+    assert code == 0, out
+    found = find(load("sweeps/own"))
+    command = answer(found).command
+    assert command and found.recommendation
+    words = shlex.split(command)
+    assert words[:5] == ["python", "-m", "lorabench", "--config-dir", "mine"] and "sweep.name=own-chosen" in words
+    manifest = found.sweep.manifest
+    assert manifest["command"] == ["-m", "--config-dir", "mine", *tiny, *argv[1:], "trainer.max_steps=3"]
+    lr = found.results[found.recommendation.cell].lr
+    cell = next(c for c in manifest["cells"] if c["id"] == found.recommendation.cell)
+    (won,) = [i for i in cell["runs"]["tune"] if manifest["runs"][i]["lr"] == lr]
+    code, out = run_plain(*words[3:], "sweep.dry_run=true")
+    assert code == 0 and won in out
+
+
+def run_plain(*argv):
+    """The words as they are, in a process of their own."""
+    done = subprocess.run([sys.executable, "-m", "lorabench", *argv], capture_output=True, text=True)
+    return done.returncode, done.stdout + done.stderr
 
 
 def test_tune_then_confirm_and_only_confirmation_sees_test(cli):

@@ -343,7 +343,7 @@ def test_without_a_chat_template_a_line_break_parts_them(pairs_file: str, chat_t
 
 def test_long_pairs_keep_the_end_of_the_prompt_and_the_start_of_the_reply() -> None:
     task = LanguageModelling(source="chitchat", max_length=8)
-    joined = [task._join(list(range(p)), list(range(100, 100 + r)), 1) for p, r in ((3, 3), (20, 3), (3, 20), (20, 20))]
+    joined = [task._join(list(range(p)), list(range(100, 100 + r))) for p, r in ((3, 3), (20, 3), (3, 20), (20, 20))]
     assert [(e["input_ids"].tolist(), e["start"], e["full"]) for e in joined] == [
         ([0, 1, 2, 100, 101, 102], 3, 6),
         ([15, 16, 17, 18, 19, 100, 101, 102], 5, 23),

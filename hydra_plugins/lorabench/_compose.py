@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 from hydra.types import HydraContext
 from omegaconf import DictConfig, OmegaConf
 
-from lorabench.app import job, sweep_name
+from lorabench.app import asked, job, sweep_name
 
 if TYPE_CHECKING:
     from lorabench.sweep import Job
@@ -46,7 +46,9 @@ class Composer:
     def job(self, overrides: Sequence[str], extra: Mapping[str, Any] | None = None) -> Job:
         key = tuple(overrides)
         if key not in self._kept:
-            self._kept[key] = job(self._composed(key), name=self.name, experiment=self.experiment, extra=extra)
+            words = asked(overrides, self.config.hydra.runtime.config_sources)
+            cfg = self._composed(key)
+            self._kept[key] = job(cfg, name=self.name, experiment=self.experiment, extra=extra, words=words)
         return self._kept[key]
 
     def _composed(self, overrides: tuple[str, ...]) -> DictConfig:

@@ -61,11 +61,11 @@ class GridSweeper(Sweeper):
         }
         jobs = {overrides: composer.job(overrides, extra) for overrides, (_, extra) in listed.items()}
         settings = next(iter(jobs.values())).settings
-        from lorabench import declaration, sweep
+        from lorabench import app, declaration, sweep
 
         sweep.require_fresh(settings)
         declaration.check_cells(list(jobs.values()))
-        sweep.declare(list(jobs.values()))
+        sweep.declare(list(jobs.values()), app.launched(self.config.hydra))
         returned, cells = list(self.launcher.launch(_once(jobs), 0)), _cells(jobs, listed)
         if settings.sweep.extend_lr and role == "tune" and not settings.sweep.dry_run:
             returned += self._extend(composer, settings, jobs, cells, always)

@@ -13,6 +13,8 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from rich.table import Table
 
+    from lorabench.report.load import Other
+
 __all__ = ["Summary", "render", "terminal_table"]
 
 
@@ -27,9 +29,14 @@ class Summary:
 
 
 def render(
-    sweep_dir: str | Path, out_dir: str | Path, *, title: str | None = None, margin: float | None = None
+    sweep_dir: str | Path,
+    out_dir: str | Path,
+    *,
+    title: str | None = None,
+    margin: float | None = None,
+    metric: Other | None = None,
 ) -> Summary:
-    """Write the report of a sweep. margin: another than the study declares, shown as post hoc.
+    """Write the report of a sweep. margin, metric: others than the study declares, shown as post hoc.
 
     Raises `ConfigError` for a directory that is no sweep, has no finished run, or for an `out_dir` that holds files of
     someone else, `Unwritable` where it cannot be written. What was there before stays until the new report is complete.
@@ -40,9 +47,9 @@ def render(
 
     out = Path(out_dir)
     directory.check(out)
-    load(sweep_dir, margin=margin)  # raises before anything is written
+    load(sweep_dir, margin=margin, metric=metric)  # raises before anything is written
     with directory.alone(out):
-        findings = find(load(sweep_dir, margin=margin))
+        findings = find(load(sweep_dir, margin=margin, metric=metric))
         directory.replace(out, page.files(findings, title))
     return Summary(out, answer.answer(findings).lead, tuple(cautions.warnings(findings)), findings.confirmed)
 

@@ -24,14 +24,22 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument(
         "--margin", type=float, metavar="X", help="another margin than the study declares, printed as post hoc (default folder: <name>-post-hoc)"
     )  # fmt: skip
+    parser.add_argument(
+        "--metric", metavar="NAME", help="another metric of the test results than the declared one (an attached evaluation), post hoc; with --margin"
+    )  # fmt: skip
+    parser.add_argument("--lower-is-better", action="store_true", help="of that metric less is more")
     args = parser.parse_args(argv)
     from lorabench.report import render
+    from lorabench.report.load import Other
 
     try:
-        name = args.sweep.resolve().name + (
-            "" if args.margin is None else "-post-hoc"
-        )  # never over the declared report
-        made = render(args.sweep, args.out or Path("reports", name), title=args.title, margin=args.margin)
+        if args.lower_is_better and args.metric is None:
+            raise ConfigError("--lower-is-better", True, "with --metric: of the declared metric the study's task says it")
+        other = None if args.metric is None else Other(args.metric, args.lower_is_better)
+        declared = args.margin is None and other is None
+        name = args.sweep.resolve().name + ("" if declared else "-post-hoc")  # never over the declared report
+        out = args.out or Path("reports", name)
+        made = render(args.sweep, out, title=args.title, margin=args.margin, metric=other)
     except (ConfigError, OSError) as e:
         print(f"error: {e}", file=sys.stderr)
         return 2

@@ -11,7 +11,7 @@ from lorabench.report import declared, formats, unfinished
 from lorabench.report import statistics as st
 from lorabench.report.findings import Comparison, Findings
 from lorabench.report.formats import plural
-from lorabench.report.load import flatten
+from lorabench.report.unlisted import flatten
 from lorabench.report.results import Result
 
 
@@ -202,14 +202,16 @@ def _validation(f: Findings) -> Iterator[tuple[str, str]]:
 
 
 def _command(f: Findings, cell: str) -> str:
-    """Hydra overrides that train this cell at its chosen rate."""
+    """Hydra overrides that train this cell at its chosen rate: as its runs were asked for, where the manifest says how."""
     r = f.results[cell]
     config: Mapping[str, Any] = r.runs[0].config
-    method = config["method"]
     experiment = f.sweep.manifest.get("experiment")
     words = ["python", "-m", "lorabench"]
-    if experiment:
-        words += [f"+experiment={experiment}", "hydra.mode=RUN", f"sweep.name={f.sweep.name}-chosen"]
+    place = ["hydra.mode=RUN", f"sweep.name={f.sweep.name}-chosen"] if experiment else []
+    if asked := f.sweep.manifest.get("runs", {}).get(r.runs[0].run_id, {}).get("asked"):
+        return shlex.join([*words, *asked, *place, f"optimizer.lr={_hydra(r.lr)}"])
+    words += [f"+experiment={experiment}", *place] if experiment else []
+    method = config["method"]
     settings = {"method": method["name"]}
     settings |= {
         f"method.{k}": method[k]

@@ -26,7 +26,9 @@ def warnings(f: Findings) -> list[str]:
 
 def _declaration(f: Findings) -> Iterator[str]:
     manifest = f.sweep.manifest
-    if f.sweep.post_hoc is not None:
+    if f.sweep.other:
+        yield f"The metric is {f.metric.title}, and with it the margin {declared.margin_fact(f)}: chosen after the results were there, it confirms nothing."
+    elif f.sweep.post_hoc is not None:
         yield f"The margin is {declared.margin_fact(f)}: chosen after the results were there, it confirms nothing."
     if manifest.get("study_hash") and digest(manifest.get("study"))[:12] != manifest["study_hash"]:
         yield f"The study in sweep.json is not the one that was declared: its hash is no longer {manifest['study_hash']}."
@@ -62,7 +64,7 @@ def _gaps(f: Findings) -> Iterator[str]:
 
 
 def _rates(f: Findings) -> Iterator[str]:
-    empty = unfinished.untouched(f)
+    sweep, empty = f.sweep, unfinished.untouched(f)
     for r in (r for r in f.results.values() if r not in empty):
         rates = r.choice.rates
         if r.choice.beyond:
@@ -77,7 +79,10 @@ def _rates(f: Findings) -> Iterator[str]:
         elif len(rates) == 1:
             yield f"{r.name}: one learning rate only ({formats.rate(r.lr)}), so it is not tuned."
         elif not rates and r.runs:
-            yield f"{r.name}: confirmed at {formats.rate(r.lr)} without tuning."
+            tested = {float(x.config["optimizer"]["lr"]) for x in sweep.ended(r.cell.confirm)}
+            how = ("without tuning" if len(tested) == 1 else f"without tuning, although runs at {plural(len(tested), 'rate')} were tested: "
+                   "that of most runs, then the best on validation; the seeds that chose are those that are tested, so its result is too good")  # fmt: skip
+            yield f"{r.name}: confirmed at {formats.rate(r.lr)} {how}."
 
 
 def _made(runs: Iterable[Record], key: str) -> list[str]:

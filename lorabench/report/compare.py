@@ -17,7 +17,8 @@ from lorabench.records import Record
 from lorabench.report import formats, measure
 from lorabench.report import statistics as st
 from lorabench.report.evidence import gather
-from lorabench.report.load import Cell, Sweep, flatten, short
+from lorabench.report.load import Cell, Sweep, short
+from lorabench.report.unlisted import flatten
 from lorabench.report.results import Result
 
 SEEN = ("packages", "machine", "git")  # provenance that is a mapping
@@ -148,7 +149,7 @@ def independent(a: measure.Sample, b: measure.Sample) -> st.Estimate:
     example, example_df = _sum([(p.example, p.example_df) for p in parts])
     shared = _example_variance(a, b)
     if shared is not None:
-        example, example_df = shared, float((parts[0].examples or 1) - 1)
+        example, example_df = shared, min(p.example_df for p in parts)
     return replace(
         parts[0], mean=parts[1].mean - parts[0].mean, seed=seed, example=example, interaction=interaction, seed_df=seed_df,
         example_df=example_df, interaction_df=interaction_df, seeds=min(p.seeds for p in parts),
@@ -158,7 +159,8 @@ def independent(a: measure.Sample, b: measure.Sample) -> st.Estimate:
 def _example_variance(a: measure.Sample, b: measure.Sample) -> float | None:
     """V_example of the difference, of examples that both met: over examples, or over resamples drawn once for both."""
     if a.table is not None and b.table is not None:
-        means = b.table.mean(0) - a.table.mean(0)
+        groups = b.groups if a.groups is None else a.groups
+        means = st.clustered(b.table, groups).mean(0) - st.clustered(a.table, groups).mean(0)
         return float(means.var(ddof=1)) / len(means)
     if a.draws is not None and b.draws is not None:
         return float((b.draws.mean(1) - a.draws.mean(1)).var(ddof=1))

@@ -45,6 +45,8 @@ def margin(f: Findings, *, unit: bool = True) -> str:
 
 def margin_fact(f: Findings) -> str:
     size, declared = f.metric.size(f.sweep.margin), f.sweep.declared_margin
+    if f.sweep.other:
+        return f"{size} (post hoc)"
     if f.sweep.post_hoc is not None:
         return f"{size} (post hoc; {f'declared: {f.metric.size(declared)}' if declared else 'none was declared'})"
     return f"{size} ({'declared' if declared else 'default'})"
@@ -76,11 +78,18 @@ def family(f: Findings) -> str:
     return f"{said} (declared), {others} more exploratory" if others else said
 
 
+def _instead(sweep: Sweep) -> str:
+    """After the name of a metric that is not the declared one."""
+    if not sweep.other:
+        return ""
+    return f" (post hoc; {'declared' if sweep.study.get('metric') else 'the primary one'}: {formats.TITLES.get(sweep.primary, sweep.primary)})"
+
+
 def facts(f: Findings) -> list[tuple[str, str]]:
     """Name and value of all that a study declares; empty values are left out by who shows them."""
     way = "lower" if f.metric.lower_is_better else "higher"
     return [
-        ("Primary metric", f"{f.metric.title}, {way} is better; rates chosen on {selection(f.sweep)}"),
+        ("Primary metric", f"{f.metric.title}{_instead(f.sweep)}, {way} is better; rates chosen on {selection(f.sweep)}"),
         ("Margin", margin_fact(f)),
         ("Reference", reference(f) if f.versus else ""),
         ("Family", family(f)),

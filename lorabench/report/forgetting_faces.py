@@ -51,7 +51,8 @@ def _words(f: Findings, made: Forgetting) -> list[str]:
         )
     else:
         out.append(
-            "Not matched along rates or evaluations: fewer than two cells have the probe there and pass one value of the target metric."
+            "Not matched along rates or evaluations: fewer than two cells have the probe there and pass one value of the target metric "
+            "(task.probe_along=true measures it at every evaluation)."
         )
     pairs = versus(made, f)
     for c, reference, d in pairs[:4]:

@@ -9,7 +9,7 @@ import pandas as pd
 
 from lorabench.records import Record
 from lorabench.report.findings import Comparison, Findings
-from lorabench.report.load import flatten
+from lorabench.report.unlisted import flatten
 from lorabench.report.results import Result
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
@@ -11,15 +11,10 @@ from typing import Any
 
 from lorabench.records import Record, Store
 from lorabench.report.select import Choice, choose, lower_is_better, selection
+from lorabench.report.unlisted import derived, plain
 from lorabench.schema import ConfigError
 
 MARGIN = 0.02  # of a sweep that declares none
-LABELLED = {"method.name", "method.r", "method.alpha", "method.target_modules", "method.use_rslora"}
-METHODS = {
-    "lora": "LoRA", "dora": "DoRA", "loraplus": "LoRA+", "lorafa": "LoRA-FA", "pissa": "PiSSA", "olora": "OLoRA",
-    "vera": "VeRA", "ia3": "IA3", "full": "full", "head": "head only", "bitfit": "BitFit",
-}  # fmt: skip
-TARGETS = {"full": "everything", "head": "head", "bitfit": "biases"}
 ORDER = (
     "LoRA",
     "rsLoRA",
@@ -66,6 +61,14 @@ class Cell:
 
 
 @dataclass(frozen=True)
+class Other:
+    """A metric of the records that the report is to be about instead of the declared one."""
+
+    name: str
+    lower_is_better: bool = False
+
+
+@dataclass(frozen=True)
 class Sweep:
     """Everything a report is made of."""
 
@@ -75,6 +78,7 @@ class Sweep:
     records: Mapping[str, Record]
     store: Store
     post_hoc: float | None = None  # a margin that was asked for after the sweep ran
+    other: Other | None = None  # and a metric
 
     @cached_property
     def choices(self) -> dict[str, Choice]:
@@ -134,7 +138,12 @@ class Sweep:
 
     @cached_property
     def metric(self) -> str:
-        """The primary metric: as declared, else as the records name it; the most frequent where they differ."""
+        """The metric of the tables: the one asked for, else the primary one."""
+        return self.other.name if self.other else self.primary
+
+    @cached_property
+    def primary(self) -> str:
+        """As declared, else as the records name it; the most frequent where they differ."""
         if declared := self.study.get("metric"):
             return str(declared)
         named = [str(r.metrics["primary"]) for r in self.records.values() if r.metrics.get("primary")]
@@ -142,7 +151,9 @@ class Sweep:
 
     @property
     def lower_is_better(self) -> bool:
-        """Of the primary metric: as a record says, else by its name."""
+        """Of that metric: as a record says, else by its name."""
+        if self.other:
+            return self.other.lower_is_better or lower_is_better(self.manifest, self.metric)
         said = [
             r.metrics["lower_is_better"]
             for r in self.records.values()
@@ -151,9 +162,9 @@ class Sweep:
         return bool(said[0]) if said else lower_is_better(self.manifest, self.metric)
 
 
-def load(sweep_dir: str | Path, *, margin: float | None = None) -> Sweep:
-    """Read a sweep directory. margin: another than the declared one, post hoc. Raises `ConfigError` where there is no
-    sweep, where no run of it has finished, and for a margin that is not above 0."""
+def load(sweep_dir: str | Path, *, margin: float | None = None, metric: Other | None = None) -> Sweep:
+    """Read a sweep directory. margin, metric: others than the declared ones, post hoc. Raises `ConfigError` where there is no
+    sweep, where no run of it has finished, for a margin that is not above 0, and for a metric that no test result has."""
     if margin is not None and not 0 < margin < float("inf"):
         raise ConfigError(
             "margin", margin, "a number above 0, in the metric's own unit (0.01 is one point of accuracy)"
@@ -174,11 +185,23 @@ def load(sweep_dir: str | Path, *, margin: float | None = None) -> Sweep:
             "sweep dir", str(sweep_dir), f"a sweep with finished runs; of {planned or len(records)} runs: {state}"
         )
     if not manifest.get("cells"):
-        manifest = {**manifest, **_derived(records)}
+        manifest = {**manifest, **derived(records)}
     cells = sorted((_cell(c, records) for c in manifest["cells"]), key=_order)
     name = str(manifest.get("name") or root.resolve().name)
     sweep = Sweep(name, manifest, tuple(cells), records, store)
+    if metric is not None and metric.name != sweep.primary:
+        return _about(sweep, metric, margin)
     return sweep if margin in (None, sweep.declared_margin) else replace(sweep, post_hoc=margin)
+
+
+def _about(sweep: Sweep, metric: Other, margin: float | None) -> Sweep:
+    """The sweep by another metric, which takes a margin of its own."""
+    known = sorted({k.removeprefix("test/") for r in sweep.records.values() for k in r.metrics if k.startswith("test/")})
+    if metric.name not in known:
+        raise ConfigError("metric", metric.name, f"one that test results have: {', '.join(known) or 'there are none'}")
+    if margin is None:
+        raise ConfigError("margin", None, f"a margin of {metric.name}: the declared one is of {sweep.primary}")
+    return replace(sweep, post_hoc=margin, other=metric)
 
 
 def _statuses(records: Any) -> list[tuple[str, int]]:
@@ -191,7 +214,7 @@ def _cell(entry: Mapping[str, Any], records: Mapping[str, Record]) -> Cell:
     tune, confirm = tuple(runs.get("tune", ())), tuple(runs.get("confirm", ()))
     counted = [records[i].resources.get("trainable_parameters") for i in (*tune, *confirm) if i in records]
     trainable = next((int(n) for n in counted if n is not None), label.get("trainable"))
-    extra = tuple(sorted((str(k), _plain(v)) for k, v in (label.get("extra") or {}).items()))
+    extra = tuple(sorted((str(k), plain(v)) for k, v in (label.get("extra") or {}).items()))
     return Cell(
         entry["id"], str(label["method"]), label.get("r"), label.get("alpha"), label.get("alpha_rule"),
         str(label.get("targets") or ""), extra, trainable, tune, confirm, entry.get("solo") or {},
@@ -203,65 +226,6 @@ def _order(cell: Cell) -> tuple[Any, ...]:
     known = ORDER.index(cell.method) if cell.method in ORDER else len(ORDER)
     series = (known, cell.method, str(cell.alpha_rule), cell.targets, cell.extra) if cell.adapter else ()
     return (not cell.adapter, series, cell.r or 0, cell.trainable or 0, known, cell.id)
-
-
-# -- sweeps without a manifest: runs that were launched one by one -------------------------------------------------------
-
-
-def _derived(records: Mapping[str, Record]) -> dict[str, Any]:
-    """Cells from configs: one for each method, r, alpha, targets and value of any other field that differs."""
-    axes = _axes([r.config for r in records.values()])
-    cells: dict[str, dict[str, Any]] = {}
-    for run_id, record in sorted(records.items()):
-        label = _label(record.config, axes)
-        parts = [label["method"].lower().replace(" ", "")]
-        parts += [
-            f"{a}{label[k]}" for a, k in (("r", "r"), ("a", "alpha_rule"), ("", "targets")) if label[k] is not None
-        ]
-        name = "-".join([*parts, *(f"{k}={v}" for k, v in sorted(label["extra"].items()))]).replace(" ", "")
-        cell = cells.setdefault(name, {"id": name, "label": label, "runs": {"tune": [], "confirm": []}})
-        cell["runs"]["confirm" if record.role == "confirm" else "tune"].append(run_id)
-    return {"cells": list(cells.values())}
-
-
-def _axes(configs: Sequence[Mapping[str, Any]]) -> list[str]:
-    """Dotted fields, beside those of the label, that have more than one value among the configs that have them."""
-    seen: dict[str, set[str]] = {}
-    for config in configs:
-        for key, value in flatten(config):
-            seen.setdefault(key, set()).add(_plain(value))
-    apart = LABELLED | {"seed", "role", "optimizer.lr"}
-    return sorted(key for key, values in seen.items() if len(values) > 1 and key not in apart)
-
-
-def flatten(config: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
-    for key, value in config.items():
-        if isinstance(value, Mapping) and value:
-            yield from flatten(value, f"{prefix}{key}.")
-        else:
-            yield f"{prefix}{key}", value
-
-
-def _label(config: Mapping[str, Any], axes: Sequence[str]) -> dict[str, Any]:
-    method = config["method"]
-    name, target, alpha = str(method["name"]), method.get("target_modules"), method.get("alpha")
-    shown = "rsLoRA" if method.get("use_rslora") else METHODS.get(name, name)
-    rule = None if alpha is None else _plain(alpha) + ("/sqrt(r)" if method.get("use_rslora") else "")
-    flat = dict(flatten(config))
-    return {
-        "method": shown, "r": method.get("r"), "alpha": alpha, "alpha_rule": rule,
-        "targets": _plain(target) if target is not None else TARGETS.get(name, ""),
-        "extra": {key: _plain(flat[key]) for key in axes if key in flat},
-    }  # fmt: skip
-
-
-def _plain(value: Any) -> str:
-    """A setting as text: 16 for 16.0, a+b for a list."""
-    if isinstance(value, (list, tuple)):
-        return "+".join(_plain(v) for v in value)
-    if isinstance(value, float) and not isinstance(value, bool):
-        return f"{value:g}"
-    return "none" if value is None else str(value)
 
 
 # -- names ---------------------------------------------------------------------------------------------------------------

@@ -23,6 +23,12 @@ class Sample:
     table: np.ndarray | None = None
     draws: np.ndarray | None = None
     examples: np.ndarray | None = None  # ids [N], sorted: samples are only compared over the same
+    groups: np.ndarray | None = None  # [N]: examples of one group are drawn together; None: each alone
+
+    @property
+    def clusters(self) -> int | None:
+        """How many groups of examples there are."""
+        return None if self.groups is None else len(np.unique(self.groups))
 
     def at(self, seeds: Sequence[int]) -> Sample:
         rows = [self.seeds.index(s) for s in seeds]
@@ -34,9 +40,12 @@ class Sample:
 
     def estimate(self, pooled: tuple[float, float] | None = None) -> st.Estimate:
         if self.table is not None:
-            return st.crossed(self.table, pooled=pooled)
+            made = st.crossed(st.clustered(self.table, self.groups), pooled=pooled)
+            return replace(made, examples=self.table.shape[1])
         if self.draws is not None and self.examples is not None:
-            return st.crossed_bootstrap(self.scores, self.draws, examples=len(self.examples), pooled=pooled)
+            units = self.clusters or len(self.examples)
+            made = st.crossed_bootstrap(self.scores, self.draws, examples=units, pooled=pooled)
+            return replace(made, examples=len(self.examples))
         return st.seeds_only(self.scores, pooled=pooled)
 
 
@@ -47,11 +56,13 @@ def difference(a: Sample, b: Sample) -> Sample | None:
         return None
     a, b = a.at(common), b.at(common)
     same = a.examples is not None and b.examples is not None and np.array_equal(a.examples, b.examples)
+    alike = same and (a.groups is None) == (b.groups is None)  # else their resamples were drawn differently
     return Sample(
         tuple(common), a.scores - b.scores,
         a.table - b.table if same and a.table is not None and b.table is not None else None,
-        a.draws - b.draws if same and a.draws is not None and b.draws is not None else None,
+        a.draws - b.draws if alike and a.draws is not None and b.draws is not None else None,
         a.examples if same else None,
+        (b.groups if a.groups is None else a.groups) if same else None,
     )  # fmt: skip
 
 
@@ -65,17 +76,17 @@ def sample(records: Sequence[Record], store: Store, metric: str) -> Sample | Non
     arrays = _aligned([store.arrays(runs[s].run_id, "test") for s in seeds])
     if arrays is None:
         return Sample(seeds, scores)
-    examples = arrays[0]["example"]
+    examples, groups = arrays[0]["example"], next((a["group"] for a in arrays if "group" in a), None)
     if metric in PER_EXAMPLE:
         table = PER_EXAMPLE[metric](arrays)
         if table is not None and _agrees(table.mean(1), scores):
-            return Sample(seeds, scores, table=table, examples=examples)
+            return Sample(seeds, scores, table=table, examples=examples, groups=groups)
     if metric in WHOLE and WHOLE_NEEDS[metric] <= set(arrays[0]):
         statistic = WHOLE[metric](arrays)
         if _agrees(statistic(np.ones((1, len(examples))))[0], scores):
             # One fixed stream for all cells: they meet the same resamples of the same examples.
-            draws = st.resample(statistic, len(examples), DRAWS, np.random.default_rng(0))
-            return Sample(seeds, scores, draws=draws, examples=examples)
+            draws = st.resample(statistic, len(examples), DRAWS, np.random.default_rng(0), groups)
+            return Sample(seeds, scores, draws=draws, examples=examples, groups=groups)
     return Sample(seeds, scores)
 
 

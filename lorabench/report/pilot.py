@@ -17,8 +17,6 @@ from lorabench.report.load import Sweep
 from lorabench.report.results import results
 from lorabench.schema import ConfigError
 
-ANY = "*"  # a pace that serves every method
-
 
 @dataclass(frozen=True)
 class Noise:
@@ -36,7 +34,7 @@ class Noise:
 class Pace:
     """Seconds a token (or an example, of tasks without tokens) of one cell. trainable: its trained parameters."""
 
-    method: str  # the config's method.name, or ANY
+    method: str  # the config's method.name
     trainable: int
     train: float
     evaluate: float
@@ -111,7 +109,7 @@ def pace_of(known: Sequence[Pace], method: str, trainable: int) -> Pace | None:
 
     None where no pace of its method is known.
     """
-    own = sorted((p for p in known if p.method in (method, ANY)), key=lambda p: p.trainable)
+    own = sorted((p for p in known if p.method == method), key=lambda p: p.trainable)
     if not own:
         return None
     sizes, at = [math.log(max(1, p.trainable)) for p in own], math.log(max(1, trainable))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from statistics import fmean
@@ -114,7 +115,7 @@ def results(sweep: Sweep) -> Results:
 def _result(sweep: Sweep, cell: Cell) -> Result:
     choice = sweep.choices[cell.id]
     confirm = sweep.ended(cell.confirm)
-    lr = choice.lr if choice.rates else _commonest_rate(confirm)
+    lr = choice.lr if choice.rates else _untuned_rate(sweep, confirm)
     here = [r for r in confirm if r.config["optimizer"]["lr"] == lr]
     done = [r for r in here if r.status == "completed"]
     role = "confirm" if done else "tune"
@@ -128,10 +129,17 @@ def _result(sweep: Sweep, cell: Cell) -> Result:
     )  # fmt: skip
 
 
-def _commonest_rate(records: Sequence[Record]) -> float | None:
-    """The rate of confirmation runs that no tuning preceded."""
-    rates = [float(r.config["optimizer"]["lr"]) for r in records]
-    return max(sorted(set(rates)), key=rates.count) if rates else None
+def _untuned_rate(sweep: Sweep, records: Sequence[Record]) -> float | None:
+    """The rate of confirmation runs that no tuning preceded: of most runs; among equals the best on validation, then the least."""
+    by_rate: dict[float, list[Record]] = {}
+    for r in records:
+        by_rate.setdefault(float(r.config["optimizer"]["lr"]), []).append(r)
+
+    def worth(lr: float) -> tuple[int, float]:
+        found = _mean(by_rate[lr], f"val/{sweep.selection}")
+        return len(by_rate[lr]), -math.inf if found is None else -sweep.worse(found)
+
+    return max(sorted(by_rate), key=worth, default=None)
 
 
 def _mean(records: Sequence[Record], name: str) -> float | None:

@@ -104,6 +104,20 @@ def linear(values: np.ndarray, weights: np.ndarray | None = None) -> np.ndarray:
     return w * (x - mean) / w.mean() + mean
 
 
+def clustered(x: np.ndarray, groups: np.ndarray | None) -> np.ndarray:
+    """[S, G] from [S, N]: examples of one group (a dialogue, near-duplicates) are one draw, not several. None: as it is.
+
+    groups: [N]. A group's entry is its sum of distances to the mean, scaled so that the mean over groups is the mean over
+    examples and its variance, to first order, that of a mean over groups drawn whole (Cochran, section 9A.2).
+    """
+    if groups is None:
+        return np.asarray(x, dtype=np.float64)
+    codes = np.unique(groups, return_inverse=True)[1]
+    mean = x.mean(1, keepdims=True)
+    sums = np.stack([np.bincount(codes, row) for row in x - mean])
+    return mean + sums * (sums.shape[1] / x.shape[1])
+
+
 def crossed(x: np.ndarray, *, pooled: tuple[float, float] | None = None) -> Estimate:
     """Mean of a [S, N] table of seeds x examples. pooled: (variance of one seed's mean, its df) in place of this table's.
 
@@ -150,12 +164,19 @@ def _estimate(
     return Estimate(float(seeds.mean()), variance / S, example, interaction, df, rest, rest * (S - 1), S, examples)
 
 
-def resample(statistic: Statistic, examples: int, draws: int, rng: np.random.Generator) -> np.ndarray:
-    """[R, S]: the statistic of R resamples of N examples. It is given counts [r, N], how often each example occurs."""
-    share = np.full(examples, 1 / examples)
+def resample(
+    statistic: Statistic, examples: int, draws: int, rng: np.random.Generator, groups: np.ndarray | None = None
+) -> np.ndarray:
+    """[R, S]: the statistic of R resamples of N examples. It is given counts [r, N], how often each example occurs.
+
+    groups: [N]; those of one group are drawn together.
+    """
+    codes = None if groups is None else np.unique(groups, return_inverse=True)[1]
+    units = examples if codes is None else int(codes.max()) + 1
+    share = np.full(units, 1 / units)
     rows = max(1, 2**24 // examples)  # 128 MiB of counts at once
-    parts = (rng.multinomial(examples, share, size=min(rows, draws - i)) for i in range(0, draws, rows))
-    return np.concatenate([statistic(counts) for counts in parts])
+    parts = (rng.multinomial(units, share, size=min(rows, draws - i)) for i in range(0, draws, rows))
+    return np.concatenate([statistic(counts if codes is None else counts[:, codes]) for counts in parts])
 
 
 def pool(values: np.ndarray) -> Pooled:

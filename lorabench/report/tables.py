@@ -139,7 +139,9 @@ def _comparison_notes(f: Findings) -> Iterable[str]:
     if tests:
         counts = sorted({e.examples for e in tests if e.examples})
         examples = " or ".join(f"{n:,}" for n in counts)
-        over = f"seeds and {examples} test examples, crossed" if counts else "seeds alone"
+        groups = sorted({n for r in f.results.values() if r.sample and (n := r.sample.clusters)})
+        drawn = f" in {' or '.join(f'{n:,}' for n in groups)} groups (dialogues, near-duplicates)" if groups else ""
+        over = f"seeds and {examples} test examples{drawn}, crossed" if counts else "seeds alone"
         yield f"±: half the 95 % interval over {over}. Rates were chosen on {declared.selection(f.sweep)}; only confirmation runs saw test."
     if f.pooled:
         sd = f.metric.size(f.pooled.within**0.5)

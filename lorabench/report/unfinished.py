@@ -47,11 +47,17 @@ GO_ON = "the command that began it, overrides included, goes on where it stopped
 
 
 def command(sweep: Sweep) -> str | None:
-    """That command, but for overrides, which the manifest does not know; None where it does not know the experiment either.
+    """That command. Of an older manifest, which does not know overrides, without them; None where it does not know the
+    experiment either.
 
     For the directory above `sweeps`. A sweep that lies under its own name needs no more than that name.
     """
     experiment, folder = sweep.manifest.get("experiment"), sweep.store.root.resolve()
+    if launched := sweep.manifest.get("command"):
+        there = f"sweep.dir={folder.parent.name}/{folder.name}"
+        words = [w for w in launched if not w.startswith("sweep.dir=") or w.endswith(folder.name)]
+        placed = folder.name == sweep.name or any(w.startswith("sweep.dir=") for w in words)
+        return shlex.join(["python", "-m", "lorabench", *words, *([] if placed else [there])])
     if not experiment:
         return None
     words = ["python", "-m", "lorabench", f"+experiment={experiment}"]

@@ -60,6 +60,9 @@ class Config:
     probe_examples: int = knob(
         1000, help="of the probe: held-out examples at most, and as many to fit on", low=20, added="0.1.0"
     )
+    probe_along: bool = knob(
+        False, help="measure the probe at each evaluation of a confirmation run, too", added="0.1.0"
+    )
     style_prompts: int = knob(
         0, help="held-out prompts replied to, to see how far replies move towards the data's style; 0: off",
         low=0, added="0.1.0",
@@ -79,6 +82,8 @@ class Config:
             raise ConfigError(
                 f"{key}.test_fraction", self.test_fraction, "with val_fraction it must leave rows to train on"
             )
+        if self.probe_along and not self.probe:
+            raise ConfigError(f"{key}.probe_along", True, f"false without {key}.probe")
         if self.style_prompts and (self.style_prompts < FEWEST or not self.pairs):
             allowed = f"0, or at least {FEWEST} on prompts with responses"
             raise ConfigError(f"{key}.style_prompts", self.style_prompts, allowed)
@@ -116,8 +121,7 @@ class Config:
             rows, found = split.deduplicate(rows, lambda r: "\x1f".join(split.plain_key(r[f]) for f in fields))
             notes["duplicates_removed"] = found["duplicates_removed"]
         splits = split.split_rows(
-            rows, lambda r: r["group"] or split.plain_key(r[fields[0]]),
-            val_fraction=self.val_fraction, test_fraction=self.test_fraction,
+            rows, self._group, val_fraction=self.val_fraction, test_fraction=self.test_fraction,
         )  # fmt: skip
         if not self._blocks:  # blocks are counted once there are tokens
             splits = split.limit(splits, self)
@@ -148,7 +152,7 @@ class Config:
     # -- examples ---------------------------------------------------------------------------------------------------
 
     def encode(self, data: TaskData, processor: Any) -> Encoded:
-        """Examples {"input_ids", "start", "example"} by split; `start` is the first token that counts in the loss."""
+        """Examples {"input_ids", "start", "example", "group"} by split; `start` is the first token that counts in the loss."""
         encoding.check_length(self.max_length, processor)
         splits, notes = {}, {}
         for name, rows in data.splits.items():
@@ -165,22 +169,30 @@ class Config:
         replies = [self._reply_text(r, prompt, processor) for r, prompt in zip(rows, prompts, strict=True)]
         options = {"add_special_tokens": False, "return_attention_mask": False, "verbose": False}
         both = (processor(texts, **options)["input_ids"] if texts else [] for texts in (prompts, replies))
-        return [self._join(p, r, row["example"]) for p, r, row in zip(*both, rows, strict=True)]
+        return [self._join(p, r) | self._ids(row) for p, r, row in zip(*both, rows, strict=True)]
 
-    def _join(self, prompt: list[int], reply: list[int], example: int) -> dict[str, Any]:
+    def _group(self, row: Row) -> str:
+        """What lies in one split, and counts as one draw of the test set: a dialogue, the answers to one prompt, a text."""
+        group: str = row["group"] or split.plain_key(row["prompt" if self.pairs else "text"])
+        return group
+
+    def _ids(self, row: Row) -> dict[str, int]:
+        return {"example": row["example"], "group": split.content_hash(self._group(row))}
+
+    def _join(self, prompt: list[int], reply: list[int]) -> dict[str, Any]:
         """Prompt and reply in at most `max_length` tokens: the prompt loses its beginning first, the reply then its end."""
         full = len(prompt) + len(reply)
         reply = reply[: max(self.max_length - len(prompt), self.max_length // 2)]
         prompt = prompt[max(0, len(prompt) + len(reply) - self.max_length) :]
         ids = np.asarray(prompt + reply, dtype=np.int32)
-        return {"input_ids": ids, "start": len(prompt), "example": example, "full": full}
+        return {"input_ids": ids, "start": len(prompt), "full": full}
 
     def _encode_texts(self, rows: Sequence[Row], processor: Any) -> list[dict[str, Any]]:
         texts, block = [r["text"] for r in rows], self._blocks
         tokens, full = encoding.tokenize(processor, texts, None, 10**9 if block else self.max_length, special=not block)
         if not block:
             return [
-                {"input_ids": t["input_ids"], "start": 0, "example": r["example"], "full": n}
+                {"input_ids": t["input_ids"], "start": 0, "full": n, **self._ids(r)}
                 for t, r, n in zip(tokens, rows, full.tolist(), strict=True)
             ]
         out = []
@@ -189,7 +201,7 @@ class Config:
             for i in cuts:
                 ids = t["input_ids"][i : i + self.max_length]
                 example = split.content_hash(str(row["example"]), str(i))
-                out.append({"input_ids": ids, "start": 0, "example": example, "full": len(ids)})
+                out.append({"input_ids": ids, "start": 0, "full": len(ids), **self._ids(row), "example": example})
         return out
 
     def prompt_text(self, text: str, processor: Any) -> str:

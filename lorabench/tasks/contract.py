@@ -29,7 +29,7 @@ class TaskData:
 @dataclass(frozen=True)
 class Encoded:
     """Examples ready for `collate`, by split: dicts with "input_ids" (int32 [T]) and "example" (content hash below
-    2**63), and what else the task needs. lengths: tokens of each example. notes: truncation."""
+    2**63), and what else the task needs; "group", a whole number, where some are no draws of their own (a dialogue). lengths: tokens of each example. notes: truncation."""
 
     splits: dict[str, list[dict[str, Any]]]
     lengths: dict[str, list[int]]

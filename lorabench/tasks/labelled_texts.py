@@ -41,6 +41,9 @@ class LabelledTexts:
     probe_examples: int = knob(
         1000, help="of the probe: held-out examples at most, and as many to fit on", low=20, added="0.1.0"
     )
+    probe_along: bool = knob(
+        False, help="measure the probe at each evaluation of a confirmation run, too", added="0.1.0"
+    )
 
     def validate(self, key: str) -> None:
         if self.source == "file" and not self.file:
@@ -49,6 +52,8 @@ class LabelledTexts:
             )
         if self.source == "glue" and self.subset not in sources.GLUE:
             raise ConfigError(f"{key}.subset", self.subset, f"allowed: {', '.join(sources.GLUE)}")
+        if self.probe_along and not self.probe:
+            raise ConfigError(f"{key}.probe_along", True, f"false without {key}.probe")
         if self.val_fraction + self.test_fraction >= 1:
             raise ConfigError(
                 f"{key}.test_fraction", self.test_fraction, "with val_fraction it must leave rows to train on"
@@ -125,13 +130,16 @@ class LabelledTexts:
                 )  # fmt: skip
 
     def encode(self, data: TaskData, processor: Any) -> Encoded:
-        """Examples {"input_ids", "token_type_ids"?, "example"} by split."""
+        """Examples {"input_ids", "token_type_ids"?, "example", "group"} by split."""
         encoding.check_length(self.max_length, processor)
         splits, lengths, notes = {}, {}, {}
         for name, rows in data.splits.items():
             pairs = [r["pair"] for r in rows] if rows and "pair" in rows[0] else None
             tokens, full = encoding.tokenize(processor, [r["text"] for r in rows], pairs, self.max_length)
-            splits[name] = [made | {"example": row["example"]} for made, row in zip(tokens, rows, strict=True)]
+            splits[name] = [
+                made | {"example": row["example"], "group": split.content_hash(self._group(row))}
+                for made, row in zip(tokens, rows, strict=True)
+            ]
             lengths[name] = [len(t["input_ids"]) for t in tokens]
             notes[name] = encoding.truncation(full, self.max_length)
         return Encoded(splits, lengths, {"truncation": notes})
