@@ -260,13 +260,14 @@ def test_what_is_not_built_is_refused(parts: tuple[Path, Path], changes: dict[st
 
 def test_a_base_that_trains_is_cut_too(parts: tuple[Path, Path], tmp_path: Path) -> None:
     """Clipped in every step by the norm over both shares; the weights kept are not the last ones."""
-    settings = {"method.name": "full", "optimizer.lr": 1e-3, "trainer.max_steps": 12, "trainer.gradient_clip_val": 0.05}
+    settings = {"method.name": "full", "optimizer.lr": 1e-3, "model.dropout": 0.1, "trainer.max_steps": 12,
+                "trainer.eval_interval": 2, "trainer.gradient_clip_val": 0.05}  # fmt: skip
     cut = {"trainer.devices": 2, "trainer.strategy": "fsdp"}
     packs = [(make_run(*parts, role="confirm", **settings, **more),) for more in ({}, cut)]
     stores = Store(tmp_path / "alone"), Store(tmp_path / "cut")
     (one,), (two,) = (train(Pack("p0", pack), store) for pack, store in zip(packs, stores, strict=True))
     same(*stores, one, two)
-    assert one.metrics["best_step"] == 10
+    assert one.metrics["best_step"] < 12
     half = 8 * two.resources["total_parameters"] / 2  # float64
     assert two.provenance["base_bytes_by_rank"] == pytest.approx([half, half], rel=0.01)
 
