@@ -1,4 +1,4 @@
-"""What a command line or a YAML file must not make Hydra do: run code by name, or fill the memory."""
+"""What a command line or a YAML file must not make Hydra do: run code by name, or fill the memory; what it cannot read."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import yaml
+from hydra.errors import OverrideParseException
 from omegaconf import _utils as omegaconf_yaml
 
 from lorabench.schema import ConfigError
@@ -25,6 +26,16 @@ def check_arguments(arguments: Sequence[str]) -> None:
         if equals and not key.startswith("-") and (CODE.fullmatch(key) or CODE.fullmatch(argument)):
             allowed = "settings only: what runs is chosen by name (method.name, task.kind, model.kind, hydra/launcher)"
             raise ConfigError(key.lstrip("+~"), value, allowed)
+
+
+def unreadable(e: OverrideParseException) -> str:
+    """What Hydra's grammar stumbled over: the argument, and how a value with brackets or spaces is written."""
+    reason = str(e.message).splitlines()[-2 if "\nSee http" in str(e.message) else -1]
+    key, equals, value = str(e.override).partition("=")
+    if not equals:
+        return f"{e.override}: not a setting, key=value ({reason})"
+    bare = value.strip("'\"").replace('"', "'")
+    return f"{e.override}: not readable ({reason}); a text with brackets, quotes, commas or = is written '{key}=\"{bare}\"'"
 
 
 def guard_yaml() -> None:
