@@ -191,7 +191,7 @@ def test_what_an_older_version_measured_without_the_trunk_is_not_shown(tmp_path:
     assert not stale.solo and all(r.solo and r.memory == 3 << 30 for r in others)
     assert timed_cells(store.manifest(), load(store.root).records) == {r.id for r in others}
     text = " ".join(comparison(f).notes)
-    assert f"Not measured alone as it trains: {stale.name}." in text and "one pass" not in text
+    assert f"No seconds and memory of a run alone for {stale.name}: " in text and "one pass" not in text
     f = measured(reused_blocks=5, trunk_seconds=2.5)
     assert all(r.solo and r.seconds == pytest.approx(1.5 * 100 / 8 + 2.5) for r in f.results.values())
     assert "with the one pass that the frozen blocks" in " ".join(comparison(f).notes)

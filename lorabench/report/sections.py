@@ -71,7 +71,7 @@ def claimed(verdicts: list[Verdict]) -> Table:
     if len(asked) < len(verdicts):
         notes.append(
             f"{len(verdicts) - len(asked)} more claims were made under conditions this sweep does not meet: "
-            "python -m lorabench.claims lists them, and what would ask them."
+            "python -m lorabench.claims lists them and says what a sweep would need."
         )
     return Table("claims", "Claims of the literature, judged on this sweep", columns, rows, tuple(notes))
 
