@@ -314,6 +314,14 @@ def test_edges_of_grids(tmp_path: Path) -> None:
     said = "\n".join(warnings(found(build(tmp_path / "s", cells).root)))
     assert "LoRA r = 4: the best rate, 2e-3, is the largest of its grid" in said
     assert "LoRA r = 8: the best rate, 1e-3, is the smallest of its grid" in said
+    assert "sweep.extend_lr=true" in said
+
+
+def test_cells_with_the_same_trouble_share_a_line(tmp_path: Path) -> None:
+    cells = [Planted("lora", (1e-3, 2e-3), 1e-2, 0.75, r=r) for r in (2, 4, 8)]
+    said = warnings(found(build(tmp_path / "s", cells).root))
+    (edge,) = [w for w in said if "largest of its grid" in w]
+    assert edge.startswith("LoRA r = 2, LoRA r = 4, LoRA r = 8: the best rate, 2e-3, is")
 
 
 def test_the_command_keeps_every_digit_and_axis(tmp_path: Path) -> None:

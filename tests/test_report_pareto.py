@@ -132,7 +132,7 @@ def test_measured_costs_that_hardly_differ_are_one_cost(tmp_path: Path) -> None:
     f, e = opened(store)
     assert "seconds" not in {x.cost.key for x in pareto.fronts(f)}
     part = pareto.part(f, e, style.looks(f.sweep.cells))
-    assert part is not None and "Training time: the same within 2 % for all, 9.0." in part.texts
+    assert part is not None and "Training time: the same within 2 % for all, 9.0 s." in part.texts
 
 
 def test_names_stay_clear_of_the_axis(tmp_path: Path) -> None:

@@ -111,7 +111,8 @@ def _alike(f: Findings) -> Iterator[str]:
         cells = _priced(f, cost)
         if len(cells) >= LEAST and not _apart(cost, cells):
             within = f" within {PER_CENT} %" if cost.same > 1 else ""
-            yield f"{formats.capital(cost.title)}: the same{within} for all, {cost.text(cost.of(cells[0]))}."
+            unit = " s" if cost.key == "seconds" else ""
+            yield f"{formats.capital(cost.title)}: the same{within} for all, {cost.text(cost.of(cells[0]))}{unit}."
 
 
 def front(f: Findings, cost: Cost, cells: Sequence[Result]) -> tuple[Result, ...]:

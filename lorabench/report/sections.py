@@ -59,11 +59,11 @@ def _parts(f: Findings, e: Evidence, looks: Mapping[str, Look]) -> tuple[Part, .
 def claimed(verdicts: list[Verdict]) -> Table:
     """The claims this sweep speaks to; how many it does not is a note."""
     columns = (
-        Column("claim", "claim"), Column("source", "source"), Column("status", "here"), Column("number", "number (95 %)"),
-        Column("why", "why"),
+        Column("claim", "claim"), Column("status", "here"), Column("number", "number (95 %)"), Column("why", "why"),
+        Column("source", "source"),
     )  # fmt: skip
     asked = [v for v in verdicts if v.status != "not applicable"]
-    rows = tuple(Row((v.claim, v.source, v.status, claims.shown(v) or "–", _why(v))) for v in asked)
+    rows = tuple(Row((v.claim, v.status, claims.shown(v) or "–", _why(v), v.source)) for v in asked)
     notes = [
         "Holds: the 90 % interval lies inside what is claimed; contradicted: the 95 % interval lies outside. Claims are judged one by one, without a "
         "correction for their number."
