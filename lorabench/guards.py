@@ -28,14 +28,15 @@ def check_arguments(arguments: Sequence[str]) -> None:
             raise ConfigError(key.lstrip("+~"), value, allowed)
 
 
-def unreadable(e: OverrideParseException) -> str:
+def unreadable(e: OverrideParseException) -> ConfigError:
     """What Hydra's grammar stumbled over: the argument, and how a value with brackets or spaces is written."""
-    reason = str(e.message).splitlines()[-2 if "\nSee http" in str(e.message) else -1]
+    reason = next((line for line in str(e.message).splitlines()[::-1] if not line.startswith("See http")), "")
     key, equals, value = str(e.override).partition("=")
     if not equals:
-        return f"{e.override}: not a setting, key=value ({reason})"
+        return ConfigError("argument", key, f"a setting, key=value ({reason})")
     bare = value.strip("'\"").replace('"', "'")
-    return f"{e.override}: not readable ({reason}); a text with brackets, quotes, commas or = is written '{key}=\"{bare}\"'"
+    quoted = f"""'{key}="{bare}"'"""
+    return ConfigError(key, value, f"{reason}; a text with brackets, quotes, commas or = is written {quoted}")
 
 
 def guard_yaml() -> None:

@@ -51,7 +51,7 @@ BAD = {
         [*FILE, "task.text_column=Review (en)"],
         """is written 'task.text_column="Review (en)"'""",
     ),
-    "no value": (["-m", "method.r"], "method.r: not a setting"),
+    "no value": (["-m", "method.r"], "argument=method.r: a setting, key=value"),
     "unknown experiment": (["+experiment=nope"], "experiment/nope"),
 }
 

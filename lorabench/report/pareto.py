@@ -143,8 +143,8 @@ def _said(f: Findings, e: Evidence, made: Front) -> str:
     open_pairs = unresolved(e, made.on)
     text = f"{formats.capital(made.cost.title)}: on the front, from cheap to dear, {names}."
     if len(made.on) == 1:
-        least = made.on[0] is made.cells[0]
-        return f"{text} It {'costs least' if least else f'costs within {PER_CENT} % of the least'} and scores best."
+        more = (made.cost.of(made.on[0]) or 0.0) / (made.cost.of(made.cells[0]) or 1.0) - 1
+        return f"{text} It costs {f'{100 * more:.1f} % more than the cheapest' if more > 0 else 'least'} and scores best."
     if not open_pairs:
         return f"{text} Each is resolved from its neighbour (95 %, exploratory)."
     pairs = "; ".join(f"{a.name} and {b.name}" for a, b in open_pairs)
