@@ -34,7 +34,7 @@ def main() -> None:
         if stopping.asked():  # a parser that SIGTERM broke off may raise something of its own over it
             _leave(stopping.CODE)
         if isinstance(e, (ConfigError, HydraException, OmegaConfBaseException, yaml.YAMLError)):
-            said = unreadable(e) if isinstance(e, OverrideParseException) else e
+            said = unreadable(e.override, e.message) if isinstance(e, OverrideParseException) else e
             print(f"error: {said}", file=sys.stderr)
             sys.exit(2)
         if isinstance(e, Unwritable):

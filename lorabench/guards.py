@@ -7,7 +7,6 @@ from collections.abc import Sequence
 from typing import Any
 
 import yaml
-from hydra.errors import OverrideParseException
 from omegaconf import _utils as omegaconf_yaml
 
 from lorabench.schema import ConfigError
@@ -28,10 +27,10 @@ def check_arguments(arguments: Sequence[str]) -> None:
             raise ConfigError(key.lstrip("+~"), value, allowed)
 
 
-def unreadable(e: OverrideParseException) -> ConfigError:
-    """What Hydra's grammar stumbled over: the argument, and how a value with brackets or spaces is written."""
-    reason = next((line for line in str(e.message).splitlines()[::-1] if not line.startswith("See http")), "")
-    key, equals, value = str(e.override).partition("=")
+def unreadable(argument: str, message: str) -> ConfigError:
+    """For an argument that Hydra's grammar stumbled over, with its message: how a value with brackets or spaces is written."""
+    reason = next((line for line in message.splitlines()[::-1] if not line.startswith("See http")), "")
+    key, equals, value = argument.partition("=")
     if not equals:
         return ConfigError("argument", key, f"a setting, key=value ({reason})")
     bare = value.strip("'\"").replace('"', "'")

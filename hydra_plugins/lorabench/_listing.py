@@ -62,7 +62,7 @@ def listed(experiment: str, overrides: Sequence[str] = (), *, config_dir: Path |
         with initialize_config_dir(app.config_dir(), job_name="lorabench", version_base="1.3"):
             return _listed(argv)
     except OverrideParseException as e:
-        raise unreadable(e) from e
+        raise unreadable(e.override, e.message) from e
     except (HydraException, OmegaConfBaseException, yaml.YAMLError) as e:
         raise ConfigError("experiment", experiment, " ".join(str(e).split())) from e
 
