@@ -1,4 +1,4 @@
-"""What a command line or a YAML file must not make Hydra do: run code by name, or fill the memory."""
+"""What a command line or a YAML file must not make Hydra do: run code by name, or fill the memory; what it cannot read."""
 
 from __future__ import annotations
 
@@ -25,6 +25,17 @@ def check_arguments(arguments: Sequence[str]) -> None:
         if equals and not key.startswith("-") and (CODE.fullmatch(key) or CODE.fullmatch(argument)):
             allowed = "settings only: what runs is chosen by name (method.name, task.kind, model.kind, hydra/launcher)"
             raise ConfigError(key.lstrip("+~"), value, allowed)
+
+
+def unreadable(argument: str, message: str) -> ConfigError:
+    """For an argument that Hydra's grammar stumbled over, with its message: how a value with brackets or spaces is written."""
+    reason = next((line for line in message.splitlines()[::-1] if not line.startswith("See http")), "")
+    key, equals, value = argument.partition("=")
+    if not equals:
+        return ConfigError("argument", key, f"a setting, key=value ({reason})")
+    bare = value.strip("'\"").replace('"', "'")
+    quoted = f"""'{key}="{bare}"'"""
+    return ConfigError(key, value, f"{reason}; a text with brackets, quotes, commas or = is written {quoted}")
 
 
 def guard_yaml() -> None:

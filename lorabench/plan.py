@@ -86,6 +86,9 @@ def _check(args: argparse.Namespace) -> None:
         raise ConfigError(
             "--hours", args.hours, "a pilot (--pilot) or a measurement (no --no-measure): hours are unknown"
         )
+    if "/" in args.experiment and Path(args.experiment).is_dir():
+        allowed = "an experiment's name, as in +experiment=NAME; a finished sweep is for --pilot"
+        raise ConfigError("experiment", args.experiment, allowed)
     if args.json is not None and args.json.is_dir():
         raise ConfigError("--json", str(args.json), "a file's name; this is a folder")
 

@@ -243,6 +243,34 @@ def test_every_kind_of_table_gives_the_same_rows(tmp_path: Path) -> None:
         )
 
 
+def test_a_head_as_spreadsheets_write_it(tmp_path: Path) -> None:
+    """Semicolons, texts with commas, spaces around a name, a column without one; a name with a comma needs its quotes."""
+    columns = {"t": "Review (en)", "y": "stars"}
+    expected = {"t": ["good, really", "bad"], "y": ["5", "1"]}
+    for name, head in {"a.csv": 'id; Review (en) ;"stars";', "b.csv": "id\t Review (en)\tstars\t"}.items():
+        mark = head[2]
+        rows = [mark.join(("1", "good, really", "5", "")), mark.join(("2", "bad", "1", ""))]
+        (tmp_path / name).write_text("\n".join([head, *rows]), encoding="utf-8-sig")
+        assert files.read_table(str(tmp_path / name), columns, "task.file") == expected, name
+    (tmp_path / "c.csv").write_text('"a;b",y\n1,2\n')
+    assert files.read_table(str(tmp_path / "c.csv"), {"t": "a;b"}, "task.file") == {"t": ["1"]}
+    task = Classification(file=str(tmp_path / "a.csv"), text_column="text", label_column="stars")
+    refused(task, "task.text_column", r"no such column in .*a\.csv; allowed: id, Review \(en\), stars$")
+
+
+def test_an_exact_name_comes_first(tmp_path: Path) -> None:
+    (tmp_path / "a.csv").write_text("text, text\nfirst,second\n")
+    assert files.read_table(str(tmp_path / "a.csv"), {"t": "text", "u": " text"}, "task.file") == {
+        "t": ["first"],
+        "u": ["second"],
+    }
+
+
+def test_a_text_with_an_unquoted_comma_is_named_as_such(tmp_path: Path) -> None:
+    (tmp_path / "a.csv").write_text("text,label\ngood, really,yes\n")
+    refused(Classification(file=str(tmp_path / "a.csv")), "task.file", "more fields than the head; .* double quotes")
+
+
 def test_cells_keep_what_was_written(tmp_path: Path) -> None:
     (tmp_path / "a.csv").write_text('text,label\nNA,007\nnull,1.0\n"a, ""b""",yes\n')
     assert files.read_table(str(tmp_path / "a.csv"), {"t": "text", "y": "label"}, "task.file") == {

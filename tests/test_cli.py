@@ -47,6 +47,11 @@ BAD = {
     "missing file": ([*FILE, "task.file=absent.csv"], "task.file=absent.csv"),
     "schedule": (["optimizer.schedule=stairs"], "optimizer.schedule=stairs"),
     "free target": (["+model._target_=os.system"], "model._target_"),
+    "a value that needs quotes": (
+        [*FILE, "task.text_column=Review (en)"],
+        """is written 'task.text_column="Review (en)"'""",
+    ),
+    "no value": (["-m", "method.r"], "argument=method.r: a setting, key=value"),
     "unknown experiment": (["+experiment=nope"], "experiment/nope"),
 }
 

@@ -180,6 +180,8 @@ ERRORS = {
     "sweeper": (["smoke", "hydra/sweeper=basic"], "BasicSweeperConf"),
     "config dir": (["smoke", "--config-dir", "absent"], "--config-dir=absent"),
     "json": (["smoke", "--sd", "1", "--json", ".."], "--json=.."),
+    "a sweep for a name": (["../"], "a finished sweep is for --pilot"),
+    "grammar": (["smoke", "task.text_column=Review (en)"], """'task.text_column="Review (en)"'"""),
 }
 
 

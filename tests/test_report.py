@@ -191,7 +191,7 @@ def test_what_an_older_version_measured_without_the_trunk_is_not_shown(tmp_path:
     assert not stale.solo and all(r.solo and r.memory == 3 << 30 for r in others)
     assert timed_cells(store.manifest(), load(store.root).records) == {r.id for r in others}
     text = " ".join(comparison(f).notes)
-    assert f"Not measured alone as it trains: {stale.name}." in text and "one pass" not in text
+    assert f"No seconds and memory of a run alone for {stale.name}: " in text and "one pass" not in text
     f = measured(reused_blocks=5, trunk_seconds=2.5)
     assert all(r.solo and r.seconds == pytest.approx(1.5 * 100 / 8 + 2.5) for r in f.results.values())
     assert "with the one pass that the frozen blocks" in " ".join(comparison(f).notes)
@@ -314,6 +314,14 @@ def test_edges_of_grids(tmp_path: Path) -> None:
     said = "\n".join(warnings(found(build(tmp_path / "s", cells).root)))
     assert "LoRA r = 4: the best rate, 2e-3, is the largest of its grid" in said
     assert "LoRA r = 8: the best rate, 1e-3, is the smallest of its grid" in said
+    assert "sweep.extend_lr=true" in said
+
+
+def test_cells_with_the_same_trouble_share_a_line(tmp_path: Path) -> None:
+    cells = [Planted("lora", (1e-3, 2e-3), 1e-2, 0.75, r=r) for r in (2, 4, 8)]
+    said = warnings(found(build(tmp_path / "s", cells).root))
+    (edge,) = [w for w in said if "largest of its grid" in w]
+    assert edge.startswith("LoRA r = 2, LoRA r = 4, LoRA r = 8: the best rate, 2e-3, is")
 
 
 def test_the_command_keeps_every_digit_and_axis(tmp_path: Path) -> None:

@@ -12,7 +12,7 @@ import pytest
 from lorabench.report import figures, render, style
 from lorabench.report.findings import find
 from lorabench.report.formats import Metric, compact, duration, memory, number, rate, share
-from lorabench.report.load import load
+from lorabench.report.load import load, pretty_rule
 from report_fixture import RANK_SWEEP, Planted, build
 
 
@@ -96,8 +96,32 @@ def test_numbers_as_readers_see_them() -> None:
     assert [memory(x) for x in (720 << 20, 3 << 30, None)] == ["720 MiB", "3.0 GiB", "–"]
     assert [duration(x) for x in (40, 600, 9000)] == ["40 s", "10 min", "2.5 h"]
     points = Metric("accuracy", False, 1, 100.0, "%", "points")
+    assert [points.size(x, unit=False) for x in (0.0004, 0.0006, 0.0)] == ["<0.1", "0.1", "0.0"]
+    assert Metric("loss", True, 3).size(2e-4) == "<0.001"
+    assert [pretty_rule(x) for x in ("5.656854249492381/sqrt(r)", "2r", "16", None)] == [
+        "5.657/sqrt(r)", "2r", "16", "",
+    ]  # fmt: skip
     assert points.value(0.7731, unit=True) == "77.3 %"
     assert points.difference(-0.012, unit=True) == "−1.2 points"
+
+
+def test_ticks_stand_at_the_rates_tried_where_their_labels_have_room() -> None:
+    def ticks(rates: list[float]) -> list[str]:
+        with style.canvas(4, 3) as figure:
+            ax = figure.add_subplot()
+            style.rate_axis(ax, rates)
+            return [t.get_text() for t in ax.get_xticklabels()]
+
+    assert ticks([4e-3, 5e-4, 1e-3, 2e-3, 1e-3]) == ["5e-4", "1e-3", "2e-3", "4e-3"]
+    assert ticks([1e-4, 2e-4, 4e-4, 3e-2, 0.1, 0.3]) == ["1e-4", "1e-3", "1e-2", "0.1"]
+    assert ticks([1e-3]) == ["1e-3"]
+
+
+def test_a_panel_is_as_wide_as_a_phone_unless_a_name_is_long() -> None:
+    """A phone's page shows 5.2 inches of a picture without swiping (page.css)."""
+    assert style.single(["LoRA r = 1 (α = 16)", "full fine-tuning"]) == 5.2
+    assert style.single(["LoRA r = 1 (α = 16, batch size 64)"]) > 5.2
+    assert style.single([]) == 5.2
 
 
 BROWSER = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")

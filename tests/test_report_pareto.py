@@ -120,3 +120,26 @@ def test_picture_and_table(made: tuple[Findings, Evidence]) -> None:
 def test_two_cells_have_no_front(tmp_path: Path) -> None:
     f, e = opened(build(tmp_path / "s", RANK_SWEEP[1:3]))
     assert pareto.part(f, e, style.looks(f.sweep.cells)) is None
+
+
+def test_measured_costs_that_hardly_differ_are_one_cost(tmp_path: Path) -> None:
+    """A second measurement may turn 1 % round: the better of two such cells beats the other, and of all alike there is no front."""
+    store = build(tmp_path / "s", [CHEAP, DOMINATED, TWIN])
+    with_solo(store, {IDS[1]: 9.0, IDS[4]: 12.0, IDS[16]: 9.1})
+    f, e = opened(store)
+    assert ranks({x.cost.key: x for x in pareto.fronts(f)}["seconds"].on) == [16]
+    with_solo(store, {IDS[1]: 9.0, IDS[4]: 9.05, IDS[16]: 9.1})
+    f, e = opened(store)
+    assert "seconds" not in {x.cost.key for x in pareto.fronts(f)}
+    part = pareto.part(f, e, style.looks(f.sweep.cells))
+    assert part is not None and "Training time: the same within 2 % for all, 9.0 s." in part.texts
+
+
+def test_names_stay_clear_of_the_axis(tmp_path: Path) -> None:
+    """The cheapest cell has the longest name, and it ends at that cell."""
+    cells = [Planted("lora", RATES, 2e-3, q, r=r, alpha=a, label={"alpha_rule": rule}) for q, r, a, rule in
+             ((0.7, 1, 2.0, "2r"), (0.6, 1, 16.0, "16"), (0.72, 8, 16.0, "2r"), (0.74, 32, 64.0, "2r"))]  # fmt: skip
+    f, _ = opened(build(tmp_path / "s", cells))
+    figure = pareto.draw(f, pareto.fronts(f), style.looks(f.sweep.cells)).figure
+    for ax in figure.axes:
+        assert all(t.get_window_extent().x0 > ax.get_window_extent().x0 for t in ax.texts)

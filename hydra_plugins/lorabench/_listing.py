@@ -12,7 +12,7 @@ from hydra import initialize_config_dir
 from hydra._internal.callbacks import Callbacks
 from hydra.core.global_hydra import GlobalHydra
 from hydra.core.plugins import Plugins
-from hydra.errors import HydraException
+from hydra.errors import HydraException, OverrideParseException
 from hydra.plugins.launcher import Launcher
 from hydra.types import HydraContext, RunMode
 from omegaconf import OmegaConf
@@ -20,7 +20,7 @@ from omegaconf.errors import OmegaConfBaseException
 
 from hydra_plugins.lorabench._compose import Composer
 from lorabench import app
-from lorabench.guards import check_arguments, guard_yaml
+from lorabench.guards import check_arguments, guard_yaml, unreadable
 from lorabench.schema import ConfigError
 
 if TYPE_CHECKING:
@@ -61,6 +61,8 @@ def listed(experiment: str, overrides: Sequence[str] = (), *, config_dir: Path |
     try:
         with initialize_config_dir(app.config_dir(), job_name="lorabench", version_base="1.3"):
             return _listed(argv)
+    except OverrideParseException as e:
+        raise unreadable(e.override, e.message) from e
     except (HydraException, OmegaConfBaseException, yaml.YAMLError) as e:
         raise ConfigError("experiment", experiment, " ".join(str(e).split())) from e
 

@@ -179,7 +179,7 @@ def _slopes(made: Sequence[Slope]) -> Table:
 def _rates(e: Evidence, made: Sequence[Slope]) -> Table:
     columns = (
         Column("cell", "cell"), Column("s", "s", "right"), Column("tried", "best tried", "right"),
-        Column("best", "interpolated best (95 %)", "right"), Column("over", "interval over"),
+        Column("best", "interpolated best (95 %)", "right"), Column("over", "interval from"),
     )  # fmt: skip
     rows = []
     for r in slopes.cells(made):
@@ -194,9 +194,9 @@ def _best(o: Optimum | Missing) -> tuple[str, str]:
         return formats.DASH, o.reason
     best = formats.rate(float(f"{o.lr:.3g}"))
     if o.variance is None:
-        return best, "none: three rates and one seed"
+        return best, "none: three rates of one seed leave no scatter"
     low, high = o.interval()
-    over = f"{o.seeds} tuning seeds" if o.how == "seeds" else "what the parabola leaves over"
+    over = f"{o.seeds} tuning seeds" if o.how == "seeds" else "the losses' scatter around the parabola"
     return f"{best} ({_round(low)} to {_round(high)})", over
 
 

@@ -9,6 +9,7 @@ from lorabench.records import Record
 from lorabench.report import declared, formats, unfinished
 from lorabench.report.findings import Findings
 from lorabench.report.formats import plural
+from lorabench.report.results import Result
 
 DIFFER = {
     "precision": "precision",
@@ -53,7 +54,7 @@ def _gaps(f: Findings) -> Iterator[str]:
             yield f"{r.name}: {plural(r.stale, 'confirmation run')} at a rate that is no longer the chosen one; not used."
     few = sorted({r.test.seeds for r in results if r.test is not None and r.test.seeds < 3})
     if few:
-        yield f"{plural(few[0], 'confirmation seed')} in some cells: an interval, but no verdict. Three are the least."
+        yield f"{plural(few[0], 'confirmation seed')} in some cells: an interval, but no verdict. Three are the least: sweep.confirm_seeds takes more, and keeps what is done."
     if f.confirmed and any(r.test is not None and r.test.examples is None for r in results):
         yield "Some intervals are over seeds alone, for want of per-example results: they leave out the luck of the test set and are too narrow."
     leaked = [
@@ -64,25 +65,39 @@ def _gaps(f: Findings) -> Iterator[str]:
 
 
 def _rates(f: Findings) -> Iterator[str]:
-    sweep, empty = f.sweep, unfinished.untouched(f)
+    """Cells of which the same is to be said share a line."""
+    said: dict[str, list[Result]] = {}
+    empty = unfinished.untouched(f)
     for r in (r for r in f.results.values() if r not in empty):
-        rates = r.choice.rates
-        if r.choice.beyond:
-            tried = ", ".join(formats.rate(x.lr) for x in r.choice.beyond)
-            yield (f"{r.name}: every rate {'above' if r.choice.side == 'high' else 'below'} the best one, {formats.rate(r.lr)}, was pruned ({tried}), so that side is "
-                   "not covered: early losses favour some rates. The same command with sweep.prune=false trains them to the end.")  # fmt: skip
-        elif r.choice.side:
-            end = "largest" if r.choice.side == "high" else "smallest"
-            yield f"{r.name}: the best rate, {formats.rate(r.lr)}, is the {end} of its grid. The true best may lie beyond: widen the grid."
-        elif r.choice.lr is None and rates:
-            yield f"{r.name}: no learning rate is eligible; at every one a seed diverged, failed{', was pruned' if any(x.pruned for x in rates) else ''} or has not ended."
-        elif len(rates) == 1:
-            yield f"{r.name}: one learning rate only ({formats.rate(r.lr)}), so it is not tuned."
-        elif not rates and r.runs:
-            tested = {float(x.config["optimizer"]["lr"]) for x in sweep.ended(r.cell.confirm)}
-            how = ("without tuning" if len(tested) == 1 else f"without tuning, although runs at {plural(len(tested), 'rate')} were tested: "
-                   "that of most runs, then the best on validation; the seeds that chose are those that are tested, so its result is too good")  # fmt: skip
-            yield f"{r.name}: confirmed at {formats.rate(r.lr)} {how}."
+        if text := _rate(f, r):
+            said.setdefault(text, []).append(r)
+    for text, cells in said.items():
+        yield f"{unfinished.names(cells)}: {text}"
+
+
+def _rate(f: Findings, r: Result) -> str:
+    """What is wrong with the rates of a cell; empty where nothing is."""
+    rates = r.choice.rates
+    if r.choice.beyond:
+        tried = ", ".join(formats.rate(x.lr) for x in r.choice.beyond)
+        return (f"every rate {'above' if r.choice.side == 'high' else 'below'} the best one, {formats.rate(r.lr)}, was pruned ({tried}), so that side is "
+                "not covered: early losses favour some rates. The same command with sweep.prune=false trains them to the end.")  # fmt: skip
+    if r.choice.side:
+        end = "largest" if r.choice.side == "high" else "smallest"
+        return (
+            f"the best rate, {formats.rate(r.lr)}, is the {end} of its grid. The true best may lie beyond: widen the grid, "
+            "or let the same command with sweep.extend_lr=true do it."
+        )
+    if r.choice.lr is None and rates:
+        return f"no learning rate is eligible; at every one a seed diverged, failed{', was pruned' if any(x.pruned for x in rates) else ''} or has not ended."
+    if len(rates) == 1:
+        return f"one learning rate only ({formats.rate(r.lr)}), so it is not tuned."
+    if not rates and r.runs:
+        tested = {float(x.config["optimizer"]["lr"]) for x in f.sweep.ended(r.cell.confirm)}
+        how = ("without tuning" if len(tested) == 1 else f"without tuning, although runs at {plural(len(tested), 'rate')} were tested: "
+               "that of most runs, then the best on validation; the seeds that chose are those that are tested, so its result is too good")  # fmt: skip
+        return f"confirmed at {formats.rate(r.lr)} {how}."
+    return ""
 
 
 def _made(runs: Iterable[Record], key: str) -> list[str]:

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import math
+import re
 from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
-from lorabench.report import claims_quality, claims_rates, claims_weights
+from lorabench.report import claims_quality, claims_rates, claims_weights, formats
 from lorabench.report.evidence import Evidence, Verdict, gather
 from lorabench.report.load import Sweep
 
@@ -72,12 +74,15 @@ def table(name: str, verdicts: Sequence[Verdict]) -> Table:
 
 
 def shown(v: Verdict) -> str:
-    """`9.6 times (7.1 to 13.0)`."""
+    """`9.6 times (7.1 to 13.0)`: the bounds with the decimals of the number."""
     if v.interval is None:
         return v.number
-    low, high = (_bound(x) for x in v.interval)
+    decimals = re.search(r"\d\.(\d+)", v.number)
+    low, high = (_bound(x, len(decimals[1]) if decimals else None) for x in v.interval)
     return f"{v.number} ({low} to {high})"
 
 
-def _bound(x: float) -> str:
-    return f"{x:.3g}".replace("-", "−").replace("inf", "∞")
+def _bound(x: float, decimals: int | None) -> str:
+    if decimals is None or abs(x) >= 100 or not math.isfinite(x):
+        return f"{x:.3g}".replace("-", "−").replace("inf", "∞")
+    return formats.number(x, min(decimals, 1) if abs(x) >= 10 else decimals)

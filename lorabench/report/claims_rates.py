@@ -106,7 +106,7 @@ def rate_moves_little(e: Evidence) -> Verdict:
     line = Line(lines[0].constant, tuple(cells))
     if line.span() < SPAN:
         return STILL.needs(
-            f"ranks {', '.join(str(r.cell.r) for r in cells)} alone",
+            f"rank{'s' * (len(cells) > 1)} {', '.join(str(r.cell.r) for r in cells)} alone",
             f"one alpha at ranks a factor of {SPAN} apart, in {RANKS[0]} to {RANKS[1]}",
         )
     found = e.located(cells)

@@ -26,6 +26,7 @@ HARDLY = 0.5  # of LoRA's count: what full fine-tuning stays below where it has 
 LEAST_RUNS = 8  # for a correlation with one variable held fixed
 WEAK = 0.3  # a correlation below it is not what "go with" means (Cohen's medium)
 BESIDE = ("before", "examples")  # last parts of names that hold no number of the trained model
+PROBE = "the same sweep with task@task.probe=<another task>"
 BEFORE = "probe/before/"  # the base's own value: no run's forgetting
 LOSSES = ("loss", "perplexity", "forgetting")  # probes for which less is better, by the last part of their name
 
@@ -84,7 +85,7 @@ def forgets_less(e: Evidence) -> Verdict:
     """The adapter that is shown to be within the margin of full fine-tuning on the target, nearest first."""
     probe = probed(e)
     if probe is None:
-        return FORGETS.outside("no record has a probe/... metric: forgetting was not measured")
+        return FORGETS.absent("forgetting was not measured", PROBE)
     matched: list[tuple[float, Result, Result]] = []
     lacking: Missing | None = None
     for r in e.cells:
@@ -187,7 +188,7 @@ def intruders_go_with_forgetting(e: Evidence) -> Verdict:
     """Correlation over runs with log ‖ΔW‖ / ‖W‖ held fixed (both rise with the rate); Fisher's z for its interval."""
     probe = probed(e)
     if probe is None:
-        return COMPANY.outside("no record has a probe/... metric: forgetting was not measured")
+        return COMPANY.absent("forgetting was not measured", PROBE)
     weights = e.weights
     if weights is None:
         return COMPANY.lacks(_unanalysed())

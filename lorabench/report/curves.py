@@ -32,14 +32,17 @@ def learning_rates(f: Findings, looks: Mapping[str, Look]) -> Drawing | None:
         panels.setdefault(_family(r), []).append(r)
     wide = min(len(panels), 2)
     tall = math.ceil(len(panels) / wide)
-    with style.canvas(6.2 if wide == 1 else 9.0, 0.4 + 3.2 * tall, between=0.1) as figure:
+    alone = style.single(r.name for r in tuned)
+    with style.canvas(alone if wide == 1 else 9.0, 0.4 + 3.2 * tall, between=0.1) as figure:
         axes = [figure.add_subplot(tall, wide, i + 1) for i in range(len(panels))]
         ranges = [_ends(here) for name, here in panels.items() if name != OTHERS]
         for ax, (name, here) in zip(axes, panels.items(), strict=True):
             low, high = _ends(here) if name == OTHERS else (min(a for a, _ in ranges), max(b for _, b in ranges))
             title = name if len(panels) > 1 else ""
             _rate_panel(ax, here, looks, low, high, title, loss=units.loss_axis(f.sweep, "validation"))
-        caption = "Mean over the tuning seeds; small dots are single seeds, a filled point is the chosen rate."
+        dots = any(len(rate.losses) > 1 for r in tuned for rate in _finished(r))
+        seeds = "Mean over the tuning seeds; small dots are single seeds, a" if dots else "One tuning seed; the"
+        caption = f"{seeds} filled point is the chosen rate."
         if any(r.choice.ineligible for r in tuned):
             caption += " A cross at the top: a seed diverged or failed there, so the rate is out."
         if any(x.pruned for r in tuned for x in r.choice.rates):
@@ -66,7 +69,7 @@ def _finished(r: Result) -> list[Rate]:
 def _family(r: Result) -> str:
     if not r.cell.adapter:
         return OTHERS
-    rule = pretty_rule(r.cell.alpha_rule)
+    rule = pretty_rule(r.cell.alpha_rule).removesuffix("/sqrt(r)")  # the method's name says that part
     return ", ".join([r.cell.method, f"α = {rule}", *(f"{k.split('.')[-1]} {v}" for k, v in r.cell.extra)])
 
 

@@ -64,7 +64,7 @@ def reference(f: Findings) -> str:
     if f.sweep.study.get("reference") == f.reference:
         how = "declared"
     else:
-        how = "the largest rank, none being declared" if f.results[f.reference].cell.adapter else "none being declared"
+        how = "the largest rank, as none was declared" if f.results[f.reference].cell.adapter else "none was declared"
     return f"{f.results[f.reference].name} ({how})"
 
 

@@ -55,7 +55,7 @@ def metric_by_rank(f: Findings, found: dict[str, style.Look]) -> Drawing:
     cells = [r for r in f.results.values() if r.cell.adapter and score(f, r)]
     series = list(dict.fromkeys(r.cell.series for r in cells))
     ranks = sorted({r.cell.r or 0 for r in cells})
-    with style.canvas(6.2, 3.7) as figure:
+    with style.canvas(style.single(r.name for r in f.results.values() if not r.cell.adapter), 3.4) as figure:
         ax = figure.add_subplot()
         style.rank_axis(ax, ranks)
         labels = [label for r in f.results.values() if not r.cell.adapter for label in _band(ax, f, r, found)]
@@ -149,7 +149,7 @@ def metric_by_cell(f: Findings, found: dict[str, style.Look]) -> Drawing:
     """A dot with its interval a cell; a band of one margin around the reference."""
     shown = [r for r in f.results.values() if score(f, r)]
     caption = _caption(f)
-    with style.canvas(6.2, 1.1 + 0.34 * len(shown)) as figure:
+    with style.canvas(style.single(r.name for r in shown), 1.1 + 0.34 * len(shown)) as figure:
         ax = figure.add_subplot()
         if f.reference and f.versus and (reference := f.results[f.reference]).test:
             at, margin = reference.test.mean, f.sweep.margin

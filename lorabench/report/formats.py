@@ -50,8 +50,11 @@ class Metric:
         return text + (f" {self.points}" if unit and self.points else "")
 
     def size(self, x: float, *, unit: bool = True) -> str:
-        """A width or a gap, without its sign."""
-        return number(abs(x) * self.scale, self.decimals) + (f" {self.points}" if unit and self.points else "")
+        """A width or a gap, without its sign; one that rounds to nothing and is something: `<0.001`."""
+        shown = number(abs(x) * self.scale, self.decimals)
+        if x and not shown.strip("0."):
+            shown = f"<{10.0**-self.decimals:.{self.decimals}f}"
+        return shown + (f" {self.points}" if unit and self.points else "")
 
     def bounds(self, low: float, high: float) -> str:
         return f"{self.difference(low)} to {self.difference(high)}"

@@ -251,7 +251,8 @@ def _names(cells: Sequence[Cell]) -> dict[str, str]:
 
 
 def pretty_rule(rule: str | None) -> str:
-    return re.sub(r"(\d+\.\d{3})\d+", r"\1", rule or "")
+    """A rule with its numbers to four digits: `5.657/sqrt(r)`."""
+    return re.sub(r"\d+\.\d{4,}", lambda m: f"{float(m[0]):.4g}", rule or "")
 
 
 def short(text: str, most: int = 32) -> str:

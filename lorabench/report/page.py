@@ -15,6 +15,8 @@ from lorabench.report.findings import Findings
 from lorabench.report.tables import Table
 
 HOW_TO_READ = (
+    ("Cells, runs, packs", "A cell is what is compared: a method with its rank, alpha and targets. Its runs differ in learning rate and seed. Runs that trained side by side on one base are a pack; "
+     "solo is what a run alone would take."),
     ("Tune, then confirm", "Inside each cell the learning rate with the best mean on validation (of the loss, or of the metric that the study declares) over the tuning seeds is chosen; a rate at which any "
      "seed diverged or failed is out. Fresh seeds then train at that rate only, and they alone are tested."),
     ("Intervals", "Seeds and test examples are crossed: the variance of a mean is that of seeds plus that of examples minus their interaction, with "

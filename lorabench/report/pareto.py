@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 
@@ -25,6 +25,7 @@ from lorabench.report.tables import Column, Row, Table, plus_minus
 GREY = "#9A9A9A"
 LONGEST = 28  # characters of a name beside a point
 LEAST = 3  # cells; of two there is no front to speak of
+SAME = 1.02  # measured costs within this factor are one cost: a second measurement may turn them round
 
 
 @dataclass(frozen=True)
@@ -37,6 +38,7 @@ class Cost:
     of: Callable[[Result], float | None]
     text: Callable[[float | None], str]
     log: bool = False
+    same: float = 1.0  # costs within this factor count as equal
 
 
 @dataclass(frozen=True)
@@ -44,6 +46,10 @@ class Front:
     cost: Cost
     cells: tuple[Result, ...]  # all that have it, cheapest first
     on: tuple[Result, ...]  # of these the ones no other beats, cheapest first
+
+
+PER_CENT = round(100 * (SAME - 1))
+WITHIN = f"measured costs within {PER_CENT} % of each other count as equal"
 
 
 def _seconds(r: Result) -> float | None:
@@ -63,8 +69,8 @@ def _alone(r: Result) -> bool:
 
 COSTS = (
     Cost("trainable", "trainable parameters", "trainable parameters (log scale)", lambda r: r.cell.trainable, formats.count, log=True),
-    Cost("seconds", "training time", "seconds of a run alone", _seconds, formats.seconds),
-    Cost("memory", "peak memory", "peak memory alone (MiB)", _memory, formats.memory),
+    Cost("seconds", "training time", "seconds of a run alone", _seconds, formats.seconds, same=SAME),
+    Cost("memory", "peak memory", "peak memory alone", _memory, formats.memory, same=SAME),
 )  # fmt: skip
 
 
@@ -73,28 +79,51 @@ def part(f: Findings, e: Evidence, looks: Mapping[str, Look]) -> Part | None:
     found = fronts(f)
     if not found:
         return None
-    texts = tuple(_said(f, e, front) for front in found)
+    texts = (*(_said(f, e, front) for front in found), *_alike(f))
     return Part("pareto", "What a point costs", texts, (draw(f, found, looks),), (_table(f, found),))
 
 
 def fronts(f: Findings) -> list[Front]:
-    made = []
+    """Of the costs that tell cells apart."""
+    made = [(cost, _priced(f, cost)) for cost in COSTS]
+    return [
+        Front(cost, cells, front(f, cost, cells)) for cost, cells in made if len(cells) >= LEAST and _apart(cost, cells)
+    ]
+
+
+def _priced(f: Findings, cost: Cost) -> tuple[Result, ...]:
+    """Tested cells that have the cost, cheapest first."""
+    return tuple(
+        sorted(
+            (r for r in f.results.values() if r.test is not None and cost.of(r)),
+            key=lambda r: (cost.of(r) or 0.0, r.id),
+        )
+    )
+
+
+def _apart(cost: Cost, cells: Sequence[Result]) -> bool:
+    return (cost.of(cells[-1]) or 0.0) > (cost.of(cells[0]) or 0.0) * cost.same
+
+
+def _alike(f: Findings) -> Iterator[str]:
+    """A cost that is the same for all says so, as there is no front of it."""
     for cost in COSTS:
-        priced = sorted((cost.of(r), r.id, r) for r in f.results.values() if r.test is not None and cost.of(r))
-        cells = tuple(r for _, _, r in priced)
-        if len(cells) >= LEAST and len({x for x, _, _ in priced}) > 1:
-            made.append(Front(cost, cells, front(f, cost, cells)))
-    return made
+        cells = _priced(f, cost)
+        if len(cells) >= LEAST and not _apart(cost, cells):
+            within = f" within {PER_CENT} %" if cost.same > 1 else ""
+            unit = " s" if cost.key == "seconds" else ""
+            yield f"{formats.capital(cost.title)}: the same{within} for all, {cost.text(cost.of(cells[0]))}{unit}."
 
 
 def front(f: Findings, cost: Cost, cells: Sequence[Result]) -> tuple[Result, ...]:
-    """Cells that no other beats by its point estimate: none costs no more, does no worse, and is better in one of the two."""
+    """Cells that no other beats by its point estimate: none costs no more, does no worse, and is better in one of the two.
+    Costs within `cost.same` of each other are equal here."""
     sign = -1.0 if f.metric.lower_is_better else 1.0
     at = {r.id: (cost.of(r) or 0.0, sign * (r.test.mean if r.test else 0.0)) for r in cells}
 
     def beaten(r: Result) -> bool:
         x, y = at[r.id]
-        return any(a <= x and b >= y and (a, b) != (x, y) for a, b in at.values())
+        return any(a <= x * cost.same and b >= y and (a * cost.same < x or b > y) for a, b in at.values())
 
     return tuple(r for r in cells if not beaten(r))
 
@@ -114,7 +143,8 @@ def _said(f: Findings, e: Evidence, made: Front) -> str:
     open_pairs = unresolved(e, made.on)
     text = f"{formats.capital(made.cost.title)}: on the front, from cheap to dear, {names}."
     if len(made.on) == 1:
-        return f"{text} It costs least and scores best."
+        more = (made.cost.of(made.on[0]) or 0.0) / (made.cost.of(made.cells[0]) or 1.0) - 1
+        return f"{text} It costs {f'{100 * more:.1f} % more than the cheapest' if more > 0 else 'least'} and scores best."
     if not open_pairs:
         return f"{text} Each is resolved from its neighbour (95 %, exploratory)."
     pairs = "; ".join(f"{a.name} and {b.name}" for a, b in open_pairs)
@@ -128,15 +158,17 @@ def _said(f: Findings, e: Evidence, made: Front) -> str:
 
 def draw(f: Findings, found: Sequence[Front], looks: Mapping[str, Look]) -> Drawing:
     """A panel a cost, one below the other."""
-    with style.canvas(6.2, 0.3 + 2.5 * len(found)) as figure:
+    with style.canvas(
+        style.single(short(r.name, LONGEST) for made in found for r in made.on), 0.3 + 2.4 * len(found)
+    ) as figure:
         axes = np.atleast_1d(figure.subplots(len(found), 1, sharey=True))
         for ax, made in zip(axes, found, strict=True):
             _panel(ax, f, made, looks)
         costs = ", ".join(made.cost.title for made in found)
         caption = ("In colour and joined: cells that no other beats on both axes, by their point estimates. Grey: the others. Bars are 95 % intervals over "
                    "seeds and test examples.")  # fmt: skip
-        if len(found) > 1:
-            caption += " Seconds and memory are of a cell measured alone."
+        if measured := [made.cost.key for made in found if made.cost.same > 1]:
+            caption += f" {formats.capital(' and '.join(measured))} {'are' if len(measured) > 1 or measured == ['seconds'] else 'is'} of a cell measured alone; {WITHIN}."
         alt = f"Test {f.metric.axis} against {costs}. " + " ".join(_alt(f, made) for made in found)
         return style.drawing(
             "pareto", f"{f.metric.title[:1].upper() + f.metric.title[1:]} against its cost", caption, alt, figure
@@ -149,7 +181,7 @@ def _alt(f: Findings, made: Front) -> str:
 
 
 def _panel(ax: Axes, f: Findings, made: Front, looks: Mapping[str, Look]) -> None:
-    scale = 2**20 if made.cost.key == "memory" else 1
+    scale, unit = _unit(made)
     if made.cost.log:
         ax.set_xscale("log")
     else:
@@ -180,17 +212,22 @@ def _panel(ax: Axes, f: Findings, made: Front, looks: Mapping[str, Look]) -> Non
         linewidth=1.1,
         zorder=2.5,
     )
-    style.tidy(ax, x=made.cost.axis, y=f"test {f.metric.axis}")
+    style.tidy(ax, x=f"{made.cost.axis}{unit}", y=f"test {f.metric.axis}")
     style.per_metric(ax, f.metric)
     if made.cost.log:
         _decades(ax, [xy[r.id][0] for r in made.cells])
     ax.margins(y=0.13)  # a name beyond the outermost point stays inside
-    _room(ax)
-    _names(
-        ax,
-        [(xy[r.id][0], xy[r.id][2], short(r.name, LONGEST), looks[r.id].colour) for r in made.on],
-        below=f.metric.lower_is_better,
-    )
+    names = [(xy[r.id][0], xy[r.id][2], short(r.name, LONGEST), looks[r.id].colour) for r in made.on]
+    _room(ax, [(x, text) for x, _, text, _ in names])
+    _names(ax, names, below=f.metric.lower_is_better)
+
+
+def _unit(made: Front) -> tuple[float, str]:
+    """What a number on the axis stands for, and its name: memory in the unit that the table has it in."""
+    if made.cost.key != "memory":
+        return 1, ""
+    gib = all((made.cost.of(r) or 0) >= 2**30 for r in made.cells)
+    return (2**30, " (GiB)") if gib else (2**20, " (MiB)")
 
 
 def _decades(ax: Axes, values: Sequence[float]) -> None:
@@ -203,11 +240,19 @@ def _decades(ax: Axes, values: Sequence[float]) -> None:
     ax.minorticks_off()
 
 
-def _room(ax: Axes) -> None:
-    """Left of the cheapest cell for its name."""
+def _room(ax: Axes, names: Sequence[tuple[float, str]]) -> None:
+    """Left of the cheapest cells for the names that end at each x."""
     low, high = ax.get_xlim()
     log = ax.get_xscale() == "log"
-    ax.set_xlim(low * (low / high) ** 0.2 if log else low - 0.2 * (high - low), high)
+    figure = ax.get_figure(root=True)
+    assert figure is not None
+    inches = figure.get_figwidth() - 0.9  # of the axis; the layout settles later
+    room = 0.05
+    for x, text in names:
+        at = math.log(x / low) / math.log(high / low) if log else (x - low) / (high - low)
+        share = 0.03 + len(text) * 0.074 / inches  # inches a character at 9 points
+        room = max(room, (share - at) / (1 - share))
+    ax.set_xlim(low * (low / high) ** room if log else low - room * (high - low), high)
 
 
 def _names(ax: Axes, labels: Sequence[tuple[float, float, str, str]], *, below: bool) -> None:
@@ -242,5 +287,9 @@ def _table(f: Findings, found: Sequence[Front]) -> Table:
         costs = tuple(made.cost.text(made.cost.of(r)) for made in found)
         on = ", ".join(made.cost.title for made in found if r in made.on)
         rows.append(Row((r.name, plus_minus(f, r), *costs, on or formats.DASH), tuple(x.run_id for x in r.runs)))
-    note = "A cell is on a front by its point estimates: no other cell costs no more and scores no worse. Which neighbours are resolved from each other is said in the text."
-    return Table("pareto", "Costs and fronts", columns, tuple(rows), (note,))
+    notes = [
+        "A cell is on a front by its point estimates: no other cell costs no more and scores no worse. Which neighbours are resolved from each other is said in the text."
+    ]
+    if any(made.cost.same > 1 for made in found):
+        notes.append(f"{formats.capital(WITHIN)}.")
+    return Table("pareto", "Costs and fronts", columns, tuple(rows), tuple(notes))

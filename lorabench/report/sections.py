@@ -59,11 +59,11 @@ def _parts(f: Findings, e: Evidence, looks: Mapping[str, Look]) -> tuple[Part, .
 def claimed(verdicts: list[Verdict]) -> Table:
     """The claims this sweep speaks to; how many it does not is a note."""
     columns = (
-        Column("claim", "claim"), Column("source", "source"), Column("status", "here"), Column("number", "number (95 %)"),
-        Column("why", "why"),
+        Column("claim", "claim"), Column("status", "here"), Column("number", "number (95 %)"), Column("why", "why"),
+        Column("source", "source"),
     )  # fmt: skip
     asked = [v for v in verdicts if v.status != "not applicable"]
-    rows = tuple(Row((v.claim, v.source, v.status, claims.shown(v) or "–", _why(v))) for v in asked)
+    rows = tuple(Row((v.claim, v.status, claims.shown(v) or "–", _why(v), v.source)) for v in asked)
     notes = [
         "Holds: the 90 % interval lies inside what is claimed; contradicted: the 95 % interval lies outside. Claims are judged one by one, without a "
         "correction for their number."
@@ -71,7 +71,7 @@ def claimed(verdicts: list[Verdict]) -> Table:
     if len(asked) < len(verdicts):
         notes.append(
             f"{len(verdicts) - len(asked)} more claims were made under conditions this sweep does not meet: "
-            "python -m lorabench.claims lists them, and what would ask them."
+            "python -m lorabench.claims lists them and says what a sweep would need."
         )
     return Table("claims", "Claims of the literature, judged on this sweep", columns, rows, tuple(notes))
 

@@ -5,9 +5,10 @@ from __future__ import annotations
 import io
 import re
 import warnings
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from itertools import pairwise
 from typing import Any
 
 import matplotlib as mpl
@@ -112,15 +113,20 @@ def _luminance(rgb: np.ndarray) -> float:
 @contextmanager
 def canvas(width: float, height: float, *, between: float | None = None) -> Iterator[Figure]:
     """An empty figure, width and height in inches, under the report's settings and no others. between: inches that panels
-    keep free at their sides."""
+    keep free around them."""
     with mpl.rc_context():
         mpl.rcdefaults()
         mpl.rcParams.update(RC)  # type: ignore[arg-type]
         figure = Figure(figsize=(width, height), layout="constrained")
         if between is not None:
-            figure.get_layout_engine().set(w_pad=between)  # type: ignore[union-attr, call-arg]
+            figure.get_layout_engine().set(w_pad=between, h_pad=between)  # type: ignore[union-attr, call-arg]
         FigureCanvasAgg(figure)
         yield figure
+
+
+def single(names: Iterable[str]) -> float:
+    """Inches of width for one panel with these names beside it: what a phone shows whole, unless a name is long."""
+    return 5.2 if max(map(len, names), default=0) <= 22 else 6.2
 
 
 def drawing(key: str, title: str, caption: str, alt: str, figure: Figure) -> Drawing:
@@ -171,7 +177,8 @@ def rank_axis(ax: Axes, ranks: Sequence[int]) -> None:
 
 
 def rate_axis(ax: Axes, rates: Sequence[float], axis: str = "x") -> None:
-    """log10 with ticks at 1, 2 and 5 of each decade while they are few."""
+    """log10 with a tick at every rate that was tried where their labels have room, else at 1, 2 and 5 of each decade while
+    those are few."""
     scaled, ticked, limited = (
         (ax.set_xscale, ax.set_xticks, ax.set_xlim) if axis == "x" else (ax.set_yscale, ax.set_yticks, ax.set_ylim)
     )
@@ -180,6 +187,13 @@ def rate_axis(ax: Axes, rates: Sequence[float], axis: str = "x") -> None:
     decades = range(int(np.floor(np.log10(low))), int(np.ceil(np.log10(high))) + 1)
     steps = (1, 2, 5) if high / low < 300 else (1,)
     ticks = [s * 10.0**d for d in decades for s in steps if low / 1.5 <= s * 10.0**d <= high * 1.5]
+    tried = sorted(set(rates))
+    wide = (
+        max(len(formats.rate(t)) for t in tried) if axis == "x" else 1
+    )  # a label's share of the axis: its width or height
+    gap = min((np.log(b / a) for a, b in pairwise(tried)), default=1.0) / np.log(high / low * 1.6**2)
+    if gap > 0.03 + 0.028 * wide:
+        ticks = tried
     ticked(ticks, [formats.rate(t) for t in ticks])
     ax.minorticks_off()
     limited(low / 1.6, high * 1.6)
@@ -214,7 +228,7 @@ def end_labels(ax: Axes, labels: Sequence[Label], *, size: float = 9.5) -> None:
         ax.annotate(
             short(text, MOST), xy=xy, xycoords=coords, xytext=(1.04, at), textcoords="axes fraction", color=readable(colour), fontsize=size,
             va="center", ha="left", annotation_clip=False,
-            arrowprops={"arrowstyle": "-", "color": colour, "lw": 0.7, "alpha": 0.8, "shrinkA": 1, "shrinkB": 4 if x else 0, "relpos": (0, 0.5)},
+            arrowprops={"arrowstyle": "-", "color": colour, "lw": 0.9, "ls": (0, (1, 1.6)), "shrinkA": 1, "shrinkB": 4 if x else 0, "relpos": (0, 0.5)},
         )  # fmt: skip
 
 

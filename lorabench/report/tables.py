@@ -162,10 +162,10 @@ def _comparison_notes(f: Findings) -> Iterable[str]:
         trunk = ", with the one pass that the frozen blocks below the adapters take" if once else ""
         yield f"Solo: a few steps of the cell alone on the base, their time scaled to the tokens of a run{trunk}; pack totals stand in the budget."
     if stale := [r.name for r in f.results.values() if r.cell.solo and not r.timed]:
-        yield (f"Not measured alone as it trains: {', '.join(stale)}. Runs re-use there what the frozen blocks give; an older version's measurement did not. "
-               "The command that made the sweep measures it again.")  # fmt: skip
+        yield (f"No seconds and memory of a run alone for {', '.join(stale)}: an older version measured them with the frozen blocks computed anew in every step, "
+               "which runs of today do not do. The command that made the sweep measures them again.")  # fmt: skip
     if any(not r.solo for r in f.results.values() if r.runs):
-        yield "Time is the pack's divided by its runs, memory the pack's peak: runs trained side by side on one base, so neither is a cell's own."
+        yield "Pack: these runs trained side by side on one base. Time is the pack's divided by its runs, memory the pack's peak; neither is a cell's own."
     if any(r.choice.edge for r in f.results.values()):
         pruned = any(r.choice.beyond for r in f.results.values())
         yield f"⚠ the best rate is at an end of its grid{', not counting pruned rates' if pruned else ''}."

@@ -92,7 +92,8 @@ def _heat(ax: Axes, s: Similarity, phi: np.ndarray, title: str, *, named: bool) 
     ax.invert_yaxis()
     ax.set_title(title)
     ax.set_xlabel(f"j ({short(s.names[1], 24)})")
-    ax.set_ylabel(f"i ({short(s.names[0], 24)})" if named else "i")
+    if named:
+        ax.set_ylabel(f"i ({short(s.names[0], 24)})")
     ax.tick_params(length=0)
     sns.despine(ax=ax, left=True, bottom=True)
     return mesh
@@ -108,7 +109,7 @@ def spectra(found: Sequence[Spectrum], looks: Mapping[str, Look]) -> Drawing | N
         shown = [shown[k] for k in sorted({round(i * (len(shown) - 1) / (MOST - 1)) for i in range(MOST)})]
     if not shown:
         return None
-    with style.canvas(6.2, 3.7) as figure:
+    with style.canvas(style.single(s.name for s in shown), 3.4) as figure:
         ax = figure.add_subplot()
         labels = [_curve(ax, s, looks[s.cell]) for s in shown]
         most = max(len(s.median) for s in shown)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import re
 import warnings
 from collections.abc import Mapping
 from pathlib import Path
@@ -13,13 +14,15 @@ from lorabench.schema import ConfigError
 
 TABLES = (".csv", ".tsv", ".json", ".jsonl", ".ndjson", ".parquet")
 PLAIN = (".txt", ".text", ".md")
+SEPARATORS = {".csv": ",;\t|", ".tsv": "\t,;|"}  # the first that the head of the table has
+_NAMELESS = re.compile(r"Unnamed: \d+")  # pandas' name for a column without one
 
 
 def read_table(file: str, columns: Mapping[str, str], key: str) -> dict[str, list[str]]:
     """Columns of a table, each value as text ("" where there is none).
 
-    columns: setting -> column, e.g. {"text_column": "text"}; the answer is setting -> values. key: the setting that
-    named the file. Raises `ConfigError`.
+    columns: setting -> column, e.g. {"text_column": "text"}; the answer is setting -> values. Spaces around a name in the
+    file's head do not count. key: the setting that named the file. Raises `ConfigError`.
     """
     path = _existing(file, key)
     if path.suffix.lower() not in TABLES:
@@ -27,13 +30,15 @@ def read_table(file: str, columns: Mapping[str, str], key: str) -> dict[str, lis
     table = _parse(path, file, key)
     if not any(table.values()):
         raise ConfigError(key, file, "the file has no rows")
-    for setting, column in columns.items():
-        if column not in table:
-            names = ", ".join(table)
+    bare = {name.strip(): name for name in reversed(table)}
+    found = {setting: column if column in table else bare.get(column.strip()) for setting, column in columns.items()}
+    for setting, name in found.items():
+        if name is None:
+            names = ", ".join(n.strip() for n in table if not _NAMELESS.fullmatch(n))
             raise ConfigError(
-                f"{key.rpartition('.')[0]}.{setting}", column, f"no such column in {file}; allowed: {names}"
+                f"{key.rpartition('.')[0]}.{setting}", columns[setting], f"no such column in {file}; allowed: {names}"
             )
-    return {setting: [_text(v) for v in table[column]] for setting, column in columns.items()}
+    return {setting: [_text(v) for v in table[str(name)]] for setting, name in found.items()}
 
 
 def read_texts(file: str, key: str) -> dict[str, str]:
@@ -81,12 +86,18 @@ def _parse(path: Path, file: str, key: str) -> dict[str, list[Any]]:
             import pandas as pd
 
             return {str(name): column.tolist() for name, column in pd.read_parquet(path).items()}
-        if suffix in (".csv", ".tsv"):
-            return _separated(text, "," if suffix == ".csv" else "\t")
+        if suffix in SEPARATORS:
+            return _separated(text, _separator(text, SEPARATORS[suffix]))
         return _objects(json.loads(text) if suffix == ".json" else _lines(text))
     except Exception as e:  # pandas and pyarrow raise many kinds of errors for a torn or foreign file
         reason = (str(e).splitlines() or [type(e).__name__])[0]
         raise ConfigError(key, file, f"cannot be read as {suffix[1:]}: {reason}") from e
+
+
+def _separator(text: str, known: str) -> str:
+    """The first of `known` outside quotes in the first line, as spreadsheets write `;` where the comma is decimal."""
+    head = re.sub(r'"[^"]*"', "", text.lstrip().partition("\n")[0])
+    return next((s for s in known if s in head), known[0])
 
 
 def _separated(text: str, separator: str) -> dict[str, list[Any]]:
@@ -95,7 +106,11 @@ def _separated(text: str, separator: str) -> dict[str, list[Any]]:
 
     with warnings.catch_warnings():
         warnings.simplefilter("error", pd.errors.ParserWarning)  # rows longer than the header
-        table = pd.read_csv(io.StringIO(text), sep=separator, dtype=str, keep_default_na=False, index_col=False)
+        try:
+            table = pd.read_csv(io.StringIO(text), sep=separator, dtype=str, keep_default_na=False, index_col=False)
+        except pd.errors.ParserWarning as e:
+            why = f"a row has more fields than the head; a text that holds {separator!r} needs double quotes"
+            raise ValueError(why) from e
     return {str(name): column.tolist() for name, column in table.items()}
 
 
