@@ -78,7 +78,9 @@ def whole(tensor: Tensor) -> Tensor:
     """Of a tensor that is cut all of it, on the first process's CPU; the others, which must ask, too, get an empty one."""
     if not isinstance(tensor, DTensor):
         return tensor
-    full = tensor.detach().to(tensor.device_mesh.device_type).full_tensor()
+    there = tensor.detach().to(tensor.device_mesh.device_type)
+    assert isinstance(there, DTensor)
+    full = there.full_tensor()
     return full.cpu() if replicas.leads() else full.new_empty(0)
 
 

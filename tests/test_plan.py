@@ -236,13 +236,17 @@ def test_a_head_says_nothing_of_an_adapters_pace(monkeypatch: pytest.MonkeyPatch
 
     def cell(name: str, trainable: int) -> Any:
         method = SimpleNamespace(name=name, pack_group=groups[name])
-        return SimpleNamespace(id=f"{name}{trainable}", trainable=trainable, run=SimpleNamespace(method=method, trainer=None))
+        return SimpleNamespace(
+            id=f"{name}{trainable}", trainable=trainable, run=SimpleNamespace(method=method, trainer=None)
+        )
 
     monkeypatch.setattr(train, "measure", measure)
     cells = [cell("full", 10**7), cell("lora", 10**4), cell("lora", 10**5), cell("dora", 10**6), cell("head", 10**3)]
     asked: Any = SimpleNamespace(cells=cells, examples={"train": 400, "val": 100, "test": 300})
     paces, once = study.measured(asked)
-    assert sorted(timed) == ["dora", "full", "head", "lora"], "the least and the most of adapters, the one of the others"
+    assert sorted(timed) == ["dora", "full", "head", "lora"], (
+        "the least and the most of adapters, the one of the others"
+    )
     found = {name: pace_of(paces, name, 10**4) for name in seconds}
     assert {name: p and p.train for name, p in found.items()} == {"head": 0.001, "lora": 0.1, "dora": 0.1, "full": 0.4}
     assert once == pytest.approx(8.0 * 2), "the frozen trunk's one pass, over validation and test too"

@@ -34,7 +34,9 @@ def main(argv: Sequence[str] | None = None) -> int:
 
     try:
         if args.lower_is_better and args.metric is None:
-            raise ConfigError("--lower-is-better", True, "with --metric: of the declared metric the study's task says it")
+            raise ConfigError(
+                "--lower-is-better", True, "with --metric: of the declared metric the study's task says it"
+            )
         other = None if args.metric is None else Other(args.metric, args.lower_is_better)
         declared = args.margin is None and other is None
         name = args.sweep.resolve().name + ("" if declared else "-post-hoc")  # never over the declared report

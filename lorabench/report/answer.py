@@ -11,8 +11,8 @@ from lorabench.report import declared, formats, unfinished
 from lorabench.report import statistics as st
 from lorabench.report.findings import Comparison, Findings
 from lorabench.report.formats import plural
-from lorabench.report.unlisted import flatten
 from lorabench.report.results import Result
+from lorabench.report.unlisted import flatten
 
 
 @dataclass(frozen=True)

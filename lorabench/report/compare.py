@@ -18,8 +18,8 @@ from lorabench.report import formats, measure
 from lorabench.report import statistics as st
 from lorabench.report.evidence import gather
 from lorabench.report.load import Cell, Sweep, short
-from lorabench.report.unlisted import flatten
 from lorabench.report.results import Result
+from lorabench.report.unlisted import flatten
 
 SEEN = ("packages", "machine", "git")  # provenance that is a mapping
 APART = {

@@ -89,7 +89,10 @@ def facts(f: Findings) -> list[tuple[str, str]]:
     """Name and value of all that a study declares; empty values are left out by who shows them."""
     way = "lower" if f.metric.lower_is_better else "higher"
     return [
-        ("Primary metric", f"{f.metric.title}{_instead(f.sweep)}, {way} is better; rates chosen on {selection(f.sweep)}"),
+        (
+            "Primary metric",
+            f"{f.metric.title}{_instead(f.sweep)}, {way} is better; rates chosen on {selection(f.sweep)}",
+        ),
         ("Margin", margin_fact(f)),
         ("Reference", reference(f) if f.versus else ""),
         ("Family", family(f)),

@@ -9,8 +9,8 @@ import pandas as pd
 
 from lorabench.records import Record
 from lorabench.report.findings import Comparison, Findings
-from lorabench.report.unlisted import flatten
 from lorabench.report.results import Result
+from lorabench.report.unlisted import flatten
 
 
 def runs(f: Findings) -> pd.DataFrame:

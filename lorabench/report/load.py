@@ -196,7 +196,9 @@ def load(sweep_dir: str | Path, *, margin: float | None = None, metric: Other | 
 
 def _about(sweep: Sweep, metric: Other, margin: float | None) -> Sweep:
     """The sweep by another metric, which takes a margin of its own."""
-    known = sorted({k.removeprefix("test/") for r in sweep.records.values() for k in r.metrics if k.startswith("test/")})
+    known = sorted(
+        {k.removeprefix("test/") for r in sweep.records.values() for k in r.metrics if k.startswith("test/")}
+    )
     if metric.name not in known:
         raise ConfigError("metric", metric.name, f"one that test results have: {', '.join(known) or 'there are none'}")
     if margin is None:

@@ -144,7 +144,9 @@ def _said(f: Findings, e: Evidence, made: Front) -> str:
     text = f"{formats.capital(made.cost.title)}: on the front, from cheap to dear, {names}."
     if len(made.on) == 1:
         more = (made.cost.of(made.on[0]) or 0.0) / (made.cost.of(made.cells[0]) or 1.0) - 1
-        return f"{text} It costs {f'{100 * more:.1f} % more than the cheapest' if more > 0 else 'least'} and scores best."
+        return (
+            f"{text} It costs {f'{100 * more:.1f} % more than the cheapest' if more > 0 else 'least'} and scores best."
+        )
     if not open_pairs:
         return f"{text} Each is resolved from its neighbour (95 %, exploratory)."
     pairs = "; ".join(f"{a.name} and {b.name}" for a, b in open_pairs)

@@ -8,8 +8,8 @@ from typing import Any
 
 from lorabench.records import Record
 from lorabench.report.findings import Findings
-from lorabench.report.unlisted import flatten
 from lorabench.report.tables import Table, reason
+from lorabench.report.unlisted import flatten
 
 CSV_RESOURCES = ("train_seconds", "eval_seconds", "pack_seconds", "pack_size", "solo_seconds", "peak_memory_bytes", "solo_peak_memory_bytes",
                  "trainable_parameters", "total_parameters", "steps", "examples", "tokens")  # fmt: skip
