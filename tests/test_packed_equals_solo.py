@@ -22,7 +22,8 @@ MIXED = [
     {"method.r": 3, "method.alpha": 6, "optimizer.lr": 3e-3, "seed": 1, "optimizer.weight_decay": 0.1, "method.target_modules": "attention"},
     {"method.r": 8, "method.alpha": 16, "optimizer.lr": 4e-3, "seed": 3, "method.use_rslora": True, "method.target_modules": "all-linear"},
 ]  # fmt: skip
-SHORT = {"trainer.max_steps": 12, "trainer.eval_interval": 4}  # the first tests go on for 30: these differ in one setting
+# The first tests go on for 30 steps; the others differ from them in one setting.
+SHORT = {"trainer.max_steps": 12, "trainer.eval_interval": 4}
 GPT2 = {"q+v": "attention"}  # its q, k and v are one matrix
 
 
