@@ -292,7 +292,7 @@ def command(folder: Path, tiny: list[str]) -> subprocess.Popen[bytes]:
 )
 def test_stopped_in_the_middle_and_started_again_gives_the_same_records(cli, tiny, tmp_path, name, code):
     victim = command(tmp_path, tiny)
-    deadline = time.monotonic() + 120
+    deadline = time.monotonic() + 300
     while len(list(tmp_path.glob("sweeps/s/runs/*/run.json"))) < 2 and time.monotonic() < deadline:
         time.sleep(0.01)
     time.sleep(0.1)  # into the next pack's training
