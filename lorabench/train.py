@@ -22,7 +22,7 @@ from lorabench.checkpoints import Unreadable
 from lorabench.config import RunConfig
 from lorabench.fit import Checkpoints, Progress, fit, make_trainer, quiet
 from lorabench.leases import LeaseLost
-from lorabench.memory import PeakMemory, out_of_memory, release
+from lorabench.memory import PeakMemory, out_of_memory, release, settle
 from lorabench.module import PackModule
 from lorabench.outcome import Session, failed, records_of
 from lorabench.prepare import Pack
@@ -174,6 +174,7 @@ def _opened(
     """A pack ready to train on its base from step `start`; the base comes back as it was, and that is checked."""
     first = pack.runs[0]
     prepared, resolved = prep.prepare(first), settled.resolve(first, store)
+    settle()
     base = prep.base(first, prepared.head, resolved)
     prepared = prep.taught(first, prepared, base)
     before: int | None = _checksum(base.model)

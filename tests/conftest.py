@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import gc
 import os
 import random
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -17,7 +19,15 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 for key in ("WANDB_API_KEY", "WANDB_MODE", "WANDB_BASE_URL"):
     os.environ.pop(key, None)
 
+gc.disable()  # while test modules and all they need are imported: `pytest_collection_finish` turns it on
 REPO = Path(__file__).resolve().parent.parent
+
+
+def pytest_collection_finish() -> None:
+    """What is there now stays: collections between packs, hundreds of them, need not look through it."""
+    gc.collect()
+    gc.freeze()
+    gc.enable()
 
 
 @pytest.fixture(autouse=True)
@@ -55,6 +65,17 @@ def repo() -> Path:
 def sweep_dir(tmp_path: Path) -> Path:
     """Where a test's sweep goes: not there yet."""
     return tmp_path / "sweeps" / "test"
+
+
+@pytest.fixture
+def undrawn(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A report's figures are made, and not rendered: that is nine tenths of a report, and its words do not need it."""
+    from lorabench.report import style
+
+    def drawing(key: str, title: str, caption: str, alt: str, figure: Any) -> style.Drawing:
+        return style.Drawing(key, title, caption, alt, '<svg viewBox="0 0 1 1"></svg>', b"", figure)
+
+    monkeypatch.setattr(style, "drawing", drawing)
 
 
 @pytest.fixture

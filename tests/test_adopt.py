@@ -36,6 +36,7 @@ def grid() -> list[dict[str, Any]]:
     ]  # fmt: skip
 
 
+@pytest.mark.usefixtures("undrawn")
 def test_a_wandb_export_becomes_a_report(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     path, out = table(tmp_path / "export.csv", grid()), tmp_path / "sweeps" / "mine"
     assert (

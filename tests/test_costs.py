@@ -278,6 +278,7 @@ class TestTable:
         found = costs.tables(costs.parse(doc))[0]
         assert found.rows[0].texts[-1] == "–" and not any("Training memory" in note for note in found.notes)
 
+    @pytest.mark.usefixtures("undrawn")
     def test_it_joins_the_report(self, doc: dict[str, Any], tmp_path: Path) -> None:
         path = build(tmp_path / "s").root / "analysis" / "costs.json"
         path.parent.mkdir()

@@ -23,6 +23,7 @@ from lorabench.report.select import choose
 from lorabench.schema import ConfigError, ExistingWork
 from lorabench.settings import StudyConfig
 from report_fixture import RANK_SWEEP, build
+from tiny import make_base, make_data
 
 R1, R4, R16, R64 = (f"lora-r{r}-a16-all-linear" for r in (1, 4, 16, 64))
 GRID = ["-m", "method.r=1,2", "optimizer.lr=1e-3,2e-3", "sweep.name=s"]
@@ -89,9 +90,12 @@ def test_scale_of_a_rule_at_a_rank(rule: str, s: float | None) -> None:
 # -- a sweep that is there -----------------------------------------------------------------------------------------------
 
 
-def test_another_declaration_for_a_sweep_that_is_there_is_refused(cli):
+def test_another_declaration_for_a_sweep_that_is_there_is_refused(cli, tmp_path):
     """One that says the same goes on; the manifest holds all that was declared, and its hash."""
-    argv = [*GRID, *FAST, "report.enabled=false", "study.selection=accuracy"]
+    base, data = make_base(tmp_path / "bert", "bert"), make_data(tmp_path / "data.csv")
+    tiny = ["model=hf", f"model.source={base}", "task=text_file", f"task.file={data}", "task.max_length=32"]
+    fast = ["trainer.max_steps=2", "trainer.batch_size=4", "sweep.measure_solo=false", "report.enabled=false"]
+    argv = [*GRID, *tiny, *fast, "study.selection=accuracy"]
     code, out = cli(*argv, "study.margin=0.02")
     assert code == 0, out
     manifest = Store("sweeps/s").manifest()
@@ -161,6 +165,7 @@ def test_the_selection_metric_chooses_the_rate() -> None:
     assert choose(lower, records)["c"].lr == 1e-3
 
 
+@pytest.mark.usefixtures("undrawn")
 def test_a_declared_metric_is_the_one_of_the_tables(tmp_path: Path) -> None:
     root = sweep(tmp_path, metric="macro_f1", selection="accuracy")
     f = found(root)
@@ -176,6 +181,7 @@ def test_a_declared_metric_is_the_one_of_the_tables(tmp_path: Path) -> None:
     assert "mean val accuracy" in text and "best adapter on validation accuracy" in text
 
 
+@pytest.mark.usefixtures("undrawn")
 def test_holm_inside_the_declared_family_and_the_others_exploratory(tmp_path: Path) -> None:
     every = found(sweep(tmp_path / "a", reference=R64))
     some = found(sweep(tmp_path / "b", reference=R64, family=[R1, R4]))
@@ -212,6 +218,7 @@ def test_a_pair_without_the_reference_is_exploratory_in_words(tmp_path: Path) ->
     assert {control.direction, family.direction} in ({"better", "worse"}, {"not resolved"})
 
 
+@pytest.mark.usefixtures("undrawn")
 def test_the_first_screen_states_what_was_declared(tmp_path: Path) -> None:
     root = sweep(tmp_path, reference=R64, alpha_anchor=8)
     render(root, tmp_path / "report")
@@ -227,6 +234,7 @@ def test_the_first_screen_states_what_was_declared(tmp_path: Path) -> None:
 # -- another margin, afterwards ------------------------------------------------------------------------------------------
 
 
+@pytest.mark.usefixtures("undrawn")
 def test_another_margin_is_post_hoc_wherever_it_stands(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -263,7 +271,7 @@ def test_another_metric_is_post_hoc_and_takes_a_margin_of_its_own(
     monkeypatch.chdir(tmp_path)
     for argv, key in (
         (["--metric", "wer"], "margin="),
-        (["--metric", "bleu", "--margin", "1"], "accuracy, loss, wer"),
+        (["--metric", "bleu", "--margin", "1"], "accuracy, loss, macro_f1, mcc, perplexity, wer"),
         (["--lower-is-better"], "--lower-is-better="),
     ):
         assert face.main([str(root), *argv]) == 2
@@ -281,6 +289,7 @@ def test_another_metric_is_post_hoc_and_takes_a_margin_of_its_own(
     assert "post hoc" not in Path("same/report.md").read_text(encoding="utf-8")
 
 
+@pytest.mark.usefixtures("undrawn")
 def test_a_sweep_that_declared_nothing_says_so(tmp_path: Path) -> None:
     root = build(tmp_path / "loose", (RANK_SWEEP[1], RANK_SWEEP[3]), manifest=False).root
     render(root, tmp_path / "report")

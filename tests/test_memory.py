@@ -1,16 +1,18 @@
 """The dry run's memory estimate against what the reference sweep really took."""
 
+import gc
 import os
 import signal
 import threading
 import time
+import weakref
 from collections import defaultdict
 
 import pytest
 
 from lorabench import prepare
 from lorabench.config import RunConfig
-from lorabench.memory import PeakMemory, available, estimate, out_of_memory, release
+from lorabench.memory import PeakMemory, available, estimate, out_of_memory, release, settle
 from lorabench.records import Store
 
 
@@ -67,6 +69,43 @@ def test_ctrl_c_in_a_finalizer_is_heard_after_it():
         signal.signal(signal.SIGINT, before)
         over.set()
         other.join()
+
+
+class Loop:
+    """Garbage that only a collection finds."""
+
+    def __init__(self):
+        self.me = self
+
+
+def test_collections_leave_alone_what_stood_before_the_first_base():
+    gc.unfreeze()
+    before = Loop()
+    seen = weakref.ref(before)
+    del before
+    settle()
+    assert seen() is None, "what was garbage is not kept"
+    kept = gc.get_freeze_count()
+    assert kept > 10_000 and not any(x is Loop for x in gc.get_objects())
+    after = Loop()
+    seen = weakref.ref(after)
+    settle()  # once a process: what came since may be a pack's
+    assert gc.get_freeze_count() <= kept  # less where something of before is gone
+    del after
+    release()
+    assert seen() is None
+
+
+def test_a_pack_is_collected_and_what_is_imported_is_not_looked_through(tmp_path):
+    from lorabench.train import Pack, train
+    from tiny import make_base, make_data, make_run
+
+    gc.unfreeze()
+    run = make_run(make_base(tmp_path / "bert", "bert"), make_data(tmp_path / "data.csv"), **{"trainer.max_steps": 1})
+    assert train(Pack("p0", (run,)), Store(tmp_path / "sweep"))[0].status == "completed"
+    assert gc.get_freeze_count() > 10_000
+    release()
+    assert not [x for x in gc.get_objects() if type(x).__name__ == "PackModule"]
 
 
 def test_a_failed_allocation_is_told_from_other_errors():

@@ -22,6 +22,8 @@ MIXED = [
     {"method.r": 3, "method.alpha": 6, "optimizer.lr": 3e-3, "seed": 1, "optimizer.weight_decay": 0.1, "method.target_modules": "attention"},
     {"method.r": 8, "method.alpha": 16, "optimizer.lr": 4e-3, "seed": 3, "method.use_rslora": True, "method.target_modules": "all-linear"},
 ]  # fmt: skip
+# The first tests go on for 30 steps; the others differ from them in one setting.
+SHORT = {"trainer.max_steps": 12, "trainer.eval_interval": 4}
 GPT2 = {"q+v": "attention"}  # its q, k and v are one matrix
 
 
@@ -95,11 +97,11 @@ def test_six_mixed_slices_equal_six_solo_runs(places, tmp_path, kind):
     [
         {"trainer.gradient_clip_val": 0.05},
         {"optimizer.warmup_ratio": 0.5, "optimizer.schedule": "cosine"},
-        {"trainer.accumulate_grad_batches": 3, "trainer.max_steps": 12},
+        {"trainer.accumulate_grad_batches": 3},
         {"method.dropout": 0.2, "model.dropout": None},
-        {"trainer.early_stopping_patience": 1, "trainer.eval_interval": 3},
+        {"trainer.early_stopping_patience": 1, "trainer.eval_interval": 3, "trainer.max_steps": 30},
         {"trainer.keep": "last"},
-        {"trainer.gradient_checkpointing": True, "trainer.max_steps": 12},
+        {"trainer.gradient_checkpointing": True},
         {"trainer.part_tokens": 100},
         pytest.param(
             {
@@ -110,12 +112,12 @@ def test_six_mixed_slices_equal_six_solo_runs(places, tmp_path, kind):
             },
             marks=pytest.mark.slow,
         ),
-        {"trainer.part_tokens": 100, "trainer.gradient_checkpointing": True, "trainer.max_steps": 12},
+        {"trainer.part_tokens": 100, "trainer.gradient_checkpointing": True},
     ],
     ids=lambda c: ",".join(f"{k}={v}" for k, v in c.items()),
 )
 def test_equal_with(places, tmp_path, common):
-    assert_equal(both(tmp_path, runs_of(places, "bert", **common)), 1e-10)
+    assert_equal(both(tmp_path, runs_of(places, "bert", **SHORT | common)), 1e-10)
 
 
 FAMILIES = {
@@ -148,16 +150,16 @@ FAMILIES = {
 def test_relatives_of_lora(places, tmp_path, family):
     base, data = places["bert"]
     runs = [
-        make_run(base, data, **{"trainer.part_tokens": 100, "trainer.gradient_clip_val": 0.5, **c})
+        make_run(base, data, **SHORT, **{"trainer.part_tokens": 100, "trainer.gradient_clip_val": 0.5, **c})
         for c in FAMILIES[family]
     ]
     assert_equal(both(tmp_path, runs), 1e-10)
 
 
 def test_a_slice_that_diverges_costs_the_others_nothing(places, tmp_path):
-    runs = runs_of(places, "bert")
+    runs = runs_of(places, "bert", **SHORT)
     base, data = places["bert"]
-    runs[2] = make_run(base, data, **{**MIXED[2], "method.alpha": 1e300})
+    runs[2] = make_run(base, data, **SHORT, **{**MIXED[2], "method.alpha": 1e300})
     pairs = both(tmp_path, runs)
     assert [packed[0].status for packed, _ in pairs] == ["completed"] * 2 + ["diverged"] + ["completed"] * 3
     assert_equal(pairs, 1e-10)
@@ -167,7 +169,7 @@ def test_a_slice_that_diverges_costs_the_others_nothing(places, tmp_path):
 def test_other_methods_pack_too(places, tmp_path, method):
     base, data = places["bert"]
     runs = [
-        make_run(base, data, **{"method.name": method, "optimizer.lr": lr, "seed": s})
+        make_run(base, data, **SHORT, **{"method.name": method, "optimizer.lr": lr, "seed": s})
         for s, lr in enumerate((1e-3, 1e-2, 3e-3))
     ]
     assert_equal(both(tmp_path, runs), 1e-10)
@@ -188,7 +190,7 @@ def test_bf16_law(places, tmp_path):
     """|packed - fp32| <= 2 |solo - fp32|, over the run's losses."""
 
     def losses(precision, packed):
-        runs = runs_of(places, "bert", **{"trainer.precision": precision, "optimizer.lr": 1e-3})
+        runs = runs_of(places, "bert", **SHORT, **{"trainer.precision": precision, "optimizer.lr": 1e-3})
         store = Store(tmp_path / f"{precision}-{packed}")
         for i, pack in enumerate([runs] if packed else [[r] for r in runs]):
             train(Pack(f"p{i}", tuple(pack)), store)
@@ -232,7 +234,7 @@ def test_a_reused_trunk_changes_nothing(places, tmp_path, kind, changes):
         for reuse in (True, False):
             runs = [
                 make_run(
-                    base, data, role="confirm",
+                    base, data, role="confirm", **SHORT,
                     **changes, **{"optimizer.lr": lr, "seed": s, "trainer.reuse_trunk": reuse, "trainer.part_tokens": 90},
                 )
                 for s, lr in enumerate((1e-3, 1e-2, 3e-3))

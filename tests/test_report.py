@@ -153,6 +153,7 @@ def test_runs_csv(rank: Path, report: Path) -> None:
     assert all(bool(r["test/accuracy"]) == (r["role"] == "confirm") for r in rows)
 
 
+@pytest.mark.usefixtures("undrawn")
 def test_seconds_and_memory_measured_alone(tmp_path: Path) -> None:
     store = build(tmp_path / "s", SMALL)
     manifest = store.manifest()
@@ -212,6 +213,7 @@ def test_the_terminal_table(rank: Path) -> None:
 # -- sweeps of other shapes ---------------------------------------------------------------------------------------------
 
 
+@pytest.mark.usefixtures("undrawn")
 def test_an_unconfirmed_sweep_says_so(tmp_path: Path) -> None:
     store = build(tmp_path / "s", SMALL, confirm=())
     made = render(store.root, tmp_path / "out")
@@ -281,6 +283,7 @@ def test_per_example_results_that_mean_something_else_are_not_used(tmp_path: Pat
     assert made.mean == pytest.approx(0.2)
 
 
+@pytest.mark.usefixtures("undrawn")
 def test_sweeps_over_targets_are_drawn_by_cell(tmp_path: Path) -> None:
     cells = [
         Planted("lora", (1e-3, 2e-3), 1e-3, 0.75, r=8, targets=t) for t in (["query", "value"], "mlp", "all-linear")
@@ -293,6 +296,7 @@ def test_sweeps_over_targets_are_drawn_by_cell(tmp_path: Path) -> None:
     assert "method.target_modules=mlp" in said or "[query,value]" in said or "all-linear" in said
 
 
+@pytest.mark.usefixtures("undrawn")
 def test_a_run_of_two_cells(tmp_path: Path) -> None:
     store = build(tmp_path / "s", SMALL)
     manifest = store.manifest()
@@ -366,6 +370,7 @@ def test_confirmation_at_a_rate_no_longer_chosen_is_not_used(tmp_path: Path) -> 
     assert any("no longer the chosen one" in w for w in warnings(f))
 
 
+@pytest.mark.usefixtures("undrawn")
 def test_unfinished_sweeps_and_strangers(tmp_path: Path) -> None:
     store = build(tmp_path / "s", SMALL)
     gone = cell(store, "headonly-head")["runs"]["tune"][0]
@@ -413,6 +418,7 @@ def test_bad_sweeps(tmp_path: Path) -> None:
     assert not (tmp_path / "out").exists()
 
 
+@pytest.mark.usefixtures("undrawn")
 def test_a_directory_of_others_is_left_alone(tmp_path: Path) -> None:
     store = build(tmp_path / "s", SMALL[:1], confirm=())
     out = tmp_path / "out"
@@ -431,6 +437,7 @@ def test_a_directory_of_others_is_left_alone(tmp_path: Path) -> None:
         render(store.root, tmp_path / "file")
 
 
+@pytest.mark.usefixtures("undrawn")
 def test_the_old_report_stands_until_the_new_one_is_complete(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     store = build(tmp_path / "s", SMALL[:1], confirm=())
     out = tmp_path / "reports" / "out"

@@ -66,6 +66,7 @@ def test_equal_records_give_equal_bytes(rendered: tuple[str, Store, Path], tmp_p
     assert [p for p in files if (out / p).read_bytes() != (tmp_path / "again" / p).read_bytes()] == []
 
 
+@pytest.mark.usefixtures("undrawn")
 def test_training_lost_runs_subspaces_and_spectra_are_in_the_page(repo: Path, tmp_path: Path) -> None:
     """The committed sweep has all of them but lost runs, which the planted one has."""
     render(repo / "sweeps/ref_rank_sweep", tmp_path / "r")

@@ -123,6 +123,7 @@ def test_the_curve_shows_no_loss_of_theirs(found: Findings, monkeypatch: pytest.
     assert {x for x, _, m in drawn if m != "|"} == {1e-3, 2e-3, 4e-3}
 
 
+@pytest.mark.usefixtures("undrawn")
 def test_it_renders_and_says_nothing_of_pruning_where_there_was_none(store: Store, tmp_path: Path) -> None:
     render(store.root, tmp_path / "out")
     assert "pruned at step 80" in (tmp_path / "out/report.html").read_text(encoding="utf-8")
@@ -131,6 +132,7 @@ def test_it_renders_and_says_nothing_of_pruning_where_there_was_none(store: Stor
     assert "pruned" not in (tmp_path / "none/runs.csv").read_text(encoding="utf-8")
 
 
+@pytest.mark.usefixtures("undrawn")
 def test_a_cell_with_every_rate_out(tmp_path: Path) -> None:
     made = build(tmp_path / "s", CELLS, confirm=())
     drop(made, FIRST, dict.fromkeys(RATES, 60))

@@ -95,6 +95,7 @@ class Tags(HTMLParser):
         self.found.append(tag)
 
 
+@pytest.mark.usefixtures("undrawn")
 def test_texts_stay_text_in_every_face(store: Store, tmp_path: Path) -> None:
     hostile = [{"text": HOSTILE, "expected": "better", "before": "half \ud800 \x00", "after": "=1+1"}]
     with_samples(store, SMALL, hostile)

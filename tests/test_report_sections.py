@@ -4,10 +4,13 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import pytest
+
 from lorabench.report import render
 from report_fixture import build
 
 
+@pytest.mark.usefixtures("undrawn")
 def test_claims_stand_in_every_face_of_the_report(tmp_path: Path) -> None:
     build(tmp_path / "s")
     render(tmp_path / "s", tmp_path / "r")

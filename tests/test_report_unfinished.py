@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import pytest
+
 from lorabench.records import Store
 from lorabench.report import render, unfinished
 from lorabench.report.answer import answer
@@ -21,6 +23,7 @@ def without(store: Store, role: str, keep: int) -> Findings:
     return find(load(store.root))
 
 
+@pytest.mark.usefixtures("undrawn")
 def test_tuning_under_way(tmp_path: Path) -> None:
     store = build(tmp_path / "ref_synthetic", confirm=())
     f = without(store, "tune", 4)  # all of the first cell, none of the five others

@@ -48,13 +48,14 @@ def test_tasks_that_differ_have_no_unit_in_common(tmp_path: Path) -> None:
     assert units.unit(load(build(tmp_path / "s", cells, arrays=False).root), "loss") == ""
 
 
+@pytest.mark.usefixtures("undrawn")
 @pytest.mark.parametrize("kind", ["planted", "text_classification"])
 def test_nothing_of_a_report_says_nats_of_what_has_none(
     kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Curves, heat map and tables; the figures' texts are asked from the figures, whose svg holds outlines."""
     texts: list[str] = []
-    drawing = style.drawing
+    drawing = style.drawing  # `undrawn`
 
     def heard(key: str, title: str, caption: str, alt: str, figure: Any) -> style.Drawing:
         texts.extend([x.get_text() for x in figure.findobj(lambda artist: hasattr(artist, "get_text"))])

@@ -230,7 +230,9 @@ train(Pack("p0", runs), Store(sys.argv[2]),
 """
 
 
-@pytest.mark.parametrize(("name", "code", "step"), [("SIGKILL", -9, 4), ("SIGTERM", 143, 5)])
+@pytest.mark.parametrize(
+    ("name", "code", "step"), [("SIGKILL", -9, 4), pytest.param("SIGTERM", 143, 5, marks=pytest.mark.slow)]
+)  # SIGTERM: at every step, in this process, by the test above; in one of its own by tests/faults
 def test_a_process_that_is_killed(places: Any, tmp_path: Path, whole: Any, name: str, code: int, step: int) -> None:
     """In a process of its own, by a signal: this one goes on from what it left."""
     pack, store = mixed(places), Store(tmp_path / "cut")

@@ -5,10 +5,7 @@ from __future__ import annotations
 import csv
 import io
 import json
-import os
 import pickle
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -187,25 +184,23 @@ def test_texts_are_escaped_in_html_and_cannot_be_formulas_in_csv(tmp_path: Path)
 # -- secrets ------------------------------------------------------------------------------------------------------------
 
 
-def test_no_secret_of_the_environment_is_written(tmp_path: Path) -> None:
-    """A sweep of its own process, with keys in its environment; then every file it left is searched for them."""
+def test_no_secret_of_the_environment_is_written(cli: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A sweep with keys in its environment; then what it said and every file it left are searched for them."""
     from tiny import make_base, make_data
 
     base, data = make_base(tmp_path / "base", "bert"), make_data(tmp_path / "data.csv")
-    names = ("WANDB_API_KEY", "HF_TOKEN", "HUGGING_FACE_HUB_TOKEN", "AWS_SECRET_ACCESS_KEY", "MY_PASSWORD")
-    secrets = {name: f"s3cr3t-{name.lower()}-0123456789abcdef0123456789abcdef" for name in names}
-    arguments = [
-        "model=hf", f"model.source={base}", "task=text_file", f"task.file={data}", "task.max_length=32", "sweep.name=s",
-        "trainer.max_steps=2", "trainer.batch_size=4", "trainer.precision=32", "sweep.measure_solo=false",
-    ]  # fmt: skip
+    for name in ("WANDB_API_KEY", "HF_TOKEN", "HUGGING_FACE_HUB_TOKEN", "AWS_SECRET_ACCESS_KEY", "MY_PASSWORD"):
+        monkeypatch.setenv(name, f"s3cr3t-{name.lower()}-0123456789abcdef0123456789abcdef")
     out = tmp_path / "out"
     out.mkdir()
-    done = subprocess.run(
-        [sys.executable, "-m", "lorabench", *arguments], cwd=out, env={**os.environ, **secrets}, capture_output=True, text=True, timeout=240,
+    monkeypatch.chdir(out)
+    code, said = cli(
+        "model=hf", f"model.source={base}", "task=text_file", f"task.file={data}", "task.max_length=32", "sweep.name=s",
+        "trainer.max_steps=2", "trainer.batch_size=4", "trainer.precision=32", "sweep.measure_solo=false",
     )  # fmt: skip
-    assert done.returncode == 0, done.stderr
+    assert code == 0, said
     written = [p for p in out.rglob("*") if p.is_file()]
     assert any(p.name == "run.json" for p in written)
     assert any(p.name == "report.html" for p in written)
-    for content in [done.stdout.encode(), done.stderr.encode(), *(p.read_bytes() for p in written)]:
+    for content in [said.encode(), *(p.read_bytes() for p in written)]:
         assert b"s3cr3t" not in content

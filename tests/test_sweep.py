@@ -3,6 +3,7 @@
 import json
 import os
 import shlex
+import shutil
 import signal
 import subprocess
 import sys
@@ -27,10 +28,12 @@ def tiny(tmp_path_factory):
     return [
         "model=hf", f"model.source={base}", "model.name=tiny", "task=text_file", f"task.file={data}", "task.max_length=32",
         "trainer.max_steps=6", "trainer.batch_size=4", "trainer.precision=64", "trainer.accelerator=cpu",
+        "report.enabled=false", "sweep.measure_solo=false",
     ]  # fmt: skip
 
 
 GRID = ["-m", "method.r=1,4", "optimizer.lr=1e-3,2e-2", "sweep.name=s"]
+CONFIRM, WHOLE = "sweep.confirm_seeds=[7,8]", ["report.enabled=true", "sweep.measure_solo=true"]
 
 
 @pytest.fixture
@@ -44,6 +47,26 @@ def cli(cli, tiny):
         return cli(*flags, *common, *(a for a in argv if a not in flags))
 
     return run
+
+
+@pytest.fixture(scope="module")
+def finished(tiny, tmp_path_factory, _cache):
+    """A whole sweep of `GRID` and its confirmation, with its report: made once, and copied by who goes on with it."""
+    from lorabench import __main__ as entry
+
+    folder = tmp_path_factory.mktemp("finished")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(folder)
+        patch.setattr("sys.argv", ["lorabench", "-m", *tiny, *GRID[1:], CONFIRM, *WHOLE])
+        entry.main()
+    return folder
+
+
+@pytest.fixture
+def copied(cli, finished, tmp_path):
+    """`cli` in a folder where the whole sweep stands already."""
+    shutil.copytree(finished / "sweeps", tmp_path / "sweeps")
+    return cli
 
 
 def stamps(name="s"):
@@ -84,27 +107,25 @@ def run_plain(*argv):
     return done.returncode, done.stdout + done.stderr
 
 
-def test_tune_then_confirm_and_only_confirmation_sees_test(cli):
-    code, out = cli(*GRID, "sweep.confirm_seeds=[7,8]")
-    assert code == 0, out
-    records = Store("sweeps/s").records()
+def test_tune_then_confirm_and_only_confirmation_sees_test(finished):
+    store = Store(finished / "sweeps/s")
+    records = store.records()
     tune, confirm = [r for r in records if r.role == "tune"], [r for r in records if r.role == "confirm"]
     assert len(tune) == 4 and len(confirm) == 4
     assert not any(k.startswith("test/") for r in tune for k in r.metrics)
     assert all("test/accuracy" in r.metrics for r in confirm)
-    assert all(not (Store("sweeps/s").run_dir(r.run_id) / "test.npz").exists() for r in tune)
+    assert all(not (store.run_dir(r.run_id) / "test.npz").exists() for r in tune)
     for r in (1, 4):
         losses = {t.config["optimizer"]["lr"]: t.metrics["val/loss"] for t in tune if t.config["method"]["r"] == r}
         chosen = {c.config["optimizer"]["lr"] for c in confirm if c.config["method"]["r"] == r}
         assert chosen == {min(losses, key=losses.__getitem__)}
     assert {c.config["seed"] for c in confirm} == {7, 8}
-    assert Path("reports/s/report.html").is_file()
+    assert (finished / "reports/s/report.html").is_file()
 
 
-def test_the_second_time_nothing_is_trained(cli):
-    assert cli(*GRID, "sweep.confirm_seeds=[7,8]")[0] == 0
+def test_the_second_time_nothing_is_trained(copied):
     before = stamps()
-    code, out = cli(*GRID, "sweep.confirm_seeds=[7,8]")
+    code, out = copied(*GRID, CONFIRM)
     assert code == 0
     assert stamps() == before
     assert "nothing to train" in out
@@ -135,51 +156,47 @@ def test_rates_are_added_outward_until_the_best_lies_inside(cli):
     assert code == 0 and stamps() == before, out
 
 
-def test_records_of_other_source_code_are_kept_and_said(cli):
-    assert cli(*GRID)[0] == 0
+def test_records_of_other_source_code_are_kept_and_said(copied):
     store = Store("sweeps/s")
-    record = store.records()[0]
+    record = next(r for r in store.records() if r.role == "tune")
     record.provenance["code"] = "an older one"
     store.write(record)
     before = stamps()
-    code, out = cli(*GRID)
+    code, out = copied(*GRID)
     assert code == 0
     assert "1 finished runs were made by other source code" in out
     assert stamps() == before
 
 
-def test_more_rates_later_train_only_what_is_new(cli):
-    assert cli(*GRID)[0] == 0
+def test_more_rates_later_train_only_what_is_new(copied):
     before = stamps()
-    assert cli("-m", "method.r=1,4", "optimizer.lr=1e-3,2e-2,5e-3", "sweep.name=s")[0] == 0
+    assert copied("-m", "method.r=1,4", "optimizer.lr=1e-3,2e-2,5e-3", "sweep.name=s")[0] == 0
     after = stamps()
-    assert len(after) == 6
+    assert len(after) == len(before) + 2
     assert {p: t for p, t in after.items() if p in before} == before
 
 
-def test_asking_for_part_of_a_finished_pack_trains_nothing(cli):
-    assert cli(*GRID)[0] == 0
+def test_asking_for_part_of_a_finished_pack_trains_nothing(copied):
     before = stamps()
-    code, out = cli("-m", "method.r=1", "optimizer.lr=2e-2", "sweep.name=s")
+    code, out = copied("-m", "method.r=1", "optimizer.lr=2e-2", "sweep.name=s")
     assert code == 0, out
     assert "nothing to train" in out
     assert stamps() == before
 
 
 @pytest.mark.parametrize("launcher", ["basic", pytest.param("joblib", marks=pytest.mark.slow)])
-def test_hydras_own_launchers_give_the_same_records(cli, launcher, monkeypatch):
+def test_hydras_own_launchers_give_the_same_records(copied, launcher, monkeypatch):
     monkeypatch.setenv("JOBLIB_MULTIPROCESSING", "1")
-    assert cli(*GRID)[0] == 0
     extra = ["hydra.launcher.n_jobs=2"] if launcher == "joblib" else []
-    code, out = cli(*[g.replace("name=s", "name=t") for g in GRID], f"hydra/launcher={launcher}", *extra)
+    code, out = copied(*[g.replace("name=s", "name=t") for g in GRID], f"hydra/launcher={launcher}", *extra)
     assert code == 0, out
-    packed, other = by_id("sweeps/s"), by_id("sweeps/t")
+    packed, other = {i: r for i, r in by_id("sweeps/s").items() if r.role == "tune"}, by_id("sweeps/t")
     assert packed.keys() == other.keys()
     for i, record in packed.items():
         assert record.config == other[i].config
         assert record.metrics == pytest.approx(other[i].metrics, abs=1e-10)
     cells = [json.loads(Path(f"sweeps/{n}/sweep.json").read_text())["cells"] for n in "st"]
-    assert [(c["id"], c["runs"]) for c in cells[0]] == [(c["id"], c["runs"]) for c in cells[1]]
+    assert [(c["id"], c["runs"]["tune"]) for c in cells[0]] == [(c["id"], c["runs"]["tune"]) for c in cells[1]]
 
 
 def test_a_run_in_two_cells_trains_once(cli):
@@ -287,10 +304,12 @@ def heed_interrupts() -> None:
     signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 
+KILLED = [*GRID, "sweep.max_pack=1", "trainer.max_steps=40"]  # four packs of one run
+
+
 def command(folder: Path, tiny: list[str]) -> subprocess.Popen[bytes]:
-    """The sweep of the kill tests as a process of its own: four packs of one run."""
-    folder.mkdir(exist_ok=True)
-    argv = ["-m", *tiny, *GRID[1:], "sweep.max_pack=1", "trainer.max_steps=40", "report.enabled=false"]
+    """The sweep of the kill tests as a process of its own."""
+    argv = ["-m", *tiny, *KILLED[1:]]
     quiet = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
     return subprocess.Popen(
         [sys.executable, "-m", "lorabench", *argv],
@@ -301,20 +320,13 @@ def command(folder: Path, tiny: list[str]) -> subprocess.Popen[bytes]:
     )
 
 
-@pytest.fixture(scope="module")
-def undisturbed(tiny, tmp_path_factory):
-    folder = tmp_path_factory.mktemp("undisturbed")
-    assert command(folder, tiny).wait(300) == 0
-    return folder / "sweeps/s"
-
-
 @pytest.mark.parametrize(
     ("name", "code"),
     [("SIGKILL", -9), *(pytest.param(*x, marks=pytest.mark.slow) for x in (("SIGTERM", 143), ("SIGINT", 130)))],
 )
-def test_stopped_in_the_middle_and_started_again_gives_the_same_records(tiny, tmp_path, undisturbed, name, code):
+def test_stopped_in_the_middle_and_started_again_gives_the_same_records(cli, tiny, tmp_path, name, code):
     victim = command(tmp_path, tiny)
-    deadline = time.monotonic() + 120
+    deadline = time.monotonic() + 300
     while len(list(tmp_path.glob("sweeps/s/runs/*/run.json"))) < 2 and time.monotonic() < deadline:
         time.sleep(0.01)
     time.sleep(0.1)  # into the next pack's training
@@ -322,13 +334,14 @@ def test_stopped_in_the_middle_and_started_again_gives_the_same_records(tiny, tm
     assert victim.wait(60) in (code, -getattr(signal, name))
     done = {p: p.stat().st_mtime_ns for p in tmp_path.glob("sweeps/s/runs/*/run.json")}
     assert 2 <= len(done) < 4
-    assert command(tmp_path, tiny).wait(300) == 0
+    assert cli(*KILLED)[0] == 0
     assert {p: p.stat().st_mtime_ns for p in done} == done
-    want, got = by_id(undisturbed), by_id(tmp_path / "sweeps/s")
+    assert cli(*KILLED, "sweep.dir=undisturbed")[0] == 0
+    want, got = by_id("undisturbed"), by_id("sweeps/s")
     assert want.keys() == got.keys()
     for i in want:
         assert want[i].metrics == got[i].metrics
-        assert Store(undisturbed).history(i) == Store(tmp_path / "sweeps/s").history(i)
+        assert Store("undisturbed").history(i) == Store("sweeps/s").history(i)
 
 
 def test_packs_hold_runs_of_equal_rank_together(tiny, tmp_path):
@@ -359,7 +372,7 @@ class NarrowMemory:
 
 
 def test_a_pack_that_does_not_fit_trains_in_halves_with_nothing_lost(cli, monkeypatch):
-    argv = ["-m", "method.r=1,2,3,4,5", "report.enabled=false", "sweep.measure_solo=false"]
+    argv = ["-m", "method.r=1,2,3,4,5"]
     assert cli(*argv, "sweep.name=wide")[0] == 0
     NarrowMemory(monkeypatch, 2)
     code, out = cli(*argv, "sweep.name=narrow")
@@ -382,14 +395,14 @@ def test_a_pack_that_does_not_fit_trains_in_halves_with_nothing_lost(cli, monkey
 
 def test_a_lone_run_that_does_not_fit_is_a_failed_record(cli, monkeypatch):
     NarrowMemory(monkeypatch, 0)
-    code, out = cli("sweep.name=s", "report.enabled=false")
+    code, out = cli("sweep.name=s")
     assert code == 1 and "out of memory" in out
     assert [r.status for r in Store("sweeps/s").records()] == ["failed"]
 
 
 def test_two_workers_give_the_records_of_one(cli):
     """Packs side by side in processes of their own: same records, live progress from both, nothing trained twice."""
-    argv = ["-m", "method.r=1,2,3,4", "sweep.max_pack=1", "report.enabled=false", "sweep.measure_solo=false"]
+    argv = ["-m", "method.r=1,2,3,4", "sweep.max_pack=1"]
     assert cli(*argv, "sweep.name=one")[0] == 0
     code, out = cli(*argv, "sweep.name=two", "sweep.workers=2", "tracker=csv")
     assert code == 0, out
@@ -419,7 +432,7 @@ DIES = """
 def test_a_worker_that_dies_fails_its_pack_alone(cli, tmp_path):
     data, task = make_data(tmp_path / "mine.csv"), tmp_path / "deadly.py"
     task.write_text(OWN + DIES)
-    argv = ["-m", "method.r=1,2,3", "sweep.max_pack=1", "report.enabled=false", "sweep.measure_solo=false"]
+    argv = ["-m", "method.r=1,2,3", "sweep.max_pack=1"]
     mine = ["task=local", f"task.file={task}", f"+task.data={data}", "sweep.name=s", "sweep.workers=2"]
     code, out = cli(*argv, *mine)
     assert code == 1, out

@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import csv
 import importlib.util
+import shutil
+import tempfile
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +27,17 @@ def minilm_folder() -> Path:
 
 def make_base(folder: Path, kind: str, *, dropout: float = 0.0) -> Path:
     """A BERT, GPT-2 or Llama shaped base of width 32 and two layers, saved with weights and tokenizer."""
+    made = _made(kind, dropout)
+    torch.manual_seed(7)  # what a test draws next is the same whether the base was there already or not
+    return Path(shutil.copytree(made.name, folder, dirs_exist_ok=True))
+
+
+@cache
+def _made(kind: str, dropout: float) -> tempfile.TemporaryDirectory[str]:
+    """What `make_base` copies, made once a process; it goes away with it."""
     import transformers as tf
+
+    made = tempfile.TemporaryDirectory(prefix="tiny-")
 
     tokenizer = tf.AutoTokenizer.from_pretrained(minilm_folder())
     size = len(tokenizer)
@@ -48,9 +61,9 @@ def make_base(folder: Path, kind: str, *, dropout: float = 0.0) -> Path:
             attention_dropout=dropout, bos_token_id=101, eos_token_id=102,
         )  # fmt: skip
         model = tf.LlamaModel(config)
-    model.save_pretrained(folder)
-    tokenizer.save_pretrained(folder)
-    return folder
+    model.save_pretrained(made.name)
+    tokenizer.save_pretrained(made.name)
+    return made
 
 
 def make_decoder(folder: Path, kind: str) -> Path:
