@@ -141,5 +141,6 @@ def test_names_stay_clear_of_the_axis(tmp_path: Path) -> None:
              ((0.7, 1, 2.0, "2r"), (0.6, 1, 16.0, "16"), (0.72, 8, 16.0, "2r"), (0.74, 32, 64.0, "2r"))]  # fmt: skip
     f, _ = opened(build(tmp_path / "s", cells))
     figure = pareto.draw(f, pareto.fronts(f), style.looks(f.sweep.cells)).figure
+    figure.draw_without_rendering()  # the layout settles here
     for ax in figure.axes:
         assert all(t.get_window_extent().x0 > ax.get_window_extent().x0 for t in ax.texts)
