@@ -147,9 +147,9 @@ def _panel(ax: Axes, p: Panel, rates: Sequence[float], norm: PowerNorm, *, tall:
             _frame(ax, rates.index(band.result.choice.lr), y)
     ax.set_xlim(-0.04, len(rates) + 0.04)
     ax.set_ylim(-0.06, tall + 0.06)
-    ax.set_xticks(
-        [i + 0.5 for i in range(len(rates))], [formats.rate(lr) for lr in rates], rotation=0 if len(rates) <= 7 else 45
-    )
+    names = [formats.rate(lr) for lr in rates]
+    fit = len(names) <= 7 and max(map(len, names), default=0) <= 6  # characters that a field is wide
+    ax.set_xticks([i + 0.5 for i in range(len(names))], names, rotation=0 if fit else 45)
     ax.set_yticks([low + i + 0.5 for i in range(len(p.bands))], [b.label for b in p.bands])
     ax.tick_params(length=0)
     ax.set_xlabel("learning rate")
