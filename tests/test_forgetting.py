@@ -11,7 +11,7 @@ from safetensors.torch import load_file
 from lorabench import forgetting, prepare, probes
 from lorabench.beside import Beside
 from lorabench.config import RunConfig
-from lorabench.finished import _check_drift
+from lorabench.finished import check_drift
 from lorabench.records import Store
 from lorabench.schema import ConfigError, ExistingWork
 from lorabench.train import Listener, Pack, _opened, train
@@ -230,10 +230,10 @@ def test_fewer_examples_of_the_probe(places):
 
 def test_a_probe_whose_data_changed_is_refused(places, tmp_path):
     (record,) = train(Pack("p0", (label_run(places),)), Store(tmp_path))
-    _check_drift(record, label_run(places))
+    check_drift(record, label_run(places))
     record.provenance["probe_fingerprint"] = "another"
     with pytest.raises(ExistingWork, match=r"task\.probe=.*the probe's data files are not those"):
-        _check_drift(record, label_run(places))
+        check_drift(record, label_run(places))
 
 
 # -- identity and errors ----------------------------------------------------------------------------------------------

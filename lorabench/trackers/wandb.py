@@ -16,6 +16,7 @@ import sys
 import threading
 import time
 from collections.abc import Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -149,13 +150,10 @@ class WandbTracker:
     def _write(self) -> None:
         stdin = self.process.stdin
         assert stdin is not None
-        with stdin:
+        with suppress(OSError), stdin:  # it has ended, and says why; closing writes what is left, too
             while line := self.outbox.get():
-                try:
-                    stdin.write(line)
-                    stdin.flush()
-                except OSError:  # it has ended, and says why
-                    return
+                stdin.write(line)
+                stdin.flush()
 
     def _read(self) -> None:
         stdout = self.process.stdout
