@@ -143,7 +143,6 @@ def measure(run: RunConfig, store: Store, *, steps: int = 10) -> dict[str, Any]:
     A frozen trunk is served here as it is in training (`reused_blocks`); `trunk_seconds` is what its one pass over the
     training split takes, which a run alone pays once.
     """
-    release()  # what the cell before left would count in this one's peak
     trainer = replace(run.trainer, max_steps=steps, eval_interval=steps + 1)
     marks: list[tuple[float, int]] = []
     with _opened(Pack("solo", (replace(run, trainer=trainer),)), store, Listener()) as s:
