@@ -29,7 +29,8 @@ def opened(sources: Sequence[str]) -> list[Store]:
 def bring(store: Store, runs: Sequence[RunConfig], sources: Sequence[str]) -> Iterator[str]:
     """Copy into `store` the runs it has not begun and that a source has trained to the end; yields a line a source.
 
-    One made on another device or precision than this sweep's is left, as one made of data, base or Python files that are not here. To be called under `Store.locked`, before the sweep settles.
+    One made on another device or precision than this sweep's is left, as one made of data, base or Python files that are
+    not here. To be called under `Store.locked`, before the sweep settles.
     """
     here = dict(store.manifest().get("settled") or {}) if store.run_ids() else {}
     for other in opened(sources):

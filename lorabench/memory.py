@@ -55,8 +55,9 @@ class PeakMemory:
 
 
 def settle() -> None:
-    """Once a process, when all is imported and before a base is there: what stands now is left out of later collections,
-    each of which otherwise looks through half a million objects of torch and transformers, .2 s a pack."""
+    """Once a process, when all is imported: what stands now is left out of later collections, each of which otherwise looks
+    through half a million objects of torch and transformers, .2 s a pack. To be called before anything of a pack is there: a
+    frame that is frozen, or a cell of its, keeps what it comes to refer to."""
     if not gc.get_freeze_count():
         with stopping.put_off(signal.SIGINT):
             gc.collect()  # what is garbage already would stay for good

@@ -48,6 +48,11 @@ class Reuse:
         found: Features | None = self.session.base.features.get(self._key(split))
         return found.seconds if found and self._paying.get(split) else 0.0
 
+    def idle_bytes(self) -> int:
+        """Of the features that stay with the base, those that this pack does not read."""
+        own = {self._key(split) for split, pays in self._paying.items() if pays}
+        return sum(features.flat.nbytes for key, features in self.session.base.features.items() if key not in own)
+
     def _find(self, part: Part) -> Trunk | None:
         s = self.session
         rows = len(part.batch["example"]) // len(part.slices)
@@ -85,4 +90,5 @@ class Reuse:
         stream = s.eval_stream(split, lambda: [0], dealt=False)
         device = next(s.base.model.parameters()).device
         batches: Any = ({name: column.to(device) for name, column in part.batch.items()} for part in stream)
-        return self.trunk.features(batches, lambda batch: s.module.task.step(s.base.model, batch))
+        tokens = sum(s.prepared.encoded.lengths[split])
+        return self.trunk.features(batches, lambda batch: s.module.task.step(s.base.model, batch), tokens)

@@ -66,6 +66,7 @@ def train(
     caller then trains the runs one by one, or the pack in halves. Neither leaves a record; nor do `LeaseLost`, `Unwritable` and
     `replicas.Lost`.
     """
+    settle()  # before anything of the pack is there: what is frozen with it would keep it for good
     listener = listener or Listener()
     start = begun(pack, store, keep, accept_drift=accept_drift)
     leads = replicas.leads()
@@ -141,8 +142,13 @@ def measure(run: RunConfig, store: Store, *, steps: int = 10) -> dict[str, Any]:
 
     The seconds are the median pace, seconds a token, over the tokens: a machine that was busy for a moment does not show.
     A frozen trunk is served here as it is in training (`reused_blocks`); `trunk_seconds` is what its one pass over the
-    training split takes, which a run alone pays once.
+    training split takes, which a run alone pays once. Features that other packs have left with the base are no part of the peak.
     """
+    settle()
+    return _measured(run, store, steps)
+
+
+def _measured(run: RunConfig, store: Store, steps: int) -> dict[str, Any]:
     trainer = replace(run.trainer, max_steps=steps, eval_interval=steps + 1)
     marks: list[tuple[float, int]] = []
     with _opened(Pack("solo", (replace(run, trainer=trainer),)), store, Listener()) as s:
@@ -153,7 +159,7 @@ def measure(run: RunConfig, store: Store, *, steps: int = 10) -> dict[str, Any]:
             s.module.reuse = reuse
         with PeakMemory(s.resolved.device) as memory, quiet(), stopping.deferred() as s.progress.stopped:
             s.trainer.fit(s.module, s.train_stream(), s.val_stream())  # never reached: eval_interval
-            peak = memory.peak()
+            peak = memory.peak() - reuse.idle_bytes()
         reused = {"reused_blocks": reuse.depth, "trunk_seconds": round(reuse.seconds("train"), 4)}
     counted = list(pairwise(marks[1:]))
     pace = median((end - start) / max(1, after - before) for (start, before), (end, after) in counted)
@@ -174,7 +180,6 @@ def _opened(
     """A pack ready to train on its base from step `start`; the base comes back as it was, and that is checked."""
     first = pack.runs[0]
     prepared, resolved = prep.prepare(first), settled.resolve(first, store)
-    settle()
     base = prep.base(first, prepared.head, resolved)
     prepared = prep.taught(first, prepared, base)
     before: int | None = _checksum(base.model)

@@ -108,6 +108,41 @@ def test_a_pack_is_collected_and_what_is_imported_is_not_looked_through(tmp_path
     assert not [x for x in gc.get_objects() if type(x).__name__ == "PackModule"]
 
 
+def test_a_cell_measured_alone_is_collected_and_others_features_are_none_of_its_memory(tmp_path, monkeypatch):
+    """Also where it is the first of its process. The peak is read by a stand-in that sees all tensors there are."""
+    import torch
+
+    from lorabench import train as training
+    from tiny import make_base, make_data, make_run
+
+    def tensors() -> int:
+        release()
+        each = {
+            x.untyped_storage().data_ptr(): x.untyped_storage().nbytes() for x in gc.get_objects() if torch.is_tensor(x)
+        }
+        return sum(each.values())
+
+    class Live(PeakMemory):
+        def peak(self):
+            return tensors()
+
+    monkeypatch.setattr(training, "PeakMemory", Live)
+    base, data, store = (
+        make_base(tmp_path / "bert", "bert"),
+        make_data(tmp_path / "data.csv"),
+        Store(tmp_path / "sweep"),
+    )
+    lora = make_run(base, data, **{"trainer.max_steps": 20})
+    head = make_run(base, data, **{"method.name": "head", "trainer.max_steps": 100})
+    gc.unfreeze()
+    first = training.measure(lora, store, steps=3)["peak_memory_bytes"]
+    left = tensors()
+    assert not [x for x in gc.get_objects() if type(x).__name__ in ("PackModule", "PackedAdamW", "Session")]
+    assert training.measure(head, store, steps=3)["reused_blocks"] > 0
+    assert tensors() > left, "the features stay with the base"
+    assert training.measure(lora, store, steps=3)["peak_memory_bytes"] == first
+
+
 def test_a_failed_allocation_is_told_from_other_errors():
     import torch
 

@@ -100,20 +100,28 @@ class Trunk:
             self.model.train(training)
         return found[0]
 
-    def features(self, batches: Iterator[Mapping[str, Tensor]], run: Callable[[Any], Any]) -> Features:
-        """Of every example of these batches. run: a forward pass of the model on one of them."""
-        flat: list[Tensor] = []
+    def features(self, batches: Iterator[Mapping[str, Tensor]], run: Callable[[Any], Any], tokens: int) -> Features:
+        """Of every example of these batches. run: a forward pass of the model on one of them. tokens: of all of them.
+
+        Written in place: pieces put together at the end would take twice the memory, and leave it in small change.
+        """
+        flat: Tensor | None = None
         starts: dict[int, int] = {}
         lengths: dict[int, int] = {}
         total, start = 0, time.perf_counter()
         for batch in batches:
             hidden = self.output(lambda: run(batch))  # noqa: B023
             own = batch["attention_mask"].sum(1).tolist()
+            if flat is None:
+                flat = hidden.new_empty(tokens, hidden.shape[2])
+            if total + sum(own) > len(flat):  # a task that adds tokens as it collates
+                flat = torch.cat([flat, hidden.new_empty(total + sum(own), hidden.shape[2])])
             for row, example, length in zip(hidden, batch["example"].tolist(), own, strict=True):
                 starts[example], lengths[example] = total, length
+                flat[total : total + length] = row[:length]
                 total += length
-                flat.append(row[:length].clone())
-        return Features(torch.cat(flat), starts, lengths, time.perf_counter() - start)
+        assert flat is not None, "no example"
+        return Features(flat[:total], starts, lengths, time.perf_counter() - start)
 
     @contextmanager
     def serve(self, features: Features | None, batch: Mapping[str, Tensor]) -> Iterator[None]:
