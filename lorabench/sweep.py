@@ -280,9 +280,9 @@ def _mirror_report(settings: Settings, store: Store) -> None:
     tracker.close()
 
 
-def require_fresh(settings: Settings) -> None:
-    """Confirmation seeds must not have chosen the rate."""
-    shared = sorted(set(settings.sweep.tune_seeds) & set(settings.sweep.confirm_seeds))
+def require_fresh(settings: Settings, swept: Collection[int] = ()) -> None:
+    """Confirmation seeds must not have chosen the rate. swept: seeds of tuning runs, where an axis says them."""
+    shared = sorted({*settings.sweep.tune_seeds, *swept} & set(settings.sweep.confirm_seeds))
     if shared:
         raise ConfigError(
             "sweep.confirm_seeds", settings.sweep.confirm_seeds, f"fresh seeds: {shared} are tuning seeds too"

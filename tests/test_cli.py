@@ -142,8 +142,18 @@ def test_one_run_trains_and_the_second_time_is_kept(cli):
     assert Path("reports/one/report.html").is_file()
 
 
-def test_confirmation_seeds_must_be_fresh(cli):
-    code, out = cli("-m", "sweep.tune_seeds=[0,1]", "sweep.confirm_seeds=[1,2]", *FAST)
+@pytest.mark.parametrize("tuned", ["sweep.tune_seeds=[0,1]", "seed=0,1", "seed=1"])
+def test_confirmation_seeds_must_be_fresh(cli, tuned):
+    code, out = cli("-m", tuned, "sweep.confirm_seeds=[1,2]", *FAST)
     assert code == 2
-    assert "sweep.confirm_seeds=" in out
+    assert "sweep.confirm_seeds=[1, 2]: fresh seeds: [1] are tuning seeds too" in out
+    assert os.listdir() == []
+
+
+@pytest.mark.parametrize("sweeper", ["grid", "optuna"])
+@pytest.mark.parametrize("seeds", ["[]", "3", "null"])
+def test_tuning_seeds_are_a_list(cli, seeds, sweeper):
+    code, out = cli("-m", f"hydra/sweeper={sweeper}", "method.r=1,2", f"sweep.tune_seeds={seeds}", *FAST)
+    assert code == 2, out
+    assert f"sweep.tune_seeds={'None' if seeds == 'null' else seeds}: a list of at least one seed" in out
     assert os.listdir() == []

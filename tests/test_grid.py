@@ -66,6 +66,20 @@ def test_zipped_axes_advance_together():
     assert got == [("attention", "45"), ("mlp", "36")]
 
 
+def test_a_zipped_rate_or_seed_is_that_of_its_cell():
+    """Beside the one of the config, which would win, it would train nowhere."""
+    grids = {"m": {"zip": {"method.r": [1, 4], "optimizer.lr": [1e-3, 1e-4], "seed": [3, 5]}}}
+    one, two = expand(grids, {}, [])
+    assert (one.fixed, one.rates, one.seeds) == (("method.r=1",), ("optimizer.lr=0.001",), ("seed=3",))
+    assert (two.fixed, two.rates, two.seeds) == (("method.r=4",), ("optimizer.lr=0.0001",), ("seed=5",))
+    assert cells([one, two]) == [{"method.r": "1"}, {"method.r": "4"}]
+
+
+def test_an_axis_without_values_is_refused():
+    with pytest.raises(ConfigError, match="method.r=.*at least one value"):
+        expand({"m": {"method.r": []}}, {}, [])
+
+
 def test_zipped_axes_of_unequal_length_are_refused():
     with pytest.raises(ConfigError, match="hydra.sweeper.grids.m.zip.*equal length"):
         expand({"m": {"zip": {"a": [1, 2], "b": [1]}}}, {}, [])

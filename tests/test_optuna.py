@@ -107,6 +107,19 @@ def test_trials_are_runs_and_the_study_goes_on(search):
     assert code == 2 and "its study searches another space" in out, out
 
 
+@pytest.mark.parametrize("sampler", ["random", "tpe"])
+def test_a_study_that_was_cut_draws_what_it_would_have_drawn(search, sampler):
+    short = ["trainer.max_steps=1", f"hydra.sweeper.sampler={sampler}", "hydra.sweeper.n_jobs=2"]
+    drawn = {}
+    for name, counts in {"whole": [4], "cut": [2, 4]}.items():
+        for n in counts:
+            code, out = search(f"hydra.sweeper.n_trials={n}", *short)
+            assert code == 0, out
+        drawn[name] = [t.params for t in study().trials]
+        Path("sweeps").rename(name)
+    assert drawn["cut"] == drawn["whole"] and len({str(p) for p in drawn["cut"]}) == 4
+
+
 def test_bad_input_leaves_nothing(search):
     for bad in ("method.r=0,1", "optimizer.no_such=1,2", "seed=1,2", "hydra.sweeper.sampler=best"):
         code, out = search(bad)

@@ -11,6 +11,7 @@ from hydra.types import HydraContext
 from omegaconf import DictConfig, OmegaConf
 
 from lorabench.app import asked, job, sweep_name
+from lorabench.schema import ConfigError
 
 if TYPE_CHECKING:
     from lorabench.sweep import Job
@@ -22,6 +23,14 @@ NUMBER = re.compile(r"optimizer\.lr=[-+]?(\d+\.?\d*|\.\d+)(e[-+]?\d+)?|seed=\d+"
 def number(text: str) -> int | float:
     """A number of a command line, as Hydra reads it: whole numbers stay whole."""
     return int(text) if text.lstrip("+-").isdecimal() else float(text)
+
+
+def tune_seeds(config: DictConfig) -> list[int]:
+    """The seeds that choose the rate, which are read before anything is composed. Raises `ConfigError`."""
+    found = OmegaConf.select(config, "sweep.tune_seeds")
+    if not OmegaConf.is_list(found) or not found:
+        raise ConfigError("sweep.tune_seeds", found, "a list of at least one seed, such as [0,1]")
+    return list(found)
 
 
 class Composer:

@@ -65,6 +65,8 @@ def _axes(name: str, grid: Mapping[str, Any]) -> list[list[Axis]]:
 
 def _axis(key: str, value: Any) -> Axis:
     if isinstance(value, Sequence) and not isinstance(value, str):
+        if not value:
+            raise ConfigError(key, [], "at least one value, as an axis of a sweep")
         return tuple(f"{key}={_grammar(v)}" for v in value)
     text = f"{key}={_grammar(value) if not isinstance(value, str) else value}"
     return _texts(OverridesParser.create().parse_override(text))
@@ -119,6 +121,9 @@ def _points(table: Sequence[list[Axis]], constants: Sequence[str]) -> list[Point
     fixed = [c for c in constants if _key(c) not in (RATE, SEED)]
     points = []
     for combo in product(*(tuple(zip(*bundle, strict=True)) for bundle in rest)):
-        chosen = [text for texts in combo for text in texts]
-        points.append(Point((*fixed, *chosen), rates, seeds, {_key(t): t.split("=", 1)[1] for t in chosen}))
+        texts = [text for own in combo for text in own]
+        chosen = [t for t in texts if _key(t) not in (RATE, SEED)]
+        rate, seed = (tuple(t for t in texts if _key(t) == key) for key in (RATE, SEED))  # zipped: the only ones here
+        axes = {_key(t): t.split("=", 1)[1] for t in chosen}
+        points.append(Point((*fixed, *chosen), rate or rates, seed or seeds, axes))
     return points

@@ -3,18 +3,19 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from statistics import fmean
-from typing import Any
+from typing import Any, ClassVar
 
+import numpy as np
 import optuna
 from hydra.types import HydraContext
 from omegaconf import DictConfig
 from optuna.storages.journal import JournalFileBackend
 from optuna.trial import TrialState
 
-from hydra_plugins.lorabench._compose import Composer
+from hydra_plugins.lorabench._compose import Composer, tune_seeds
 from hydra_plugins.lorabench._space import space
 from lorabench.records import Record, Store
 from lorabench.schema import ConfigError, ExistingWork
@@ -22,6 +23,12 @@ from lorabench.schema import ConfigError, ExistingWork
 RATE, SEED = "optimizer.lr", "seed"
 # What a cell's own label says already; any other axis is named beside it.
 LABELLED = (RATE, "method", "method.r", "method.alpha", "method.target_modules", "method.use_rslora")
+
+
+def _tpe(seed: int | None) -> Any:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)
+        return optuna.samplers.TPESampler(seed=seed, constant_liar=True)  # trials of a batch keep their distance
 
 
 @dataclass
@@ -36,6 +43,11 @@ class Trial:
 class Search:
     """The study of one sweep. Its journal lies in the sweep's directory, so the same command goes on with it."""
 
+    SAMPLERS: ClassVar[Mapping[str, Callable[[int | None], Any]]] = {
+        "tpe": _tpe,
+        "random": optuna.samplers.RandomSampler,
+    }
+
     def __init__(
         self, context: HydraContext, config: DictConfig, settings: Mapping[str, Any], arguments: Sequence[str]
     ) -> None:
@@ -44,7 +56,7 @@ class Search:
         if SEED in self.space.axes:
             raise ConfigError(SEED, "swept", "a trial's seeds are sweep.tune_seeds; a seed is not searched for")
         self.always = () if config.sweep.name else (f"sweep.name={self.composer.name}",)
-        self.seeds = list(config.sweep.tune_seeds)
+        self.seeds = tune_seeds(config)
         from lorabench import sweep
 
         corner = self._trial(-1, self.space.corner()).jobs
@@ -61,10 +73,9 @@ class Search:
     def _opened(self) -> Any:
         optuna.logging.set_verbosity(optuna.logging.WARNING)
         lower = self.run.task.metric in getattr(self.run.task, "lower_is_better", ("loss",))
-        samplers = {"tpe": self._tpe, "random": optuna.samplers.RandomSampler}
         name = self.options["sampler"]
-        if name not in samplers:
-            raise ConfigError("hydra.sweeper.sampler", name, f"allowed: {', '.join(samplers)}")
+        if name not in self.SAMPLERS:
+            raise ConfigError("hydra.sweeper.sampler", name, f"allowed: {', '.join(self.SAMPLERS)}")
         storage = None
         if not self.dry_run:
             journal = self.store.root / "optuna" / "journal"
@@ -72,18 +83,18 @@ class Search:
             storage = optuna.storages.JournalStorage(JournalFileBackend(str(journal)))
         study = optuna.create_study(
             storage=storage, study_name="lorabench", direction="minimize" if lower else "maximize", load_if_exists=True,
-            sampler=samplers[name](seed=self.options["seed"]),
         )  # fmt: skip
         if (study.direction.name == "MINIMIZE") != lower:
             allowed = f"its study does not {'minimize' if lower else 'maximize'} {self.run.task.metric}"
             raise ExistingWork("sweep.dir", str(self.store.root), allowed)
         return study
 
-    @staticmethod
-    def _tpe(seed: int | None) -> Any:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)
-            return optuna.samplers.TPESampler(seed=seed, constant_liar=True)  # trials of a batch keep their distance
+    def _ask(self, number: int) -> Any:
+        """A trial drawn from the seed and its number: a study that is cut and goes on must not draw its first trials again."""
+        seed = self.options["seed"]
+        own = None if seed is None else int(np.random.SeedSequence([seed, number]).generate_state(1)[0])
+        self.study.sampler = self.SAMPLERS[self.options["sampler"]](own)
+        return self.study.ask(dict(self.space.axes))
 
     def _unfinished(self) -> tuple[list[Trial], int]:
         """Trials that were asked for and never told, and how many are left to ask for."""
@@ -111,7 +122,8 @@ class Search:
         more = min(self.left, self.options["n_jobs"] - len(batch))
         self.left -= more
         try:
-            asked = [self.study.ask(dict(self.space.axes)) for _ in range(more)]
+            drawn = len(self.study.get_trials(deepcopy=False))
+            asked = [self._ask(drawn + i) for i in range(more)]
         except ValueError as e:
             raise ExistingWork("sweep.dir", str(self.store.root), f"its study searches another space ({e})") from e
         batch += [self._trial(t.number, self.space.overrides(t.params)) for t in asked]

@@ -45,25 +45,25 @@ class GridSweeper(Sweeper):
         )
 
     def sweep(self, arguments: list[str]) -> Any:
-        from hydra_plugins.lorabench._compose import Composer, elsewhere
+        from hydra_plugins.lorabench._compose import Composer, elsewhere, tune_seeds
 
         assert self.config is not None and self.launcher is not None
         composer = Composer.of(self.context, self.config)
         points = expand(self.grids, self.params, arguments)
         extras = _extras(points)
-        role = self.config.sweep.role
+        role, self.tune_seeds = self.config.sweep.role, tune_seeds(self.config)
         always = () if self.config.sweep.name else (f"sweep.name={composer.name}",)
         listed = {
             (*p.fixed, *rate, f"{SEED}={seed}", *always): (p, extras[i])
             for i, p in enumerate(points)
             for rate in ((r,) for r in p.rates or (f"{RATE}={self.config.optimizer.lr}",))
-            for seed in _seeds(p, self.config.sweep.tune_seeds)
+            for seed in _seeds(p, self.tune_seeds)
         }
         jobs = {overrides: composer.job(overrides, extra) for overrides, (_, extra) in listed.items()}
         settings = next(iter(jobs.values())).settings
         from lorabench import app, declaration, sweep
 
-        sweep.require_fresh(settings)
+        sweep.require_fresh(settings, {job.run.seed for job in jobs.values()} if role == "tune" else ())
         declaration.check_cells(list(jobs.values()))
         sweep.declare(list(jobs.values()), app.launched(self.config.hydra))
         returned, cells = list(self.launcher.launch(_once(jobs), 0)), _cells(jobs, listed)
@@ -111,7 +111,7 @@ class GridSweeper(Sweeper):
                 (*p.fixed, f"{RATE}={lr!r}", f"{SEED}={seed}", *always): extra
                 for name, lr in outward.items()
                 for p, extra in [cells[name]]
-                for seed in _seeds(p, self.config.sweep.tune_seeds)
+                for seed in _seeds(p, self.tune_seeds)
             }
             if not added:
                 break
