@@ -72,13 +72,14 @@ class Session:
 
 
 def records_of(s: Session) -> list[Record]:
-    """One record a slice, and beside it what the slice trained and its per-example test results."""
+    """One record a slice, and beside it what the slice trained and its per-example test results; of a run whose record
+    stands already nothing is written: its files are those that the record speaks of."""
     records = []
     for k, (run, state) in enumerate(zip(s.pack.runs, s.module.slices, strict=True)):
         s.module.flush(k)
         status = state.status if state.status in ("diverged", "pruned") else "completed"
         metrics = _metrics(s, k, run, status)
-        if run.trainer.save_weights and status == "completed":
+        if run.trainer.save_weights and status == "completed" and run.run_id not in s.keep:
             folder = s.store.own_dir(run.run_id) / "adapter"
             trained, plan = s.stack.exported(k)
             with writing(folder):
@@ -101,7 +102,8 @@ def _metrics(s: Session, k: int, run: RunConfig, status: str) -> dict[str, Any]:
     if run.role == "confirm" and status == "completed":
         rows = s.module.results[k]
         metrics |= {f"test/{name}": value for name, value in run.task.metrics(rows).items()}
-        s.store.write_arrays(run.run_id, "test", _kept(rows) | _groups(s, rows["example"]))
+        if run.run_id not in s.keep:
+            s.store.write_arrays(run.run_id, "test", _kept(rows) | _groups(s, rows["example"]))
     return metrics | s.extras.get(k, {})
 
 

@@ -18,8 +18,7 @@ class Reuse:
     The trunk is looked for at the first part, when the base is on its device. Features stay with the base, so the next
     pack finds them. decided: how many blocks are served, 0: none; None: not tried yet. A pack that goes on from a
     checkpoint is given what was decided: tried anew, on another batch, it might come out otherwise.
-    alone: steps of the run that is asked about, where the session trains a few of them to time it: then only what that
-    run would compute for itself is served.
+    alone: steps of the run that is asked about, where the session trains a few of them to time it.
     """
 
     def __init__(self, session: Session, *, alone: int | None = None) -> None:
@@ -62,18 +61,25 @@ class Reuse:
             tried=self.decided is not None,
         )  # fmt: skip
 
-    def _key(self, split: str) -> tuple[str, str, str, int]:
-        return (self.session.prepared.data.fingerprint, split, str(self.session.pack.runs[0].task), self.depth)
+    def _key(self, split: str) -> tuple[str, ...]:
+        """All that a split's features depend on beside the base: autocast among it, and how examples are batched."""
+        s, run = self.session, self.session.pack.runs[0]
+        return (
+            s.prepared.data.fingerprint, split, str(run.task), str(self.depth), str(s.resolved),
+            str(run.trainer.eval_batch_size),
+        )  # fmt: skip
 
     def _features(self, split: str) -> Features | None:
         assert self.trunk is not None
         s, key = self.session, self._key(split)
         if split not in self._paying:
             self._paying[split] = self._pays(split)
-        if self._paying[split] and key not in s.base.features:
+        if not self._paying[split]:  # nor what a longer run has computed: numbers would depend on who trained before
+            return None
+        if key not in s.base.features:
             s.base.features[key] = self._compute(split)
-        found: Features | None = s.base.features.get(key)  # perhaps what a longer run had computed
-        return found if self._paying[split] or self.alone is None else None
+        found: Features = s.base.features[key]
+        return found
 
     def _pays(self, split: str) -> bool:
         s = self.session

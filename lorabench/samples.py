@@ -48,15 +48,17 @@ def before(s: Session) -> Samples | None:
 
 
 def write(s: Session, samples: Samples) -> None:
-    """One file a slice whose weights are a result."""
+    """One file a slice whose weights are a result, unless its record stands already."""
     kept = s.module.kept
     after = _said(s, samples.encoded, kept) or []
     if not replicas.leads():
         return
     for k, own in zip(kept, after, strict=True):
+        if (run_id := s.pack.runs[k].run_id) in s.keep:
+            continue
         triples = zip(samples.items, samples.before[k], own, strict=True)
         made = [{**item, "before": then, "after": now} for item, then, now in triples]
-        atomic_write(s.store.run_dir(s.pack.runs[k].run_id) / FILE, dump_json(made))
+        atomic_write(s.store.own_dir(run_id) / FILE, dump_json(made))
 
 
 def chats(s: Session) -> bool:

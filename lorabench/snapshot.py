@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lorabench import checkpoints, leases, provenance, replicas, settled, shards
+from lorabench import checkpoints, leases, probes, provenance, replicas, settled, shards
 from lorabench import prepare as prep
 from lorabench.adapters import Trainable
 from lorabench.checkpoints import Content, Unreadable
@@ -62,7 +62,8 @@ def facts(pack: Pack, model: str, resolved: Resolved) -> dict[str, Any]:
     settings = {name: getattr(first.trainer, name) for name in SETTINGS}
     return {
         "code": provenance.code_fingerprint(), **provenance.packages(), "data": data, "model": model, **settings,
-        "user code": prep.user_code(first), "threads": torch.get_num_threads(), **asdict(resolved),
+        "user code": prep.user_code(first), "probe": probes.fingerprint(first), "threads": torch.get_num_threads(),
+        "processes": replicas.world(), "base cut": first.trainer.strategy == "fsdp" and replicas.world() > 1, **asdict(resolved),
     }  # fmt: skip
 
 

@@ -19,7 +19,7 @@ from typing import Any
 import pytest
 import torch
 
-from lorabench import checkpoints, provenance
+from lorabench import checkpoints, probes, provenance, replicas
 from lorabench.module import PackModule
 from lorabench.prepare import Pack
 from lorabench.records import Store
@@ -526,6 +526,31 @@ def test_threads_are_part_of_where_a_number_comes_from(places: Any, tmp_path: Pa
     torch.set_num_threads(2)
     with pytest.raises(ExistingWork, match="threads 1, here 2"):
         train(pack, store)
+
+
+def test_what_else_a_number_depends_on_is_held_against_a_checkpoint(
+    places: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """How many processes shared its batches, and the data that forgetting is measured on."""
+    store = Store(tmp_path)
+    pack, _ = interrupted(places, store)
+    monkeypatch.setattr(replicas, "_place", (0, 2))
+    monkeypatch.setattr(probes, "fingerprint", lambda run: "changed")
+    with pytest.raises(ExistingWork, match="probe None, here changed, processes 1, here 2"):
+        train(pack, store)
+
+
+def test_files_of_a_run_whose_record_stands_are_left_as_they_are(places: Any, tmp_path: Path) -> None:
+    """It trains along with those that have none, perhaps under other code: its record speaks of the files that are there."""
+    store, pack = Store(tmp_path), pack_of(places, {}, {"method.r": 2}, **{"role": "confirm", "trainer.max_steps": 2})
+    train(pack, store)
+    kept, other = (store.run_dir(i) for i in pack.run_ids)
+    files = {p: p.stat().st_ino for p in kept.rglob("*")}
+    assert {p.name for p in files} >= {"adapter", "plan.json", "test.npz", "samples.json", "run.json", "history.jsonl"}
+    (other / "run.json").unlink()
+    train(pack, store, keep=pack.run_ids[:1])
+    assert {p: p.stat().st_ino for p in kept.rglob("*")} == files
+    assert (other / "run.json").exists()
 
 
 def test_a_pack_that_prunes_otherwise_starts_anew(places: Any, tmp_path: Path) -> None:
