@@ -32,7 +32,7 @@ def bring(store: Store, runs: Sequence[RunConfig], sources: Sequence[str]) -> It
     One made on another device or precision than this sweep's is left, as one made of data, base or Python files that are
     not here. To be called under `Store.locked`, before the sweep settles.
     """
-    here = dict(store.manifest().get("settled") or {}) if store.run_ids() else {}
+    here = _settled(store) if sources else {}
     for other in opened(sources):
         new = {run.run_id: run for run in runs if not store.run_dir(run.run_id).exists()}
         torn, taken, left = damaged(other, new), 0, 0
@@ -48,12 +48,29 @@ def bring(store: Store, runs: Sequence[RunConfig], sources: Sequence[str]) -> It
             yield f"{store.root}: {taken} runs taken from {other.root}{why}"
 
 
+def _settled(store: Store) -> dict[str, str]:
+    """{"device": "cpu", ...} as the runs that are there have it. A note from before any of them is taken away: what is
+    copied decides then, also for a launcher that goes on where this one is killed."""
+    manifest, here = store.manifest(), dict[str, str]()
+    if store.run_ids():
+        here |= manifest.get("settled") or {}
+        for record in () if here else store.records():
+            _made_here(record, here)
+    elif manifest.pop("settled", None):
+        store.write_manifest(manifest)
+    return here
+
+
 def _alike(record: Record, here: dict[str, str], run: RunConfig) -> bool:
     """Was it made as this sweep's are? The first run says how, where none is there. `here`: {"device": "cpu", ...}."""
     try:
         check_drift(record, run)
     except ExistingWork:
         return False
+    return _made_here(record, here)
+
+
+def _made_here(record: Record, here: dict[str, str]) -> bool:
     automatic = record.config.get("trainer", {}).get("precision") == "auto"  # else the precision is part of the run_id
     for name in ("device", "precision") if automatic else ("device",):
         if (value := str(record.provenance.get(name))) != here.setdefault(name, value):

@@ -124,6 +124,8 @@ def write_cells(
         cells, known = {c["id"]: c for c in manifest["cells"]}, set(manifest["runs"])
         for job in jobs:
             run, name = job.run, cell_id(job.label)
+            if run.run_id in known:  # what is no part of its identity may be asked otherwise now; jobs read it here
+                manifest["runs"][run.run_id]["config"] = run.to_dict()
             if only_new and run.run_id in known:
                 continue
             trainable = plans[run.run_id].trainable(prep.layers(run))
@@ -168,11 +170,14 @@ def planned_packs(store: Store, jobs: Sequence[Job]) -> list[Pack]:
     ]
     planned = {i for p in known for i in p.run_ids}
     new = [r for i, r in runs.items() if i not in planned]
-    begun, start = _begun(manifest) if sweep.prune and new else set(), len(manifest["packs"])
-    late = {r.run_id for r in new if begun and cell_key(r) in begun}
-    auto = settled.precision(store)
-    fresh = plan_packs([r for r in new if r.run_id not in late], sweep.max_pack, start, prune=sweep.prune, auto=auto)
-    fresh += plan_packs([r for r in new if r.run_id in late], sweep.max_pack, start + len(fresh), auto=auto)
+    start, auto = len(manifest["packs"]), settled.precision(store)
+    if sweep.prune and new:
+        begun = _begun(manifest)
+        apart = {r.run_id for r in new if cell_key(r) in begun}
+    else:
+        apart = {r.run_id for r in new if _reused(store, r)}  # beside them nothing is to train
+    fresh = plan_packs([r for r in new if r.run_id not in apart], sweep.max_pack, start, prune=sweep.prune, auto=auto)
+    fresh += plan_packs([r for r in new if r.run_id in apart], sweep.max_pack, start + len(fresh), auto=auto)
     manifest["packs"] += [_entry(pack, auto, version=1) for pack in fresh]
     store.write_manifest(manifest)
     return known + fresh
@@ -183,6 +188,11 @@ def planned_pack(store: Store, pack_id: str, *, prune: bool) -> Pack:
     manifest = store.manifest()
     entry = next(e for e in manifest["packs"] if e["id"] == pack_id)
     return Pack(pack_id, tuple(_run_from_manifest(manifest, i) for i in entry["runs"]), prune=prune)
+
+
+def _reused(store: Store, run: RunConfig) -> bool:
+    record = store.read(run.run_id)
+    return record is not None and "reused_from" in record.provenance
 
 
 def _begun(manifest: Mapping[str, Any]) -> set[str]:

@@ -91,7 +91,9 @@ class SweepConfig:
     prune: bool = knob(False, help="drop rates that fall behind inside their cell, from half of the steps on")
     extend_lr: bool = knob(False, help="add rates outward until the best lies inside, at most 6 a cell")
     workers: int | None = knob(
-        None, help="processes that train packs side by side; null: one a GPU, one for every 8 CPU cores", low=1
+        None,
+        help="processes that train packs side by side, each on its share of the CPU's cores; null: one a GPU, one for every 8 cores",
+        low=1,
     )
     dry_run: bool = knob(False, help="print runs, packs, parameters and memory; write nothing")
     accept_drift: bool = knob(False, help="reuse records and checkpoints although data, model or code changed")

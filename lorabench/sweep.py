@@ -143,6 +143,7 @@ def _run(
                 except OutOfMemory as e:
                     size, why = (len(pack.runs) + 1) // 2, f"{e}; it trains in halves"
                 progress.say(why)
+                checkpoints.remove(store.root, pack.id)  # a job that was killed for its memory has left some
                 parts = _split(pack, size)
                 replan(store, pack, parts)
         return [record for part in parts for record in one(part)]
@@ -199,9 +200,10 @@ def outward_rates(
     settings: Settings, tried: Mapping[str, Collection[float]], most: Mapping[str, int]
 ) -> dict[str, float]:
     """The next rate to train, by cell id, after those tried here: one that was added before and has not ended (by a launcher
-    that was killed, or by another one), else one beyond, where the best lies at an end. most: rates of a cell."""
+    that was killed, or by another one), or failed and is to be tried again, else one beyond, where the best lies at an end.
+    most: rates of a cell."""
     found: dict[str, float] = {}
-    for name, choice in _choices(settings).items():
+    for name, choice in _choices(settings, retry=settings.sweep.retry_failed).items():
         here = tried.get(name, ())
         begun = [rate.lr for rate in choice.rates if rate.missing > len(rate.pruned) and rate.lr not in here]
         if begun:
@@ -211,9 +213,10 @@ def outward_rates(
     return found
 
 
-def _choices(settings: Settings) -> dict[str, Choice]:
+def _choices(settings: Settings, *, retry: bool = False) -> dict[str, Choice]:
+    """retry: failed runs count as not ended."""
     store = Store(settings.sweep.dir)
-    return choose(store.manifest(), {r.run_id: r for r in store.records()})
+    return choose(store.manifest(), {r.run_id: r for r in store.records() if not (retry and r.status == "failed")})
 
 
 def measure_cells(settings: Settings, jobs: Sequence[Job]) -> None:

@@ -107,7 +107,7 @@ def dry_run_table(
     for pack in packs:
         first, info = pack.runs[0], prep.layers(pack.runs[0])
         size = _estimate(pack, plans, auto)
-        steps = prep.total_steps(first, len(prep.load_data(first.task).splits["train"]))
+        steps = prep.total_steps(first, len(prep.prepare(first).encoded.splits["train"]))
         table.add_row(f"[bold]{pack.id}[/]", f"[bold]{first.role}, {steps} steps, {size / 2**30:.1f} GiB[/]")
         for run in pack.runs:
             name = _cell_name(labels[run.run_id])

@@ -9,6 +9,7 @@ import multiprocessing
 import os
 import queue
 import signal
+import sys
 from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
@@ -57,17 +58,19 @@ class Workers:
     """Processes that train packs; use as a context. `train` has the meaning of `train.train`, `map` that of `map`.
 
     A pack whose worker died goes on from its last checkpoint in a new one, as long as each worker gets further than the one
-    before. SIGTERM is handed on: each worker writes a checkpoint and leaves.
+    before. SIGTERM is handed on: each worker writes a checkpoint and leaves. shares: how many the CPU's cores are meant for;
+    where fewer packs are left each has as many threads as before, and so the same numbers.
     """
 
-    def __init__(self, count: int, device: str) -> None:
-        self.count, self.device = count, device
+    def __init__(self, count: int, device: str, shares: int | None = None) -> None:
+        self.count, self.device, self.shares = count, device, shares or count
         self._free: queue.Queue[_Worker] = queue.Queue()
         self._lock = Lock()
         self._ending = Event()
 
     def __enter__(self) -> Workers:
-        self._all = [_Worker(i, self.count, self.device) for i in range(self.count)]
+        devices = max(1, torch.cuda.device_count()) if self.device == "cuda" else self.count
+        self._all = [_Worker(i % devices, self.shares, self.device) for i in range(self.count)]
         for worker in self._all:
             self._free.put(worker)
         self._before = signal.getsignal(signal.SIGTERM)
@@ -128,8 +131,8 @@ class Workers:
 class _Worker:
     """One process, and the channel on which it says what happens."""
 
-    def __init__(self, index: int, count: int, device: str) -> None:
-        self.own = index, count, device
+    def __init__(self, index: int, shares: int, device: str) -> None:
+        self.own = index, shares, device
         self.restart()
 
     def restart(self) -> None:
@@ -165,9 +168,9 @@ class _Worker:
 _channel: Any = None  # of this worker
 
 
-def _begin(index: int, count: int, device: str, channel: Any) -> None:
+def _begin(index: int, shares: int, device: str, channel: Any) -> None:
     """In the worker, before CUDA is looked at and before the first product: its device or cores, and its end with the
-    parent's."""
+    parent's. All workers have as many threads: a pack may go on in any of them."""
     global _channel
     _channel = channel
     messages.belong_to_parent()
@@ -176,8 +179,8 @@ def _begin(index: int, count: int, device: str, channel: Any) -> None:
         os.environ["CUDA_VISIBLE_DEVICES"] = visible.split(",")[index] if visible else str(index)
     else:
         cores = _cores()
-        own = cores[index * len(cores) // count : (index + 1) * len(cores) // count] or cores
-        torch.set_num_threads(len(own))
+        own = cores[index * len(cores) // shares : (index + 1) * len(cores) // shares] or cores
+        torch.set_num_threads(max(1, len(cores) // shares))
         if hasattr(os, "sched_setaffinity"):
             os.sched_setaffinity(0, own)
 
@@ -198,9 +201,13 @@ def _train(
 
 
 def workers_for(packs: Sequence[Pack], asked: int | None) -> Workers | None:
-    """Processes for packs side by side, where more than one pays; a pack on several devices has processes of its own."""
+    """Processes for packs side by side, where more than one pays; a pack on several devices has processes of its own.
+
+    The last pack of several has its share of the cores like those before it, and one that goes on after a kill has it still.
+    """
     if not packs or any(device_count(pack.runs[0].trainer) > 1 for pack in packs):
         return None
     device = resolve(packs[0].runs[0]).device
-    count = worker_count(asked, device, len(packs))
-    return Workers(count, device) if count > 1 else None
+    shares = worker_count(asked, device, sys.maxsize)
+    count = min(shares, len(packs))
+    return Workers(count, device, shares) if count > 1 or (shares > 1 and device == "cpu") else None

@@ -15,13 +15,15 @@ from contextlib import nullcontext
 import pytest
 
 from lorabench import checkpoints, stopping
+from lorabench import prepare as prep
 from lorabench.clusters import crew, engines, job, slurm, watch
 from lorabench.clusters.engines import Death, check
 from lorabench.clusters.notice import PREEMPTED, STOPPED, TIME_LIMIT, Notice
+from lorabench.prepare import Pack
 from lorabench.records import Store
 from lorabench.schema import ConfigError, ExistingWork
 from lorabench.train import Listener, OutOfMemory
-from tiny import make_base, make_data
+from tiny import make_base, make_data, make_run
 
 
 class Here:
@@ -238,8 +240,16 @@ def test_a_job_that_ended_in_its_grace_time_was_preempted(monkeypatch, shown, st
 
 def test_a_job_killed_for_its_memory_is_split(sweep):
     engine = Here(lose=1, death=Death("OUT_OF_MEMORY", memory=True))
+
+    def death(name):  # it had come some way
+        where = checkpoints.folder(Store("sweeps/s").root, job.unended(Store("sweeps/s")).popitem()[0])
+        checkpoints.write(where, 2, {}, {"schema": 1})
+        return engine.why
+
+    engine.death = death
     code, out = sweep(engine)
     assert code == 0, out
+    assert not list(checkpoints.folder(Store("sweeps/s").root, "p0").parent.glob("*/*"))
     lost = next(j.pack_id for j in engine.jobs if "." in j.pack_id).split(".")[0]
     assert sorted(j.pack_id for j in engine.jobs) == sorted(["p0", "p1", f"{lost}.0", f"{lost}.1"])
     assert {s for s, _ in metrics().values()} == {"completed"}
@@ -287,6 +297,25 @@ def test_a_launcher_that_comes_back_waits_for_the_jobs_there_are(sweep, tiny, cl
     code, out = sweep(second)
     assert code == 0, out
     assert not second.jobs and len(Store("sweeps/s").records()) == 4
+
+
+def test_a_run_whose_history_is_torn_trains_again_in_a_job(sweep):
+    assert sweep(Here(), "method.r=1")[0] == 0
+    torn = Store("sweeps/s").run_dir(Store("sweeps/s").run_ids()[0]) / "history.jsonl"
+    whole = torn.read_bytes()
+    torn.write_bytes(whole[:-9])
+    engine = Here()
+    code, out = sweep(engine, "method.r=1")
+    assert code == 0 and "the run trains again" in out, out
+    assert len(engine.jobs) == 1 and torn.read_bytes() == whole
+
+
+def test_a_job_trains_as_it_was_asked_last(sweep):
+    """What is no part of a run's identity may be said otherwise when a sweep is started again."""
+    assert sweep(Here(lose=9), "method.r=1", "hydra.launcher.resubmit=0")[0] == 1
+    code, out = sweep(Here(), "method.r=1", "sweep.retry_failed=true", "trainer.save_weights=false")
+    assert code == 0, out
+    assert len(metrics()) == 2 and not list(Store("sweeps/s").root.glob("runs/*/adapter"))
 
 
 def test_a_job_that_no_launcher_noted_trains_nothing(tmp_path, monkeypatch):
@@ -365,3 +394,15 @@ def test_a_watch_hears_each_row_once(tmp_path, monkeypatch):
         store.append_history(Run.run_id, [{"step": s} for s in rows])
         watch.hear(seen)
     assert heard == [1, 2, 3] and len(began) == 1
+
+
+def test_a_watch_counts_the_steps_that_a_job_takes(tmp_path):
+    """Of plain text an example is a block; rows are sections of several: a bar that ended too soon ended the launcher."""
+    text = tmp_path / "text.txt"
+    text.write_text("".join(f"The number of this line is {i}, and so on.\n\n" for i in range(400)))
+    task = {"kind": "causal_lm", "source": "text", "file": str(text), "max_length": 16}
+    run = make_run(make_base(tmp_path / "gpt2", "gpt2"), text, task=task, **{"trainer.max_steps": None})
+    prepared = prep.prepare(run)
+    blocks, rows = (len(splits["train"]) for splits in (prepared.encoded.splits, prepared.data.splits))
+    assert blocks > 2 * rows
+    assert watch._total(Pack("p0", (run,))) == -(-blocks // 4)

@@ -9,11 +9,16 @@ from pathlib import Path
 import pytest
 
 from lorabench import prepare as prep
-from lorabench.records import Store
+from lorabench import settled
+from lorabench.config import RunConfig, Settings
+from lorabench.elsewhere import bring
+from lorabench.planning import Job, label_of, planned_packs
+from lorabench.records import Record, Store
 from lorabench.report.budget import budget
 from lorabench.report.findings import find
 from lorabench.report.load import load
-from tiny import make_base, make_data
+from lorabench.settings import ReportConfig, StudyConfig, SweepConfig, TrackerConfig
+from tiny import make_base, make_data, make_run
 
 Cli = Callable[..., tuple[int, str]]
 
@@ -134,3 +139,55 @@ def test_what_is_no_sweep_is_refused_and_nothing_is_written(sweep: Cli, path: st
     assert "sweep.reuse" in said
     assert path in said
     assert not Path("sweeps/second").exists()
+
+
+def own_run(places: tuple[Path, Path], r: int) -> RunConfig:
+    return make_run(*places, **{"method.r": r, "trainer.precision": "auto"})
+
+
+def made(root: Path, run: RunConfig, precision: str) -> str:
+    """A sweep that has trained one run; its path."""
+    store, data = Store(root), prep.load_data(run.task).fingerprint
+    store.write_manifest({"schema": 1, "cells": [], "runs": {}, "packs": []})
+    about = {
+        "data_fingerprint": data,
+        "model_fingerprint": prep.model_fingerprint(run),
+        "device": "cpu",
+        "precision": precision,
+    }
+    store.write(Record(run.run_id, "tune", "completed", run.to_dict(), {"val/loss": 1.0}, provenance=about))
+    return str(root)
+
+
+def test_a_note_from_before_any_run_does_not_outlive_what_is_taken(places: tuple[Path, Path], tmp_path: Path) -> None:
+    """A launch that was cut before it trained had settled on this machine's choice."""
+    run, store = own_run(places, 2), Store(tmp_path / "new")
+    note = {"settled": {"device": "cpu", "precision": "32"}}
+    store.write_manifest({"schema": 1, "cells": [], "runs": {}, "packs": [], **note})
+    assert list(bring(store, [run], [made(tmp_path / "bf16", run, "bf16")]))
+    settled.settle(store, run)
+    assert settled.precision(store) == "bf16"
+
+
+def test_a_launch_that_was_cut_while_it_copied_takes_no_more_than_it_would_have(
+    places: tuple[Path, Path], tmp_path: Path
+) -> None:
+    runs = [own_run(places, r) for r in (2, 4)]
+    sources = [made(tmp_path / p, run, p) for p, run in zip(("bf16", "32"), runs, strict=True)]
+    for name in ("whole", "cut"):
+        store = Store(tmp_path / name)
+        store.write_manifest({"schema": 1, "cells": [], "runs": {}, "packs": []})
+        if name == "cut":
+            list(bring(store, runs, sources[:1]))
+        list(bring(store, runs, sources))
+        assert store.run_ids() == [runs[0].run_id]
+
+
+def test_what_was_taken_fills_no_pack_of_what_is_to_train(places: tuple[Path, Path], tmp_path: Path) -> None:
+    """A pack trains all of its members."""
+    runs, store = [own_run(places, r) for r in (2, 4)], Store(tmp_path / "new")
+    store.write_manifest({"schema": 1, "cells": [], "runs": {}, "packs": []})
+    list(bring(store, runs, [made(tmp_path / "first", runs[0], "32")]))
+    settings = Settings(SweepConfig(max_pack=8), ReportConfig(), TrackerConfig(), StudyConfig())
+    packs = planned_packs(store, [Job(run, settings, label_of(run)) for run in runs])
+    assert [p.run_ids for p in packs] == [[runs[1].run_id], [runs[0].run_id]]

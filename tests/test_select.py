@@ -145,3 +145,34 @@ def test_a_run_of_two_cells_counts_in_both() -> None:
 def test_nothing_to_choose_from() -> None:
     assert choose({}, {}) == {}
     assert pick({}) == Choice(None)
+
+
+def test_a_rate_added_outward_that_failed_is_tried_again_when_asked(tmp_path):
+    """It is no rate of the grid: nobody else lists it."""
+    from types import SimpleNamespace
+
+    from lorabench.records import Record, Store
+    from lorabench.sweep import outward_rates
+
+    store = Store(tmp_path)
+    rates = {"a" * 12: 1e-3, "b" * 12: 2e-3, "c" * 12: 4e-3}
+    label = {"method": "LoRA", "r": 1, "alpha": 16.0, "alpha_rule": "16", "targets": "all-linear", "extra": {}}
+    store.write_manifest(
+        {
+            "schema": 1, "name": "s", "study": {}, "packs": [], "lower_is_better": ["loss"],
+            "cells": [{"id": "c", "label": label, "runs": {"tune": list(rates), "confirm": []}}],
+            "runs": {i: {"role": "tune", "lr": lr, "seed": 0} for i, lr in rates.items()},
+        }
+    )  # fmt: skip
+    for i, lr in rates.items():
+        config = {"method": {"name": "lora"}, "optimizer": {"lr": lr}, "seed": 0}
+        status, metrics = ("failed", {}) if lr == 4e-3 else ("completed", {"val/loss": 1 - 100 * lr})
+        store.write(Record(i, "tune", status, config, metrics))
+        assert store.read(i)
+    found = {}
+    for retry in (False, True):
+        settings = SimpleNamespace(sweep=SimpleNamespace(dir=str(tmp_path), retry_failed=retry))
+        found[retry] = outward_rates(settings, {"c": {1e-3, 2e-3}}, {"c": 8})
+    assert found == {False: {}, True: {"c": 4e-3}}
+    settings = SimpleNamespace(sweep=SimpleNamespace(dir=str(tmp_path), retry_failed=True))
+    assert outward_rates(settings, {"c": {1e-3, 2e-3, 4e-3}}, {"c": 8}) == {}  # once

@@ -143,10 +143,10 @@ class JobCrew:
             watch.job, watch.tries = job, max(watch.tries, int(noted.get("tries", 1)))
             self._watched.append(watch)
             return True
-        told = jobs.end(watch.store, watch.pack.id, job)
+        told, again = jobs.end(watch.store, watch.pack.id, job), watching.again(watch)
         if told.get("kind") in ("mix", "memory"):
             watching.close(watch, told)
-        elif all(watch.store.read(i) and i not in watching.again(watch) for i in watch.pack.run_ids):
+        elif not again and all(watch.store.read(i) for i in watch.pack.run_ids):
             watching.close(watch, {"kind": "done"})
         return watch.result.done()
 
@@ -201,7 +201,8 @@ class JobCrew:
             self._waiting.append(watch)
         else:
             why = f"{why}; sweep.retry_failed=true trains it again"
-            kept = [i for i in watch.pack.run_ids if i not in watching.again(watch) and watch.store.read(i)]
+            again = watching.again(watch)
+            kept = [i for i in watch.pack.run_ids if i not in again and watch.store.read(i)]
             for run in watch.pack.runs:
                 if run.run_id not in kept:
                     watch.store.write(failed(run, why, ""))

@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from lorabench import prepare as prep
+from lorabench.damage import damaged
 from lorabench.prepare import Pack
 from lorabench.records import Record, Store
 from lorabench.schema import ExistingWork
@@ -43,9 +44,12 @@ def _begin(watch: Watch) -> None:
 
 
 def again(watch: Watch) -> list[str]:
-    """Runs whose record is to be replaced: one that failed, or that was pruned where pruning is off now."""
-    found = {i: watch.store.read(i) for i in watch.pack.run_ids if i not in watch.keep}
-    return [i for i, record in found.items() if record and record.status in ("failed", "pruned")]
+    """Runs whose record is to be replaced: one that failed, that was pruned where pruning is off now, or beside which something
+    cannot be read."""
+    read = {i: watch.store.read(i) for i in watch.pack.run_ids if i not in watch.keep}
+    found = {i: record for i, record in read.items() if record}
+    torn = damaged(watch.store, found)
+    return [i for i, record in found.items() if i in torn or record.status in ("failed", "pruned")]
 
 
 def hear(watch: Watch) -> None:
@@ -71,7 +75,7 @@ def hear(watch: Watch) -> None:
 
 def _total(pack: Pack) -> int:
     first = pack.runs[0]
-    return prep.total_steps(first, len(prep.load_data(first.task).splits["train"]))
+    return prep.total_steps(first, len(prep.prepare(first).encoded.splits["train"]))  # of plain text blocks, not rows
 
 
 def close(watch: Watch, told: Mapping[str, Any]) -> None:
