@@ -10,6 +10,7 @@ from torch import nn
 
 from lorabench.adapters import SlicesMix, inject
 from lorabench.base import BaseInfo, LayerInfo, inventory
+from lorabench.schema import ConfigError
 from lorabench.slice_plan import SlicePlan
 from shaped import BASES, bert, conv, gpt2, gradients, losses, plan, repeat, shake, spec, token_batch
 
@@ -372,6 +373,19 @@ def test_packs_that_cannot_be(plans):
     model, info = bert()
     with pytest.raises(AssertionError):
         inject(model, plans, info=info)
+
+
+@pytest.mark.parametrize("own", ["lora", "full"])
+def test_a_base_that_is_refused_is_as_it_was(own):
+    """It is kept for the next pack, which must not find half of this one on it."""
+    model, info = bert()
+    before, parts = snapshot(model), [(name, type(m)) for name, m in model.named_modules()]
+    model.layerdrop = 0.1  # found after all is wrapped
+    with pytest.raises(ConfigError, match="cannot be keyed"):
+        inject(model, [plan(info, 2, ["query"]) if own == "lora" else SlicePlan(seed=3, full=True)], info=info)
+    assert [(name, type(m)) for name, m in model.named_modules()] == parts
+    assert_same(before, snapshot(model))
+    assert len({p.requires_grad for p in model.parameters()}) == 1
 
 
 def test_inventory_names_kinds_and_counts_tied_weights_once():

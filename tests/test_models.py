@@ -203,7 +203,10 @@ def test_fingerprint_follows_content(bases: dict[str, Path], tmp_path: Path) -> 
     model = tf.AutoModel.from_pretrained(copy)
     model.embeddings.word_embeddings.weight.data[0, 0] += 1
     model.save_pretrained(copy)
-    assert Config(source=str(copy)).fingerprint() != first
+    second = Config(source=str(copy)).fingerprint()
+    assert second != first
+    (copy / "chat_template.jinja").write_text("{{ messages }}")  # what prompts are made of
+    assert Config(source=str(copy)).fingerprint() not in (first, second)
 
 
 # -- what is wrong with a source ------------------------------------------------------------------------------------

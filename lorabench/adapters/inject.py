@@ -25,20 +25,24 @@ def inject(model: nn.Module, plans: Sequence[SlicePlan], *, info: BaseInfo, give
 
     Slices of one pack train the same modules and biases; `full` is a pack of one. Everything not trained is frozen,
     normalisation statistics too. The base's own dropout is re-keyed (see `dropout`), which needs eager attention.
-    give_back: whether `full` keeps the base's weights for `stack.remove()`.
+    give_back: whether `full` keeps the base's weights for `stack.remove()`. Where something is raised the base is as it was.
     """
     assert plans and (len(plans) == 1 or not any(p.full for p in plans)), "full fine-tuning is a pack of one"
     assert len({(p.modules, p.biases) for p in plans}) == 1, "slices of a pack train the same modules and biases"
     stack = Stack(model, plans)
-    _freeze(stack)
-    if plans[0].full:
-        _train_base(stack, info, give_back)
-    else:
-        _wrap_adapters(stack, info)
-        _wrap_biases(stack, info)
-        _wrap_modules(stack, info)
-    _freeze_statistics(stack)
-    key_base_dropout(model, stack.context, stack.undo)
+    try:
+        _freeze(stack)
+        if plans[0].full:
+            _train_base(stack, info, give_back)
+        else:
+            _wrap_adapters(stack, info)
+            _wrap_biases(stack, info)
+            _wrap_modules(stack, info)
+        _freeze_statistics(stack)
+        key_base_dropout(model, stack.context, stack.undo)
+    except BaseException:
+        stack.remove()  # the base is kept for the next pack, which finds no layer of this one on it, nor its memory
+        raise
     return stack
 
 

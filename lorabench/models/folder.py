@@ -65,8 +65,8 @@ def weight_files(folder: Path) -> list[Path]:
 
 
 def fingerprint(folder: Path) -> str:
-    """SHA-256 over the content of weights, configuration and tokenizer; names and times do not count."""
-    names = ("config.json", "token", "vocab", "merges", "spiece")
+    """SHA-256 over the content of weights, configuration, tokenizer and chat template; names and times do not count."""
+    names = ("config.json", "token", "vocab", "merges", "spiece", "chat_template")
     small = [p for p in folder.iterdir() if p.name.startswith(names)]
     parts = [file_digest(p) for p in [*weight_files(folder), *sorted(small)] if p.is_file()]
     return hashlib.sha256("".join(parts).encode()).hexdigest()
