@@ -80,6 +80,12 @@ def test_an_axis_without_values_is_refused():
         expand({"m": {"method.r": []}}, {}, [])
 
 
+@pytest.mark.parametrize("grid", ["method=lora", {"zip": ["method.r", "method.alpha"]}])
+def test_a_grid_that_is_no_mapping_is_refused(grid):
+    with pytest.raises(ConfigError, match="hydra.sweeper.grids.m.*a mapping of axes"):
+        expand({"m": grid}, {}, [])
+
+
 def test_zipped_axes_of_unequal_length_are_refused():
     with pytest.raises(ConfigError, match="hydra.sweeper.grids.m.zip.*equal length"):
         expand({"m": {"zip": {"a": [1, 2], "b": [1]}}}, {}, [])

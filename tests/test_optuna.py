@@ -2,6 +2,7 @@
 
 import math
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
@@ -120,8 +121,34 @@ def test_a_study_that_was_cut_draws_what_it_would_have_drawn(search, sampler):
     assert drawn["cut"] == drawn["whole"] and len({str(p) for p in drawn["cut"]}) == 4
 
 
+def test_a_trial_that_failed_is_asked_for_again_once():
+    """However often the same command is given: what it would ask for again is a trial of the budget."""
+    from hydra_plugins.lorabench._study import Search
+
+    search = object.__new__(Search)
+    search.study, search.options = optuna.create_study(), {"n_trials": 5}
+    search.settings = SimpleNamespace(sweep=SimpleNamespace(retry_failed=True))
+    axes = {"x": FloatDistribution(0, 1)}
+    search.space = SimpleNamespace(axes=axes)
+    failed = search.study.ask(axes)
+    search.study.tell(failed, state=optuna.trial.TrialState.FAIL)
+    for _ in range(3):
+        assert search._unfinished() == ([], 5)
+    again = search.study.ask(axes)
+    assert again.params == failed.params
+    search.study.tell(again, 0.5)
+    assert search._unfinished() == ([], 4)
+    assert len(search.study.trials) == 2
+
+
 def test_bad_input_leaves_nothing(search):
-    for bad in ("method.r=0,1", "optimizer.no_such=1,2", "seed=1,2", "hydra.sweeper.sampler=best"):
+    for bad in (
+        "method.r=0,1",
+        "optimizer.no_such=1,2",
+        "seed=1,2",
+        "hydra.sweeper.sampler=best",
+        "hydra.sweeper.n_jobs=0",
+    ):
         code, out = search(bad)
         assert code == 2, out
     assert search("sweep.dry_run=true")[0] == 0

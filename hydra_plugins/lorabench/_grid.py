@@ -34,6 +34,9 @@ def expand(grids: Mapping[str, Any], params: Mapping[str, Any], arguments: Seque
     """All cells of a sweep. arguments: the command line's overrides, which win over the config's axes."""
     parsed = OverridesParser.create().parse_overrides(list(arguments))
     named = grids or {"all": {}}
+    for name, grid in named.items():
+        if not isinstance(grid or {}, Mapping):
+            raise ConfigError(f"hydra.sweeper.grids.{name}", grid, "a mapping of axes, key: values")
     tables = {name: _axes(name, {**params, **(grid or {})}) for name, grid in named.items()}
     constants: list[str] = []
     for override in parsed:
@@ -52,6 +55,8 @@ def expand(grids: Mapping[str, Any], params: Mapping[str, Any], arguments: Seque
 
 def _axes(name: str, grid: Mapping[str, Any]) -> list[list[Axis]]:
     """Each entry is a bundle of axes that advance together; a lone axis is a bundle of one."""
+    if not isinstance(grid.get("zip") or {}, Mapping):
+        raise ConfigError(f"hydra.sweeper.grids.{name}.zip", grid["zip"], "a mapping of axes, key: values")
     bundles = [[_axis(key, value)] for key, value in grid.items() if key != "zip"]
     zipped = grid.get("zip")
     if zipped:

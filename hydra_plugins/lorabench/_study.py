@@ -52,6 +52,9 @@ class Search:
         self, context: HydraContext, config: DictConfig, settings: Mapping[str, Any], arguments: Sequence[str]
     ) -> None:
         self.composer, self.options = Composer.of(context, config), settings
+        for name in ("n_trials", "n_jobs"):
+            if settings[name] < 1:
+                raise ConfigError(f"hydra.sweeper.{name}", settings[name], "at least 1")
         self.space = space(settings["params"], arguments)
         if SEED in self.space.axes:
             raise ConfigError(SEED, "swept", "a trial's seeds are sweep.tune_seeds; a seed is not searched for")
@@ -98,14 +101,17 @@ class Search:
 
     def _unfinished(self) -> tuple[list[Trial], int]:
         """Trials that were asked for and never told, and how many are left to ask for."""
-        pending, told = [], 0
-        for t in self.study.get_trials(deepcopy=False):
+        pending, told, trials = [], 0, self.study.get_trials(deepcopy=False)
+        tried = [t.params or t.system_attrs.get("fixed_params") for t in trials if t.state != TrialState.FAIL]
+        for t in trials:
             if t.state == TrialState.RUNNING and t.params.keys() == self.space.axes.keys():
                 pending.append(self._trial(t.number, self.space.overrides(t.params)))
             elif t.state == TrialState.RUNNING:  # cut while it was drawn, or of another space
                 self.study.tell(t.number, state=TrialState.FAIL)
             elif t.state == TrialState.FAIL and self.settings.sweep.retry_failed and t.params:
-                self.study.enqueue_trial(t.params)
+                if t.params not in tried:  # nor again once that went well, or is under way
+                    self.study.enqueue_trial(t.params)
+                    tried.append(t.params)
                 continue
             told += t.state != TrialState.WAITING
         return pending, max(0, self.options["n_trials"] - told)
