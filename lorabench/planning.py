@@ -122,10 +122,13 @@ def write_cells(
         manifest["experiment"] = jobs[0].settings.sweep.experiment or manifest.get("experiment")
         manifest |= {"command": list(command)} if command else {}
         cells, known = {c["id"]: c for c in manifest["cells"]}, set(manifest["runs"])
+        for job in reversed(
+            jobs
+        ):  # what is no part of a run's identity may be asked otherwise now; a cluster reads it here
+            if job.run.run_id in known:
+                manifest["runs"][job.run.run_id]["config"] = job.run.to_dict()
         for job in jobs:
             run, name = job.run, cell_id(job.label)
-            if run.run_id in known:  # what is no part of its identity may be asked otherwise now; jobs read it here
-                manifest["runs"][run.run_id]["config"] = run.to_dict()
             if only_new and run.run_id in known:
                 continue
             trainable = plans[run.run_id].trainable(prep.layers(run))

@@ -202,7 +202,9 @@ class Store:
     def cut_history(self, run_id: str, size: int) -> None:
         """Drop what follows the first `size` bytes: rows beyond the checkpoint that a pack goes on from."""
         if size:
-            os.truncate(self.own_dir(run_id) / HISTORY, size)
+            path = self.own_dir(run_id) / HISTORY
+            with writing(path):
+                os.truncate(path, size)
         else:
             self.reset_history(run_id)
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
-from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -23,12 +22,12 @@ from lorabench.ranks import train
 from lorabench.records import Record, Store
 from lorabench.replicas import Lost
 from lorabench.report.select import Choice, choose
-from lorabench.schema import ConfigError
+from lorabench.schema import ConfigError, writing
 from lorabench.sharing import Ended, freed
 from lorabench.slice_plan import SlicePlan
 from lorabench.terminal import Progress, dry_run_table
 from lorabench.train import Listener, OutOfMemory, SlicesMix, measure
-from lorabench.workers import Crew, workers_for
+from lorabench.workers import Crew, one_share, shares, workers_for
 
 Executor = Callable[[Callable[[Pack], list[Record]], Sequence[Pack]], Iterable[list[Record]]]
 
@@ -96,26 +95,26 @@ def execute(jobs: Sequence[Job], *, executor: Executor = map, console: Console |
     if not todo and settings.sweep.progress:
         console.print(f"{store.root}: all {len(plans)} runs are finished, nothing to train", highlight=False)
     with Progress(console, todo, enabled=settings.sweep.progress) as progress:
-        _run(todo, store, settings, Ended(store, finished, stamps), executor, progress)
+        cut = shares(packs, settings.sweep.workers)
+        _run(todo, cut, store, settings, Ended(store, finished, stamps), executor, progress)
     return [store.read(j.run.run_id) for j in jobs]
 
 
 def _run(
-    todo: Sequence[Pack], store: Store, settings: Settings, ended: Ended, executor: Executor, progress: Progress
-) -> None:
+    todo: Sequence[Pack], cut: int, store: Store, settings: Settings, ended: Ended, executor: Executor, progress: Progress,
+) -> None:  # fmt: skip
     from lorabench.trackers import make_tracker
 
     tracker = make_tracker(settings.tracker, sweep=store.root.name, sweep_dir=store.root)
-
-    own = workers_for(todo, settings.sweep.workers)
-    workers = executor if isinstance(executor, Crew) else own
+    workers = executor if isinstance(executor, Crew) else workers_for(todo, cut)
     train_pack, executor = (workers.train, workers.map) if workers else (train, executor)
 
     others: list[Pack] = []  # packs that another launcher holds, or that go on
     lost: list[str] = []
 
     def one(pack: Pack) -> list[Record]:
-        lease = store.leases.take(pack.id)
+        with writing(store.leases.folder):
+            lease = store.leases.take(pack.id)
         if lease is None:
             others.append(pack)
             return []
@@ -149,7 +148,7 @@ def _run(
         return [record for part in parts for record in one(part)]
 
     try:
-        with workers or nullcontext():
+        with workers or one_share(cut):
             while todo:
                 for records in executor(one, todo):
                     progress.done(records)
@@ -199,18 +198,20 @@ def chosen_rates(settings: Settings) -> dict[str, float]:
 def outward_rates(
     settings: Settings, tried: Mapping[str, Collection[float]], most: Mapping[str, int]
 ) -> dict[str, float]:
-    """The next rate to train, by cell id, after those tried here: one that was added before and has not ended (by a launcher
-    that was killed, or by another one), or failed and is to be tried again, else one beyond, where the best lies at an end.
+    """The next rate to train, by cell id, after those tried here: those that were added before and have not ended (by a
+    launcher that was killed, or by another one), or failed and are to be tried again; where there are none one beyond, in
+    cells whose best lies at an end: a round that was cut is ended first, so that rates share packs as they would have.
     most: rates of a cell."""
-    found: dict[str, float] = {}
+    begun, beyond = dict[str, float](), dict[str, float]()
     for name, choice in _choices(settings, retry=settings.sweep.retry_failed).items():
-        here = tried.get(name, ())
-        begun = [rate.lr for rate in choice.rates if rate.missing > len(rate.pruned) and rate.lr not in here]
-        if begun:
-            found[name] = begun[0]
+        if name not in tried:
+            continue
+        left = [rate.lr for rate in choice.rates if rate.missing > len(rate.pruned) and rate.lr not in tried[name]]
+        if left:
+            begun[name] = left[0]
         elif choice.outward is not None and len(choice.rates) < most.get(name, 0):
-            found[name] = choice.outward
-    return found
+            beyond[name] = choice.outward
+    return begun or beyond
 
 
 def _choices(settings: Settings, *, retry: bool = False) -> dict[str, Choice]:
@@ -232,7 +233,9 @@ def measure_cells(settings: Settings, jobs: Sequence[Job]) -> None:
     if first.keys() <= timed_cells(store.manifest(), done):
         store.leases.tidy("solo")  # one who died as all were measured is put out
         return
-    with store.leases.wait("solo"):  # two that measure at a time would measure each other
+    with writing(store.leases.folder):
+        lease = store.leases.wait("solo")
+    with lease:  # two that measure at a time would measure each other
         timed = timed_cells(store.manifest(), done)
         for name in [name for name in first if name not in timed]:
             found = measure(first[name].run, store)

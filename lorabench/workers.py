@@ -9,11 +9,10 @@ import multiprocessing
 import os
 import queue
 import signal
-import sys
 from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from threading import Event, Lock, current_thread, main_thread
 from typing import Any, Protocol, runtime_checkable
 
@@ -58,7 +57,7 @@ class Workers:
     """Processes that train packs; use as a context. `train` has the meaning of `train.train`, `map` that of `map`.
 
     A pack whose worker died goes on from its last checkpoint in a new one, as long as each worker gets further than the one
-    before. SIGTERM is handed on: each worker writes a checkpoint and leaves. shares: how many the CPU's cores are meant for;
+    before. SIGTERM and Ctrl-C are handed on: each worker writes a checkpoint and leaves. shares: how many the CPU's cores are meant for;
     where fewer packs are left each has as many threads as before, and so the same numbers.
     """
 
@@ -91,7 +90,11 @@ class Workers:
 
     def map(self, one: Callable[[Pack], list[Record]], packs: Sequence[Pack]) -> Iterator[list[Record]]:
         with ThreadPoolExecutor(self.count) as threads:
-            yield from threads.map(one, packs)
+            try:
+                yield from threads.map(one, packs)
+            except (KeyboardInterrupt, GeneratorExit):  # nobody waits any more; the workers do not hear of Ctrl-C
+                self._end()
+                raise
 
     def train(
         self, pack: Pack, store: Store, listener: Listener, *, keep: Collection[str], accept_drift: bool = False
@@ -200,14 +203,30 @@ def _train(
     return messages.ended(lambda: train(pack, store, listener, keep=keep, accept_drift=accept_drift))
 
 
-def workers_for(packs: Sequence[Pack], asked: int | None) -> Workers | None:
-    """Processes for packs side by side, where more than one pays; a pack on several devices has processes of its own.
+def shares(planned: Sequence[Pack], asked: int | None) -> int:
+    """Into how many the cores or devices are cut, whichever of the planned packs are left to train: threads are part of a
+    number, and a pack that goes on after a kill, as the last of several, must have those it was begun with. Halves of a pack
+    that did not fit count as one. 1: a pack on several devices has processes of its own."""
+    if not planned or any(device_count(pack.runs[0].trainer) > 1 for pack in planned):
+        return 1
+    packs = {pack.id.partition(".")[0] for pack in planned}
+    return worker_count(asked, resolve(planned[0].runs[0]).device, asked or len(packs))
 
-    The last pack of several has its share of the cores like those before it, and one that goes on after a kill has it still.
-    """
-    if not packs or any(device_count(pack.runs[0].trainer) > 1 for pack in packs):
-        return None
-    device = resolve(packs[0].runs[0]).device
-    shares = worker_count(asked, device, sys.maxsize)
-    count = min(shares, len(packs))
-    return Workers(count, device, shares) if count > 1 or (shares > 1 and device == "cpu") else None
+
+def workers_for(packs: Sequence[Pack], cut: int) -> Workers | None:
+    """Processes for packs side by side, where more than one pays. cut: what `shares` gives."""
+    count = min(cut, len(packs))
+    return Workers(count, resolve(packs[0].runs[0]).device, cut) if count > 1 else None
+
+
+@contextmanager
+def one_share(cut: int) -> Iterator[None]:
+    """Inside, this process has as many threads as a worker would have. cut: what `shares` gives; 1: it keeps its own."""
+    before = torch.get_num_threads()
+    if cut > 1:
+        torch.set_num_threads(max(1, len(_cores()) // cut))
+    try:
+        yield
+    finally:
+        if cut > 1:
+            torch.set_num_threads(before)

@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 import pytest
 
-from lorabench.records import Record
+from lorabench.config import digest
+from lorabench.records import Record, Store
 from lorabench.report.select import Choice, choose
+from lorabench.sweep import outward_rates
 
 Losses = Mapping[float, list[Any]]  # rate -> validation loss of each seed, or a status, or None for a run not ended
 
@@ -147,32 +150,47 @@ def test_nothing_to_choose_from() -> None:
     assert pick({}) == Choice(None)
 
 
-def test_a_rate_added_outward_that_failed_is_tried_again_when_asked(tmp_path):
-    """It is no rate of the grid: nobody else lists it."""
+def added_outward(root: Path, cells: Mapping[str, Mapping[float, str | None]]) -> Any:
+    """What `outward_rates` says of cells whose rates have ended so (None: not yet); tried here: the first two of each."""
     from types import SimpleNamespace
 
-    from lorabench.records import Record, Store
-    from lorabench.sweep import outward_rates
-
-    store = Store(tmp_path)
-    rates = {"a" * 12: 1e-3, "b" * 12: 2e-3, "c" * 12: 4e-3}
+    store, cell_of = Store(root), {}
     label = {"method": "LoRA", "r": 1, "alpha": 16.0, "alpha_rule": "16", "targets": "all-linear", "extra": {}}
-    store.write_manifest(
-        {
-            "schema": 1, "name": "s", "study": {}, "packs": [], "lower_is_better": ["loss"],
-            "cells": [{"id": "c", "label": label, "runs": {"tune": list(rates), "confirm": []}}],
-            "runs": {i: {"role": "tune", "lr": lr, "seed": 0} for i, lr in rates.items()},
-        }
-    )  # fmt: skip
-    for i, lr in rates.items():
-        config = {"method": {"name": "lora"}, "optimizer": {"lr": lr}, "seed": 0}
-        status, metrics = ("failed", {}) if lr == 4e-3 else ("completed", {"val/loss": 1 - 100 * lr})
-        store.write(Record(i, "tune", status, config, metrics))
-        assert store.read(i)
-    found = {}
-    for retry in (False, True):
-        settings = SimpleNamespace(sweep=SimpleNamespace(dir=str(tmp_path), retry_failed=retry))
-        found[retry] = outward_rates(settings, {"c": {1e-3, 2e-3}}, {"c": 8})
-    assert found == {False: {}, True: {"c": 4e-3}}
-    settings = SimpleNamespace(sweep=SimpleNamespace(dir=str(tmp_path), retry_failed=True))
-    assert outward_rates(settings, {"c": {1e-3, 2e-3, 4e-3}}, {"c": 8}) == {}  # once
+    manifest: dict[str, Any] = {"schema": 1, "study": {}, "cells": [], "runs": {}, "packs": []}
+    for name, rates in cells.items():
+        ids = {digest([name, lr])[:12]: lr for lr in rates}
+        manifest["cells"].append({"id": name, "label": label, "runs": {"tune": list(ids), "confirm": []}})
+        manifest["runs"] |= {i: {"role": "tune", "lr": lr, "seed": 0} for i, lr in ids.items()}
+        cell_of |= {i: (name, lr) for i, lr in ids.items()}
+    store.write_manifest(manifest)
+    for i, (name, lr) in cell_of.items():
+        if status := cells[name][lr]:
+            config = {"method": {"name": "lora"}, "optimizer": {"lr": lr}, "seed": 0}
+            metrics = {"val/loss": 1 - 100 * lr} if status == "completed" else {}
+            store.write(Record(i, "tune", status, config, metrics))
+            assert store.read(i)
+
+    def asked(*, retry: bool = False, more: float = 0) -> dict[str, float]:
+        settings: Any = SimpleNamespace(sweep=SimpleNamespace(dir=str(root), retry_failed=retry))
+        tried = {name: {*list(rates)[:2], more} for name, rates in cells.items() if name != "unlisted"}
+        return outward_rates(settings, tried, dict.fromkeys(cells, 8))
+
+    return asked
+
+
+DONE = {1e-3: "completed", 2e-3: "completed"}
+
+
+def test_a_rate_added_outward_that_failed_is_tried_again_when_asked(tmp_path: Path) -> None:
+    """It is no rate of the grid: nobody else lists it."""
+    asked = added_outward(tmp_path, {"c": {**DONE, 4e-3: "failed"}})
+    assert (asked(), asked(retry=True)) == ({}, {"c": 4e-3})
+    assert asked(retry=True, more=4e-3) == {}  # once
+
+
+def test_a_round_of_added_rates_that_was_cut_ends_before_the_next(tmp_path: Path) -> None:
+    """Rates that are added together share a pack: one that waits for another must wait after a kill, too."""
+    cut, ahead = {**DONE, 4e-3: None}, {**DONE, 4e-3: "completed"}
+    assert added_outward(tmp_path / "cut", {"cut": cut, "ahead": ahead})() == {"cut": 4e-3}
+    assert added_outward(tmp_path / "on", {"one": ahead, "two": ahead})() == {"one": 8e-3, "two": 8e-3}
+    assert added_outward(tmp_path / "other", {"unlisted": cut, "ahead": ahead})() == {"ahead": 8e-3}

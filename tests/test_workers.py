@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import signal
 from pathlib import Path
+from threading import Event, main_thread
 from typing import Any
 
 import pytest
@@ -21,6 +23,8 @@ class Idle:
     def stop(self) -> None:
         pass
 
+    terminate = stop
+
 
 @pytest.fixture
 def threads(monkeypatch: pytest.MonkeyPatch) -> list[int]:
@@ -34,25 +38,40 @@ def threads(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     return found
 
 
+def packs_of(root: Path, *ids: str) -> list[Pack]:
+    run = make_run(make_base(root / "bert", "bert"), make_data(root / "data.csv", rows=60))
+    return [Pack(i, (run,)) for i in ids]
+
+
 @pytest.mark.parametrize("asked", [2, 3, 7])
 def test_a_pack_has_as_many_threads_whichever_worker_it_meets_and_however_many_are_left(
     threads: list[int], tmp_path: Path, asked: int
 ) -> None:
     """Else one that goes on after a kill, as the last of several, would be refused or come out otherwise."""
-    run = make_run(make_base(tmp_path / "bert", "bert"), make_data(tmp_path / "data.csv", rows=60))
-    for left in (8, 1):
-        crew = workers.workers_for([Pack(f"p{i}", (run,)) for i in range(left)], asked)
-        assert crew is not None
-        with crew:
-            assert len(crew._all) == min(asked, left)
-            for worker in crew._all:
-                workers._begin(*worker.own, channel=None)
-    assert set(threads) == {max(1, 5 // asked)}
+    packs = packs_of(tmp_path, *(f"p{i}" for i in range(8)))
+    for planned in (packs, packs[:1]):
+        assert workers.shares(planned, asked) == asked
+    crew = workers.workers_for(packs, asked)
+    assert crew is not None
+    with crew:
+        assert len(crew._all) == asked
+        for worker in crew._all:
+            workers._begin(*worker.own, channel=None)
+    assert workers.workers_for(packs[-1:], asked) is None
+    with workers.one_share(asked):  # the last one, in this process
+        pass
+    assert threads == [max(1, 5 // asked)] * (asked + 1) + [1]
 
 
-def test_one_process_trains_here(tmp_path: Path) -> None:
-    run = make_run(make_base(tmp_path / "bert", "bert"), make_data(tmp_path / "data.csv", rows=60))
-    assert workers.workers_for([Pack("p0", (run,)), Pack("p1", (run,))], 1) is None
+def test_by_itself_a_lone_pack_has_all_cores_and_its_halves_too(
+    threads: list[int], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(workers, "GROUP", 2)
+    one, other, *halves = packs_of(tmp_path, "p0", "p1", "p0.0", "p0.1")
+    assert [workers.shares(packs, None) for packs in ([one, other], [one], halves)] == [2, 1, 1]
+    with workers.one_share(1):
+        assert not threads
+    assert not threads
 
 
 def test_more_workers_than_devices_share_them(threads: list[int], monkeypatch: pytest.MonkeyPatch) -> None:
@@ -66,3 +85,22 @@ def test_more_workers_than_devices_share_them(threads: list[int], monkeypatch: p
             workers._begin(*worker.own, channel=None)
             seen.append(workers.os.environ["CUDA_VISIBLE_DEVICES"])
     assert seen == ["4", "6", "4", "6"]
+
+
+@pytest.mark.usefixtures("threads")
+def test_ctrl_c_ends_the_workers_and_not_only_who_waits_for_them(request: pytest.FixtureRequest) -> None:
+    told: list[bool] = []
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background leaves it ignored
+    request.addfinalizer(lambda: signal.signal(signal.SIGINT, before))
+    waits = Event()
+
+    def one(pack: Any) -> list[Any]:
+        if pack == "p1":
+            waits.wait(20)
+            signal.pthread_kill(main_thread().ident or 0, signal.SIGINT)
+            told.append(crew._ending.wait(20))
+        return []
+
+    with workers.Workers(2, "cpu") as crew, pytest.raises(KeyboardInterrupt):
+        [waits.set() for _ in crew.map(one, ["p0", "p1"])]  # type: ignore[func-returns-value,list-item]
+    assert told == [True]

@@ -14,7 +14,7 @@ from troubles import cannot
 from lorabench.records import Store
 
 
-@pytest.mark.parametrize("kind", ["run.json", "history.jsonl", "test.npz", ".adapter.", "sweep.json", ".s."])
+@pytest.mark.parametrize("kind", ["run.json", "history.jsonl", "test.npz", ".adapter.", "sweep.json", ".p0.", ".s."])
 def test_the_disk_is_full(fault, launcher, undisturbed, tmp_path, kind):
     """no more room (a file size limit)"""
     report = ["report.enabled=true"] if kind == ".s." else []
