@@ -100,6 +100,22 @@ def test_csv_of_a_run_that_starts_again_starts_again(sweep_dir: Path) -> None:
     assert (sweep_dir / "runs" / RUNS[0] / "history.csv").read_text() == first
 
 
+def test_a_run_that_goes_on_from_a_checkpoint_keeps_its_rows(sweep_dir: Path) -> None:
+    """Who heard the first ones is gone; those after the checkpoint come as they are trained, and each stands once."""
+    whole, cut = sweep_dir / "whole", sweep_dir / "cut"
+    for root, begun, heard in ((whole, [], HISTORY), (cut, HISTORY[:2], HISTORY[1:])):
+        Store(root).append_history(RUNS[0], begun)
+        tracker = make_tracker(TrackerConfig(name="csv"), sweep="s", sweep_dir=root)
+        assert tracker is not None
+        tracker.start(RUNS[0], CONFIG, method="lora", tags=[])
+        for row in heard:
+            tracker.log(RUNS[0], row)
+        tracker.finish(RUNS[0], record(RUNS[0]))
+        tracker.close()
+    texts = [(root / "runs" / RUNS[0] / "history.csv").read_text() for root in (whole, cut)]
+    assert texts[0] == texts[1] and texts[0].count("\n") == 1 + len(HISTORY)
+
+
 def test_tensorboard_reads_back(sweep_dir: Path) -> None:
     pytest.importorskip("tensorboard")
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator

@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib
 from pathlib import Path
 
+from lorabench.records import Store
 from lorabench.settings import TrackerConfig
 from lorabench.trackers.contract import Mirror, Tracker
 
@@ -24,4 +25,4 @@ def make_tracker(settings: TrackerConfig, *, sweep: str, sweep_dir: Path) -> Mir
         tracker: Tracker = module.build(settings, sweep=sweep, sweep_dir=sweep_dir)
         return tracker
 
-    return Mirror(settings.name, build)
+    return Mirror(settings.name, build, Store(sweep_dir).history)

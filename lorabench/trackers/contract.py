@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -30,11 +30,15 @@ class Tracker(Protocol):
 class Mirror:
     """A tracker that cannot fail a run: its first error is reported, and it is off for that run from then on.
 
-    The tracker is built at the first run, so that a missing package is an error of the mirror, too.
+    The tracker is built at the first run, so that a missing package is an error of the mirror, too. history: a run's rows on
+    disk. Of a run that goes on from a checkpoint those were heard by a process that is gone; they are told first, and once.
     """
 
-    def __init__(self, name: str, build: Callable[[], Tracker]) -> None:
-        self.name, self.build = name, build
+    def __init__(
+        self, name: str, build: Callable[[], Tracker], history: Callable[[str], Sequence[Row]] = lambda run_id: ()
+    ) -> None:
+        self.name, self.build, self.history = name, build, history
+        self.told: dict[str, set[tuple[Any, ...]]] = {}
         self.tracker: Tracker | None = None
         self.live: set[str] = set()
         self.lost: set[str] = set()
@@ -43,19 +47,24 @@ class Mirror:
         def begin() -> None:
             self.tracker = self.tracker or self.build()
             self.tracker.start(run_id, config, method=method, tags=tags)
+            rows = self.history(run_id)
+            self.told[run_id] = {_which(row) for row in rows}
+            for row in rows:
+                self.tracker.log(run_id, row)
 
         self.lost.discard(run_id)  # a run that starts again gets another chance
         self.live.add(run_id)
         self._try(run_id, begin)
 
     def log(self, run_id: str, row: Row) -> None:
-        if run_id in self.live and self.tracker:
+        if run_id in self.live and self.tracker and _which(row) not in self.told.get(run_id, ()):
             self._try(run_id, self.tracker.log, run_id, row)
 
     def finish(self, run_id: str, record: Record) -> None:
         if run_id in self.live and self.tracker:
             self._try(run_id, self.tracker.finish, run_id, record)
         self.live.discard(run_id)
+        self.told.pop(run_id, None)
 
     def report(self, report_dir: Path, tables: Mapping[str, Any]) -> None:
         """The sweep's rendered report and `report.mirrored`; trackers without such a method hear nothing."""
@@ -86,3 +95,8 @@ class Mirror:
 
     def _say(self, text: str) -> None:
         print(f"tracker {self.name}: {text}", file=sys.stderr)
+
+
+def _which(row: Row) -> tuple[Any, ...]:
+    """What tells a row of a history from the others: its step, and what was measured there."""
+    return (row.get("step"), *sorted(row))
