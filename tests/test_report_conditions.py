@@ -78,7 +78,7 @@ def test_each_size_has_its_own_smallest_rank(made: tuple[Findings, Evidence]) ->
     )
     assert "; r = 1 is not (" in part.texts[2]
     assert (
-        "r = 1 falls further behind" in part.texts[3]
+        part.texts[3].endswith("r = 1 loses ground.")
         and "From train_examples 500 to train_examples 9600" in part.texts[3]
     )
     rows = {(r.texts[0], r.texts[1]): r for r in part.tables[0].rows}
@@ -96,7 +96,8 @@ def test_the_change_of_a_difference_is_that_of_four_cells(made: tuple[Findings, 
     part = conditions.part(f)
     assert part is not None
     change = (means[0] - means[1]) - (means[2] - means[3])
-    assert f"changes by {f.metric.difference(change, unit=True)}" in part.texts[3]
+    now, then = (f.metric.difference(means[n] - means[n + 1]) for n in (0, 2))
+    assert f"goes from {then} to {now}, by {f.metric.difference(change, unit=True)} (" in part.texts[3]
     assert f.pooled is not None  # four cells scatter as twice a difference of two
     a, b = (measure.difference(x.sample, y.sample) for x, y in (four[:2], four[2:]) if x.sample and y.sample)
     both = measure.difference(a, b) if a and b else None

@@ -100,7 +100,7 @@ def _shown(f: Findings, made: Comparison) -> str:
 
 
 def _between(f: Findings, first: Condition, last: Condition) -> Iterator[str]:
-    """Whether the smallest rank that both have falls further behind the largest that both have."""
+    """Whether the smallest rank that both have loses ground to the largest that both have."""
     ranks = sorted({r.cell.r or 0 for r in first.cells} & {r.cell.r or 0 for r in last.cells})
     if len(ranks) < 2:
         return
@@ -112,13 +112,15 @@ def _between(f: Findings, first: Condition, last: Condition) -> Iterator[str]:
         yield f"{about}: no verdict, as not all four cells have three confirmation seeds in common."
         return
     low, high = made.interval()
-    behind = (made.mean > 0) == f.sweep.lower_is_better
-    way = (
-        "not resolved from no change"
-        if low <= 0 <= high
-        else f"r = {small} {'falls further behind' if behind else 'catches up'}"
+    loses = (made.mean > 0) == f.sweep.lower_is_better
+    way = "not resolved from no change" if low <= 0 <= high else f"r = {small} {'loses' if loses else 'gains'} ground"
+    now, then = (
+        f.metric.difference(a.sample.scores.mean() - b.sample.scores.mean())
+        for a, b in (four[:2], four[2:])
+        if a.sample and b.sample
     )
-    yield f"{about} changes by {f.metric.difference(made.mean, unit=True)} (95 % interval {f.metric.bounds(low, high)}, exploratory): {way}."
+    yield (f"{about} goes from {then} to {now}, by {f.metric.difference(made.mean, unit=True)} (95 % interval {f.metric.bounds(low, high)}, exploratory): "
+           f"{way}.")  # fmt: skip
 
 
 def _growth(f: Findings, four: list[Result]) -> st.Estimate | None:
