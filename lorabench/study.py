@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import tempfile
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -69,9 +70,10 @@ class Study:
 
     @property
     def reference(self) -> CellPlan:
-        """As the report chooses it: declared, else the largest rank (most parameters where ranks tie), else full, else the first."""
+        """As the report chooses it: declared, else the largest rank (most parameters, then most training data, where ranks
+        tie), else full, else the first."""
         declared = [c for c in self.cells if c.id == self.settings.study.reference]
-        ranked = sorted(self.adapters, key=lambda c: (-(c.r or 0), -c.trainable))
+        ranked = sorted(self.adapters, key=lambda c: (-(c.r or 0), -c.trainable, -_data(c.run)))
         full = [c for c in self.cells if c.run.method.name == "full"]
         return [*declared, *ranked, *full, *self.cells][0]
 
@@ -82,13 +84,13 @@ class Study:
 
     @cached_property
     def examples(self) -> dict[str, int]:
-        """By split."""
-        return {name: len(rows) for name, rows in prep.prepare(self.tuning[0]).encoded.splits.items()}
+        """By split; of the run with most training data, where they differ."""
+        return {name: len(rows) for name, rows in prep.prepare(max(self.tuning, key=_data)).encoded.splits.items()}
 
     @property
     def steps(self) -> int:
         """Optimizer steps of a run; of the longest, where they differ."""
-        return max(prep.total_steps(run, self.examples["train"]) for run in self.tuning)
+        return max(prep.total_steps(run, len(prep.prepare(run).encoded.splits["train"])) for run in self.tuning)
 
     def runs(self, seeds: int) -> int:
         """Runs in all with so many confirmation seeds."""
@@ -126,6 +128,12 @@ def count(jobs: Sequence[Job]) -> Study:
     unique = {job.run.run_id: job.run for job in jobs}
     cells = tuple(_cell(name, own) for name, own in by_cell.items())
     return Study(settings, formats.metric(name, lower_is_better=lower, unit=unit), cells, tuple(unique.values()))
+
+
+def _data(run: RunConfig) -> float:
+    """Training examples as asked for; null: all there are."""
+    asked = getattr(run.task, "train_examples", None)
+    return math.inf if asked is None else float(asked)
 
 
 def _cell(name: str, jobs: Sequence[Job]) -> CellPlan:

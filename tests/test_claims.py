@@ -381,6 +381,26 @@ def test_forgetting(lora: Any, full: Any, score: float, expected: str, tmp_path:
     assert v.status == expected, v
 
 
+@pytest.mark.parametrize("name", ["gap stays", "gap grows"])
+def test_a_contradiction_by_the_margin_alone_says_so(name: str, tmp_path: Path) -> None:
+    claim, plan, _ = CASES[name]
+    told = "; whichever its sign, shown to lie within the margin of 2.0 points"
+    assert judged(claim, build(tmp_path, plan)).reason.endswith(told) == (name == "gap stays")
+
+
+def test_forgetting_is_a_change_from_each_runs_own_base(tmp_path: Path) -> None:
+    """Full fine-tuning computes on float32 weights: its base knows more before it trains, and it forgets more than LoRA."""
+    e = build(tmp_path, Plan([Cell(probe=3.30), replace(FULL, probe=3.29)], score=0.0001))
+    for r in e.cells:
+        for x in r.runs:
+            own = {"probe/wiki/before": 3.2 if r.cell.method == "full" else 3.25}
+            task = {"name": "chat", "probe": {"kind": "causal_lm", "name": "wiki"}}
+            e.sweep.store.write(replace(x, metrics={**x.metrics, **own}, config={**x.config, "task": task}))
+    v = judged(claims_weights.forgets_less, gather(load(tmp_path)))
+    assert v.status == HOLDS and v.number == "−0.040 nats a token"
+    assert v.reason.startswith("probe/wiki/loss, after minus before: ")
+
+
 @pytest.mark.parametrize("metric", ["accuracy", "loss"])
 def test_a_probe_is_its_number_after_training(metric: str, tmp_path: Path) -> None:
     """Beside it stand what the base knew and how many examples there were."""

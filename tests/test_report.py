@@ -357,6 +357,22 @@ def test_a_lost_confirmation_run_takes_the_verdict(tmp_path: Path) -> None:
     assert any("1 confirmation run of 4 diverged or failed" in w for w in warnings(f))
 
 
+def test_where_no_confirmation_run_survives_tuning_runs_are_not_counted_as_survivors(tmp_path: Path) -> None:
+    store = build(tmp_path / "s", SMALL, arrays=False)
+    for lost in cell(store, "lora-r4-a16-all-linear")["runs"]["confirm"]:
+        rewrite(store, lost, status="diverged", metrics={}, error="the loss was not finite")
+    told = next(w for w in warnings(found(store.root)) if "diverged or failed;" in w)
+    assert told == "LoRA r = 4: 3 confirmation runs of 3 diverged or failed; it has no test result."
+
+
+def test_a_smaller_adapter_that_is_beyond_the_margin_is_no_open_question(tmp_path: Path) -> None:
+    weak = dataclasses.replace(RANK_SWEEP[1], quality=0.60, seed_sd=0.001)
+    f = found(build(tmp_path / "s", [weak, dataclasses.replace(RANK_SWEEP[3], seed_sd=0.001)], arrays=False).root)
+    lead = answer(f).lead
+    assert lead.startswith("LoRA r = 64 is the one to keep (")
+    assert lead.endswith("LoRA r = 4, the next smaller one, falls short of it by more than 2.0 points.")
+
+
 def test_confirmation_at_a_rate_no_longer_chosen_is_not_used(tmp_path: Path) -> None:
     store = build(tmp_path / "s", SMALL)
     for run_id in cell(store, "lora-r64-a16-all-linear")["runs"]["tune"]:

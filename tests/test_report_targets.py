@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import dataclasses
 from pathlib import Path
 
 import pytest
 
 from lorabench.report import measure, style, targets
+from lorabench.report.answer import answer
 from lorabench.report.evidence import Evidence
-from lorabench.report.findings import Findings
+from lorabench.report.findings import Findings, ladder
 from planted_sections import opened, target_sweep
 from report_fixture import RANK_SWEEP, build
 
@@ -67,3 +69,24 @@ def test_a_sweep_of_one_set_of_targets_has_no_such_part(tmp_path: Path) -> None:
 def test_nothing_without_confirmation(tmp_path: Path) -> None:
     f, e = opened(target_sweep(tmp_path / "s", confirm=()))
     assert targets.part(f, e, style.looks(f.sweep.cells)) is None
+
+
+def test_sets_of_as_many_parameters_are_no_smaller_adapters(made: tuple[Findings, Evidence]) -> None:
+    """Attention at r = 45 trains as much as all at r = 20: within the margin of it, it still saves nothing."""
+    f = made[0]
+    assert f.reference is not None
+    cells = [r.cell for r in f.results.values()]
+    steps = ladder(cells, f.results[f.reference].cell)
+    assert [(c.targets, c.r) for c in steps] == [("all", 20), ("mlp", 8), ("all", 8), ("q+v", 8), ("q", 8), ("v", 8)]
+    assert "100 % of its trainable parameters" not in answer(f).lead
+
+
+def test_the_ladder_keeps_to_the_conditions_of_the_reference(made: tuple[Findings, Evidence]) -> None:
+    f = made[0]
+    assert f.reference is not None
+    cells = [r.cell for r in f.results.values()]
+    few, many = (((("task.train_examples", n),)) for n in ("500", "9600"))
+    least = [dataclasses.replace(c, id=f"{c.id}-few", extra=few) for c in cells]
+    most = [dataclasses.replace(c, extra=many) for c in cells]
+    reference = next(c for c in most if c.id == f.reference)
+    assert {c.extra for c in ladder([*least, *most], reference)} == {many}

@@ -7,7 +7,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from lorabench.report import declared, formats, unfinished
+from lorabench.report import conditions, declared, formats, unfinished
 from lorabench.report import statistics as st
 from lorabench.report.findings import Comparison, Findings
 from lorabench.report.formats import plural
@@ -52,6 +52,9 @@ def _lead(f: Findings) -> str:
         return text + f", with {_fraction(r, ref)} of its trainable parameters."
     if rec.stopped is None:
         return f"{formats.capital(r.name)} reaches {_score(f, r)}; there is no smaller adapter here to set against it."
+    if rec.stopped.size == "beyond":
+        small = f.results[rec.stopped.cell]
+        return f"{formats.capital(r.name)} is the one to keep ({_score(f, r)}): {small.name}, the next smaller one, falls short of it by more than {margin}."
     text = f"Not resolved how small an adapter can be: none below {r.name} was shown to be within {margin} of it, so it is the one to keep"
     return f"{text} ({_score(f, r)})."
 
@@ -61,6 +64,8 @@ def _points(f: Findings) -> Iterator[tuple[str, str]]:
         if made := f.controls.get(method):
             yield about, _sentence(f, made, f"the best adapter on {declared.selection(f.sweep)}, ")
     yield from _how_small(f)
+    if found := conditions.conditions(f):
+        yield "Under each condition", " ".join(f"At {c.name}: {conditions.said(f, c)}." for c in found)
     if not f.controls:
         yield from _against_reference(f)
 

@@ -39,7 +39,8 @@ def _training(f: Findings) -> Iterator[tuple[str, str]]:
     done = [r for r in runs if r.status == "completed"]
     sizes = {"train": "train_examples", "validation": "val_examples", "test": "test_examples"}
     said = {
-        name: sorted({formats.count(n) for r in done if (n := r.resources.get(key))}) for name, key in sizes.items()
+        name: sorted({formats.count(n) for r in done if (n := r.resources.get(key))}, key=formats.natural)
+        for name, key in sizes.items()
     }
     yield "Examples", ", ".join(f"{' or '.join(counts)} {name}" for name, counts in said.items() if counts)
     yield "Optimizer steps", _each(done, lambda r: _count(r.resources.get("steps")))
@@ -89,8 +90,8 @@ def _origin(f: Findings) -> Iterator[tuple[str, str]]:
 
 
 def _each(runs: Iterable[Record], of: Callable[[Record], Any]) -> str:
-    """The distinct values, in a fixed order."""
-    return "; ".join(sorted({str(v) for r in runs if (v := of(r)) not in (None, "")}))
+    """The distinct values, numbers by size, then words."""
+    return "; ".join(sorted({str(v) for r in runs if (v := of(r)) not in (None, "")}, key=formats.natural))
 
 
 def _count(n: Any) -> str | None:

@@ -19,6 +19,11 @@ DIFFER = {
     "model_fingerprint": "version of the base",
 }
 
+ASKED = {
+    "data_fingerprint": "task",
+    "model_fingerprint": "model",
+}  # sections of a config whose axes change them, as they should
+
 
 def warnings(f: Findings) -> list[str]:
     """One line each, most serious first."""
@@ -49,7 +54,9 @@ def _gaps(f: Findings) -> Iterator[str]:
         yield f"Without a test result: {', '.join(bare)}."
     for r in results:
         if r.lost:
-            yield f"{r.name}: {plural(r.lost, 'confirmation run')} of {r.lost + len(r.runs)} diverged or failed; its mean is of the survivors and gets no verdict."
+            left = len(r.runs) if r.role == "confirm" else 0
+            said = "its mean is of the survivors and gets no verdict" if left else "it has no test result"
+            yield f"{r.name}: {plural(r.lost, 'confirmation run')} of {r.lost + left} diverged or failed; {said}."
         if r.stale:
             yield f"{r.name}: {plural(r.stale, 'confirmation run')} at a rate that is no longer the chosen one; not used."
     few = sorted({r.test.seeds for r in results if r.test is not None and r.test.seeds < 3})
@@ -113,16 +120,27 @@ def _made(runs: Iterable[Record], key: str) -> list[str]:
     return sorted(found)
 
 
+def _one_axis(f: Findings, key: str) -> Iterable[list[Result]]:
+    """Cells that should agree in it: where the sweep varies data or base, those of one value of that axis."""
+    section = ASKED.get(key)
+    made: dict[tuple[tuple[str, str], ...], list[Result]] = {}
+    for x in f.results.values():
+        axes = tuple((k, v) for k, v in x.cell.extra if section and k.split(".")[0] == section)
+        made.setdefault(axes, []).append(x)
+    return made.values()
+
+
 def _conditions(f: Findings) -> Iterator[str]:
     for key, what in DIFFER.items():
-        found: dict[str, list[str]] = {}
-        for x in f.results.values():
-            for value in _made(x.runs, key):
-                found.setdefault(value, []).append(x.name)
-        if len(found) > 1:
-            groups = sorted(found.items(), key=lambda item: (-len(item[1]), item[0]))
-            rest = "; ".join(f"{value} for {', '.join(names)}" for value, names in groups[1:])
-            yield f"Cells compared here differ in {what}: {groups[0][0]}, but {rest}."
+        for cells in _one_axis(f, key):
+            found: dict[str, list[str]] = {}
+            for x in cells:
+                for value in _made(x.runs, key):
+                    found.setdefault(value, []).append(x.name)
+            if len(found) > 1:
+                groups = sorted(found.items(), key=lambda item: (-len(item[1]), item[0]))
+                rest = "; ".join(f"{value} for {', '.join(names)}" for value, names in groups[1:])
+                yield f"Cells compared here differ in {what}: {groups[0][0]}, but {rest}."
         tuned = {x.name: _made(f.sweep.done(x.cell.tune), key) for x in f.results.values()}
         if mixed := [name for name, values in tuned.items() if len(values) > 1]:
             values = sorted({value for name in mixed for value in tuned[name]})

@@ -63,6 +63,7 @@ def attention_is_worse(e: Evidence) -> Verdict:
     way = st.direction(made, p=made.p_value(), lower_is_better=e.sweep.lower_is_better)
     status = decided(way == "worse", way == "better" or st.size(made, e.sweep.margin) == "within")
     reason = f"{a.name} minus {b.name}, {a.cell.trainable or 0:,} and {b.cell.trainable or 0:,} parameters"
+    reason += _by_margin(e, status, way)
     return _of_metric(e, TARGETS, status, made, reason, 0.0)
 
 
@@ -109,6 +110,7 @@ def gap_grows_with_batch(e: Evidence) -> Verdict:
     way = st.direction(estimate, p=estimate.p_value(), lower_is_better=e.sweep.lower_is_better)
     status = decided(way == "worse", way == "better" or st.size(estimate, e.sweep.margin) == "within")
     reason = f"LoRA minus full fine-tuning at r = {lora.cell.r}, batch {_batch(lora)} minus batch {_batch(small)}"
+    reason += _by_margin(e, status, way)
     return _of_metric(e, BATCH, status, estimate, reason, 0.0)
 
 
@@ -206,6 +208,13 @@ def _within(e: Evidence, claim: Claim, cells: Sequence[Result], where: str, *, o
     widest = max(made, key=lambda x: max(map(abs, x.interval(0.90))))
     reason = f"{where}; the widest of {plural(len(made), 'pair')} against the margin of {_margin(e)}"
     return _of_metric(e, claim, negated(status) if opposite else status, widest, reason, margin)
+
+
+def _by_margin(e: Evidence, status: Status, way: st.Direction) -> str:
+    """Said where a difference of the claimed sign is not excluded, but one that matters is."""
+    if status != "contradicted" or way == "better":
+        return ""
+    return f"; whichever its sign, shown to lie within the margin of {_margin(e)}"
 
 
 def _margin(e: Evidence) -> str:

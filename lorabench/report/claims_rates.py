@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from dataclasses import replace
 from itertools import combinations
 
 from lorabench.report import rates, slopes
@@ -103,7 +104,7 @@ def rate_moves_little(e: Evidence) -> Verdict:
         return STILL.outside(
             f"made for ranks {RANKS[0]} to {RANKS[1]}; here they are {', '.join(map(str, lines[0].ranks))}"
         )
-    line = Line(lines[0].constant, tuple(cells))
+    line = replace(lines[0], cells=tuple(cells))
     if line.span() < SPAN:
         return STILL.needs(
             f"rank{'s' * (len(cells) > 1)} {', '.join(str(r.cell.r) for r in cells)} alone",

@@ -7,10 +7,11 @@ the trained model. One number a run; seeds are the only source of spread that is
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 import numpy as np
 
+from lorabench.report import formats, units
 from lorabench.report import statistics as st
 from lorabench.report.analysis import Analysis, width
 from lorabench.report.evidence import Claim, Evidence, Verdict, decided, inside, more_seeds
@@ -27,7 +28,7 @@ LEAST_RUNS = 8  # for a correlation with one variable held fixed
 WEAK = 0.3  # a correlation below it is not what "go with" means (Cohen's medium)
 BESIDE = ("before", "examples")  # last parts of names that hold no number of the trained model
 PROBE = "the same sweep with task@task.probe=<another task>"
-BEFORE = "probe/before/"  # the base's own value: no run's forgetting
+BEFORE, AFTER = "probe/before/", "probe/after/"  # the base's own value: no run's forgetting
 LOSSES = ("loss", "perplexity", "forgetting")  # probes for which less is better, by the last part of their name
 
 # -- the rank of ΔW ------------------------------------------------------------------------------------------------------
@@ -104,7 +105,8 @@ def forgets_less(e: Evidence) -> Verdict:
             )
         )
     _, r, full = min(matched, key=lambda found: found[0])
-    estimate = between(values(r, probe), values(full, probe))
+    found, known = changes((r, full), probe)
+    estimate = between(*([found[x.run_id] for x in cell.runs if x.run_id in found] for cell in (r, full)))
     if estimate is None:
         return FORGETS.needs(
             f"fewer than three probed runs of {r.name} or {full.name}",
@@ -112,13 +114,15 @@ def forgets_less(e: Evidence) -> Verdict:
         )
     less = less_is_better(probe)
     way = st.direction(estimate, p=estimate.p_value(), lower_is_better=less)
+    what = f"{probe}, after minus before" if known else probe
     reason = (
-        f"{probe}: {r.name} minus {full.name}, which match on {e.metric.title} within {e.metric.size(e.sweep.margin)}"
+        f"{what}: {r.name} minus {full.name}, which match on {e.metric.title} within {e.metric.size(e.sweep.margin)}"
     )
     low, high = (-math.inf, 0.0) if less else (0.0, math.inf)
+    shown, bounds = probe_metric((r, full), probe), estimate.interval()
     return FORGETS.verdict(
-        decided(way == "better", way == "worse"), number(estimate.mean, 3, sign=True), estimate.interval(), reason,
-        more_seeds(estimate, low, high, "confirmation"),
+        decided(way == "better", way == "worse"), shown.difference(estimate.mean, unit=True),
+        (shown.scale * bounds[0], shown.scale * bounds[1]), reason, more_seeds(estimate, low, high, "confirmation"),
     )  # fmt: skip
 
 
@@ -142,8 +146,24 @@ def less_is_better(probe: str) -> bool:
     return probe.rsplit("/", 1)[-1] in LOSSES
 
 
-def values(r: Result, probe: str) -> list[float]:
-    return [float(x.metrics[probe]) for x in r.runs if x.metrics.get(probe) is not None]
+def before_of(probe: str) -> str:
+    """The name of the base's own value. Each run has its own: full fine-tuning computes in other types than adapters do."""
+    return BEFORE + probe.removeprefix(AFTER) if probe.startswith(AFTER) else f"{probe.rpartition('/')[0]}/before"
+
+
+def changes(cells: Sequence[Result], probe: str) -> tuple[dict[str, float], bool]:
+    """By run_id the probe after minus before training, and True; where some run lacks the value before, after alone."""
+    before = before_of(probe)
+    runs = {x.run_id: x.metrics for r in cells for x in r.runs if x.metrics.get(probe) is not None}
+    known = all(m.get(before) is not None for m in runs.values())
+    return {i: float(m[probe]) - (float(m[before]) if known else 0.0) for i, m in runs.items()}, known
+
+
+def probe_metric(cells: Iterable[Result], probe: str) -> formats.Metric:
+    """The way to show a probe: by the last part of its name, in the unit that its task names."""
+    measure = probe.rpartition("/")[2]
+    said = {units.of_task(x.config.get("task", {}).get("probe")).get(measure, "") for r in cells for x in r.runs}
+    return formats.metric(measure, lower_is_better=less_is_better(probe), unit=said.pop() if len(said) == 1 else "")
 
 
 # -- intruder dimensions -------------------------------------------------------------------------------------------------
@@ -206,12 +226,11 @@ def intruders_go_with_forgetting(e: Evidence) -> Verdict:
 
 def _rows(e: Evidence, weights: Analysis, probe: str) -> list[tuple[float, float, float]]:
     """Of every run: intruders, forgetting (more is worse), log2 of the relative norm."""
-    sign = 1.0 if less_is_better(probe) else -1.0
-    rows = []
-    for x in {x.run_id: x for r in e.cells for x in r.runs}.values():
-        count, norm, value = weights.intruders(x.run_id), weights.relative_norm(x.run_id), x.metrics.get(probe)
-        if count is not None and norm and value is not None:
-            rows.append((count, sign * float(value), math.log2(norm)))
+    sign, rows = 1.0 if less_is_better(probe) else -1.0, []
+    for run_id, change in changes(e.cells, probe)[0].items():
+        count, norm = weights.intruders(run_id), weights.relative_norm(run_id)
+        if count is not None and norm:
+            rows.append((count, sign * change, math.log2(norm)))
     return rows
 
 

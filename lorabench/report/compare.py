@@ -181,7 +181,7 @@ def _differing(a: Sweep, b: Sweep) -> Iterator[tuple[str, str, str]]:
     for found in (_study, _settings, _provenance):
         left, right = found(a), found(b)
         for key in sorted(left.keys() | right.keys()):
-            one, two = (", ".join(sorted(x.get(key, ()), key=_natural)) or formats.DASH for x in (left, right))
+            one, two = (", ".join(sorted(x.get(key, ()), key=formats.natural)) or formats.DASH for x in (left, right))
             if one != two:
                 yield key, one, two
 
@@ -215,11 +215,3 @@ def _facts(record: Record) -> Iterator[tuple[str, str]]:
             yield from ((f"{key}.{k}", str(v)) for k, v in value.items() if f"{key}.{k}" not in APART)
         elif key not in APART and not isinstance(value, Mapping) and value is not None:
             yield {"code": "source hash"}.get(key, key), str(value)
-
-
-def _natural(text: str) -> tuple[float, str]:
-    """Numbers by size, then words."""
-    try:
-        return float(text), ""
-    except ValueError:
-        return float("inf"), text

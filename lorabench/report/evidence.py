@@ -8,7 +8,7 @@ evidence. Outside the conditions it was made under it is not applicable, whateve
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Literal
@@ -102,6 +102,7 @@ class Line:
 
     constant: float
     cells: tuple[Result, ...]
+    under: str = ""  # the conditions that tell it from other lines of the sweep, such as `train_examples 500`
 
     @property
     def ranks(self) -> list[int]:
@@ -115,7 +116,8 @@ class Line:
         """For a sentence: `on q+v at ranks 4, 16 and 64`."""
         said = [str(r) for r in self.ranks]
         ranks = f"ranks {', '.join(said[:-1])} and {said[-1]}" if len(said) > 1 else f"rank {said[0]}"
-        return f"on {self.cells[0].cell.targets} at {ranks}"
+        under = f" ({self.under})" if self.under else ""
+        return f"on {self.cells[0].cell.targets} at {ranks}{under}"
 
 
 @dataclass(frozen=True)
@@ -138,8 +140,8 @@ class Evidence:
         return read(self.sweep.store.root)
 
     def lines(self, power: float) -> list[Line]:
-        """LoRA's cells on which s * r^power is constant, the line of most ranks first. A cell may be on several: the rules
-        that set alpha meet at their anchor."""
+        """LoRA's cells on which s * r^power is constant, the line of most ranks first, of equals the one that trained on most
+        examples. A cell may be on several: the rules that set alpha meet at their anchor."""
         found: dict[tuple[object, ...], dict[int, Result]] = {}
         constants: dict[tuple[object, ...], float] = {}
         for r in self.cells:
@@ -150,8 +152,17 @@ class Evidence:
             key = (r.cell.targets, r.cell.extra, round(math.log2(constant), 2))
             found.setdefault(key, {}).setdefault(r.cell.r, r)
             constants.setdefault(key, constant)
-        made = [Line(constants[k], tuple(at[n] for n in sorted(at))) for k, at in found.items()]
-        return sorted(made, key=lambda line: -len(line.cells))
+        made = [
+            Line(constants[k], tuple(at[n] for n in sorted(at)), self._under(at.values())) for k, at in found.items()
+        ]
+        return sorted(made, key=lambda line: (-len(line.cells), -(line.cells[0].resource("examples") or 0)))
+
+    def _under(self, line: Iterable[Result]) -> str:
+        """What axes of plain LoRA's cells, beside rank and alpha, say of these."""
+        own = dict(next(iter(line)).cell.extra)
+        every = [dict(r.cell.extra) for r in self.cells if r.cell.method in PLAIN]
+        varied = (k for k in own if any(other.get(k) != own[k] for other in every))
+        return ", ".join(f"{k.split('.')[-1]} {own[k]}" for k in varied)
 
     def full(self, like: Cell) -> Result | None:
         """Full fine-tuning under the conditions of a cell."""

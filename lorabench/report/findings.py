@@ -7,7 +7,7 @@ adapter is the best on validation by the metric that chose the rates, never the 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 
 from lorabench.report import formats, measure, units
 from lorabench.report import statistics as st
@@ -64,6 +64,8 @@ class Findings:
     best: str | None  # adapter cell that is best on validation
     controls: Mapping[str, Comparison]  # best adapter against "head only" and "full", where they are
     recommendation: Recommendation | None
+    compare: Compare = field(repr=False)  # any two cells, exploratory
+    seeds: tuple[int, ...]  # whose variance is pooled
 
     @property
     def confirmed(self) -> bool:
@@ -84,7 +86,9 @@ def find(sweep: Sweep) -> Findings:
         if best and other and (found := _declared(versus, reference, best, other) or compare(best, other)):
             controls[method] = found
     recommendation = _recommend(results, compare, reference, sweep) if reference else None
-    return Findings(sweep, metric, results, pooled, reference, versus, best, controls, recommendation)
+    return Findings(
+        sweep, metric, results, pooled, reference, versus, best, controls, recommendation, compare, measured.seeds
+    )
 
 
 def _comparer(measured: Results, sweep: Sweep) -> Compare:
@@ -142,14 +146,16 @@ def _declared(versus: Mapping[str, Comparison], reference: str | None, cell: str
 
 
 def _reference(sweep: Sweep, results: Mapping[str, Result]) -> str | None:
-    """As declared; else the adapter of the largest rank (of most parameters where ranks tie), else full, else the first."""
+    """As declared; else the adapter of the largest rank (of most parameters, then of most training data, where ranks tie),
+    else full, else the first."""
     declared = sweep.study.get("reference")
     if declared in results:
         return str(declared)
     have = [r for r in results.values() if r.test is not None] or [r for r in results.values() if r.runs]
     adapters = [r for r in have if r.cell.adapter]
     if adapters:
-        return max(adapters, key=lambda r: (r.cell.r or 0, r.cell.trainable or 0)).id  # the first of equals
+        most = max(adapters, key=lambda r: (r.cell.r or 0, r.cell.trainable or 0, r.resource("train_examples") or 0))
+        return most.id  # the first of equals
     full = [r.id for r in have if r.cell.method == "full"]
     return full[0] if full else have[0].id if have else None
 
@@ -194,11 +200,17 @@ def _recommend(results: Mapping[str, Result], compare: Compare, reference: str, 
 
 
 def ladder(cells: Sequence[Cell], reference: Cell) -> list[Cell]:
-    """The fixed sequence: the reference's own series by rank where that has ranks, else all adapters by size; downwards."""
+    """The fixed sequence: the reference's own series by rank where that has ranks, else all smaller adapters under its
+    conditions, by size; downwards."""
     series = [c for c in cells if c.adapter and c.series == reference.series and (c.r or 0) <= (reference.r or 0)]
     if len({c.r for c in series}) > 1:
         return sorted(series, key=lambda c: (-(c.r or 0), c.id))
-    every = [c for c in cells if c.adapter]
-    if reference.adapter:  # what is larger than the reference is not on the way down
-        every = [c for c in every if (c.trainable or 0) <= (reference.trainable or 0)]
+    every = [c for c in cells if c.adapter and _same(c.conditions, reference.conditions)]
+    if reference.adapter:  # what is no smaller than the reference is not on the way down
+        every = [c for c in every if c.id == reference.id or (c.trainable or 0) < (reference.trainable or 0)]
     return sorted(every, key=lambda c: (-(c.trainable or 0), c.id != reference.id, c.id))
+
+
+def _same(a: Mapping[str, str], b: Mapping[str, str]) -> bool:
+    """Of one value wherever both have one."""
+    return all(a[k] == b[k] for k in a.keys() & b.keys())

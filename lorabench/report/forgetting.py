@@ -14,14 +14,13 @@ from itertools import pairwise
 from typing import Any, Literal
 
 from lorabench.records import Record
-from lorabench.report import formats, units
+from lorabench.report import formats
 from lorabench.report import statistics as st
-from lorabench.report.claims_weights import BEFORE, between, less_is_better, probed
+from lorabench.report.claims_weights import AFTER, before_of, between, probe_metric, probed
 from lorabench.report.evidence import Evidence
 from lorabench.report.findings import Findings
 from lorabench.report.results import Result
 
-AFTER = "probe/after/"
 How = Literal["rates", "evaluations"]
 Path = tuple[tuple[float, float], ...]  # (target on validation, change of the probe), from little training to much
 
@@ -99,17 +98,14 @@ def _probe(f: Findings, e: Evidence) -> Probe | None:
         return None
     runs = [x for r in f.results.values() for x in r.runs]
     owner = key.rpartition("/")[0]
-    before = BEFORE + key.removeprefix(AFTER) if key.startswith(AFTER) else f"{owner}/before"
+    before = before_of(key)
     named = {str(x.metrics["probe/name"]) for x in runs if x.metrics.get("probe/name")}
     if not key.startswith(AFTER) and owner.count("/") == 1:
         named = {owner.removeprefix("probe/")}
     name = f"{named.pop()}'s" if len(named) == 1 else "the probe's"
-    less = less_is_better(key)
     known = any(x.metrics.get(before) is not None for x in runs)
-    measure = key.rpartition("/")[2]
-    said = {units.of_task(x.config.get("task", {}).get("probe")).get(measure, "") for x in runs}
-    metric = formats.metric(measure, lower_is_better=less, unit=said.pop() if len(said) == 1 else "")
-    return Probe(key, name, less, metric, before if known else None)
+    metric = probe_metric(f.results.values(), key)
+    return Probe(key, name, metric.lower_is_better, metric, before if known else None)
 
 
 def _mean(runs: Iterable[Record], key: str | None) -> float | None:

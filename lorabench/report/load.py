@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from lorabench.records import Record, Store
+from lorabench.report.formats import natural
 from lorabench.report.select import Choice, choose, lower_is_better, selection
 from lorabench.report.unlisted import derived, plain
 from lorabench.schema import ConfigError
@@ -58,6 +59,11 @@ class Cell:
     @property
     def adapter(self) -> bool:
         return self.r is not None
+
+    @property
+    def conditions(self) -> Mapping[str, str]:
+        """Axes that are no part of the method: data, base, budget."""
+        return {k: v for k, v in self.extra if k.split(".")[0] != "method"}
 
 
 @dataclass(frozen=True)
@@ -226,8 +232,9 @@ def _cell(entry: Mapping[str, Any], records: Mapping[str, Record]) -> Cell:
 def _order(cell: Cell) -> tuple[Any, ...]:
     """Adapters first, by series and rank; then what else trains, from little to much."""
     known = ORDER.index(cell.method) if cell.method in ORDER else len(ORDER)
-    series = (known, cell.method, str(cell.alpha_rule), cell.targets, cell.extra) if cell.adapter else ()
-    return (not cell.adapter, series, cell.r or 0, cell.trainable or 0, known, cell.id)
+    extra = tuple((k, natural(v)) for k, v in cell.extra)  # 500 before 2500
+    series = (known, cell.method, str(cell.alpha_rule), cell.targets, extra) if cell.adapter else ()
+    return (not cell.adapter, series, cell.r or 0, cell.trainable or 0, known, extra, cell.id)
 
 
 # -- names ---------------------------------------------------------------------------------------------------------------

@@ -10,12 +10,14 @@ from lorabench.report import (
     analysis,
     best_rates,
     claims,
+    conditions,
     costs,
     forgetting_faces,
     pareto,
     samples,
     style,
     targets,
+    tone,
     weights,
     weights_figures,
 )
@@ -50,8 +52,8 @@ def sections(f: Findings) -> More:
 
 def _parts(f: Findings, e: Evidence, looks: Mapping[str, Look]) -> tuple[Part, ...]:
     made = (
-        alpha_rates.part(e), best_rates.part(e, looks), targets.part(f, e, looks), pareto.part(f, e, looks),
-        forgetting_faces.part(f, e, looks), samples.part(f),
+        conditions.part(f), alpha_rates.part(e), best_rates.part(e, looks), targets.part(f, e, looks), pareto.part(f, e, looks),
+        forgetting_faces.part(f, e, looks), tone.part(f), samples.part(f),
     )  # fmt: skip
     return tuple(p for p in made if p is not None)
 

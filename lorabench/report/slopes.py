@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from lorabench.report import rates
 from lorabench.report import statistics as st
@@ -53,7 +53,7 @@ class Slope:
     def constant(self) -> str:
         """`s = 16/r`."""
         over = {1.0: "/r", 0.5: "/√r", 0.0: ""}[self.rule.power]
-        return f"s = {self.line.constant:.4g}{over}"
+        return f"s = {self.line.constant:.4g}{over}" + (f", {self.line.under}" if self.line.under else "")
 
 
 def slopes(e: Evidence) -> list[Slope]:
@@ -77,7 +77,7 @@ def _slope(e: Evidence, rule: Rule, line: Line, side: int | None) -> Slope:
 
 def narrow(line: Line, side: int | None) -> Line:
     """The line's cells of r far below the width; all where the width is not known."""
-    return Line(line.constant, tuple(r for r in line.cells if side is None or (r.cell.r or 0) * WIDE <= side))
+    return replace(line, cells=tuple(r for r in line.cells if side is None or (r.cell.r or 0) * WIDE <= side))
 
 
 def fit(found: Sequence[Optimum], ranks: Sequence[int]) -> tuple[float, st.Estimate | None]:
