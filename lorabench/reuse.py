@@ -9,6 +9,7 @@ from lorabench.adapters.trunk import MOST_BYTES, Features, Trunk, find_trunk
 from lorabench.batches import Part
 from lorabench.outcome import Session
 
+MOST_IDLE = MOST_BYTES  # of what a pack finds on the base and does not read
 WORTH = 4  # a split is computed whole when training sees at least one in so many of its examples
 
 
@@ -49,8 +50,15 @@ class Reuse:
 
     def idle_bytes(self) -> int:
         """Of the features that stay with the base, those that this pack does not read."""
+        return sum(self.session.base.features[key].flat.nbytes for key in self._idle())
+
+    def _idle(self) -> list[tuple[str, ...]]:
         own = {self._key(split) for split, pays in self._paying.items() if pays}
-        return sum(features.flat.nbytes for key, features in self.session.base.features.items() if key not in own)
+        return [key for key in self.session.base.features if key not in own]
+
+    def _forget_idle(self) -> None:
+        for key in self._idle():
+            del self.session.base.features[key]
 
     def _find(self, part: Part) -> Trunk | None:
         s = self.session
@@ -77,6 +85,8 @@ class Reuse:
         if not self._paying[split]:  # nor what a longer run has computed: numbers would depend on who trained before
             return None
         if key not in s.base.features:
+            if self.idle_bytes() > MOST_IDLE:  # what it was is computed anew, should a pack come back to it
+                self._forget_idle()
             s.base.features[key] = self._compute(split)
         found: Features = s.base.features[key]
         return found

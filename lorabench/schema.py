@@ -19,6 +19,9 @@ class ConfigError(ValueError):
         self.key, self.value, self.allowed = key, value, allowed
         super().__init__(f"{key}={_show(value)}: {allowed}")
 
+    def __reduce__(self) -> tuple[Any, ...]:
+        return type(self), (self.key, self.value, self.allowed)  # a worker hands it on; its one argument would not do
+
 
 class ExistingWork(ConfigError):
     """What is on disk does not fit what was asked (foreign files, changed data): nothing was touched."""

@@ -57,3 +57,30 @@ def test_a_run_is_served_what_it_would_be_alone(
         found[name] = record.metrics, store.history(record.run_id), [t if t is None else t.tolist() for t in served]
     assert found["after"] == found["alone"]
     assert None in found["alone"][2]
+
+
+def test_features_of_other_packs_go_when_they_are_many(
+    places: tuple[Path, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from lorabench import reuse
+
+    held: list[int] = []
+    real = reuse.Reuse._compute
+
+    def compute(self: reuse.Reuse, split: str) -> Any:
+        made = real(self, split)
+        held.append(len(self.session.base.features))
+        return made
+
+    monkeypatch.setattr(reuse.Reuse, "_compute", compute)
+    results = []
+    for most in (reuse.MOST_IDLE, 0):
+        monkeypatch.setattr(reuse, "MOST_IDLE", most)
+        prep.forget_base()
+        for i, size in enumerate((16, 8, 16)):
+            changes = {"method.name": "head", "trainer.eval_batch_size": size, "trainer.max_steps": 30}
+            store = Store(tmp_path / f"{most}-{i}")
+            (record,) = train(Pack("p0", (make_run(*places, **changes),)), store)
+            results.append((record.metrics, store.history(record.run_id)))
+    assert held == [0, 1, 2, 3, 0, 1, 0, 1, 0, 1]  # train and val of each; the third pack finds the first one's, or not
+    assert results[:3] == results[3:]

@@ -104,3 +104,13 @@ def test_ctrl_c_ends_the_workers_and_not_only_who_waits_for_them(request: pytest
     with workers.Workers(2, "cpu") as crew, pytest.raises(KeyboardInterrupt):
         [waits.set() for _ in crew.map(one, ["p0", "p1"])]  # type: ignore[func-returns-value,list-item]
     assert told == [True]
+
+
+def test_bad_input_found_in_a_worker_is_said_as_such() -> None:
+    import pickle
+
+    from lorabench.schema import ConfigError, ExistingWork
+
+    for error in (ConfigError("task.file", 3, "a file"), ExistingWork("sweep.dir", "x", "another")):
+        back = pickle.loads(pickle.dumps(error))
+        assert (type(back), str(back), back.key, back.value) == (type(error), str(error), error.key, error.value)
