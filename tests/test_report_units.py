@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -87,3 +88,19 @@ def test_a_sweep_writes_down_what_its_task_says(cli: Any) -> None:
 
 def test_a_sentence_leaves_a_name_as_it_is():
     assert formats.capital("rsLoRA r = 1 is") == "rsLoRA r = 1 is" and formats.capital("the best") == "The best"
+
+
+@pytest.mark.parametrize(
+    ("name", "unit", "said"),
+    [
+        ("loss", "nats a token", "a loss of 2.909 ± 0.100 nats a token"),
+        ("loss", "", "2.909 ± 0.100 loss"),
+        ("accuracy", "", "290.9 ± 10.0 % accuracy"),
+    ],
+)
+def test_the_answer_says_what_its_number_is_in(name: str, unit: str, said: str) -> None:
+    from lorabench.report import answer
+
+    metric = formats.metric(name, lower_is_better=name == "loss", unit=unit)
+    test = SimpleNamespace(mean=2.909, seeds=3, half_width=lambda: 0.1)
+    assert answer._score(SimpleNamespace(metric=metric), SimpleNamespace(test=test)) == said  # type: ignore[arg-type]

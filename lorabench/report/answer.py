@@ -147,7 +147,10 @@ def _score(f: Findings, r: Result) -> str:
     if r.test is None:
         return f"{f.metric.value(r.val, unit=True)} {f.metric.title} on validation"
     half = f" ± {f.metric.size(r.test.half_width(), unit=False)}" if r.test.seeds > 1 else ""
-    return f"{f.metric.value(r.test.mean)}{half}{' %' if f.metric.unit == '%' else ''} {f.metric.title}"
+    number, unit = f"{f.metric.value(r.test.mean)}{half}", f.metric.measured_in
+    if unit == f.metric.unit:
+        return f"{number}{f' {unit}' if unit else ''} {f.metric.title}"
+    return f"a {f.metric.title} of {number} {unit}"  # of 2.909 ± 0.100 nats a token
 
 
 def _leader(f: Findings) -> Result:
