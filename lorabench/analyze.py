@@ -130,7 +130,7 @@ def _read(path: Path) -> dict[str, Any]:
 
 
 def _write(path: Path, doc: Mapping[str, Any]) -> None:
-    atomic_write(path, dump_json(_rounded(doc)))
+    atomic_write(path, dump_json(_rounded(doc), indent=None))
 
 
 def _rounded(value: Any) -> Any:
