@@ -69,7 +69,10 @@ def dump_json(value: Any, *, indent: int | None = 1) -> str:
     """JSON with sorted keys; NaN and infinities become null, so that every reader can parse it. indent: None for long tables."""
     between = (",", ":") if indent is None else None
     finite = _finite(value)
-    return json.dumps(finite, sort_keys=True, indent=indent, separators=between, ensure_ascii=False, allow_nan=False) + "\n"
+    return (
+        json.dumps(finite, sort_keys=True, indent=indent, separators=between, ensure_ascii=False, allow_nan=False)
+        + "\n"
+    )
 
 
 def _finite(value: Any) -> Any:
