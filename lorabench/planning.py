@@ -122,9 +122,8 @@ def write_cells(
         manifest["experiment"] = jobs[0].settings.sweep.experiment or manifest.get("experiment")
         manifest |= {"command": list(command)} if command else {}
         cells, known = {c["id"]: c for c in manifest["cells"]}, set(manifest["runs"])
-        for job in reversed(
-            jobs
-        ):  # what is no part of a run's identity may be asked otherwise now; a cluster reads it here
+        # what is no part of a run's identity may be asked otherwise now; a cluster reads it here
+        for job in reversed(jobs):
             if job.run.run_id in known:
                 manifest["runs"][job.run.run_id]["config"] = job.run.to_dict()
         for job in jobs:

@@ -67,12 +67,8 @@ _FIELDS = {f.name for f in fields(Record)}
 
 def dump_json(value: Any, *, indent: int | None = 1) -> str:
     """JSON with sorted keys; NaN and infinities become null, so that every reader can parse it. indent: None for long tables."""
-    between = (",", ":") if indent is None else None
-    finite = _finite(value)
-    return (
-        json.dumps(finite, sort_keys=True, indent=indent, separators=between, ensure_ascii=False, allow_nan=False)
-        + "\n"
-    )
+    how: dict[str, Any] = {"indent": indent} if indent else {"separators": (",", ":")}
+    return json.dumps(_finite(value), sort_keys=True, ensure_ascii=False, allow_nan=False, **how) + "\n"
 
 
 def _finite(value: Any) -> Any:
