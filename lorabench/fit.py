@@ -153,7 +153,11 @@ class quiet(warnings.catch_warnings):
         super().__enter__()
         self._loggers = [
             logging.getLogger(n)
-            for n in ("pytorch_lightning.utilities.rank_zero", "pytorch_lightning.accelerators.cuda")
+            for n in (
+                "pytorch_lightning.utilities.rank_zero",
+                "pytorch_lightning.accelerators.cuda",
+                "pytorch_lightning.trainer.connectors.signal_connector",
+            )
         ]
         self._levels = [x.level for x in self._loggers]
         for x in self._loggers:

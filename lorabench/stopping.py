@@ -6,11 +6,14 @@ import os
 import signal
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import Executor, wait
 from contextlib import contextmanager
 from threading import Thread, Timer, current_thread, main_thread
 from types import FrameType
-from typing import Any
+from typing import Any, TypeVar
+
+T, R = TypeVar("T"), TypeVar("R")
 
 CODE = 143  # as a shell says it: 128 + SIGTERM
 AGAIN = 2.0  # seconds in which further signals are the same one, told twice
@@ -108,3 +111,17 @@ def put_off(number: int) -> Iterator[None]:
         signal.signal(number, before)
         if came:
             signal.raise_signal(number)
+
+
+def in_order(threads: Executor, one: Callable[[T], R], items: Iterable[T]) -> Iterator[R]:
+    """As `threads.map(one, items)`, for a main thread that signals are to reach: one that arrives just before a wait without
+    an end would be heard only after it, so this one waits in pieces. What has not begun is cancelled when nobody asks on."""
+    results = [threads.submit(one, item) for item in items]
+    try:
+        for result in results:
+            while not wait([result], timeout=1).done:
+                pass
+            yield result.result()
+    finally:
+        for result in results:
+            result.cancel()

@@ -22,6 +22,7 @@ from lorabench import checkpoints, messages
 from lorabench.config import RunConfig
 from lorabench.prepare import Pack, device_count, resolve
 from lorabench.records import Record, Store
+from lorabench.stopping import in_order
 from lorabench.train import Listener, train
 
 GROUP = 8  # cores a CPU worker: more threads than that have little to do in one part
@@ -72,6 +73,7 @@ class Workers:
         self._all = [_Worker(i % devices, self.shares, self.device) for i in range(self.count)]
         for worker in self._all:
             self._free.put(worker)
+        self._threads = ThreadPoolExecutor(self.count)
         self._before = signal.getsignal(signal.SIGTERM)
         if current_thread() is main_thread():
             signal.signal(signal.SIGTERM, self._end)
@@ -83,18 +85,15 @@ class Workers:
             worker.terminate()
 
     def __exit__(self, *args: Any) -> None:
+        self._end()  # Ctrl-C is heard here alone, wherever it was met: the workers write their checkpoints
+        self._threads.shutdown(cancel_futures=True)
         if current_thread() is main_thread():
             signal.signal(signal.SIGTERM, self._before)
         for worker in self._all:
             worker.stop()
 
     def map(self, one: Callable[[Pack], list[Record]], packs: Sequence[Pack]) -> Iterator[list[Record]]:
-        with ThreadPoolExecutor(self.count) as threads:
-            try:
-                yield from threads.map(one, packs)
-            except (KeyboardInterrupt, GeneratorExit):  # nobody waits any more; the workers do not hear of Ctrl-C
-                self._end()
-                raise
+        return in_order(self._threads, one, packs)
 
     def train(
         self, pack: Pack, store: Store, listener: Listener, *, keep: Collection[str], accept_drift: bool = False

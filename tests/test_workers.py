@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import signal
 from pathlib import Path
-from threading import Event, main_thread
+from threading import Barrier, Event, main_thread
 from typing import Any
 
 import pytest
 
 from lorabench import workers
 from lorabench.prepare import Pack
+from lorabench.schema import ExistingWork
 from tiny import make_base, make_data, make_run
 
 
@@ -88,28 +89,45 @@ def test_more_workers_than_devices_share_them(threads: list[int], monkeypatch: p
 
 
 @pytest.mark.usefixtures("threads")
-def test_ctrl_c_ends_the_workers_and_not_only_who_waits_for_them(request: pytest.FixtureRequest) -> None:
+@pytest.mark.parametrize("met", ["while it waits", "while it shows records", "never, but a pack was refused"])
+def test_ctrl_c_ends_the_workers_and_not_only_who_waits_for_them(request: pytest.FixtureRequest, met: str) -> None:
     told: list[bool] = []
     before = signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background leaves it ignored
     request.addfinalizer(lambda: signal.signal(signal.SIGINT, before))
-    waits = Event()
+    shown, both = Event(), Barrier(2)
 
     def one(pack: Any) -> list[Any]:
+        both.wait(20)
         if pack == "p1":
-            waits.wait(20)
-            signal.pthread_kill(main_thread().ident or 0, signal.SIGINT)
+            shown.wait(0 if met.startswith("never") else 20)
+            if met == "while it waits":
+                signal.pthread_kill(main_thread().ident or 0, signal.SIGINT)
             told.append(crew._ending.wait(20))
+        elif met.startswith("never"):
+            raise ExistingWork("sweep.dir", "s", "another")
         return []
 
-    with workers.Workers(2, "cpu") as crew, pytest.raises(KeyboardInterrupt):
-        [waits.set() for _ in crew.map(one, ["p0", "p1"])]  # type: ignore[func-returns-value,list-item]
+    def show(records: list[Any]) -> None:
+        shown.set()
+        if met == "while it shows records":
+            raise KeyboardInterrupt
+
+    def run() -> None:
+        nonlocal crew
+        with workers.Workers(2, "cpu") as crew:
+            for records in crew.map(one, ["p0", "p1"]):  # type: ignore[list-item]
+                show(records)
+
+    crew: Any = None
+    with pytest.raises((KeyboardInterrupt, ExistingWork)):
+        run()
     assert told == [True]
 
 
 def test_bad_input_found_in_a_worker_is_said_as_such() -> None:
     import pickle
 
-    from lorabench.schema import ConfigError, ExistingWork
+    from lorabench.schema import ConfigError
 
     for error in (ConfigError("task.file", 3, "a file"), ExistingWork("sweep.dir", "x", "another")):
         back = pickle.loads(pickle.dumps(error))

@@ -20,6 +20,7 @@ from lorabench.clusters.watch import Watch
 from lorabench.outcome import failed
 from lorabench.prepare import Pack
 from lorabench.records import Record, Store
+from lorabench.stopping import in_order
 from lorabench.train import Listener, OutOfMemory
 
 GONE = 3  # looks in a row that must miss a job, its end and its records before it counts as dead
@@ -65,7 +66,7 @@ class JobCrew:
     def map(self, one: Callable[[Pack], list[Record]], packs: Sequence[Pack]) -> Iterator[list[Record]]:
         with ThreadPoolExecutor(max(1, min(len(packs), THREADS))) as threads:
             try:
-                yield from threads.map(one, packs)
+                yield from in_order(threads, one, packs)
             except BaseException:
                 self._stop.set()  # nobody waits any more; jobs that were submitted go on
                 threads.shutdown(wait=False, cancel_futures=True)
