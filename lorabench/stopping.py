@@ -13,7 +13,8 @@ from threading import Thread, Timer, current_thread, main_thread
 from types import FrameType
 from typing import Any, TypeVar
 
-T, R = TypeVar("T"), TypeVar("R")
+T = TypeVar("T")
+R = TypeVar("R")
 
 CODE = 143  # as a shell says it: 128 + SIGTERM
 AGAIN = 2.0  # seconds in which further signals are the same one, told twice
