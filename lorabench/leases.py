@@ -235,6 +235,8 @@ def _look(path: Path) -> tuple[Path, Holder, tuple[int, int], float] | None:
     except FileNotFoundError:  # nobody's, or released while we looked
         return None
     except OSError as e:
+        if e.errno == errno.ESTALE:  # the same, on a network file system
+            return None
         if e.errno not in (errno.ENOTDIR, errno.ELOOP):
             raise
         raise ExistingWork("lease", str(path), "a lease of lorabench; this is a file or a symbolic link") from e
