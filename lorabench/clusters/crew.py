@@ -7,8 +7,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
-from contextlib import suppress
+from concurrent.futures import ThreadPoolExecutor, wait
 from typing import Any
 
 from lorabench import checkpoints
@@ -81,8 +80,8 @@ class JobCrew:
         watch = Watch(pack, Store(store.root.resolve()), listener, keep, options)
         self._inbox.put(watch)
         while not self._stop.is_set():
-            with suppress(TimeoutError):
-                return watch.result.result(timeout=5)
+            if wait([watch.result], timeout=5).done:  # what it raises may itself be a TimeoutError, a file system's
+                return watch.result.result()
         raise Stopped
 
     def _loop(self) -> None:
@@ -187,6 +186,7 @@ class JobCrew:
 
     def _died(self, watch: Watch, death: Death) -> None:
         """Once more, in halves, or failed: what a job that left no word of its end is worth."""
+        watch.store.leases.tidy(watch.pack.id)  # it may have held the pack
         cause = death.cause or jobs.left(watch.store, watch.pack.id, str(watch.job))
         begun = jobs.entry(watch.store, watch.pack.id).get("step", 0)
         step, why = checkpoints.reached(watch.store.root, watch.pack.id) or 0, death.reason
