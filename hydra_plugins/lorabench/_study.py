@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from statistics import fmean
 from typing import Any, ClassVar
@@ -129,7 +129,8 @@ class Search:
         """The next batch: first what was asked for before a launcher was killed, or by one beside this one. Empty when the study
         is complete."""
         most = self.options["n_jobs"]
-        with nullcontext() if self.dry_run else self.store.leases.wait("optuna"):  # another may be asking, too
+        alone: AbstractContextManager[Any] = nullcontext() if self.dry_run else self.store.leases.wait("optuna")
+        with alone:  # another may be asking, too
             pending, left = self._unfinished()
             batch = pending[:most]
             try:
