@@ -18,7 +18,6 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 
-
 WAIT = timedelta(days=1)  # for another process, which may be measuring beside the test; one that dies shows otherwise
 
 

@@ -4,6 +4,7 @@ The engine here runs a job inside this process, or loses it; `tests/slurm` has t
 """
 
 import dataclasses
+import errno
 import importlib.util
 import itertools
 import os
@@ -118,6 +119,65 @@ def test_a_pack_whose_jobs_all_die_fails_with_the_reason(sweep):
     assert len(engine.jobs) == 2 * 3
     code, out = sweep(Here(), "sweep.retry_failed=true")
     assert code == 0 and {s for s, _ in metrics().values()} == {"completed"}, out
+
+
+def test_an_engine_that_is_busy_is_asked_again(sweep):
+    """A controller that times out once must not end a sweep of days."""
+
+    class Late(Here):
+        asked = 0
+
+        def submit(self, jobs):
+            self.asked += 1
+            if self.asked < 4:
+                raise engines.Busy("sbatch: error: Socket timed out on send/recv operation")
+            return super().submit(jobs)
+
+    engine = Late()
+    code, out = sweep(engine, "method.r=1")
+    assert code == 0 and engine.asked == 4 and len(engine.jobs) == 1, out
+    assert out.count("takes no jobs now") == 1
+
+
+@pytest.mark.parametrize("times", [3, 99])
+def test_a_file_that_cannot_be_read_for_a_moment_ends_nothing(sweep, monkeypatch, times):
+    real, asked = watch.hear, itertools.count()
+
+    def hear(seen):
+        if next(asked) < times:
+            raise OSError(errno.ESTALE, os.strerror(errno.ESTALE))
+        real(seen)
+
+    monkeypatch.setattr(watch, "hear", hear)
+    with pytest.raises(OSError, match=os.strerror(errno.ESTALE)) if times > crew.LATE else nullcontext():
+        code, out = sweep(Here(), "method.r=1")
+        assert code == 0, out
+
+
+@pytest.mark.parametrize(
+    ("said", "error"),
+    [
+        (
+            "sbatch: error: Batch job submission failed: Unable to contact slurm controller (connect failure)",
+            engines.Busy,
+        ),
+        ("sbatch: error: Batch job submission failed: Socket timed out on send/recv operation", engines.Busy),
+        ("sbatch: error: invalid partition specified: gpus", ConfigError),
+    ],
+)
+def test_what_sbatch_says_no_to(tmp_path, said, error):
+    submitit = pytest.importorskip("submitit")
+
+    class Executor:
+        batch = staticmethod(nullcontext)
+
+        def submit(self, job):
+            raise submitit.core.utils.FailedJobError(f"usage\n{said}")
+
+    engine = object.__new__(engines.Submitit)
+    engine.name, engine._executor = "slurm", Executor()
+    with pytest.raises(error, match="sbatch: error"):
+        engine.submit([job.PackJob(str(tmp_path), "p0")])
 
 
 def test_a_death_that_will_repeat_is_not_submitted_again(sweep):

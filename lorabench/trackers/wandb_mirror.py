@@ -22,8 +22,8 @@ from lorabench.records import Record, Store
 from lorabench.trackers import wandb_report
 from lorabench.trackers import wandb_runs as wb
 from lorabench.trackers.wandb_agent import Agent
-from lorabench.trackers.wandb_begun import arrived
 from lorabench.trackers.wandb_api import Away, Server, api_key, base_url
+from lorabench.trackers.wandb_begun import arrived
 from lorabench.trackers.wandb_ending import Ending
 
 LOOK = 0.5  # seconds between looks at the histories of live runs
