@@ -4,7 +4,8 @@
     python benchmarks/tracker_overhead.py --arms none online slow down refusing absent
     python benchmarks/tracker_overhead.py --runs 8 --repeats 1             does it work here?
 
-Makespan: wall seconds of `python -m lorabench -m ...`, start-up, report and the wait for W&B at the end in it. Offline
+Makespan: wall seconds of `python -m lorabench -m ...`, start-up, report and the wait for W&B at the end in it; what is
+sent in the background after that is waited for before the next arm and counted as `seconds_after`. Offline
 writes W&B's files; online sends to a stand-in server on the loopback device (`tests/wandb_server.py`), which runs in this
 process and so takes its share of the same CPU. Bad servers: slow answers each request `--delay` seconds later, down refuses
 connections, refusing answers HTTP 500, absent takes connections and never answers. Arms take turns, in another order each
@@ -98,8 +99,26 @@ def run(arm: str, overrides: Sequence[str], folder: Path, server: Any, url: str)
     seconds, after = time.perf_counter() - start, resource.getrusage(resource.RUSAGE_CHILDREN)
     if done.returncode:
         raise RuntimeError(f"{arm}: exit code {done.returncode}\n{done.stderr[-2000:]}")
+    finished = following(folder)
     cpu = after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
-    return {"seconds": seconds, "cpu_seconds": cpu, **mirrored(arm, folder, server), "said": done.stderr.strip()[-300:]}
+    return {
+        "seconds": seconds,
+        "seconds_after": finished,
+        "cpu_seconds": cpu,
+        **mirrored(arm, folder, server),
+        "said": done.stderr.strip()[-300:],
+    }
+
+
+def following(folder: Path) -> float:
+    """Wait for what a sweep's mirror goes on to send after its end; returns how many seconds that took."""
+    from lorabench.records import Store
+    from lorabench.trackers.wandb_begun import sending
+
+    start, store = time.perf_counter(), Store(folder / "sweeps/s")
+    while sending(store).by is not None:
+        time.sleep(0.1)
+    return time.perf_counter() - start
 
 
 def mirrored(arm: str, folder: Path, server: Any) -> dict[str, int]:

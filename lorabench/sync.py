@@ -10,6 +10,7 @@ import argparse
 import json
 import os
 import sys
+import time
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
@@ -23,6 +24,7 @@ from lorabench.trackers import wandb_report
 from lorabench.trackers import wandb_runs as wb
 from lorabench.trackers.wandb import TARGET
 from lorabench.trackers.wandb_api import Server, api_key, base_url
+from lorabench.trackers.wandb_begun import sending
 
 AT_ONCE = 8  # questions to the server side by side
 PROJECT = "lorabench"
@@ -116,6 +118,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         to = target(args.sweep, project=args.project, entity=args.entity, artifacts=args.artifacts)
         assert to.server is not None
+        if not args.dry_run:
+            _wait_for_mirror(to)
         where = f"{to.server.url}, {to.server.entity()}/{to.project}"
         records = to.store.records()
         tables = _tables(args.sweep)
@@ -136,6 +140,14 @@ def main(argv: Sequence[str] | None = None) -> int:
     for line in left:
         print(f"not sent: {line}", file=sys.stderr)
     return 1 if left else 0
+
+
+def _wait_for_mirror(to: wb.Target) -> None:
+    """What the sweep's own process still sends in the background is not sent twice."""
+    if (pid := sending(to.store).by) is not None:
+        print(f"waiting for process {pid} of the sweep, which still sends", file=sys.stderr)
+        while sending(to.store).by == pid:
+            time.sleep(0.2)
 
 
 def _tables(sweep_dir: Path) -> dict[str, Any]:

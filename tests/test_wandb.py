@@ -502,7 +502,7 @@ time.sleep(60)
     with subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True) as sweep:
         assert sweep.stdout
         child = int(sweep.stdout.readline())
-        for _ in range(200):
+        for _ in range(600):  # a run that is young is not opened yet
             if server.runs and bucket(server, RUNS[0]).history:
                 break
             time.sleep(0.1)

@@ -33,7 +33,10 @@ from lorabench.trackers.wandb_begun import begun, left_behind
 from lorabench.trackers.wandb_runs import environment, method, tags
 
 SHARE, MOST = 0.02, 60.0  # of a sweep's time that its end may wait for W&B, and seconds at most
-PATIENCE, LONGER = 10.0, 2.5  # seconds, or times that share, where the server is fast enough to have everything by then
+PATIENCE = (
+    600.0  # seconds that the mirror's process may go on after it, where the server is fast enough to have all by then
+)
+IN_A_JOB = 10.0  # likewise, where all processes end with this one: the end waits that long
 STOPPED = 2.0  # likewise, for a sweep that was told to stop
 SAID = 1.0  # seconds after which a wait is announced
 GRACE = 5.0  # more seconds for the mirror's process to end by itself
@@ -41,6 +44,7 @@ TARGET = ".wandb/target.json"  # in the sweep's directory: the project it went t
 MESSAGES = 100_000  # that may wait for the mirror's process; a message starts or ends a run
 
 
+_left: list[subprocess.Popen[str]] = []  # processes that go on: nobody waits for them
 _running: dict[
     tuple[Path, str, TrackerConfig], WandbTracker
 ] = {}  # one process for all phases of a sweep and its report
@@ -48,7 +52,7 @@ _running: dict[
 
 def build(settings: TrackerConfig, *, sweep: str, sweep_dir: Path) -> WandbTracker:
     key = (sweep_dir.resolve(), sweep, settings)
-    if key not in _running or _running[key].process.poll() is not None:
+    if key not in _running or _running[key].process.poll() is not None or _running[key].rest is not None:
         _running[key] = WandbTracker(settings, sweep, Store(sweep_dir))
     return _running[key]
 
@@ -57,7 +61,7 @@ class WandbTracker:
     """Tells the mirror's process which runs start and end. Offline, W&B's files lie in `<run dir>/wandb`.
 
     `close` waits for nothing: what is left is sent while the sweep goes on to its next phase or its report, and `leave`,
-    when this process ends, gives it a little time.
+    when this process ends, gives it a little time; then the mirror's process goes on alone where the server is worth it.
     """
 
     def __init__(self, settings: TrackerConfig, sweep: str, store: Store) -> None:
@@ -83,6 +87,7 @@ class WandbTracker:
         )  # fmt: skip
         self.outbox: queue.Queue[str] = queue.Queue(MESSAGES)
         self.result: dict[str, Any] | None = None
+        self.rest: str | None = None  # what its process goes on to send without this one
         self.threads = [threading.Thread(target=f, daemon=True) for f in (self._write, self._read)]
         for thread in self.threads:
             thread.start()
@@ -122,41 +127,53 @@ class WandbTracker:
     def leave(self) -> None:
         """Wait for what is still to be sent, a little; then end the process and say what is not at W&B."""
         atexit.unregister(self.leave)
-        hurry = self.stopped or stopping.asked()
+        hurry, job = self.stopped or stopping.asked(), bound()
         share = SHARE * (time.monotonic() - self.began)
         wait = min(STOPPED if hurry else MOST, share)
-        most = STOPPED if hurry else max(PATIENCE, min(MOST, LONGER * share))
-        self._send(do="close", wait=wait, most=most)
+        most = STOPPED if hurry else max(wait, IN_A_JOB) if job else max(wait, PATIENCE)
+        self._send(do="close", wait=wait, most=most, alone=not (hurry or job))
         why = "the mirror's process died"
+        over = time.monotonic() + (most if hurry or job else wait) + GRACE
         try:
             if not self._ended(min(SAID, most)):
-                print(f"tracker wandb: waiting for W&B, {most:.0f} s at most", file=sys.stderr)
-                if not self._ended(most + GRACE):
+                print("tracker wandb: waiting for W&B", file=sys.stderr)
+                if not self._ended(max(0.0, over - time.monotonic())):
                     why = f"not done {most + GRACE:.0f} s after the end"
         except (KeyboardInterrupt, SystemExit):
             why = "the wait was broken off"
             if multiprocessing.parent_process() is not None:  # else this is the end anyway
                 raise
         finally:
-            self.process.kill()
-            self.process.wait()
+            if self.rest is None:
+                self.process.kill()
+                self.process.wait()
+            else:
+                _left.append(self.process)
         self.outbox.put_nowait("")
-        for thread in self.threads:
+        for thread in self.threads if self.rest is None else ():
             thread.join(1.0)
+        again = f"python -m lorabench.sync {self.store.root} sends what is missing"
+        if self.rest is not None:
+            print(f"tracker wandb: {self.rest} follow in the background; {again}", file=sys.stderr)
+            return
         result = self.result or {"left": ["some runs"], "why": why}
         if left := result["left"]:
             who = ", ".join(left[:3]) + (f" and {len(left) - 3} more" if len(left) > 3 else "")
-            again = f"python -m lorabench.sync {self.store.root} sends what is missing"
             print(
                 f"tracker wandb: not at W&B: {who} ({result['why']}); the records are complete; {again}",
                 file=sys.stderr,
             )
 
     def _ended(self, wait: float) -> bool:
-        try:
-            self.process.wait(wait)
-        except subprocess.TimeoutExpired:
-            return False
+        """Whether the mirror's process ends within so many seconds, or says that it goes on alone."""
+        over = time.monotonic() + wait
+        while self.rest is None:
+            try:
+                self.process.wait(max(0.0, min(0.05, over - time.monotonic())))
+                return True
+            except subprocess.TimeoutExpired:
+                if time.monotonic() >= over:
+                    return False
         return True
 
     def _send(self, **message: Any) -> None:
@@ -178,8 +195,15 @@ class WandbTracker:
                 said = json.loads(line)
                 if "say" in said:
                     print(f"tracker wandb: {said['say']}", file=sys.stderr)
+                elif "rest" in said:
+                    self.rest = said["rest"]
                 else:
                     self.result = said
+
+
+def bound() -> bool:
+    """Whether what this process has started ends with it: it is a worker, or a job of a cluster."""
+    return multiprocessing.parent_process() is not None or "SLURM_JOB_ID" in os.environ
 
 
 def mode(asked: str) -> str:

@@ -12,6 +12,7 @@ from contextlib import suppress
 from typing import TYPE_CHECKING, Any, TextIO
 
 from lorabench.trackers.wandb_api import Away, Server
+from lorabench.trackers.wandb_begun import sending
 
 if TYPE_CHECKING:
     from lorabench.trackers.wandb_mirror import Follower
@@ -35,7 +36,8 @@ class Ending:
         for line in lines:
             self.heard.put(message := json.loads(line))
             if message["do"] == "close":
-                self(outlast(self.follower, message["wait"], message["most"]))
+                alone = self.go_on_alone if message.get("alone") else None
+                self(outlast(self.follower, message["wait"], message["most"], alone))
         self.heard.put(None)
         time.sleep(ORPHAN)
         self()
@@ -46,7 +48,16 @@ class Ending:
             self._hear_all()
             self.tell(left=self.follower.left, why=self.follower.why if self.follower.silences or not why else why)
         finally:
+            sending(self.follower.target.store).end()
             os._exit(0)  # W&B's own exit hook would wait for a server that does not answer
+
+    def go_on_alone(self) -> None:
+        """The sweep's process need not wait: what is left is this one's, and nobody else sends it meanwhile."""
+        store, left = self.follower.target.store, self.follower.left
+        sending(store).begin(self.follower.live)
+        runs = len(left) - left.count("the report")
+        parts = [f"{runs} run{'s' * (runs != 1)}"] * bool(runs) + ["the report"] * (len(left) > runs)
+        self.tell(rest=" and ".join(parts) or "the last values")
 
     def _hear_all(self) -> None:
         """Runs that the follower had no time to hear of are left over, too."""
@@ -56,17 +67,21 @@ class Ending:
                     self.follower.hear(message)
 
 
-def outlast(follower: Follower, wait: float, most: float) -> str:
-    """Return when a sweep's end has waited long enough for what is left, and why it is not done.
+def outlast(follower: Follower, wait: float, most: float, alone: Callable[[], None] | None = None) -> str:
+    """Return when what is left has been waited for long enough, and why it is not done.
 
     wait: seconds for any server. most: seconds for one that answers so fast that what is left arrives by then; for another
-    the end would be late in vain. Offline it is `most`.
+    that would be in vain. alone: called once after `wait`, where this goes on for `most`.
     """
     start, why = time.monotonic(), ""
     server = follower.target.server
-    time.sleep(max(0.0, wait - PROMPT) if server else most)
-    while server and not why and (rest := start + most - time.monotonic()) > 0:
-        why = late(server, min(PROMPT, rest / (QUESTIONS * max(1, len(follower.left)))))
+    time.sleep(max(0.0, wait - PROMPT) if server else wait)
+    while not why and (rest := start + most - time.monotonic()) > 0:
+        if server:
+            why = late(server, min(PROMPT, rest / (QUESTIONS * max(1, len(follower.left)))))
+        if alone and not why:
+            alone()
+            alone = None
         time.sleep(0.0 if why else min(rest, PROMPT))
     return why or f"not done {most:.0f} s after the end"
 

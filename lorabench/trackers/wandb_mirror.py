@@ -14,6 +14,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -27,6 +28,8 @@ from lorabench.trackers.wandb_begun import arrived
 from lorabench.trackers.wandb_ending import Ending
 
 LOOK = 0.5  # seconds between looks at the histories of live runs
+DUTY, REST = 0.1, 5.0  # of a core that this takes while the sweep goes on, and the longest rest in seconds
+YOUNG = 15.0  # seconds: a run that has ended by then is sent whole, which costs half of following it
 PAUSES = (1.0, 2.0, 5.0, 10.0, 30.0)  # after a server's first, second, ... silence in a row
 TRIES = 3  # at a run that W&B's client itself gives up on
 
@@ -44,6 +47,7 @@ class Live:
     last: int = -1  # the last step logged
     size: int = -1  # of the history when it was last read
     errors: int = 0
+    since: float = field(default_factory=time.monotonic)
 
 
 @dataclass
@@ -125,6 +129,8 @@ class Follower:
             wb.bring(self.target, one.record)  # it was cut off, or ended before it was opened
             self._arrived(one)
             return
+        if one.run is None and one.record is None and time.monotonic() < one.since + YOUNG:
+            return
         if one.run is None:
             has = server.run(known) if server else None
             one.last, one.size = has.last_step if has else -1, -1
@@ -159,7 +165,7 @@ class Follower:
 
 def serve(follower: Follower, heard: queue.Queue[dict[str, Any] | None]) -> None:
     """Until told to close and done, or the server is silent then; or until the sweep's process is gone."""
-    closing = False
+    closing, resumes = False, 0.0
     while not (closing and (follower.idle or follower.silences)):
         try:
             while True:
@@ -174,7 +180,11 @@ def serve(follower: Follower, heard: queue.Queue[dict[str, Any] | None]) -> None
                     break
         except queue.Empty:
             pass
-        follower.turn()
+        if closing or time.monotonic() >= resumes:
+            before = time.process_time()
+            follower.turn()
+            took = time.process_time() - before
+            resumes = time.monotonic() + min(REST, took * (1 / DUTY - 1))
 
 
 def main() -> None:
@@ -186,8 +196,9 @@ def main() -> None:
     os.dup2(2, 1)
 
     def tell(**what: Any) -> None:
-        out.write(json.dumps(what) + "\n")
-        out.flush()
+        with suppress(OSError):  # nobody listens any more
+            out.write(json.dumps(what) + "\n")
+            out.flush()
 
     given = json.loads(sys.argv[1])
     try:
