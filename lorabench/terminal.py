@@ -18,9 +18,11 @@ from lorabench.prepare import Pack
 from lorabench.records import Record
 from lorabench.slice_plan import SlicePlan
 
+EVERY = 60.0  # seconds between the lines of a pack where there are no bars
+
 
 class Progress:
-    """Live bars on a terminal; one line a pack elsewhere. Time left comes from the steps done so far."""
+    """Live bars on a terminal; elsewhere a line a pack, and one a minute. Time left comes from the steps done here so far."""
 
     def __init__(self, console: Console, packs: Sequence[Pack], *, enabled: bool) -> None:
         self.console, self.packs = console, packs
@@ -32,7 +34,8 @@ class Progress:
         )  # fmt: skip
         self._start = time.monotonic()
         self._runs = sum(len(p.runs) for p in packs)
-        self._done = 0.0
+        self._done = 0.0  # runs' worth of steps
+        self._before = 0.0  # likewise, of packs that go on from a checkpoint: they took no time here
 
     def __enter__(self) -> Progress:
         if self.packs:
@@ -46,29 +49,38 @@ class Progress:
     def step(self, pack: Pack) -> Callable[[int, int], None]:
         """A callback for the steps of one pack."""
         began = time.monotonic()
-        state: dict[str, float] = {"last": 0.0}
+        state: dict[str, float] = {"said": began}
         bar: list[TaskID] = []  # a pack that waits for its job shows none yet
 
         def heard(step: int, total: int) -> None:
             task = bar[0] if bar else self.bars.add_task(f"  {pack.id}: {describe(pack)}", total=None, left="")
             bar[:] = [task]
-            self._done += (step - state["last"]) / total * len(pack.runs)
+            share = len(pack.runs) / total
+            if "last" not in state:
+                state["first"] = state["last"] = max(0, step - 1)
+                self._done += state["last"] * share
+                self._before += state["last"] * share
+            self._done += (step - state["last"]) * share
             state["last"] = step
             self.bars.update(task, completed=step, total=total)
             self.bars.update(self._all, completed=round(self._done, 1), left=self._left())
             if step >= total:
                 self.bars.remove_task(task)
                 if self.verbose and not self.live:
-                    self.say(
-                        f"{pack.id}: {describe(pack)}: {total} steps in {time.monotonic() - began:.0f} s{self._left(', ')}"
-                    )
+                    did = f"steps {state['first'] + 1:.0f} to {total}" if state["first"] else f"{total} steps"
+                    took = time.monotonic() - began
+                    self.say(f"{pack.id}: {describe(pack)}: {did} in {took:.0f} s{self._left(', ')}")
+            elif self.verbose and not self.live and time.monotonic() - state["said"] >= EVERY:
+                state["said"] = time.monotonic()
+                self.say(f"{pack.id}: {describe(pack)}: step {step} of {total}{self._left(', ')}")
 
         return heard
 
     def _left(self, before: str = "") -> str:
-        if not self._done or self._done >= self._runs - 1e-6:
+        here = self._done - self._before
+        if here <= 0 or self._done >= self._runs - 1e-6:
             return ""
-        seconds = (time.monotonic() - self._start) / self._done * (self._runs - self._done)
+        seconds = (time.monotonic() - self._start) / here * (self._runs - self._done)
         return f"{before}about {seconds / 60:.0f} min left" if seconds > 90 else f"{before}about {seconds:.0f} s left"
 
     def done(self, records: Sequence[Record]) -> None:
