@@ -18,8 +18,15 @@ CODE = re.compile(  # an override's key that is a name of code or a place for on
 )
 
 
+WHAT = ({"-m", "--multirun"}, {"-r", "--run"}, {"-c", "--cfg"}, {"-i", "--info"}, {"-sc", "--shell-completion"})
+
+
 def check_arguments(arguments: Sequence[str]) -> None:
     """Refuse overrides that name code to run. Raises `ConfigError`. Groups (`hydra/launcher=basic`) name files, not code."""
+    given = [argument.partition("=")[0] for argument in arguments]
+    asked = [next(argument for argument in given if argument in names) for names in WHAT if names & set(given)]
+    if len(asked) > 1 and not {"-h", "--help", "--hydra-help"} & set(arguments):
+        raise ConfigError("argument", " ".join(asked), "one of -m, --cfg and --info; --cfg and --info need no -m")
     for argument in arguments:
         key, equals, value = argument.partition("=")
         if equals and not key.startswith("-") and (CODE.fullmatch(key) or CODE.fullmatch(argument)):

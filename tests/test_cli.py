@@ -52,6 +52,7 @@ BAD = {
         """is written 'task.text_column="Review (en)"'""",
     ),
     "no value": (["-m", "method.r"], "argument=method.r: a setting, key=value"),
+    "two things at once": (["-m", "--cfg", "job", "method.r=1,2"], "argument=-m --cfg: one of -m, --cfg and --info"),
     "unknown experiment": (["+experiment=nope"], "experiment/nope"),
 }
 

@@ -312,7 +312,7 @@ def test_a_pack_whose_node_is_lost_goes_on(sweep, launcher):
     several = [
         "trainer.num_nodes=2",
         "hydra.launcher.nodes=2",
-        "hydra.launcher.additional_parameters={no-requeue: true}",
+        "+hydra.launcher.additional_parameters={no-requeue: true}",
     ]
     running = launcher("s", *JOBS, OFTEN, *several, "hydra.launcher.resubmit=0", "method.r=4", steps=200)
     held("p0", b"spawn_main")
