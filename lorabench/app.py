@@ -39,10 +39,14 @@ def asked(overrides: Sequence[str], sources: Iterable[Any] = ()) -> list[str]:
     return _folder(sources) + [o for o in overrides if not PLACED.fullmatch(o.lstrip("+~").partition("=")[0])]
 
 
+SECRET = re.compile(r"(\b[A-Z0-9_]*(?:KEY|TOKEN|SECRET|PASSWORD)[A-Z0-9_]*=[\"']?)[^\s'\",;\]]+")
+
+
 def launched(hydra: Any) -> list[str]:
-    """The words of the command line of a sweep. hydra: the config's own section of that name."""
+    """The words of the command line of a sweep, which go into its manifest and reports: without the values of variables that
+    hold keys, as in `hydra.launcher.setup=['export HF_TOKEN=...']`. hydra: the config's own section of that name."""
     words = [o for o in (*hydra.overrides.hydra, *hydra.overrides.task) if not o.startswith("hydra.mode=")]
-    return ["-m", *_folder(hydra.runtime.config_sources), *words]
+    return ["-m", *_folder(hydra.runtime.config_sources), *(SECRET.sub(r"\1***", word) for word in words)]
 
 
 def _folder(sources: Iterable[Any]) -> list[str]:

@@ -44,6 +44,11 @@ class Holder:
     place: str = ""
     start: str = ""
 
+    @classmethod
+    def here(cls) -> Holder:
+        """This process."""
+        return cls(platform.node(), os.getpid(), place(), _start(os.getpid()))
+
     def __str__(self) -> str:
         host = "".join(c for c in self.host[:64] if c.isprintable())  # another's file: no control characters of it
         return f"process {self.pid} on {host}"
@@ -193,10 +198,9 @@ class Leases:
             with suppress(FileNotFoundError):  # the folder went away in between
                 nest.mkdir(0o775)
                 break
-        me = Holder(platform.node(), os.getpid(), place(), _start(os.getpid()))
         handle = os.open(nest / token, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW, 0o644)
         with open(handle, "w", encoding="utf-8") as f:
-            json.dump(asdict(me), f)
+            json.dump(asdict(Holder.here()), f)
 
     def _clean(self, name: str) -> None:
         """Remove what processes that died in `_fill` have left; a living one whose work goes with it begins anew."""
@@ -235,6 +239,8 @@ def _look(path: Path) -> tuple[Path, Holder, tuple[int, int], float] | None:
     except FileNotFoundError:  # nobody's, or released while we looked
         return None
     except OSError as e:
+        if e.errno == errno.ESTALE:  # the same, on a network file system
+            return None
         if e.errno not in (errno.ENOTDIR, errno.ELOOP):
             raise
         raise ExistingWork("lease", str(path), "a lease of lorabench; this is a file or a symbolic link") from e

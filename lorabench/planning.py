@@ -180,9 +180,18 @@ def planned_packs(store: Store, jobs: Sequence[Job]) -> list[Pack]:
         apart = {r.run_id for r in new if _reused(store, r)}  # beside them nothing is to train
     fresh = plan_packs([r for r in new if r.run_id not in apart], sweep.max_pack, start, prune=sweep.prune, auto=auto)
     fresh += plan_packs([r for r in new if r.run_id in apart], sweep.max_pack, start + len(fresh), auto=auto)
-    manifest["packs"] += [_entry(pack, auto, version=1) for pack in fresh]
+    manifest["packs"] += [_entry(pack, auto, version=1) | {"round": start} for pack in fresh]
     store.write_manifest(manifest)
     return known + fresh
+
+
+def beside(store: Store, packs: Sequence[Pack]) -> list[Pack]:
+    """These packs and those that were planned along with any of them, ended ones too: however many of a round are asked for
+    again after a kill, its packs are as many as they were."""
+    manifest, own = store.manifest(), {pack.id.partition(".")[0] for pack in packs}  # halves of a pack are of its round
+    rounds = {e["round"] for e in manifest["packs"] if e["id"] in own and "round" in e}
+    others = [e for e in manifest["packs"] if e.get("round") in rounds and e["id"] not in own]
+    return [*packs, *(Pack(e["id"], (_run_from_manifest(manifest, e["runs"][0]),)) for e in others)]
 
 
 def planned_pack(store: Store, pack_id: str, *, prune: bool) -> Pack:

@@ -7,6 +7,7 @@ with the whole batch. Without a process group every function here is that of one
 from __future__ import annotations
 
 from collections.abc import Iterable
+from datetime import timedelta
 from typing import Any
 
 import torch
@@ -16,6 +17,8 @@ from pytorch_lightning.strategies import DDPStrategy
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
+
+WAIT = timedelta(days=1)  # for another process, which may be measuring beside the test; one that dies shows otherwise
 
 
 class Replicas(DDPStrategy):
@@ -53,7 +56,7 @@ def placed(device: str, devices: Any) -> dict[str, Any]:
     plugins = [LightningEnvironment()]
     if world() == 1:
         return {"devices": devices[:1] if isinstance(devices, list) else 1, "plugins": plugins}
-    joins = Replicas(process_group_backend="nccl" if device == "cuda" else "gloo")
+    joins = Replicas(process_group_backend="nccl" if device == "cuda" else "gloo", timeout=WAIT)
     nodes = world() // (len(devices) if isinstance(devices, list) else int(devices))
     return {"devices": devices, "num_nodes": nodes, "strategy": joins, "plugins": plugins}
 
@@ -86,15 +89,19 @@ def add_up(tensors: Iterable[Tensor]) -> None:
 
 
 def add_up_gradients(parameters: Iterable[torch.nn.Parameter]) -> None:
-    """The same for gradients; a process whose share of a batch was empty has none, and gives zeros.
+    """The same for gradients; a process whose share of a batch was empty has none, and gives zeros. What no process has used
+    keeps none, as in one process: the optimizer then leaves it alone, its weight decay too.
 
     Those of parameters that are cut over the processes were summed in the backward pass.
     """
     if world() == 1:
         return
-    for parameter in parameters:
-        if isinstance(parameter, DTensor):
-            continue
+    whole = [p for p in parameters if not isinstance(p, DTensor)]
+    if not whole:
+        return
+    used = torch.tensor([p.grad is not None for p in whole], dtype=torch.int32, device=whole[0].device)
+    dist.all_reduce(used)
+    for parameter in (p for p, users in zip(whole, used.tolist(), strict=True) if users):
         if parameter.grad is None:
             parameter.grad = torch.zeros_like(parameter)
         dist.all_reduce(parameter.grad)

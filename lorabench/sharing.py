@@ -25,11 +25,17 @@ class Ended:
         return {i for i in pack.run_ids if i in self.finished or (i in new and self.store.read(i))}
 
 
-def freed(store: Store, held: list[Pack], progress: Progress) -> list[Pack]:
-    """Wait until another launcher has let go of some of the packs it holds, or died; they are taken off the list."""
+def waits_for(pack: Pack) -> str:
+    """The lease of a launcher that waits for a pack's job. The job itself holds the pack's, as everybody who trains it."""
+    return f"{pack.id}.job"
+
+
+def freed(store: Store, held: list[Pack], progress: Progress, *, jobs: bool = False) -> list[Pack]:
+    """Wait until another launcher, or a job of one, has let go of some of the packs it holds, or died; they are taken off the
+    list. jobs: whether packs are jobs here."""
     pause = 0.0
     while held:
-        holders = {pack.id: store.leases.holder(pack.id) for pack in held}
+        holders = {pack.id: store.leases.holder(waits_for(pack) if jobs else pack.id) for pack in held}
         free = [pack for pack in held if holders[pack.id] is None]
         if free:
             held[:] = [pack for pack in held if pack not in free]

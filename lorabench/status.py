@@ -24,7 +24,7 @@ FRESH = 600  # seconds: who cannot be seen from here (on another machine, a clus
 class Begun:
     """A run without a record whose pack is held, or that has a history or a checkpoint. step of steps: the last row's, or the
     checkpoint's where that is later; None: nothing is written yet. running: who trains it is there; by: who that is or was.
-    age: seconds since something was written; kept: the step of its pack's last checkpoint."""
+    age: seconds since something was written; kept: the step of its pack's last checkpoint; job: whether that is a cluster's."""
 
     run_id: str
     step: int | None
@@ -33,12 +33,15 @@ class Begun:
     running: bool
     by: str = ""
     kept: int | None = None
+    pack: str = ""
+    job: bool = False
 
 
 @dataclass(frozen=True)
 class Hands:
     """A pack's newest checkpoint, its lease and its job on a cluster, as far as there are any."""
 
+    pack: str = ""
     checkpoint: Path | None = None
     held: Held | None = None
     job: str | None = None  # "slurm job 17"
@@ -85,7 +88,8 @@ class Status:
 
     @property
     def seconds_left(self) -> float | None:
-        """Of the listed runs without a record, at the mean pace of those that have one; None before the first.
+        """Of the listed runs without a record, at the mean pace of those that have one, as many packs at once as train now;
+        None before the first.
 
         A run's seconds are its share of its pack's; what a running one has done already counts.
         """
@@ -93,7 +97,8 @@ class Status:
         if not spent or not self.left:
             return 0.0 if not self.left else None
         done = sum((b.step or 0) / b.steps for b in self.begun if b.steps and b.running)
-        return sum(spent) / len(spent) * max(0.0, self.left - done)
+        at_once = len({b.pack for b in self.begun if b.running})
+        return sum(spent) / len(spent) * max(0.0, self.left - done) / max(1, at_once)
 
 
 def read(sweep_dir: str | Path, store: Store | None = None) -> Status:
@@ -106,25 +111,33 @@ def read(sweep_dir: str | Path, store: Store | None = None) -> Status:
             "sweep dir", str(sweep_dir), "a directory with the sweep.json that `python -m lorabench` writes"
         )
     listed = manifest["runs"]
-    records = tuple(r for i in sorted(listed) if (r := store.read(i)) is not None)
-    ended = {r.run_id for r in records}
-    hands = _hands(store, manifest, ended)
-    begun = tuple(b for i in sorted(hands) if (b := _begun(store, i, listed.get(i, {}), hands[i])) is not None)
+    found = [r for i in sorted(listed) if (r := store.read(i)) is not None]
+    hands = _hands(store, manifest, {r.run_id for r in found if r.status not in ("failed", "pruned")})
+    records = tuple(r for r in found if not _again(store, r.run_id, hands.get(r.run_id)))
+    left = sorted(hands.keys() - {r.run_id for r in records})
+    begun = tuple(b for i in left if (b := _begun(store, i, listed.get(i, {}), hands[i])) is not None)
     name = str(manifest.get("name") or root.resolve().name)
     return Status(name, len(listed), records, begun, sum(run["role"] == "confirm" for run in listed.values()))
 
 
 def _hands(store: Store, manifest: dict[str, Any], ended: set[str]) -> dict[str, Hands]:
-    """Of the runs that have no record, by run_id, what is known of their packs."""
+    """Of the runs that have no record, or one that may be replaced, by run_id, what is known of their packs."""
     found = {i: Hands() for i in manifest["runs"] if i not in ended}
     working = {i: _plain(f"{e.get('engine')} job {e['job']}") for i, e in jobs.unended(store).items()}
     for pack in manifest["packs"]:
         left = [i for i in pack["runs"] if i in found]
         if left and not pack.get("replaced"):
             newest = checkpoints.listed(checkpoints.folder(store.root, pack["id"]))[:1]
-            hands = Hands(newest[0] if newest else None, store.leases.look(pack["id"]), working.get(pack["id"]))
+            held, job = store.leases.look(pack["id"]), working.get(pack["id"])
+            hands = Hands(pack["id"], newest[0] if newest else None, held, job)
             found |= dict.fromkeys(left, hands)
     return found
+
+
+def _again(store: Store, run_id: str, hands: Hands | None) -> bool:
+    """Whether a run that failed or was pruned is training again: its pack is held, and its history newer than its record."""
+    history, record = (_written(store.run_dir(run_id) / name) for name in ("history.jsonl", "run.json"))
+    return hands is not None and hands.alive and history is not None and record is not None and history > record
 
 
 def _begun(store: Store, run_id: str, entry: dict[str, Any], hands: Hands) -> Begun | None:
@@ -132,13 +145,12 @@ def _begun(store: Store, run_id: str, entry: dict[str, Any], hands: Hands) -> Be
     steps = (entry.get("config") or {}).get("trainer", {}).get("max_steps")
     written = [m for p in (history, checkpoint) if p and (m := _written(p)) is not None]
     if not written:
-        preparing = hands.alive and not hands.job  # a job may still wait in its queue
-        return Begun(run_id, None, steps, 0.0, True, hands.by) if preparing else None
+        return Begun(run_id, None, steps, 0.0, True, hands.by, None, hands.pack) if hands.alive else None
     age = _age(max(written))
     kept = checkpoints.step_of(checkpoint) if checkpoint else None
     step = max((int(row.get("step") or 0) for row in store.history(run_id)), default=0)
     running = hands.alive or (hands.job is not None and age < FRESH)
-    return Begun(run_id, max(step, kept or 0), steps, age, running, hands.by, kept)
+    return Begun(run_id, max(step, kept or 0), steps, age, running, hands.by, kept, hands.pack, bool(hands.job))
 
 
 def _plain(text: str) -> str:
@@ -188,7 +200,7 @@ def _unfinished(begun: Sequence[Begun]) -> list[str]:
     for b in begun:
         at = "being prepared" if b.step is None else f"step {b.step}" + (f" of {b.steps}" if b.steps else "")
         again = "the sweep's own command " + ("trains it again" if b.kept is None else f"goes on from step {b.kept}")
-        gone = f" ({b.by} is gone)" if b.by else ""
+        gone = f" ({b.by} is gone{', or waits in its queue' if b.job else ''})" if b.by else ""
         by = f", by {b.by}" if b.by else ""
         state = f"running, {at}{by}" if b.running else f"cut at {at}, {_span(b.age)} ago{gone}: {again}"
         groups.setdefault(state, []).append(b.run_id)

@@ -15,7 +15,7 @@ from lorabench.config import RunConfig, Settings
 from lorabench.damage import damaged
 from lorabench.finished import finished_records
 from lorabench.leases import LeaseLost
-from lorabench.planning import Job, cell_id, label_of, parts_of, plan_packs, planned_packs, replan, write_cells
+from lorabench.planning import Job, beside, cell_id, label_of, parts_of, plan_packs, planned_packs, replan, write_cells
 from lorabench.prepare import Pack
 from lorabench.provenance import code_fingerprint
 from lorabench.ranks import train
@@ -23,7 +23,7 @@ from lorabench.records import Record, Store
 from lorabench.replicas import Lost
 from lorabench.report.select import Choice, choose
 from lorabench.schema import ConfigError, writing
-from lorabench.sharing import Ended, freed
+from lorabench.sharing import Ended, freed, waits_for
 from lorabench.slice_plan import SlicePlan
 from lorabench.terminal import Progress, dry_run_table
 from lorabench.train import Listener, OutOfMemory, SlicesMix, measure
@@ -84,7 +84,8 @@ def execute(jobs: Sequence[Job], *, executor: Executor = map, console: Console |
     for pack in packs:  # cut after its last record and before its checkpoints and its lease went
         if all(i in finished and finished[i].status != "failed" for i in pack.run_ids):
             checkpoints.remove(store.root, pack.id)
-            store.leases.tidy(pack.id)
+            for name in (pack.id, waits_for(pack)):
+                store.leases.tidy(name)
     other = sum(record.provenance.get("code") != code_fingerprint() for record in finished.values())
     if other and settings.sweep.progress:
         console.print(
@@ -95,7 +96,7 @@ def execute(jobs: Sequence[Job], *, executor: Executor = map, console: Console |
     if not todo and settings.sweep.progress:
         console.print(f"{store.root}: all {len(plans)} runs are finished, nothing to train", highlight=False)
     with Progress(console, todo, enabled=settings.sweep.progress) as progress:
-        cut = shares(packs, settings.sweep.workers)
+        cut = shares(beside(store, packs), settings.sweep.workers)
         _run(todo, cut, store, settings, Ended(store, finished, stamps), executor, progress)
     return [store.read(j.run.run_id) for j in jobs]
 
@@ -106,6 +107,7 @@ def _run(
     from lorabench.trackers import make_tracker
 
     tracker = make_tracker(settings.tracker, sweep=store.root.name, sweep_dir=store.root)
+    jobs = isinstance(executor, Crew)  # a job holds the pack that it trains, and its launcher that it waits for it
     workers = executor if isinstance(executor, Crew) else workers_for(todo, cut)
     train_pack, executor = (workers.train, workers.map) if workers else (train, executor)
 
@@ -114,7 +116,7 @@ def _run(
 
     def one(pack: Pack) -> list[Record]:
         with writing(store.leases.folder):
-            lease = store.leases.take(pack.id)
+            lease = store.leases.take(waits_for(pack) if jobs else pack.id)
         if lease is None:
             others.append(pack)
             return []
@@ -152,7 +154,7 @@ def _run(
             while todo:
                 for records in executor(one, todo):
                     progress.done(records)
-                todo = freed(store, others, progress)
+                todo = freed(store, others, progress, jobs=jobs)
     finally:
         if tracker is not None:
             tracker.close()

@@ -30,16 +30,17 @@ PROJECT = "lorabench"
 
 @dataclass(frozen=True)
 class Lack:
-    """What the server lacks of one run. rows: of its history; values: of its summary."""
+    """What the server lacks of one run. rows: of its history; values: of its summary; end: it is not over there."""
 
     record: Record
     new: bool
     rows: int
     values: int
+    end: bool = False
 
     @property
     def nothing(self) -> bool:
-        return not (self.new or self.rows or self.values)
+        return not (self.new or self.rows or self.values or self.end)
 
 
 def target(sweep_dir: Path, *, project: str | None, entity: str | None, artifacts: bool) -> wb.Target:
@@ -66,11 +67,13 @@ def lacks(to: wb.Target, records: Sequence[Record], verdicts: Mapping[str, Mappi
     assert server is not None
 
     def one(record: Record) -> Lack:
-        known, want = wb.wandb_id(to.sweep, record.run_id), wb.steps(to.store.history(record.run_id))
+        known, want = to.known(record.run_id), wb.steps(to.store.history(record.run_id))
         has = server.run(known)
         values = wb.lacking(to.summary(record, verdicts.get(record.run_id)), has.summary if has else {})
-        if has is None or wb.complete(has, want):
-            return Lack(record, has is None, len(want) if has is None else 0, len(values))
+        if has is None:
+            return Lack(record, True, len(want), len(values))
+        if wb.complete(has, want):
+            return Lack(record, False, 0, len(values), end=not has.ended(failed=record.status == "failed"))
         back_to = wb.gap(server, known, has, want)
         last = has.last_step if back_to is None else back_to
         return Lack(record, False, max(1, sum(step > last for step, _ in want)), len(values))
@@ -162,10 +165,12 @@ def _counted(found: Sequence[Lack]) -> str:
     new = [x for x in found if x.new]
     cut = [x for x in found if x.rows and not x.new]
     bare = [x for x in found if x.values and not x.rows and not x.new]
+    open_ = [x for x in found if x.end]
     parts = [f"{sum(x.nothing for x in found)} of {len(found)} ended runs are there"]
     parts += [f"{len(new)} are not"] if new else []
     parts += [f"{len(cut)} lack part of their history"] if cut else []
     parts += [f"{len(bare)} lack values of their summary"] if bare else []
+    parts += [f"{len(open_)} are not over"] if open_ else []
     return f"{', '.join(parts)}; {sum(x.rows for x in found)} history rows to send"
 
 

@@ -4,17 +4,19 @@ The engine here runs a job inside this process, or loses it; `tests/slurm` has t
 """
 
 import dataclasses
+import errno
 import importlib.util
 import itertools
 import os
 import signal
 import time
 from collections import Counter
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import nullcontext
 
 import pytest
 
-from lorabench import checkpoints, stopping
+from lorabench import checkpoints, ranks, stopping
 from lorabench import prepare as prep
 from lorabench.clusters import crew, engines, job, slurm, watch
 from lorabench.clusters.engines import Death, check
@@ -117,6 +119,65 @@ def test_a_pack_whose_jobs_all_die_fails_with_the_reason(sweep):
     assert len(engine.jobs) == 2 * 3
     code, out = sweep(Here(), "sweep.retry_failed=true")
     assert code == 0 and {s for s, _ in metrics().values()} == {"completed"}, out
+
+
+def test_an_engine_that_is_busy_is_asked_again(sweep):
+    """A controller that times out once must not end a sweep of days."""
+
+    class Late(Here):
+        asked = 0
+
+        def submit(self, jobs):
+            self.asked += 1
+            if self.asked < 4:
+                raise engines.Busy("sbatch: error: Socket timed out on send/recv operation")
+            return super().submit(jobs)
+
+    engine = Late()
+    code, out = sweep(engine, "method.r=1")
+    assert code == 0 and engine.asked == 4 and len(engine.jobs) == 1, out
+    assert out.count("takes no jobs now") == 1
+
+
+@pytest.mark.parametrize("times", [3, 99])
+def test_a_file_that_cannot_be_read_for_a_moment_ends_nothing(sweep, monkeypatch, times):
+    real, asked = watch.hear, itertools.count()
+
+    def hear(seen):
+        if next(asked) < times:
+            raise OSError(errno.ESTALE, os.strerror(errno.ESTALE))
+        real(seen)
+
+    monkeypatch.setattr(watch, "hear", hear)
+    with pytest.raises(OSError, match=os.strerror(errno.ESTALE)) if times > crew.LATE else nullcontext():
+        code, out = sweep(Here(), "method.r=1")
+        assert code == 0, out
+
+
+@pytest.mark.parametrize(
+    ("said", "error"),
+    [
+        (
+            "sbatch: error: Batch job submission failed: Unable to contact slurm controller (connect failure)",
+            engines.Busy,
+        ),
+        ("sbatch: error: Batch job submission failed: Socket timed out on send/recv operation", engines.Busy),
+        ("sbatch: error: invalid partition specified: gpus", ConfigError),
+    ],
+)
+def test_what_sbatch_says_no_to(tmp_path, said, error):
+    submitit = pytest.importorskip("submitit")
+
+    class Executor:
+        batch = staticmethod(nullcontext)
+
+        def submit(self, job):
+            raise submitit.core.utils.FailedJobError(f"usage\n{said}")
+
+    engine = object.__new__(engines.Submitit)
+    engine.name, engine._executor = "slurm", Executor()
+    with pytest.raises(error, match="sbatch: error"):
+        engine.submit([job.PackJob(str(tmp_path), "p0")])
 
 
 def test_a_death_that_will_repeat_is_not_submitted_again(sweep):
@@ -318,6 +379,38 @@ def test_a_job_trains_as_it_was_asked_last(sweep):
     assert len(metrics()) == 2 and not list(Store("sweeps/s").root.glob("runs/*/adapter"))
 
 
+def test_a_job_holds_its_pack_and_waits_for_whoever_does(sweep, monkeypatch, capsys):
+    """Slurm starts a job of a node that is cut off anew elsewhere, while the first start may train on; and a launcher that
+    finds no squeue cannot tell that a job of another one is there."""
+    real, held = ranks.train, []
+
+    def train(pack, store, *args, **options):
+        holders = {name: store.leases.look(name) for name in (pack.id, f"{pack.id}.job")}
+        held.append((store.lease and store.lease.parent.name, {n: bool(h and not h.dead) for n, h in holders.items()}))
+        return real(pack, store, *args, **options)
+
+    monkeypatch.setattr(ranks, "train", train)
+    code, out = sweep(Here(), "method.r=1")
+    assert code == 0, out
+    assert held == [("p0", {"p0": True, "p0.job": True})]
+    store = Store("sweeps/s")
+    assert not [p for p in store.leases.folder.glob("p*") if p.is_dir()]
+
+    again = store.run_ids()[0]
+    (store.run_dir(again) / "run.json").unlink()
+    job.note(store, "p0", engine="here", job="twin", tries=1)
+    first = store.leases.take("p0")
+    with ThreadPoolExecutor(1) as thread:
+        twin = thread.submit(job.PackJob(str(store.root), "p0").run, "twin")
+        while "p0: waits for process" not in (said := capsys.readouterr().out) and not twin.done():
+            time.sleep(0.05)
+        assert "which trains it" in said and not job.end(store, "p0", "twin") and len(held) == 1
+        first.release()
+        twin.result(300)
+    assert len(held) == 2 and job.end(store, "p0", "twin") == {"kind": "done", "job": "twin"}
+    assert store.read(again)
+
+
 def test_a_job_that_no_launcher_noted_trains_nothing(tmp_path, monkeypatch):
     monkeypatch.setattr(job, "NOTED", 0.3)
     store = Store(tmp_path)
@@ -406,3 +499,24 @@ def test_a_watch_counts_the_steps_that_a_job_takes(tmp_path):
     blocks, rows = (len(splits["train"]) for splits in (prepared.encoded.splits, prepared.data.splits))
     assert blocks > 2 * rows
     assert watch._total(Pack("p0", (run,))) == -(-blocks // 4)
+
+
+def test_a_file_system_that_timed_out_ends_the_wait_for_a_job(tmp_path):
+    """Its error is a TimeoutError like that of a wait that is not over yet: it was waited for on and on."""
+    made = crew.JobCrew("here", {"poll_seconds": 1, "resubmit": 1}, "s")
+    pack = Pack("p0", ())
+
+    class Answered(watch.Watch):
+        def __init__(self, *given):
+            super().__init__(*given)
+            watch.settle(self, error=TimeoutError(110, "Connection timed out"))
+
+    with pytest.MonkeyPatch.context() as m, ThreadPoolExecutor(1) as thread:
+        m.setattr(crew, "Watch", Answered)
+        waiting = thread.submit(made.train, pack, Store(tmp_path), Listener(), keep=())
+        try:
+            with pytest.raises(TimeoutError, match="Connection timed out"):
+                waiting.result(60)
+            assert waiting.done()
+        finally:
+            made._stop.set()

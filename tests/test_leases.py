@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import multiprocessing
 import os
 import signal
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
@@ -267,3 +269,23 @@ def test_a_store_behind_a_link_is_refused_and_nothing_is_written_through_one(tmp
     with pytest.raises(OSError, match="history.jsonl"):
         store.append_history("ba9876543210", [{"step": 1}])
     assert not list(real.iterdir())
+
+
+@pytest.mark.parametrize("call", ["listdir", "open"])
+def test_a_lease_that_went_stale_while_it_was_read_is_nobodys(tmp_path: Path, monkeypatch, call: str) -> None:
+    """A network file system says ESTALE of a directory that another machine has replaced since it was opened."""
+    here = Leases(tmp_path)
+    assert here.take("p0") is not None
+    real = getattr(os, call)
+
+    def stale(*args, **options):
+        if call == "listdir" or "dir_fd" in options:
+            raise OSError(errno.ESTALE, os.strerror(errno.ESTALE))
+        return real(*args, **options)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(module, "os", SimpleNamespace(**{**vars(os), call: stale}))
+        assert (
+            here.look("p0") is None and here.take("p0") is None
+        )  # whoever replaced it holds it: the rename shows that
+    assert here.holder("p0") is not None

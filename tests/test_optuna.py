@@ -1,13 +1,15 @@
 """`hydra/sweeper=optuna` on a tiny base: a study's trials are runs with records, and the same command goes on with it."""
 
+import json
 import math
+import signal
 from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 
 from lorabench.records import Record, Store
-from lorabench.schema import ConfigError
+from lorabench.schema import ConfigError, ExistingWork
 from tiny import make_base, make_data
 
 optuna = pytest.importorskip("optuna", reason="optuna is not installed: pip install 'lorabench[optuna]'")
@@ -55,6 +57,7 @@ def test_what_a_trial_is_told():
     good, better = record("completed", **{"val/accuracy": 0.5}), record("completed", **{"val/accuracy": 0.7})
     assert told([good, better])[0].name == "COMPLETE" and math.isclose(told([good, better])[1] or 0, 0.6)
     assert told([good, record("diverged")])[0].name == told([record("pruned")])[0].name == "PRUNED"
+    assert told([good, record("completed", **{"val/accuracy": None})])[0].name == "PRUNED"
     assert told([good, record("failed")])[0].name == told([None])[0].name == "FAIL"
 
 
@@ -139,6 +142,93 @@ def test_a_trial_that_failed_is_asked_for_again_once():
     search.study.tell(again, 0.5)
     assert search._unfinished() == ([], 4)
     assert len(search.study.trials) == 2
+
+
+AXES = {"x": FloatDistribution(0, 1)}
+
+
+@pytest.fixture
+def launcher(tmp_path, monkeypatch):
+    """Makes what a launcher has of a study whose trials are of one number, in the folder where it was started."""
+    from hydra_plugins.lorabench._study import Search, Trial
+
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("lorabench.sweep.declare", lambda jobs: None)
+    signal.signal(signal.SIGALRM, signal.default_int_handler)  # one that waits without end fails
+    signal.alarm(300)
+
+    def make():
+        made = object.__new__(Search)
+        made.options = {"sampler": "random", "seed": 0, "n_trials": 4, "n_jobs": 2}
+        made.run, made.dry_run, made.store, made.kept = SimpleNamespace(task=Task()), False, Store("sweeps/s"), {}
+        made.settings = SimpleNamespace(sweep=SimpleNamespace(retry_failed=False))
+        made.space = SimpleNamespace(axes=AXES, overrides=lambda params: params)
+        made._trial = lambda number, overrides: Trial(number, [], [])
+        made.study = made._opened()
+        return made
+
+    yield make
+    signal.alarm(0)
+
+
+class Task:
+    metric = "accuracy"
+
+
+def tell(launcher, batch):
+    for trial in batch:
+        launcher.study.tell(trial.number, 0.5, skip_if_finished=True)
+
+
+def states():
+    return [t.state.name for t in study().trials]
+
+
+def test_a_journal_that_the_disk_had_no_room_for_goes_on(launcher):
+    first = launcher()
+    tell(first, first.ask())
+    journal = Path("sweeps/s/optuna/journal")
+    whole = journal.read_bytes()
+    journal.write_bytes(whole + b'{"op_code":4,"study_i')
+    for _ in range(2):
+        again = launcher()
+        tell(again, again.ask())
+    assert states() == ["COMPLETE"] * 4 and journal.read_bytes().startswith(whole)
+    journal.write_bytes(whole + b"no line of a journal\n" + whole)
+    with pytest.raises(ExistingWork, match="a whole journal"):
+        launcher()
+
+
+def test_a_launcher_that_was_killed_while_it_wrote_stops_nobody(launcher):
+    """The lock is a lease, and goes with its holder: Optuna's own would be waited for without end."""
+    journal = Path("sweeps/s/optuna/journal")
+    journal.parent.mkdir(parents=True)
+    Path(f"{journal}.lock").symlink_to(journal)  # as Optuna makes it: to a path that leads nowhere from there
+    assert len(launcher().ask()) == 2
+    held = Store("sweeps/s").leases.take("journal")
+    lease = json.loads(held.file.read_text())
+    held._over.set()
+    held.file.write_text(json.dumps(lease | {"start": "1"}))  # of a process that is no more
+    assert len(launcher().ask()) == 2
+
+
+def test_two_launchers_share_a_study(launcher):
+    """Each trains what the other has asked for and not told yet; together they try as many as one."""
+    first, second = launcher(), launcher()
+    asked = [first.ask(), second.ask()]
+    assert [t.number for t in asked[0]] == [t.number for t in asked[1]] == [0, 1]
+    tell(first, asked[0])
+    tell(first, first.ask())
+    tell(second, asked[1])
+    assert first.ask() == second.ask() == [] and states() == ["COMPLETE"] * 4
+
+
+def test_a_trial_that_was_cut_while_it_was_drawn_is_none(launcher):
+    launcher().study.ask()
+    for _ in range(2):
+        made = launcher()
+        tell(made, made.ask())
+    assert sorted(states()) == ["COMPLETE"] * 4 + ["FAIL"]
 
 
 def test_bad_input_leaves_nothing(search):

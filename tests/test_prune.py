@@ -13,9 +13,11 @@ from typing import Any
 import pytest
 from omegaconf import OmegaConf
 
+from lorabench import workers
 from lorabench.config import RunConfig, Settings, parse
 from lorabench.finished import finished_records
-from lorabench.planning import Job, label_of, new_manifest, plan_packs, planned_packs
+from lorabench.planning import Job, beside, label_of, new_manifest, plan_packs, planned_packs
+from lorabench.prepare import Pack
 from lorabench.prune import LEAST, cell_key, prunable, pruned, reason
 from lorabench.records import Record, Store
 from tiny import make_base, make_data
@@ -295,6 +297,23 @@ def test_the_manifest_says_which_packs_prune(sweep_dir: Path) -> None:
     assert plan(store, jobs(RATES[:1], prune=True)) == [pack], "rebuilt from the manifest, members and all"
     assert plan(store, jobs(RATES, prune=False)) == [replace(pack, prune=False)]
     assert store.manifest()["packs"] == [entry]
+
+
+def test_packs_of_a_round_are_as_many_when_some_are_asked_for_again(sweep_dir: Path, monkeypatch: Any) -> None:
+    """Of a round of added rates that was cut only what is left is asked for; its packs go on with the threads they had."""
+    monkeypatch.setattr(workers, "_cores", lambda: list(range(16)))
+    store = Store(sweep_dir)
+    grid = [job(**{"optimizer.lr": lr, "seed": s, "sweep.max_pack": 1}) for s in (0, 1) for lr in RATES]
+    plan(store, grid)
+    added = [job(**{"optimizer.lr": lr, "seed": 0, "sweep.max_pack": 1}) for lr in (0.3, 0.6)]
+    whole, left = plan(store, added), plan(store, added[1:])
+    assert (len(whole), len(left)) == (2, 1) and left[0] == whole[1]
+    assert workers.shares(beside(store, whole), None) == workers.shares(beside(store, left), None) == 2
+    halves = [Pack(f"{left[0].id}.{k}", left[0].runs) for k in range(2)]
+    assert workers.shares(beside(store, halves), None) == 2
+    assert {p.id for p in beside(store, whole)} == {p.id for p in whole}, "the grid was another round"
+    lone = plan(store, [job(**{"optimizer.lr": 0.7, "seed": 0, "sweep.max_pack": 1})])
+    assert workers.shares(beside(store, lone), None) == 1
 
 
 def test_without_pruning_the_manifest_says_nothing_of_it(sweep_dir: Path) -> None:

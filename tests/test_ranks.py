@@ -7,14 +7,16 @@ import os
 import signal
 import subprocess
 import sys
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from safetensors.numpy import load_file
 
-from lorabench import checkpoints
+from lorabench import checkpoints, replicas
 from lorabench.prepare import Pack, device_count
 from lorabench.ranks import train
 from lorabench.records import Record, Store
@@ -113,6 +115,37 @@ def test_other_runs_in_two_processes(parts: tuple[Path, Path], tmp_path: Path, c
     assert two.status == "completed", two.error
     close = 1e-4 if changes.get("trainer.precision") == "32" else 1e-9
     assert numbers(one) == pytest.approx(numbers(two), rel=close, abs=close)
+
+
+def _sum_of_gradients(rank: int, meet: str, out: Any) -> None:
+    """One of two processes with three parameters: both use the first, one the second, neither the third."""
+    torch.distributed.init_process_group("gloo", init_method=f"file://{meet}", rank=rank, world_size=2)
+    replicas.join(rank, 2)
+    made = [torch.nn.Parameter(torch.ones(2)) for _ in range(3)]
+    for parameter in made[: 1 + rank]:
+        parameter.grad = torch.full((2,), 1.0 + rank)
+    replicas.add_up_gradients(made)
+    torch.optim.AdamW(made, lr=0.5, weight_decay=0.5).step()
+    out.put(([p.grad if p.grad is None else p.grad.tolist() for p in made], made[2].tolist()))
+
+
+def test_what_no_process_uses_is_left_alone(tmp_path: Path) -> None:
+    """As in one process, where it has no gradient: a gradient of zeros would let weight decay move it."""
+    context = multiprocessing.get_context("spawn")
+    out = context.Queue()
+    group = [context.Process(target=_sum_of_gradients, args=(i, str(tmp_path / "meet"), out)) for i in range(2)]
+    for process in group:
+        process.start()
+    found = [out.get(timeout=600) for _ in group]
+    for process in group:
+        process.join()
+    assert found == [([[3.0, 3.0], [2.0, 2.0], None], [1.0, 1.0])] * 2
+
+
+def test_processes_wait_for_one_that_measures(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Beside the test the first one measures alone, before training and after it, longer than torch's half hour perhaps."""
+    monkeypatch.setattr(replicas, "_place", (0, 2))
+    assert replicas.placed("cpu", 2)["strategy"]._timeout >= timedelta(hours=12)
 
 
 def processes() -> list[int]:

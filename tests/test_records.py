@@ -1,7 +1,9 @@
 """The store: atomic, append-only, and honest about files that are not its own."""
 
+import errno
 import json
 import os
+import stat
 import subprocess
 import sys
 import textwrap
@@ -11,7 +13,7 @@ import pytest
 
 from lorabench.durable import atomic_write
 from lorabench.records import Record, Store, dump_json, frame
-from lorabench.schema import ExistingWork
+from lorabench.schema import ExistingWork, Unwritable
 
 ID = "0123456789ab"
 
@@ -57,6 +59,23 @@ def test_a_write_that_fails_leaves_the_old_file_and_no_litter(tmp_path, monkeypa
         atomic_write(path, "new")
     assert path.read_text() == "old"
     assert os.listdir(tmp_path) == ["x.json"]
+
+
+def test_a_file_system_that_cannot_sync_directories_is_written_to(tmp_path, monkeypatch):
+    real = os.fsync
+
+    def fsync(handle, also=()):
+        if stat.S_ISDIR(os.fstat(handle).st_mode) or also:
+            raise OSError(errno.EINVAL, os.strerror(errno.EINVAL))
+        real(handle)
+
+    monkeypatch.setattr(os, "fsync", fsync)
+    atomic_write(tmp_path / "file", "text")
+    assert (tmp_path / "file").read_text() == "text"
+    monkeypatch.setattr(os, "fsync", lambda handle: fsync(handle, also=[1]))
+    with pytest.raises(Unwritable):  # bytes that may not be there are another thing
+        atomic_write(tmp_path / "file", "other")
+    assert (tmp_path / "file").read_text() == "text"
 
 
 @pytest.mark.parametrize("text", ["", "{", "[]", '{"run_id": 1}', "\x00\xff"])

@@ -194,8 +194,11 @@ def test_no_secret_of_the_environment_is_written(cli: Any, tmp_path: Path, monke
     out = tmp_path / "out"
     out.mkdir()
     monkeypatch.chdir(out)
+    setup = (
+        "hydra.launcher.setup=['export HF_TOKEN=s3cr3t-0123','export A=1 MY_API_KEY=\"s3cr3t\"']"  # of a cluster's jobs
+    )
     code, said = cli(
-        "model=hf", f"model.source={base}", "task=text_file", f"task.file={data}", "task.max_length=32", "sweep.name=s",
+        "-m", "method.r=1,2", setup, "model=hf", f"model.source={base}", "task=text_file", f"task.file={data}", "task.max_length=32", "sweep.name=s",
         "trainer.max_steps=2", "trainer.batch_size=4", "trainer.precision=32", "sweep.measure_solo=false",
     )  # fmt: skip
     assert code == 0, said
@@ -204,3 +207,5 @@ def test_no_secret_of_the_environment_is_written(cli: Any, tmp_path: Path, monke
     assert any(p.name == "report.html" for p in written)
     for content in [said.encode(), *(p.read_bytes() for p in written)]:
         assert b"s3cr3t" not in content
+    command = json.loads((out / "sweeps/s/sweep.json").read_text())["command"]
+    assert any("export HF_TOKEN=***','export A=1 MY_API_KEY=" in word for word in command), command

@@ -53,6 +53,28 @@ def test_every_run_is_counted_once(store: Store) -> None:
     assert status.seconds_left == pytest.approx(10 * (3 - 10 / 40))
 
 
+def test_a_failed_run_that_trains_again_is_running(store: Store, capsys: pytest.CaptureFixture[str]) -> None:
+    """Its record says `failed` until the new one is there; what trains along beside it and keeps its record does not run."""
+    failed, manifest = f"{4:012x}", store.manifest()
+    store.append_history(failed, [{"step": 10, "train/loss": 1.0}])
+    moment = time.time() - 60
+    os.utime(store.run_dir(failed) / "history.jsonl", (moment, moment))
+    store.write_manifest(manifest | {"packs": [{"id": "p0", "runs": [failed, f"{5:012x}"]}, *manifest["packs"][1:]]})
+    assert (read(store.root).counts["failed"], read(store.root).counts["running"]) == (1, 1)
+    os.utime(store.run_dir(failed) / "history.jsonl", (moment + 120, moment + 120))
+    status = read(store.root)
+    assert (status.counts["failed"], status.counts["running"], status.left) == (0, 2, 4)
+    assert sum(status.counts.values()) == status.listed
+    assert main([str(store.root)]) == 0 and "no reason" not in capsys.readouterr().out
+
+
+def test_packs_side_by_side_take_less_time(store: Store) -> None:
+    lease = store.leases.take("p1")
+    assert lease
+    with lease:
+        assert read(store.root).seconds_left == pytest.approx(10 * (3 - 20 / 40) / 2)
+
+
 def test_what_is_printed(store: Store, capsys: pytest.CaptureFixture[str]) -> None:
     assert main([str(store.root)]) == 1
     out = capsys.readouterr().out
@@ -171,4 +193,17 @@ def test_a_job_of_a_cluster_outlives_its_launcher(
     assert read(store.root).counts["running"] == running
     main([str(store.root)])
     out = capsys.readouterr().out
-    assert ("by slurm job 17\n" if running == 2 else "(slurm job 17 is gone)") in out and "\x1b" not in out
+    gone = "(slurm job 17 is gone, or waits in its queue)"  # a requeued one does: files do not tell
+    assert ("by slurm job 17\n" if running == 2 else gone) in out and "\x1b" not in out
+
+
+def test_a_job_that_has_written_nothing_yet_holds_its_pack(store: Store, capsys: pytest.CaptureFixture[str]) -> None:
+    from lorabench.clusters import job
+
+    job.note(store, "p2", engine="slurm", job="18", tries=1)
+    assert read(store.root).counts["waiting"] == 1
+    lease = store.leases.take("p2")
+    assert lease
+    with lease:
+        main([str(store.root)])
+        assert f"{7:012x} running, being prepared, by slurm job 18" in capsys.readouterr().out

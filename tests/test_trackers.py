@@ -6,6 +6,7 @@ import csv
 import json
 import subprocess
 import sys
+import threading
 from pathlib import Path
 from typing import Any
 
@@ -131,6 +132,18 @@ def test_tensorboard_reads_back(sweep_dir: Path) -> None:
         assert [(e.step, e.value) for e in events.Scalars("final/test/accuracy")] == [(10, pytest.approx(0.73))]
         text = events.Tensors("config/text_summary")[0].tensor_proto.string_val[0].decode()
         assert '"lr": 0.001' in text
+
+
+def test_tensorboard_of_a_pack_that_starts_again_leaves_nothing_open(sweep_dir: Path) -> None:
+    pytest.importorskip("tensorboard")
+    tracker = make_tracker(TrackerConfig(name="tensorboard"), sweep="s", sweep_dir=sweep_dir)
+    assert tracker is not None
+    before = threading.active_count()
+    for _ in range(3):
+        tracker.start(RUNS[0], CONFIG, method="lora", tags=[])
+    tracker.finish(RUNS[0], record(RUNS[0]))
+    tracker.close()
+    assert threading.active_count() == before
 
 
 def inspect(folder: Path) -> list[dict[str, Any]]:

@@ -27,6 +27,7 @@ from lorabench.trackers import wandb_ending as ending
 from lorabench.trackers import wandb_report as report
 from lorabench.trackers import wandb_runs as wb
 from lorabench.trackers.wandb_api import Away, Server, api_key
+from lorabench.trackers.wandb_begun import begun
 from lorabench.trackers.wandb_mirror import Follower
 from wandb_server import KEY, Bucket, WandbServer, silence
 
@@ -456,6 +457,26 @@ def test_phases_of_a_sweep_share_one_process(server: WandbServer, store: Store) 
     arrived(server, RUNS[2])
 
 
+def test_what_a_killed_launcher_had_not_sent_the_next_one_sends(server: WandbServer, store: Store) -> None:
+    """Runs that ended while nobody mirrored them, as jobs do, or whose mirror died with its launcher: nothing trains them again."""
+    finished(store, *RUNS[:2])
+    for run_id, start in zip(RUNS, ("1", None), strict=False):  # of a process that is no more, of this one
+        begun(store, run_id)
+        path = store.root / ".wandb/begun" / run_id
+        path.write_text(json.dumps(json.loads(path.read_text()) | ({"start": start} if start else {})))
+    half = to(server, store)
+    run = half.open(RUNS[0], CONFIG, method="lora", tags=[])
+    wb.log(run, wb.steps(ROWS)[:7])
+    run.finish()
+    bucket(server, RUNS[0]).exit_code = None
+    tracker = track(store, RUNS[2])
+    until(lambda: [run.state for run in server.runs.values()] == ["finished"] * 2)
+    leave(tracker)
+    for run_id in (RUNS[0], RUNS[2]):
+        assert arrived(server, run_id).sent == 20 and bucket(server, run_id).state == "finished"
+    assert len(server.runs) == 2 and [p.name for p in (store.root / ".wandb/begun").iterdir()] == [RUNS[1]]
+
+
 def test_online_without_a_key_is_said_once(
     server: WandbServer, store: Store, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -620,6 +641,54 @@ def test_sync_fills_what_is_missing_and_nothing_else(
         assert run.steps == STEPS and not run.faults and run.summary["test/accuracy"] == 0.73
 
 
+def test_sync_ends_what_is_there_and_not_over(
+    server: WandbServer, store: Store, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A sender that is killed between the last row and its goodbye leaves a crashed run; one that was tried again, a failed one."""
+    finished(store, *RUNS)
+    store.write(record(RUNS[2], status="failed"))
+    assert sync.main([str(store.root)]) == 0
+    capsys.readouterr()
+    crashed, failed, sound = (bucket(server, i, "test") for i in RUNS)
+    assert (crashed.state, failed.state, sound.state) == ("finished", "finished", "failed")
+    crashed.exit_code, failed.exit_code = None, 1
+    assert sync.main([str(store.root)]) == 0
+    assert "2 are not over; 0 history rows to send" in capsys.readouterr().out
+    assert (crashed.state, failed.state, sound.state) == ("finished", "finished", "failed")
+    for run in (crashed, failed, sound):
+        assert run.steps == STEPS and not run.faults and run.sent == 20
+    assert sync.main([str(store.root)]) == 0
+    assert "3 of 3 ended runs are there; 0 history rows" in capsys.readouterr().out
+
+
+def test_a_run_that_an_agent_of_a_wandb_sweep_started_is_the_agents(
+    server: WandbServer,
+    store: Store,
+    monkeypatch: pytest.MonkeyPatch,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """W&B's client takes an agent's id and project for whatever it is asked to open; a sync later finds the run by that id."""
+    given = {"WANDB_SWEEP_ID": "sw7", "WANDB_RUN_ID": "abc123", "WANDB_PROJECT": "theirs", "WANDB_ENTITY": "team"}
+    params = tmp_path / "config.yaml"
+    params.write_text("wandb_version: 1\nmethod.r:\n  value: 8\n")
+    for key, value in {**given, "WANDB_SWEEP_PARAM_PATH": str(params)}.items():
+        monkeypatch.setenv(key, value)
+    leave(track(store, *RUNS[:2]))
+    assert capsys.readouterr().err == ""
+    for key in (*given, "WANDB_SWEEP_PARAM_PATH"):
+        monkeypatch.delenv(key)
+    own, other = server.runs["team/theirs/abc123"], server.runs[f"team/theirs/{wb.wandb_id('my sweep', RUNS[1])}"]
+    assert len(server.runs) == 2 and own.fields["sweep"] == "sw7" and "sweep" not in other.fields
+    for run in (own, other):
+        assert run.steps == STEPS and not run.faults and run.state == "finished"
+    assert own.summary["run_id"] == RUNS[0] and own.summary["val/accuracy"] == 0.74
+    Path(store.root).rename(tmp_path / "my sweep")
+    assert sync.main([str(tmp_path / "my sweep")]) == 0
+    assert "; 0 history rows to send" in capsys.readouterr().out
+    assert len(server.runs) == 2 and own.sent == other.sent == 20
+
+
 def test_sync_says_what_did_not_arrive(
     server: WandbServer, store: Store, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -750,6 +819,26 @@ def test_the_key_is_the_servers_own(server: WandbServer, monkeypatch: pytest.Mon
     (tmp_path / "netrc").write_text(f"machine 127.0.0.1 login user password {KEY}\n")
     assert api_key() == KEY
     assert os.environ["WANDB_BASE_URL"] == server.url
+
+
+def test_looking_for_a_key_starts_no_process_of_wandb(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """A launcher asks where a key of `wandb login` would be for; W&B's service would stay beside it to its end."""
+    (tmp_path / "netrc").write_text(f"machine wandb.example login user password {KEY}\n")
+    settings = tmp_path / ".config/wandb/settings"
+    settings.parent.mkdir(parents=True)
+    settings.write_text("[default]\nbase_url = https://wandb.example\n")
+    for name, value in {**wb.QUIET, "NETRC": str(tmp_path / "netrc"), "HOME": str(tmp_path)}.items():
+        monkeypatch.setenv(name, value)
+    for name in ("WANDB_API_KEY", "WANDB_BASE_URL"):
+        monkeypatch.delenv(name, raising=False)
+    code = "from lorabench.trackers.wandb_api import api_key; print(api_key(), flush=True); input()"
+    asked = [sys.executable, "-c", code]
+    with subprocess.Popen(asked, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as process:
+        assert process.stdin and process.stdout
+        assert process.stdout.readline().strip() == KEY
+        assert not wandb_core(process.pid)
+        process.stdin.write("\n")
+    assert process.returncode == 0
 
 
 # -- the workspace -----------------------------------------------------------------------------------------------------------------

@@ -39,6 +39,10 @@ class Bucket:
     faults: list[str] = field(default_factory=list)  # lines past the end, or written over
 
     @property
+    def state(self) -> str:
+        return "crashed" if self.exit_code is None else "failed" if self.exit_code else "finished"
+
+    @property
     def steps(self) -> list[int]:
         return [row["_step"] for row in self.history]
 
@@ -134,7 +138,7 @@ class WandbServer:
             known, inserted = self.runs.setdefault(path, Bucket(entity, project, v["name"])), path not in self.runs
         else:
             inserted = False
-        for key in ("displayName", "groupName", "jobType", "tags", "notes"):
+        for key in ("displayName", "groupName", "jobType", "tags", "notes", "sweep"):
             if v.get(key) is not None:
                 known.fields[key] = v[key]
         if v.get("config"):
@@ -243,7 +247,7 @@ def _bucket(run: Bucket) -> dict[str, Any]:
 
 def _resume(run: Bucket) -> dict[str, Any]:
     tail = json.dumps([json.dumps(run.history[-1])] if run.history else [])
-    return {"id": run.id, "name": run.name, "summaryMetrics": json.dumps(run.summary), "displayName": run.fields.get("displayName"),
+    return {"id": run.id, "name": run.name, "state": run.state, "summaryMetrics": json.dumps(run.summary), "displayName": run.fields.get("displayName"),
             "logLineCount": 0, "historyLineCount": len(run.history), "eventsLineCount": 0, "historyTail": tail, "eventsTail": "[]",
             "config": json.dumps(run.config), "tags": run.fields.get("tags") or [], "notes": None,
             "wandbConfig": json.dumps({"t": 1})}  # fmt: skip

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from statistics import fmean
 from typing import Any, ClassVar
@@ -13,12 +14,14 @@ import optuna
 from hydra.types import HydraContext
 from omegaconf import DictConfig
 from optuna.storages.journal import JournalFileBackend
+from optuna.storages.journal._file import BaseJournalFileLock, get_lock_file
 from optuna.trial import TrialState
 
 from hydra_plugins.lorabench._compose import Composer, tune_seeds
 from hydra_plugins.lorabench._space import space
+from lorabench.leases import Leases
 from lorabench.records import Record, Store
-from lorabench.schema import ConfigError, ExistingWork
+from lorabench.schema import ConfigError, ExistingWork, writing
 
 RATE, SEED = "optimizer.lr", "seed"
 # What a cell's own label says already; any other axis is named beside it.
@@ -43,6 +46,7 @@ class Trial:
 class Search:
     """The study of one sweep. Its journal lies in the sweep's directory, so the same command goes on with it."""
 
+    again: set[int] | None = None  # trials that had failed before, to be asked for once more
     SAMPLERS: ClassVar[Mapping[str, Callable[[int | None], Any]]] = {
         "tpe": _tpe,
         "random": optuna.samplers.RandomSampler,
@@ -71,7 +75,6 @@ class Search:
         self.dry_run = bool(self.settings.sweep.dry_run)
         self.kept: dict[int, Trial] = {}
         self.study = self._opened()
-        self.pending, self.left = self._unfinished()
 
     def _opened(self) -> Any:
         optuna.logging.set_verbosity(optuna.logging.WARNING)
@@ -79,13 +82,8 @@ class Search:
         name = self.options["sampler"]
         if name not in self.SAMPLERS:
             raise ConfigError("hydra.sweeper.sampler", name, f"allowed: {', '.join(self.SAMPLERS)}")
-        storage = None
-        if not self.dry_run:
-            journal = self.store.root / "optuna" / "journal"
-            journal.parent.mkdir(parents=True, exist_ok=True)
-            storage = optuna.storages.JournalStorage(JournalFileBackend(str(journal)))
         study = optuna.create_study(
-            storage=storage, study_name="lorabench", direction="minimize" if lower else "maximize", load_if_exists=True,
+            storage=None if self.dry_run else _journal(self.store), study_name="lorabench", direction="minimize" if lower else "maximize", load_if_exists=True,
         )  # fmt: skip
         if (study.direction.name == "MINIMIZE") != lower:
             allowed = f"its study does not {'minimize' if lower else 'maximize'} {self.run.task.metric}"
@@ -100,20 +98,25 @@ class Search:
         return self.study.ask(dict(self.space.axes))
 
     def _unfinished(self) -> tuple[list[Trial], int]:
-        """Trials that were asked for and never told, and how many are left to ask for."""
+        """Trials that were asked for and never told, by this launcher or another one, and how many are left to ask for. One
+        that failed before this launcher came is asked for again where failed runs are retried, and one that was cut while it
+        was drawn is none."""
         pending, told, trials = [], 0, self.study.get_trials(deepcopy=False)
-        tried = [t.params or t.system_attrs.get("fixed_params") for t in trials if t.state != TrialState.FAIL]
+        drawn = {t.number for t in trials if t.params.keys() == self.space.axes.keys()}
+        if self.again is None:
+            retried = self.settings.sweep.retry_failed
+            self.again = {n for n in drawn if retried and trials[n].state == TrialState.FAIL}
+            tried = [t.params or t.system_attrs.get("fixed_params") for t in trials if t.state != TrialState.FAIL]
+            for params in (trials[n].params for n in sorted(self.again)):
+                if params not in tried:  # nor again once that went well, or is under way
+                    self.study.enqueue_trial(params)
+                    tried.append(params)
         for t in trials:
-            if t.state == TrialState.RUNNING and t.params.keys() == self.space.axes.keys():
+            if t.state == TrialState.RUNNING and t.number in drawn:
                 pending.append(self._trial(t.number, self.space.overrides(t.params)))
             elif t.state == TrialState.RUNNING:  # cut while it was drawn, or of another space
                 self.study.tell(t.number, state=TrialState.FAIL)
-            elif t.state == TrialState.FAIL and self.settings.sweep.retry_failed and t.params:
-                if t.params not in tried:  # nor again once that went well, or is under way
-                    self.study.enqueue_trial(t.params)
-                    tried.append(t.params)
-                continue
-            told += t.state != TrialState.WAITING
+            told += t.state != TrialState.WAITING and t.number in drawn - self.again
         return pending, max(0, self.options["n_trials"] - told)
 
     def _trial(self, number: int, overrides: Sequence[str]) -> Trial:
@@ -123,15 +126,18 @@ class Search:
         return Trial(number, sets, [self.composer.job(o, extra) for o in sets])
 
     def ask(self) -> list[Trial]:
-        """The next batch: first what was asked for before a launcher was killed. Empty when the study is complete."""
-        batch, self.pending = self.pending[: self.options["n_jobs"]], self.pending[self.options["n_jobs"] :]
-        more = min(self.left, self.options["n_jobs"] - len(batch))
-        self.left -= more
-        try:
-            drawn = len(self.study.get_trials(deepcopy=False))
-            asked = [self._ask(drawn + i) for i in range(more)]
-        except ValueError as e:
-            raise ExistingWork("sweep.dir", str(self.store.root), f"its study searches another space ({e})") from e
+        """The next batch: first what was asked for before a launcher was killed, or by one beside this one. Empty when the study
+        is complete."""
+        most = self.options["n_jobs"]
+        alone: AbstractContextManager[Any] = nullcontext() if self.dry_run else self.store.leases.wait("optuna")
+        with alone:  # another may be asking, too
+            pending, left = self._unfinished()
+            batch = pending[:most]
+            try:
+                drawn = len(self.study.get_trials(deepcopy=False))
+                asked = [self._ask(drawn + i) for i in range(min(left, most - len(batch)))]
+            except ValueError as e:
+                raise ExistingWork("sweep.dir", str(self.store.root), f"its study searches another space ({e})") from e
         batch += [self._trial(t.number, self.space.overrides(t.params)) for t in asked]
         if batch:
             from lorabench import sweep
@@ -149,7 +155,7 @@ class Search:
         return [list(o) for o in dict(reversed(pairs)).values()]
 
     def tell(self, batch: Sequence[Trial]) -> None:
-        """A trial's value; PRUNED for one that diverged or was pruned, FAIL for one that failed."""
+        """A trial's value; PRUNED for one that diverged, was pruned or has none, FAIL for one that failed."""
         for trial in batch:
             records = [self.store.read(job.run.run_id) for job in trial.jobs]
             state, value = told(records)
@@ -191,11 +197,44 @@ class Search:
         sweep.finish(self.settings)
 
 
+def _journal(store: Store) -> optuna.storages.JournalStorage:
+    """The study's journal; its last line goes where the disk was full, or the power gone, before it was whole."""
+    path, lock = store.root / "optuna" / "journal", _Lock(store.leases)
+    with writing(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        backend = JournalFileBackend(str(path), lock)
+        with get_lock_file(lock), open(path, "r+b") as f:
+            raw = f.read()
+            if whole := len(raw) - raw.rfind(b"\n") - 1:
+                f.truncate(len(raw) - whole)
+    try:
+        return optuna.storages.JournalStorage(backend)
+    except ValueError as e:
+        allowed = f"a whole journal of a study ({e}); moved away, another study begins"
+        raise ExistingWork("sweep.dir", str(path), allowed) from e
+
+
+class _Lock(BaseJournalFileLock):
+    """The journal's lock as a lease, which ends with its holder. Optuna's own outlives a killed one: it is a link to a path that,
+    being relative, leads nowhere from where the link is, and then it waits without end."""
+
+    def __init__(self, leases: Leases) -> None:
+        self.leases = leases
+
+    def acquire(self) -> bool:
+        self.lease = self.leases.wait("journal")
+        return True
+
+    def release(self) -> None:
+        self.lease.release()
+
+
 def told(records: Sequence[Record | None]) -> tuple[TrialState, float | None]:
     """What a trial's records, one a seed, come to."""
     statuses = {"failed" if r is None else r.status for r in records}
     if "failed" in statuses:
         return TrialState.FAIL, None
-    if statuses != {"completed"}:
+    values = [r.metrics[f"val/{r.metrics['primary']}"] for r in records if r and r.status == "completed"]
+    if statuses != {"completed"} or None in values:
         return TrialState.PRUNED, None
-    return TrialState.COMPLETE, fmean(float(r.metrics[f"val/{r.metrics['primary']}"]) for r in records if r)
+    return TrialState.COMPLETE, fmean(map(float, values))

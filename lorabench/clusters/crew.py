@@ -7,14 +7,13 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
-from contextlib import suppress
+from concurrent.futures import ThreadPoolExecutor, wait
 from typing import Any
 
 from lorabench import checkpoints
 from lorabench.clusters import job as jobs
 from lorabench.clusters import watch as watching
-from lorabench.clusters.engines import Death, Engine, engine
+from lorabench.clusters.engines import Busy, Death, Engine, engine
 from lorabench.clusters.notice import PREEMPTED, TIME_LIMIT
 from lorabench.clusters.watch import Watch
 from lorabench.outcome import failed
@@ -24,7 +23,7 @@ from lorabench.stopping import in_order
 from lorabench.train import Listener, OutOfMemory
 
 GONE = 3  # looks in a row that must miss a job, its end and its records before it counts as dead
-LATE = 20  # the same for records after its end: a network file system may show them later
+LATE = 20  # the same for records after its end, which a network file system may show later, and for what cannot be read
 THREADS = 1000  # packs that wait at once
 
 
@@ -47,6 +46,7 @@ class JobCrew:
         self._watched: list[Watch] = []
         self._stop = threading.Event()
         self._engine: Engine | None = None
+        self._refused = False  # jobs, when it was asked last
 
     def __enter__(self) -> JobCrew:
         self._thread = threading.Thread(target=self._loop, name="jobs", daemon=True)
@@ -81,8 +81,8 @@ class JobCrew:
         watch = Watch(pack, Store(store.root.resolve()), listener, keep, options)
         self._inbox.put(watch)
         while not self._stop.is_set():
-            with suppress(TimeoutError):
-                return watch.result.result(timeout=5)
+            if wait([watch.result], timeout=5).done:  # what it raises may itself be a TimeoutError, a file system's
+                return watch.result.result()
         raise Stopped
 
     def _loop(self) -> None:
@@ -157,7 +157,15 @@ class JobCrew:
         made = [
             jobs.PackJob(str(store.root), w.pack.id, w.pack.prune, watching.again(w), w.options, cpus) for w in fresh
         ]
-        for watch, job in zip(fresh, self._engine.submit(made), strict=True):
+        try:
+            ids = self._engine.submit(made)
+        except Busy as e:
+            if not self._refused:  # said once
+                self.say(f"{store.root.name}: {self.name} takes no jobs now ({e}); asked again until it does")
+            self._refused = True
+            return
+        self._refused = False
+        for watch, job in zip(fresh, ids, strict=True):
             watch.job, watch.tries, watch.missed = job, watch.tries + 1, 0
             step = checkpoints.reached(store.root, watch.pack.id) or 0
             jobs.note(store, watch.pack.id, engine=self.name, job=job, tries=watch.tries, step=step)
@@ -170,10 +178,16 @@ class JobCrew:
         assert self._engine is not None
         alive = self._engine.alive([str(w.job) for w in self._watched])
         for watch in list(self._watched):
-            watching.hear(watch)
-            told = jobs.end(watch.store, watch.pack.id, str(watch.job))
+            try:
+                watching.hear(watch)
+                if told := jobs.end(watch.store, watch.pack.id, str(watch.job)):
+                    watching.close(watch, told)
+            except OSError:  # of a file system that may be itself again at the next look
+                watch.missed += 1
+                if watch.missed >= LATE:
+                    raise
+                continue
             if told:
-                watching.close(watch, told)
                 watch.missed += not watch.result.done()
                 if watch.missed >= LATE:
                     self._died(watch, Death(f"{self.name} job {watch.job} ended and left no record"))
@@ -187,6 +201,7 @@ class JobCrew:
 
     def _died(self, watch: Watch, death: Death) -> None:
         """Once more, in halves, or failed: what a job that left no word of its end is worth."""
+        watch.store.leases.tidy(watch.pack.id)  # it may have held the pack
         cause = death.cause or jobs.left(watch.store, watch.pack.id, str(watch.job))
         begun = jobs.entry(watch.store, watch.pack.id).get("step", 0)
         step, why = checkpoints.reached(watch.store.root, watch.pack.id) or 0, death.reason

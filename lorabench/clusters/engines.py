@@ -24,6 +24,13 @@ EXTRA = {"slurm": ("slurm", "submitit"), "local": ("slurm", "submitit"), "ray": 
 COMMON = {"timeout_min", "cpus_per_task", "gpus_per_node", "tasks_per_node", "nodes", "mem_gb", "stderr_to_stdout"}
 ARRAY = 1000  # jobs an array at most: Slurm's own default
 CORES = 8  # a local job's share where none was asked for
+BUSY = re.compile(
+    r"unable to contact|timed out|time-?out|connection refused|not responding|temporar|try again", re.IGNORECASE
+)
+
+
+class Busy(Exception):
+    """An engine that takes no jobs at the moment, in its own words."""
 
 
 @dataclass(frozen=True)
@@ -99,7 +106,7 @@ class Submitit:
         self._started: dict[str, Any] = {}
 
     def submit(self, jobs: Sequence[PackJob]) -> list[str]:
-        """Raises `ConfigError` with the engine's own words when it takes no such job."""
+        """Raises `ConfigError` with the engine's own words when it takes no such job, and `Busy` when it takes none now."""
         import submitit
 
         made: list[Any] = []
@@ -109,7 +116,10 @@ class Submitit:
                     made += [self._executor.submit(job) for job in jobs[i : i + ARRAY]]
         except (submitit.core.utils.FailedSubmissionError, submitit.core.utils.FailedJobError) as e:
             words = [line for line in str(e).splitlines() if "error" in line.lower()] or str(e).splitlines()
-            raise ConfigError("hydra.launcher", self.name, " ".join(words[-1].split())) from e
+            said = " ".join(words[-1].split())
+            if BUSY.search(said):
+                raise Busy(said) from e
+            raise ConfigError("hydra.launcher", self.name, said) from e
         self._started.update((job.job_id, job) for job in made)
         return [job.job_id for job in made]
 

@@ -27,7 +27,7 @@ from lorabench.durable import atomic_write
 from lorabench.records import Store, dump_json
 from lorabench.schema import ConfigError
 
-NOTED = 60.0  # seconds that a job waits for the launcher to note its id
+NOTED = 120.0  # seconds that a job waits for the launcher to note its id; a network file system may hide it for 60
 PACK_ID = re.compile(r"p\d+(\.\d+)*")
 
 
@@ -129,19 +129,32 @@ class PackJob:
     def run(self, me: str, env: Any = None) -> None:
         """Train, and leave word of how it ended. Errors of the runs are in their records.
 
-        env: submitit's, for a job that may have several tasks.
+        env: submitit's, for a job that may have several tasks. The first of them holds the pack meanwhile, and waits for
+        whoever trains it: a start of this very job on a node that is cut off, a launcher without jobs.
         """
         self._threads()
+        store, tasks = Store(self.root), env.num_tasks if env else 1
+        first = tasks == 1 or env.global_rank == 0
+        if not first:
+            ended = self._trained(store, me, env, tasks)
+        else:
+            if (holder := store.leases.holder(self.pack_id)) is not None:
+                print(f"{self.pack_id}: waits for {holder}, which trains it", flush=True)
+            with store.leases.wait(self.pack_id) as lease:
+                ended = self._trained(store.under(lease), me, env, tasks)
+        if (first or ended["kind"] != "done") and not end(store, self.pack_id, me):
+            atomic_write(_path(store, self.pack_id, ".end.json"), dump_json({**ended, "job": me}))
+
+    def _trained(self, store: Store, me: str, env: Any, tasks: int) -> dict[str, Any]:
+        """What the word of the end says."""
         from lorabench import settled
         from lorabench.planning import planned_pack
         from lorabench.prepare import check_nodes
         from lorabench.ranks import train
         from lorabench.train import Listener, OutOfMemory, SlicesMix
 
-        store, tasks = Store(self.root), env.num_tasks if env else 1
         pack = planned_pack(store, self.pack_id, prune=self.prune)
         keep = [i for i in pack.run_ids if i not in self.again and store.read(i) is not None]
-        ended: dict[str, Any] = {"kind": "done"}
         try:
             check_nodes(pack.runs[0].trainer.num_nodes, tasks)
             if len(keep) < len(pack.runs):
@@ -152,14 +165,12 @@ class PackJob:
                 node = self._node(store, me, env) if tasks > 1 else None
                 train(pack, store, Listener(), keep=keep, node=node, **self.options)
         except SlicesMix as e:
-            ended = {"kind": "mix", "layer": e.layer, "reason": e.reason}
+            return {"kind": "mix", "layer": e.layer, "reason": e.reason}
         except OutOfMemory as e:
-            ended = {"kind": "memory", "reason": str(e)}
+            return {"kind": "memory", "reason": str(e)}
         except ConfigError as e:  # what the job finds is not what the launcher checked, or not what was trained before
-            ended = {"kind": "refused", "key": e.key, "value": str(e.value), "allowed": e.allowed}
-        first = tasks == 1 or env.global_rank == 0
-        if (first or ended["kind"] != "done") and not end(store, self.pack_id, me):
-            atomic_write(_path(store, self.pack_id, ".end.json"), dump_json({**ended, "job": me}))
+            return {"kind": "refused", "key": e.key, "value": str(e.value), "allowed": e.allowed}
+        return {"kind": "done"}
 
     def _node(self, store: Store, me: str, env: Any) -> Any:
         """This task's place among those of its job. The first says in <pack>.meet.json where it waits."""

@@ -35,6 +35,8 @@ class TensorBoardTracker:
         from torch.utils.tensorboard import SummaryWriter
 
         folder = self.store.run_dir(run_id) / "tensorboard"
+        if begun := self.writers.pop(run_id, None):  # its pack starts again in this process
+            begun.close()
         if folder.is_dir():
             shutil.rmtree(folder)  # a run that starts again starts its history again
         self.writers[run_id] = writer = SummaryWriter(str(folder))

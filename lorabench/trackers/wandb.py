@@ -17,6 +17,7 @@ import threading
 import time
 from collections.abc import Mapping
 from contextlib import suppress
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -26,8 +27,10 @@ from lorabench.durable import atomic_write
 from lorabench.records import Record, Store, dump_json
 from lorabench.settings import TrackerConfig
 from lorabench.trackers.contract import Row
+from lorabench.trackers.wandb_agent import Agent, note_agent
 from lorabench.trackers.wandb_api import api_key
-from lorabench.trackers.wandb_runs import environment
+from lorabench.trackers.wandb_begun import begun, left_behind
+from lorabench.trackers.wandb_runs import environment, method, tags
 
 SHARE, MOST = 0.02, 60.0  # of a sweep's time that its end may wait for W&B, and seconds at most
 PATIENCE, LONGER = 10.0, 2.5  # seconds, or times that share, where the server is fast enough to have everything by then
@@ -61,12 +64,15 @@ class WandbTracker:
         self.store, self.began = store, time.monotonic()
         self.live: set[str] = set()
         self.stopped = False  # in the middle of training
+        self.agent = agent = Agent.here()  # of W&B Sweeps: its run is the first that starts here
+        where = {"project": settings.project, "entity": settings.entity}
+        where |= {key: own for key in where if (own := getattr(agent, key, None))}
         found = mode(settings.mode)
         if found != "disabled":
-            atomic_write(store.root / TARGET, dump_json({"project": settings.project, "entity": settings.entity}))
+            atomic_write(store.root / TARGET, dump_json(where))
         given = {
-            "dir": str(store.root.resolve()), "sweep": sweep, "project": settings.project, "entity": settings.entity,
-            "mode": found, "artifacts": settings.artifacts,
+            "dir": str(store.root.resolve()), "sweep": sweep, **where, "mode": found, "artifacts": settings.artifacts,
+            "agent": asdict(agent) if agent else None,
         }  # fmt: skip
         home = str(Path(lorabench.__file__).resolve().parent.parent)
         paths = [home, *filter(None, [os.environ.get("PYTHONPATH")])]
@@ -81,9 +87,18 @@ class WandbTracker:
         for thread in self.threads:
             thread.start()
         atexit.register(self.leave)
+        for record in left_behind(store) if found != "disabled" else ():
+            begun(store, record.run_id)
+            about = {"config": record.config, "method": method(record.config), "tags": tags(record.config)}
+            self._send(do="start", run=record.run_id, **about)
+            self._send(do="finish", run=record.run_id)
 
     def start(self, run_id: str, config: Mapping[str, Any], *, method: str, tags: list[str]) -> None:
         self.live.add(run_id)
+        if self.agent:
+            note_agent(self.store, run_id, self.agent)
+            self.agent = None
+        begun(self.store, run_id)
         self._send(do="start", run=run_id, config=config, method=method, tags=tags)
 
     def log(self, run_id: str, row: Row) -> None:

@@ -21,7 +21,7 @@ ANSWER = 30.0  # seconds a server may take for one answer
 VIEWER = "query Viewer { viewer { entity } }"
 STATUS = """query RunResumeStatus($project: String, $entity: String, $name: String!) {
  model(name: $project, entityName: $entity) { bucket(name: $name, missingOk: true) {
-  id summaryMetrics historyLineCount historyTail } } }"""
+  id state summaryMetrics historyLineCount historyTail } } }"""
 HISTORY = """query HistoryPage($entity: String!, $project: String!, $run: String!, $minStep: Int64!, $maxStep: Int64!, $pageSize: Int!) {
  project(name: $project, entityName: $entity) { run(name: $run) { history(minStep: $minStep, maxStep: $maxStep, samples: $pageSize) } } }"""
 SUMMARY = """mutation UpsertBucket($id: String, $summaryMetrics: JSONString) {
@@ -35,12 +35,18 @@ class Away(ConnectionError):
 
 @dataclass(frozen=True)
 class Mirrored:
-    """What the server has of a run. last_step: of its last history row, -1 for none."""
+    """What the server has of a run. last_step: of its last history row, -1 for none. state: running, finished, failed, crashed
+    (silent for minutes), ...; "" where the server does not say."""
 
     id: str
     rows: int
     last_step: int
     summary: Mapping[str, Any]
+    state: str = ""
+
+    def ended(self, *, failed: bool = False) -> bool:
+        """Whether it counts as over there, and as what it was."""
+        return self.state in ("", "failed" if failed else "finished")
 
 
 class Server:
@@ -68,7 +74,8 @@ class Server:
         tail = json.loads(bucket.get("historyTail") or "[]") or []
         last = json.loads(tail[-1]).get("_step", -1) if tail else -1
         summary = json.loads(bucket.get("summaryMetrics") or "{}") or {}
-        return Mirrored(bucket["id"], int(bucket.get("historyLineCount") or 0), int(last), summary)
+        rows, state = int(bucket.get("historyLineCount") or 0), str(bucket.get("state") or "")
+        return Mirrored(bucket["id"], rows, int(last), summary, state)
 
     def steps(self, name: str, last: int) -> list[int]:
         """Steps of the run's history rows up to `last`, as they stand."""
@@ -117,9 +124,9 @@ def base_url() -> str:
     """Where W&B's own client would connect to: WANDB_BASE_URL, else what its settings files say."""
     if url := os.environ.get("WANDB_BASE_URL"):
         return url
-    import wandb
+    from wandb.sdk import wandb_setup
 
-    return str(wandb.setup().settings.base_url)
+    return str(wandb_setup.singleton().settings.base_url)  # `wandb.setup` would start W&B's service process here
 
 
 def api_key() -> str | None:

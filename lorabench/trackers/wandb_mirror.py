@@ -21,7 +21,9 @@ from typing import Any
 from lorabench.records import Record, Store
 from lorabench.trackers import wandb_report
 from lorabench.trackers import wandb_runs as wb
+from lorabench.trackers.wandb_agent import Agent
 from lorabench.trackers.wandb_api import Away, Server, api_key, base_url
+from lorabench.trackers.wandb_begun import arrived
 from lorabench.trackers.wandb_ending import Ending
 
 LOOK = 0.5  # seconds between looks at the histories of live runs
@@ -118,10 +120,10 @@ class Follower:
 
     def _advance(self, one: Live) -> None:
         """Open the run if it is not, log the steps that are complete, end it once its record is there."""
-        server, known = self.target.server, wb.wandb_id(self.target.sweep, one.run_id)
+        server, known = self.target.server, self.target.known(one.run_id)
         if one.run is None and one.record is not None and server is not None:
             wb.bring(self.target, one.record)  # it was cut off, or ended before it was opened
-            del self.live[one.run_id]
+            self._arrived(one)
             return
         if one.run is None:
             has = server.run(known) if server else None
@@ -136,7 +138,11 @@ class Follower:
             if server is not None:
                 want = wb.steps(self.target.store.history(one.run_id))
                 wb.check(server, known, want, self.target.summary(one.record))
-            del self.live[one.run_id]
+            self._arrived(one)
+
+    def _arrived(self, one: Live) -> None:
+        del self.live[one.run_id]
+        arrived(self.target.store, one.run_id)
 
     def _log(self, one: Live) -> None:
         """A step is complete once a later one has begun, or the run has ended: train and validation rows share one."""
@@ -172,7 +178,7 @@ def serve(follower: Follower, heard: queue.Queue[dict[str, Any] | None]) -> None
 
 
 def main() -> None:
-    """argv: {"dir", "sweep", "project", "entity", "mode", "artifacts"} as JSON."""
+    """argv: {"dir", "sweep", "project", "entity", "mode", "artifacts", "agent"} as JSON."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the sweep's: it says when to end
     if hasattr(os, "nice"):
         os.nice(10)
@@ -205,7 +211,7 @@ def _target(given: Mapping[str, Any]) -> wb.Target:
         server = Server(base_url(), key, given["project"], given["entity"])
     return wb.Target(
         Store(Path(given["dir"])), given["sweep"], given["project"], given["entity"], server, given["mode"],
-        given["artifacts"],
+        given["artifacts"], Agent(**given["agent"]) if given["agent"] else None,
     )  # fmt: skip
 
 

@@ -29,7 +29,7 @@ def bring(target: Target, given: Mapping[str, Any]) -> bool:
     verdicts(target, tables["verdicts"])
     known, mark = wandb_id(target.sweep, REPORT), digest(folder)
     has = target.server.run(known) if target.server else None
-    if has is not None and has.summary.get("report/digest") == mark:
+    if has is not None and has.summary.get("report/digest") == mark and has.ended():
         return False
     run = _open(target, known)
     media = _media(folder, tables)
@@ -51,7 +51,7 @@ def verdicts(target: Target, found: Mapping[str, Mapping[str, Any]]) -> int:
         return 0
 
     def write(run_id: str) -> bool:
-        has = server.run(wandb_id(target.sweep, run_id))
+        has = server.run(target.known(run_id))
         new = lacking(found[run_id], has.summary) if has else {}
         if has and new:
             server.write_summary(has, new)

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from lorabench.config import digest
 from lorabench.records import Record, Store
+from lorabench.trackers.wandb_agent import Agent, agents_name
 from lorabench.trackers.wandb_api import Away, Mirrored, Server
 
 if TYPE_CHECKING:
@@ -74,6 +75,11 @@ class Target:
     server: Server | None
     mode: Literal["online", "offline", "disabled"] = "online"
     artifacts: bool = False
+    agent: Agent | None = None
+
+    def known(self, run_id: str) -> str:
+        """A run's id at W&B: what an agent of W&B Sweeps has called it, else made of its sweep and its own."""
+        return agents_name(self.store, run_id) or wandb_id(self.sweep, run_id)
 
     def open(
         self, run_id: str, config: Mapping[str, Any], *, method: str, tags: Sequence[str], back_to: int | None = None
@@ -83,7 +89,9 @@ class Target:
 
         folder = self.store.run_dir(run_id)
         folder.mkdir(parents=True, exist_ok=True)
-        known = wandb_id(self.sweep, run_id)
+        known, settings = self.known(run_id), quiet(self.server)
+        if self.agent and known == self.agent.run:
+            settings.sweep_id = self.agent.sweep
         if self.mode == "offline":
             for old in folder.glob(f"wandb/offline-run-*-{known}"):
                 shutil.rmtree(old, ignore_errors=True)  # one folder a run, complete in itself
@@ -93,7 +101,7 @@ class Target:
         return wandb.init(
             id=known, name=name(run_id, config), project=self.project, entity=self.entity, group=self.sweep,
             job_type=method, tags=[t[:64] for t in tags if t], config=dict(config), dir=str(folder.resolve()),
-            mode=self.mode, reinit="create_new", settings=quiet(self.server), **how,
+            mode=self.mode, reinit="create_new", settings=settings, **how,
         )  # fmt: skip
 
     def end(self, run: wandb.Run, record: Record, verdict: Mapping[str, Any] | None = None) -> None:
@@ -114,7 +122,7 @@ class Target:
 
     def _adapter(self, record: Record) -> str | None:
         there = self.artifacts and (self.store.run_dir(record.run_id) / "adapter").is_dir()
-        return f"adapter-{wandb_id(self.sweep, record.run_id)}" if there else None
+        return f"adapter-{self.known(record.run_id)}" if there else None
 
 
 def log(run: wandb.Run, new: Steps) -> None:
@@ -136,15 +144,16 @@ def gap(server: Server, known: str, has: Mirrored, want: Steps) -> int | None:
 
 
 def bring(target: Target, record: Record, verdict: Mapping[str, Any] | None = None) -> int:
-    """Send what the server lacks of a run that has ended, and look whether it arrived; returns the history rows sent.
+    """Send what the server lacks of a run that has ended, and look whether it arrived; returns the history rows sent. A run that
+    is all there and not over there (its sender was killed) is opened and ended.
 
     Raises `Away` without a server, and where it has not all of it afterwards.
     """
     server = target.server
     assert server is not None
-    known, want = wandb_id(target.sweep, record.run_id), steps(target.store.history(record.run_id))
+    known, want = target.known(record.run_id), steps(target.store.history(record.run_id))
     has = server.run(known)
-    if has is not None and complete(has, want):
+    if has is not None and complete(has, want) and has.ended(failed=record.status == "failed"):
         values = lacking(target.summary(record, verdict), has.summary)
         if "adapter" not in values:
             if values:
@@ -208,5 +217,6 @@ def quiet(server: Server | None) -> wandb.Settings:
 
 
 def environment() -> dict[str, str]:
-    """For a process with W&B's client: nothing on the terminal, no error reports, a service process of its own."""
-    return {k: v for k, v in os.environ.items() if k != "WANDB_SERVICE"} | QUIET
+    """For a process with W&B's client: nothing on the terminal, no error reports, a service process of its own. It is not told of
+    an agent: it would take the agent's project and id for every run, whatever it is asked for."""
+    return {k: v for k, v in os.environ.items() if k not in ("WANDB_SERVICE", "WANDB_SWEEP_ID", "WANDB_RUN_ID")} | QUIET

@@ -1,0 +1,43 @@
+"""Which runs a launcher has begun at W&B and has not seen arrive: a file a run, so that one that is killed leaves word of them.
+
+The next launcher of the sweep sends those that have ended meanwhile, from their records; of others it hears when they train.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from dataclasses import asdict
+from pathlib import Path
+
+from lorabench.leases import Holder
+from lorabench.records import RUN_ID, Record, Store
+
+BEGUN = ".wandb/begun"  # in the sweep's directory
+
+
+def begun(store: Store, run_id: str) -> None:
+    """By this process. Not synced to disk: it is heard where training waits."""
+    path = _path(store, run_id)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(asdict(Holder.here())), encoding="utf-8")
+
+
+def arrived(store: Store, run_id: str) -> None:
+    _path(store, run_id).unlink(missing_ok=True)
+
+
+def left_behind(store: Store) -> Iterator[Record]:
+    """Records of runs that launchers which are no more have begun and not seen arrive. Of one that may still be there, on
+    another machine, nothing is taken over: `lorabench.sync` sends what it leaves."""
+    for path in sorted((store.root / BEGUN).glob("*")):
+        try:
+            gone = Holder(**json.loads(path.read_text(encoding="utf-8"))).gone
+        except (OSError, ValueError, TypeError):
+            continue
+        if gone and RUN_ID.fullmatch(path.name) and (record := store.read(path.name)) is not None:
+            yield record
+
+
+def _path(store: Store, run_id: str) -> Path:
+    return store.root / BEGUN / run_id
