@@ -34,9 +34,8 @@ def main() -> None:
         if stopping.asked():  # a parser that SIGTERM broke off may raise something of its own over it
             _leave(stopping.CODE)
         if isinstance(e, (ConfigError, HydraException, OmegaConfBaseException, yaml.YAMLError)):
-            parsed = isinstance(e, OverrideParseException)
-            said = unreadable(e.override, e.message) if parsed else unknown_setting(str(e)) or e
-            print(f"error: {said}", file=sys.stderr)
+            said = unreadable(e.override, e.message) if isinstance(e, OverrideParseException) else unknown_setting(str(e))
+            print(f"error: {said or e}", file=sys.stderr)
             sys.exit(2)
         if isinstance(e, Unwritable):
             print(f"error: {e}; the same command goes on from here", file=sys.stderr)

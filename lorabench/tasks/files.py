@@ -142,7 +142,7 @@ def _objects(rows: Any) -> dict[str, list[Any]]:
 def _texts(column: list[Any], key: str, name: str, file: str) -> list[str]:
     """Cells as text. Raises `ConfigError` where one holds more than a text or a number, as messages of a chat do."""
     for number, value in enumerate(column, 1):
-        if isinstance(value, (list, tuple, dict, set, bytes)) or getattr(value, "shape", ()):
+        if isinstance(value, (list, tuple, dict, set, bytes)) or getattr(value, "shape", None):
             kind = type(value).__name__
             raise ConfigError(key, name, f"a column of texts or numbers; row {number} of {file} holds a {kind}")
     return [_text(v) for v in column]
