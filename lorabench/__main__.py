@@ -34,7 +34,9 @@ def main() -> None:
         if stopping.asked():  # a parser that SIGTERM broke off may raise something of its own over it
             _leave(stopping.CODE)
         if isinstance(e, (ConfigError, HydraException, OmegaConfBaseException, yaml.YAMLError)):
-            said = unreadable(e.override, e.message) if isinstance(e, OverrideParseException) else unknown_setting(str(e))
+            said = (
+                unreadable(e.override, e.message) if isinstance(e, OverrideParseException) else unknown_setting(str(e))
+            )
             print(f"error: {said or e}", file=sys.stderr)
             sys.exit(2)
         if isinstance(e, Unwritable):
