@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import threading
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 from rich.console import Console
@@ -16,6 +18,7 @@ from lorabench import prepare as prep
 from lorabench.memory import estimate
 from lorabench.prepare import Pack
 from lorabench.records import Record
+from lorabench.report.left_out import left_out
 from lorabench.slice_plan import SlicePlan
 
 EVERY = 60.0  # seconds between the lines of a pack where there are no bars
@@ -102,6 +105,33 @@ def describe(pack: Pack) -> str:
     ranks = sorted({x["r"] for x in labels if x.get("r")})
     rank = f" r={','.join(map(str, ranks))}" if ranks else ""
     return f"{pack.runs[0].role} {methods}{rank} x {len(pack.runs)}"
+
+
+@contextmanager
+def announced(text: str, *, after: float = 3.0, console: Console | None = None) -> Iterator[None]:
+    """Say what goes on where it takes longer than `after` seconds: large data sets are read and tokenised for minutes."""
+    timer = threading.Timer(after, (console or Console(stderr=True)).print, (text,), {"highlight": False})
+    timer.daemon = True
+    timer.start()
+    try:
+        yield
+    finally:
+        timer.cancel()
+
+
+_told: set[str] = set()  # a sweep goes through its phases in one process, and says this once
+
+
+def data_notices(jobs: Sequence[Any]) -> list[str]:
+    """What of the jobs' data is left out or cut, each line once a process."""
+    found: dict[str, None] = {}
+    for job in jobs:
+        prepared = prep.prepare(job.run)
+        notes = {**prepared.data.notes, **prepared.encoded.notes}
+        found |= dict.fromkeys(f"{job.run.task.name}: {line}" for line in left_out(notes))
+    new = [line for line in found if line not in _told]
+    _told.update(new)
+    return new
 
 
 def dry_run_table(

@@ -7,7 +7,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from lorabench.report import conditions, declared, formats, unfinished
+from lorabench.report import conditions, declared, formats, learned, unfinished
 from lorabench.report import statistics as st
 from lorabench.report.findings import Comparison, Findings
 from lorabench.report.formats import plural
@@ -27,6 +27,9 @@ def answer(f: Findings) -> Answer:
     if not f.confirmed:
         command = unfinished.command(f.sweep) if unfinished.missing(f) else None
         return Answer(_unconfirmed(f), tuple(_validation(f)), command, "Go on with it")
+    if chance := learned.nothing(f):
+        text = f"Nothing was learned: no cell does better on test than always answering {chance[0]} ({f.metric.value(chance[1], unit=True)}), so cells that agree show nothing. Train longer, at other rates or on more data."
+        return Answer(text, tuple(_points(f)), None)
     command = _command(f, f.recommendation.cell) if f.recommendation and f.recommendation.cell else None
     return Answer(_lead(f), tuple(_points(f)), command)
 

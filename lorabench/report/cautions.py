@@ -6,9 +6,10 @@ from collections.abc import Iterable, Iterator, Mapping
 
 from lorabench.config import digest
 from lorabench.records import Record
-from lorabench.report import declared, formats, unfinished
+from lorabench.report import declared, formats, learned, unfinished
 from lorabench.report.findings import Findings
 from lorabench.report.formats import plural
+from lorabench.report.left_out import left_out
 from lorabench.report.results import Result
 
 DIFFER = {
@@ -27,7 +28,17 @@ ASKED = {
 
 def warnings(f: Findings) -> list[str]:
     """One line each, most serious first."""
-    return [*_declaration(f), *_gaps(f), *_rates(f), *_conditions(f)]
+    return [*_declaration(f), *_learned(f), *_gaps(f), *_rates(f), *_conditions(f), *_data(f)]
+
+
+def _learned(f: Findings) -> Iterator[str]:
+    if not f.confirmed and (chance := learned.nothing(f)):  # else the answer says it
+        yield f"No cell does better on validation than always answering {chance[0]} ({f.metric.value(chance[1], unit=True)}): nothing was learned."
+
+
+def _data(f: Findings) -> Iterator[str]:
+    found = (r.provenance.get("data_notes") for r in f.sweep.records.values())
+    yield from dict.fromkeys(f"{formats.capital(line)}." for notes in found for line in left_out(notes))
 
 
 def _declaration(f: Findings) -> Iterator[str]:

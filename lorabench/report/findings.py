@@ -207,8 +207,16 @@ def ladder(cells: Sequence[Cell], reference: Cell) -> list[Cell]:
         return sorted(series, key=lambda c: (-(c.r or 0), c.id))
     every = [c for c in cells if c.adapter and _same(c.conditions, reference.conditions)]
     if reference.adapter:  # what is no smaller than the reference is not on the way down
-        every = [c for c in every if c.id == reference.id or (c.trainable or 0) < (reference.trainable or 0)]
-    return sorted(every, key=lambda c: (-(c.trainable or 0), c.id != reference.id, c.id))
+        every = [c for c in every if c.id == reference.id or _smaller(c, reference)]
+    return sorted(every, key=lambda c: (-(c.trainable or 0), -(c.r or 0), c.id != reference.id, c.id))
+
+
+def _smaller(cell: Cell, reference: Cell) -> bool:
+    """By parameters; where a source does not say them (results of other tools) by rank, on the same layers."""
+    if cell.trainable and reference.trainable:
+        return cell.trainable < reference.trainable
+    alike = (cell.method, cell.targets) == (reference.method, reference.targets)
+    return alike and (cell.r or 0) < (reference.r or 0)
 
 
 def _same(a: Mapping[str, str], b: Mapping[str, str]) -> bool:

@@ -161,6 +161,7 @@ class Config:
             splits[name] = [e for e in made if len(e["input_ids"]) > max(e["start"], 1)]
         if self._blocks:
             splits = split.limit(splits, self)
+        split.none_empty(splits, self)
         lengths = {name: [len(e["input_ids"]) for e in examples] for name, examples in splits.items()}
         return Encoded(splits, lengths, {"truncation": notes})
 
