@@ -165,7 +165,7 @@ def _hours(args: argparse.Namespace, study: Study, sweep: Sweep | None, notes: l
             )
         return None
     known, once = measured(study)
-    source = "a few steps of the smallest and the largest cell of heads, adapters and whole bases, each alone"
+    source = "a few steps of the smallest and the largest cell of each kind of method, alone"
     return hours(study, known, source, once)
 
 
