@@ -36,6 +36,11 @@ class Comparison:
     def interval(self) -> tuple[float, float]:
         return self.estimate.interval(self.level)
 
+    @property
+    def bounded(self) -> bool:
+        """Whether there is an interval to speak of: of one seed it would leave the seed out."""
+        return self.estimate.seeds > 1
+
     def turned(self) -> Comparison:
         """Other minus cell."""
         ways: dict[st.Direction, st.Direction] = {"better": "worse", "worse": "better"}
@@ -96,7 +101,7 @@ def _comparer(measured: Results, sweep: Sweep) -> Compare:
 
     def compare(cell: str, other: str) -> Comparison | None:
         a, b = results[cell], results[other]
-        if a.sample is None or b.sample is None or cell == other:
+        if a.sample is None or b.sample is None or same_runs(a, b):
             return None
         made = measure.difference(a.sample, b.sample)
         if made is None:
@@ -121,7 +126,15 @@ def _blocked(a: Result, b: Result, e: st.Estimate) -> str | None:
             return f"{formats.plural(r.lost, 'confirmation run')} of {r.name} did not survive"
     if not e.verdicts:
         return f"{formats.plural(e.seeds, 'seed')} in common, a verdict takes three"
-    return None
+    return SILENT if e.variance == 0 else None
+
+
+SILENT = "the difference is the same for every seed and every test example known, so nothing says how sure it is"
+
+
+def same_runs(a: Result, b: Result) -> bool:
+    """One cell under two names: two rules of alpha list the same runs where they meet."""
+    return a.id == b.id or {x.run_id for x in a.runs} == {x.run_id for x in b.runs} != set()
 
 
 def _versus(
@@ -168,10 +181,9 @@ def _best(results: Sequence[Result]) -> str | None:
 
 
 def _control(results: Mapping[str, Result], method: str, best: str | None) -> str | None:
-    """The cell of a method without adapters, under the conditions of the best adapter where there are several."""
+    """The cell of a method without adapters, under the conditions of the best adapter."""
     found = [r for r in results.values() if r.cell.method == method and r.runs]
-    alike = [r for r in found if best and r.cell.extra == results[best].cell.extra]
-    return _best(alike or found)
+    return _best([r for r in found if best and _same(r.cell.conditions, results[best].cell.conditions)])
 
 
 def _recommend(results: Mapping[str, Result], compare: Compare, reference: str, sweep: Sweep) -> Recommendation | None:
