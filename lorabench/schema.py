@@ -124,6 +124,6 @@ def _default(f: Field[Any]) -> Any:
 
 def in_hydra(text: str) -> str:
     """A text as a value in Hydra's override grammar: in quotes unless it is plain. Only backslashes before a quote are doubled."""
-    if re.fullmatch(r"[\w./+-]+", text, re.ASCII):
+    if re.fullmatch(r"([\w./+-]|\\(?=[\w.]))+", text, re.ASCII):
         return text
     return "'" + re.sub(r"(\\+)$", r"\1\1", re.sub(r"(\\*)'", r"\1\1\\'", text)) + "'"

@@ -21,6 +21,7 @@ from lorabench.report.results import POOL_FROM
 from lorabench.schema import ConfigError
 
 FORWARD = 0.5  # of a training step's time, with a frozen base: the backward pass of its activations is the other half
+WHOLE = 1 / 3  # where the whole base trains, and the gradients of its weights are another pass
 
 
 @dataclass(frozen=True)
@@ -118,10 +119,9 @@ def count(jobs: Sequence[Job]) -> Study:
     by_cell: dict[str, list[Job]] = {}
     for job in jobs:
         by_cell.setdefault(cell_id(job.label), []).append(job)
-    if len(by_cell) < 2:
-        raise ConfigError(
-            "experiment", settings.sweep.experiment, f"at least two cells to compare; it has {len(by_cell)}"
-        )
+    runs = {frozenset(job.run.run_id for job in own) for own in by_cell.values()}
+    if len(runs) < 2:
+        raise ConfigError("experiment", settings.sweep.experiment, f"at least two cells to compare; it has {len(runs)}")
     task = jobs[0].run.task
     name = settings.study.metric or task.metric
     lower = name in getattr(task, "lower_is_better", ("loss",))
@@ -210,7 +210,8 @@ def measured(study: Study) -> tuple[list[Pace], float]:
             # a task without an attention mask counts no tokens; its seconds are then those of one step
             train = found["seconds"] / (tokens or t.batch_size * t.accumulate_grad_batches)
             unit = "tokens" if tokens else "examples"
-            paces += [Pace(name, cell.trainable, train, train * FORWARD, unit) for name in names]
+            forward = WHOLE if cell.run.method.pack_group is None else FORWARD
+            paces += [Pace(name, cell.trainable, train, train * forward, unit) for name in names]
             trunk = max(trunk, found["trunk_seconds"])
     sizes = study.examples
     return paces, trunk * sum(sizes.values()) / sizes["train"] if trunk else 0.0

@@ -129,6 +129,7 @@ def test_what_a_budget_buys(command: Command, cli: Any, tmp_path: Path) -> None:
     assert code == 0 and "6 runs in" in out
     out = command(*argv)[1]
     assert "buy 10 confirmation seeds" in out and budget["command"] in out.replace("\n", "")
+    assert planned(command, *argv[:-1], "24")["budget"]["seeds"] == 500, "no command line holds a day's seeds"
     small = planned(command, *argv[:-1], f"{hours / 100:.9f}")["budget"]
     assert (small["seeds"], small["command"]) == (0, None)
     assert "do not pay for the tuning" in command(*argv[:-1], f"{hours / 100:.9f}")[1]
@@ -177,6 +178,10 @@ ERRORS = {
     "hours without seconds": (["smoke", "--sd", "1", "--no-measure", "--hours", "5"], "--hours=5"),
     "no pilot": (["smoke", "--pilot", "absent"], "absent"),
     "one cell": (["smoke", "~hydra.sweeper.grids.head", "method.r=4"], "at least two cells"),
+    "one cell of two names": (
+        ["alpha_sweep", "~hydra.sweeper.grids.rslora", "method.r=8"],
+        "at least two cells to compare; it has 1",
+    ),
     "role": (["smoke", "sweep.role=confirm", "--sd", "1"], "sweep.role=confirm"),
     "sweeper": (["smoke", "hydra/sweeper=basic"], "BasicSweeperConf"),
     "config dir": (["smoke", "--config-dir", "absent"], "--config-dir=absent"),

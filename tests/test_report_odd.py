@@ -16,7 +16,7 @@ from lorabench.report import answer as words
 from lorabench.report import conditions, statistics, tables
 from lorabench.report.cautions import warnings
 from lorabench.report.evidence import gather
-from lorabench.report.findings import Findings, find
+from lorabench.report.findings import Findings, Recommendation, find
 from lorabench.report.load import load
 from lorabench.report.measure import Sample, difference
 from lorabench.report.rates import Missing
@@ -104,6 +104,18 @@ def test_cells_of_other_test_examples_are_not_compared(tmp_path: Path) -> None:
     assert isinstance(made, Missing) and "different examples" in made.reason
 
 
+def test_a_smaller_adapter_of_other_seeds_is_not_called_absent(tmp_path: Path) -> None:
+    """Runs adopted without a seed share none."""
+    store = build(tmp_path / "s", PAIR, arrays=False)
+    for x in found(store).results[FOUR].runs:
+        store.write(dataclasses.replace(x, config={**x.config, "seed": x.config["seed"] + 50}))
+    f = found(store)
+    assert f.recommendation is not None and f.recommendation.skipped == (FOUR,)
+    assert words.answer(f).lead.endswith(
+        "; no smaller one has confirmation seeds and test examples in common with it, so none was set against it."
+    )
+
+
 def test_examples_of_one_group_are_one_draw() -> None:
     table = np.random.default_rng(4).random((3, 50))
     sample = Sample((0, 1, 2), table.mean(1), table, examples=np.arange(50), groups=np.zeros(50, int))
@@ -145,10 +157,33 @@ def test_many_seeds_are_not_called_none(tmp_path: Path) -> None:
         made, size="not resolved", blocked=None, estimate=dataclasses.replace(made.estimate, mean=gap - f.sweep.margin)
     )
     assert (
-        words._settle(f, edge) == "; if the difference stays as it is, more than 200 confirmation seeds would settle it"
+        words._settle(f, edge, gap)
+        == "; if the difference stays as it is, more than 200 confirmation seeds would settle it"
     )
     few = dataclasses.replace(edge, estimate=dataclasses.replace(edge.estimate, example=1e-4, example_df=50))
-    assert words._settle(f, few).endswith("it takes more test examples")
+    assert words._settle(f, few, gap).endswith("it takes more test examples")
+
+
+def test_what_settles_a_step_down_is_its_own_test(tmp_path: Path) -> None:
+    """A cell that scores better by nearly the margin is far from falling short by it, if its interval is wide."""
+    f = found(build(tmp_path / "s", PAIR, examples=200))
+    e = statistics.seeds_only(np.array([-0.01, 0.019, 0.048]))
+    stopped = dataclasses.replace(f.versus[FOUR], estimate=e, size=statistics.size(e, 0.02), blocked=None)
+    assert not statistics.non_inferior(e, 0.02, lower_is_better=False) and stopped.size == "not resolved"
+    step = Recommendation(TOP, TOP, (TOP,), stopped)
+    (said,) = (text for _, text in words._how_small(dataclasses.replace(f, recommendation=step)))
+    assert f"about {statistics.seeds_needed(e, 0.039)} confirmation seeds would settle it" in said
+    assert "more than 200 confirmation seeds" in words._margin_words(f, stopped)
+
+
+def test_where_no_adapter_passes_the_first_step_is_shown(tmp_path: Path) -> None:
+    """The sequence begins at the largest adapter, which need not be the best one."""
+    store = build(tmp_path / "s", (*PAIR, RANK_SWEEP[5]), examples=200, study={"reference": "full-everything"})
+    f = found(store)
+    assert f.recommendation is not None and f.recommendation.cell is None
+    assert dict(words.answer(f).points)["How small"].startswith(
+        "LoRA r = 64 was the first not shown to be within the margin"
+    )
 
 
 def test_words_of_a_command_are_hydras() -> None:

@@ -55,7 +55,9 @@ def _lead(f: Findings) -> str:
         text = f"{formats.capital(r.name)} is enough: {_score(f, r)}, shown to fall short of {ref.name} by less than {margin}"
         return text + f", with {_fraction(r, ref)} trainable parameters."
     if rec.stopped is None:
-        return f"{formats.capital(r.name)} reaches {_score(f, r)}; there is no smaller adapter here to set against it."
+        why = "no smaller one has confirmation seeds and test examples in common with it, so none was set against it"
+        why = why if rec.skipped else "there is no smaller adapter here to set against it"
+        return f"{formats.capital(r.name)} reaches {_score(f, r)}; {why}."
     if rec.stopped.size == "beyond":
         small = f.results[rec.stopped.cell]
         return f"{formats.capital(r.name)} is the one to keep ({_score(f, r)}): {small.name}, the next smaller one, falls short of it by more than {margin}."
@@ -102,7 +104,7 @@ def _sentence(f: Findings, made: Comparison, prefix: str = "") -> str:
 
 def _how_small(f: Findings) -> Iterator[tuple[str, str]]:
     rec = f.recommendation
-    if rec is None or rec.cell is None:
+    if rec is None or rec.passed == (rec.reference,) and rec.cell is None:  # the lead says it
         return
     steps = [c for c in rec.passed if c != rec.reference]
     said = []
@@ -115,8 +117,9 @@ def _how_small(f: Findings) -> Iterator[tuple[str, str]]:
     if rec.stopped:
         e = rec.stopped.estimate
         low, high = e.interval(0.90)
+        short = e.mean if f.metric.lower_is_better else -e.mean  # by so much it falls short
         why = rec.stopped.blocked or (
-            f"{f.metric.difference(e.mean, unit=True)}, 90 % interval {f.metric.bounds(low, high)}{_settle(f, rec.stopped)}"
+            f"{f.metric.difference(e.mean, unit=True)}, 90 % interval {f.metric.bounds(low, high)}{_settle(f, rec.stopped, abs(f.sweep.margin - short))}"
         )
         said.append(
             f"{f.results[rec.stopped.cell].name} was the first not shown to be within the margin ({why}), and the test stops there"
@@ -128,13 +131,12 @@ def _how_small(f: Findings) -> Iterator[tuple[str, str]]:
 def _margin_words(f: Findings, made: Comparison) -> str:
     margin = declared.margin(f)
     if made.size == "not resolved":
-        return f"whether that is within the margin of {margin} is not resolved{_settle(f, made)}"
+        return f"whether that is within the margin of {margin} is not resolved{_settle(f, made, abs(f.sweep.margin - abs(made.estimate.mean)))}"
     return f"that is {'within' if made.size == 'within' else 'more than'} the margin of {margin}"
 
 
-def _settle(f: Findings, made: Comparison) -> str:
-    """What it would take to place an unresolved difference against the margin."""
-    gap = abs(f.sweep.margin - abs(made.estimate.mean))
+def _settle(f: Findings, made: Comparison, gap: float) -> str:
+    """What it would take to place an unresolved difference against the margin, which lies a gap away from it."""
     if made.blocked or made.size != "not resolved" or gap < 1e-9:
         return ""
     seeds = st.seeds_needed(made.estimate, gap, most=SEEDS)

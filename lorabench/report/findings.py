@@ -56,6 +56,7 @@ class Recommendation:
     reference: str
     passed: tuple[str, ...]
     stopped: Comparison | None  # the first that was not shown to be within the margin
+    skipped: tuple[str, ...] = ()  # shares no seed, or no test examples, with the reference
 
 
 @dataclass(frozen=True)
@@ -190,6 +191,7 @@ def _recommend(results: Mapping[str, Result], compare: Compare, reference: str, 
     if results[reference].test is None:
         return None
     passed: list[str] = []
+    skipped: list[str] = []
     stopped = None
     family = sweep.study.get("family")
     allowed = [
@@ -201,14 +203,15 @@ def _recommend(results: Mapping[str, Result], compare: Compare, reference: str, 
             continue
         found = compare(cell.id, reference)
         if found is None:
+            skipped += [] if same_runs(results[cell.id], results[reference]) else [cell.id]
             continue
         if found.blocked or not st.non_inferior(found.estimate, sweep.margin, lower_is_better=sweep.lower_is_better):
             stopped = found
             break
         passed.append(cell.id)
     if passed == [reference] and stopped and stopped.blocked:
-        return Recommendation(None, reference, (reference,), stopped)
-    return Recommendation(passed[-1] if passed else None, reference, tuple(passed), stopped)
+        return Recommendation(None, reference, (reference,), stopped, tuple(skipped))
+    return Recommendation(passed[-1] if passed else None, reference, tuple(passed), stopped, tuple(skipped))
 
 
 def ladder(cells: Sequence[Cell], reference: Cell) -> list[Cell]:
