@@ -173,4 +173,7 @@ def _cell_name(label: Mapping[str, Any]) -> str:
     parts = [str(label["method"])] + [
         f"{k}={label[v]}" for k, v in (("r", "r"), ("alpha", "alpha_rule")) if label.get(v)
     ]
-    return escape(" ".join(parts + [str(label["targets"])] * bool(label.get("r"))))
+    parts += [str(label["targets"])] * bool(label.get("r"))
+    return escape(
+        " ".join(parts + [f"{key.rpartition('.')[2]}={value}" for key, value in sorted(label["extra"].items())])
+    )
