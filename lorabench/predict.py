@@ -35,7 +35,9 @@ def parser() -> argparse.ArgumentParser:
         prog="python -m lorabench.predict", description="Classify or reply, base and trained run side by side."
     )
     p.add_argument("run", type=Path, help="a run's directory, <sweep>/runs/<run_id>")
-    p.add_argument("text", nargs="+", help="texts; - reads one a line from standard input")
+    p.add_argument(
+        "text", nargs="+", help="texts, of a pair both with a tab between them; - reads one a line from standard input"
+    )
     p.add_argument("--top", type=int, default=3, help="labels shown a text (default 3)")
     p.add_argument("--max-new-tokens", type=int, default=48, help="longest reply (default 48)")
     return p
@@ -127,7 +129,9 @@ def table(saved: SavedRun, answers: Sequence[Answer], *, top: int) -> Table:
     if labels:
         made.caption = "The base alone has no trained head for these labels: its column is what training started from, not what it knows."
     for a in answers:
-        made.add_row(*(Text(x) for x in (_shown(a.text), _said(a.base, top), _said(a.trained, top))))
+        made.add_row(
+            *(Text(x) for x in (_shown(a.text.replace("\t", "\n")), _said(a.base, top), _said(a.trained, top)))
+        )
     return made
 
 

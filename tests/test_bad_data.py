@@ -283,3 +283,11 @@ def test_cells_keep_what_was_written(tmp_path: Path) -> None:
         "t": ["2020-01-01", "x"],
         "y": ["", "2"],
     }
+
+
+def test_missing_values_of_pandas_own_types(tmp_path: Path) -> None:
+    made = {"t": pd.array(["a", None], dtype="string"), "y": pd.array([1, None], dtype="Int64"), "z": [0.5, 2.0]}
+    pd.DataFrame(made).to_parquet(tmp_path / "a.parquet")
+    assert files.read_table(str(tmp_path / "a.parquet"), {"t": "t", "y": "y", "z": "z"}, "task.file") == {
+        "t": ["a", ""], "y": ["1", ""], "z": ["0.5", "2"],
+    }  # fmt: skip

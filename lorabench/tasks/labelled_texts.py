@@ -59,6 +59,13 @@ class LabelledTexts:
                 f"{key}.test_fraction", self.test_fraction, "with val_fraction it must leave rows to train on"
             )
 
+    @property
+    def two_texts(self) -> bool:
+        """Whether an example is a pair of texts."""
+        if self.source == "glue":
+            return sources.GLUE[self.subset or ""][1] is not None
+        return self.source == "file" and self.pair_column is not None
+
     def load(self) -> TaskData:
         """Rows {"text", "pair"?, "label", "example"} by split. Raises `ConfigError` for any fault of the data."""
         rows, names = self._rows()

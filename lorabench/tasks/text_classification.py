@@ -80,7 +80,14 @@ class Config(LabelledTexts):
         return [len(data.splits["train"]) / (len(counts) * counts[name]) for name in data.label_names]
 
     def encode_text(self, text: str, processor: Any, pair: str | None = None) -> dict[str, Any]:
-        """One example of a text without a label."""
+        """One example of a text without a label; of a task on pairs, both may stand in `text` with a tab between them.
+
+        Raises `ConfigError` where such a task is given one text alone.
+        """
+        if self.two_texts and pair is None:
+            text, tab, pair = text.partition("\t")
+            if not (tab and text.strip() and pair.strip()):
+                raise ConfigError("text", text, "two texts with a tab between them: this task is on pairs")
         tokens, _ = encoding.tokenize(processor, [text], None if pair is None else [pair], self.max_length)
         return tokens[0] | {"label": 0, "weight": 1.0, "example": split.content_hash(text, pair or "")}
 
