@@ -200,7 +200,7 @@ def _record(
         "trainer": {},
     }
     told = json.dumps([dict(said), dict(values), dict(where)], sort_keys=True).encode()
-    config["seed"] = int(said.get("seed", NO_SEED + int(hashlib.sha256(told).hexdigest()[:7], 16)))
+    config["seed"] = _seed(said.get("seed", NO_SEED + int(hashlib.sha256(told).hexdigest()[:7], 16)))
     for key, value in said.items():
         section, _, field = key.partition(".")
         if field:
@@ -219,6 +219,12 @@ def _primary(measured: Iterable[str]) -> str:
     """The first metric that is not the loss, by name; the loss where there is nothing else."""
     names = sorted({key.partition("/")[2] for key in measured})
     return next((name for name in names if name != "loss"), "loss")
+
+
+def _seed(value: Any) -> int:
+    if isinstance(value, bool) or not isinstance(value, (int, float)) or value != value // 1:
+        raise ConfigError("seed", value, "a whole number, or nothing")
+    return int(value)
 
 
 def _positive(value: Any) -> bool:

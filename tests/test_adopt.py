@@ -223,6 +223,7 @@ class TestAttach:
         ([{"r": 4, "lr": 1e-3, "test_acc": "high"}], [], "row 1"),
         ([{"r": 4, "lr": 1e-3, "test_acc": 0.5, "state": "running"}], [], "status=running"),
         ([{"r": 4, "lr": 1e-3, "test_acc": 0.5, "method": "magic"}], [], "method.name"),
+        ([{"r": 4, "lr": 1e-3, "test_acc": 0.5, "seed": "first"}], [], "seed=first"),
         ([{"r": 4, "lr": 1e-3, "test_acc": 0.5}], ["--column", "method.alpha=a"], "a column of"),
         ([{"r": 4, "lr": 1e-3, "test_acc": 0.5}], ["--set", "nonsense"], "KEY=VALUE"),
     ],
