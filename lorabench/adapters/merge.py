@@ -66,7 +66,7 @@ def merge(model: nn.Module, state: Mapping[str, Tensor], plan: SlicePlan, *, kee
             done.layers[name] = _add(name, layer, change_of(name, layer, spec, own), done._undo, keep=keep)
         adapted = {f"{name}.{part}" for name, spec in plan.adapters.items() for part in OF_KIND[spec.kind]}
         whole = {n: t for n, t in state.items() if n not in adapted}
-        for name in () if plan.full else whole:  # full fine-tuning trains what is tied as one weight
+        for name in [] if plan.full else list(whole):  # full fine-tuning trains what is tied as one weight
             done.untied += _untie(model, name, done._undo)
         _copy(model, whole, done._undo)
     except BaseException:
