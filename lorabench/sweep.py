@@ -294,8 +294,6 @@ def _mirror_report(settings: Settings, store: Store) -> None:
 
 def require_fresh(settings: Settings, swept: Collection[int] = ()) -> None:
     """Confirmation seeds must not have chosen the rate. swept: seeds of tuning runs, where an axis says them."""
-    shared = sorted({*settings.sweep.tune_seeds, *swept} & set(settings.sweep.confirm_seeds))
-    if shared:
-        raise ConfigError(
-            "sweep.confirm_seeds", settings.sweep.confirm_seeds, f"fresh seeds: {shared} are tuning seeds too"
-        )
+    fresh = settings.sweep.confirm_seeds
+    if shared := sorted({*settings.sweep.tune_seeds, *swept} & set(fresh)):
+        raise ConfigError("sweep.confirm_seeds", fresh, f"fresh seeds: {shared} are tuning seeds too")

@@ -110,10 +110,11 @@ class TestExport:
         out = tmp_path / "deep" / "out"
         assert export.main([str(run), "--out", str(out)]) == 0
         auto = tf.AutoModelForCausalLM if reply else tf.AutoModelForSequenceClassification
-        options = {} if reply else {"num_labels": 2}
         tokenizer = tf.AutoTokenizer.from_pretrained(out)
+        options = {} if reply else {"num_labels": 2, "pad_token_id": tokenizer.pad_token_id}
+        told = "".join(f", {name}={value}" for name, value in options.items())
+        assert f'from_pretrained("<the base>"{told})' in (out / "README.md").read_text()
         model = PeftModel.from_pretrained(auto.from_pretrained(bases(kind, reply), **options).eval(), out).eval()
-        model.get_base_model().config.pad_token_id = tokenizer.pad_token_id
         assert (_logits(model, tokenizer) - expected).abs().max() < 1e-5
         assert [p.name for p in out.parent.iterdir()] == ["out"]
 

@@ -57,6 +57,13 @@ def tokenize(
     return out, lengths
 
 
+def opening(processor: Any) -> str:
+    """The begin token, where a tokenizer puts it before every text of its own accord; else nothing."""
+    bos = getattr(processor, "bos_token", None)
+    starts = bos is not None and processor("", verbose=False)["input_ids"][:1] == [processor.bos_token_id]
+    return str(bos) if starts else ""
+
+
 def _pack(batch: Any, i: int) -> dict[str, Any]:
     made: dict[str, Any] = {"input_ids": np.asarray(batch["input_ids"][i], dtype=np.int32)}
     if "token_type_ids" in batch:

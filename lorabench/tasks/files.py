@@ -91,7 +91,8 @@ def _parse(path: Path, file: str, key: str) -> dict[str, list[Any]]:
         if suffix == ".parquet":
             import pandas as pd
 
-            return {str(name): column.tolist() for name, column in pd.read_parquet(path).items()}
+            table = pd.read_parquet(path).astype(object)  # pandas' own types mark a missing value by their own NA
+            return {str(name): column.where(column.notna(), None).tolist() for name, column in table.items()}
         if suffix in SEPARATORS:
             return _separated(text, _separator(text, SEPARATORS[suffix]))
         return _objects(json.loads(text) if suffix == ".json" else _lines(text))
