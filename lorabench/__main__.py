@@ -14,7 +14,7 @@ from omegaconf.errors import OmegaConfBaseException
 
 from lorabench import stopping
 from lorabench.app import config_dir, task
-from lorabench.guards import check_arguments, guard_yaml, unreadable
+from lorabench.guards import check_arguments, guard_yaml, unknown_setting, unreadable
 from lorabench.schema import ConfigError, Unwritable
 
 
@@ -34,8 +34,10 @@ def main() -> None:
         if stopping.asked():  # a parser that SIGTERM broke off may raise something of its own over it
             _leave(stopping.CODE)
         if isinstance(e, (ConfigError, HydraException, OmegaConfBaseException, yaml.YAMLError)):
-            said = unreadable(e.override, e.message) if isinstance(e, OverrideParseException) else e
-            print(f"error: {said}", file=sys.stderr)
+            said = (
+                unreadable(e.override, e.message) if isinstance(e, OverrideParseException) else unknown_setting(str(e))
+            )
+            print(f"error: {said or e}", file=sys.stderr)
             sys.exit(2)
         if isinstance(e, Unwritable):
             print(f"error: {e}; the same command goes on from here", file=sys.stderr)

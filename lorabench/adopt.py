@@ -16,7 +16,7 @@ from pathlib import Path
 
 import numpy as np
 
-from lorabench.adopted import from_folders, from_table
+from lorabench.adopted import check_share, from_folders, from_table
 from lorabench.records import Store
 from lorabench.schema import ConfigError
 
@@ -68,6 +68,11 @@ def adopt(args: argparse.Namespace) -> str:
         store.write(record)
     missing = sorted({name for record in records for name in record.provenance["missing"]})
     told = f"; nothing was said of {', '.join(missing)}" if missing else ""
+    if store.manifest().get("cells"):
+        told += (
+            "\nthis sweep was planned, and its report lists these runs apart from its cells: to compare them, adopt them "
+            "into a directory of their own and set python -m lorabench.compare on both"
+        )
     return f"{len(records)} runs in {args.out}{told}\npython -m lorabench.report {args.out} renders the report"
 
 
@@ -79,6 +84,8 @@ def attach(args: argparse.Namespace) -> str:
     if record is None:
         raise ConfigError("--attach", str(run), "a run's directory, <sweep>/runs/<run_id>")
     scores = {name: _finite(name, text) for name, text in _pairs(args.score, "--score").items()}
+    for name, value in scores.items():
+        check_share(name, value, "--score")
     bad = [name for name in scores if not name.startswith(("test/", "val/", "probe/"))]
     if bad or not (scores or args.examples):
         raise ConfigError(

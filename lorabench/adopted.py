@@ -15,6 +15,7 @@ from typing import Any
 
 from lorabench.adopted_names import by_score, scores_of, settings_of
 from lorabench.records import Record
+from lorabench.report.formats import SHARES
 from lorabench.schema import ConfigError
 
 METHODS = {
@@ -38,6 +39,7 @@ WANTED = (
     "task.name",
     "seed",
 )
+WHOLE = {"method.r": 1, "seed": 0}  # settings that are whole numbers, and the least of each
 NO_SEED = 2**30  # runs without a seed get a number from here on, by what they say: no two are taken for the same seed
 
 
@@ -51,7 +53,9 @@ def from_table(
     """
     try:
         with open(path, newline="", encoding="utf-8-sig") as f:
-            rows = list(csv.DictReader(f))
+            head = f.readline()
+            f.seek(0)
+            rows = list(csv.DictReader(f, delimiter=next((mark for mark in ",;\t" if mark in head), ",")))
     except (OSError, UnicodeDecodeError, csv.Error) as e:
         raise ConfigError("source", str(path), f"a csv file with a header, in UTF-8 ({e})") from e
     if not rows:
@@ -98,6 +102,8 @@ def from_folders(folders: Sequence[Path], *, fixed: Mapping[str, str], primary: 
     """
     records = []
     for folder in folders:
+        if not folder.exists():
+            raise ConfigError("source", str(folder), "a csv file or folders; there is nothing of this name")
         if not folder.is_dir():
             raise ConfigError("source", str(folder), "a folder that PEFT or transformers' Trainer wrote")
         adapter, state = _json(folder / "adapter_config.json"), _state(folder)
@@ -170,6 +176,10 @@ def _record(
     where: Mapping[str, Any],
 ) -> Record:
     said = {key: value for key, value in said.items() if value is not None and value != ""}
+    place = ", ".join(f"{key} {value}" for key, value in where.items())
+    said |= {key: _whole(key, said[key], least, place) for key, least in WHOLE.items() if key in said}
+    for key, number in values.items():
+        check_share(key, number, place)
     said |= {"method.name": "dora"} if said.pop("method.use_dora", None) is True else {}
     name = str(said.get("method.name", "lora" if "method.r" in said else "full")).lower()
     if name == "rslora":
@@ -179,7 +189,6 @@ def _record(
     state = str(said.pop("status", ""))
     status = STATUS.get(state.lower())
     if status is None:
-        place = ", ".join(f"{key} {value}" for key, value in where.items())
         allowed = f"allowed: {', '.join(filter(None, STATUS))} ({place}); a run that has not ended has no result yet"
         raise ConfigError("status", state, allowed)
     if not _positive(said.get("optimizer.lr")):
@@ -200,7 +209,7 @@ def _record(
         "trainer": {},
     }
     told = json.dumps([dict(said), dict(values), dict(where)], sort_keys=True).encode()
-    config["seed"] = int(said.get("seed", NO_SEED + int(hashlib.sha256(told).hexdigest()[:7], 16)))
+    config["seed"] = said.get("seed", NO_SEED + int(hashlib.sha256(told).hexdigest()[:7], 16))
     for key, value in said.items():
         section, _, field = key.partition(".")
         if field:
@@ -219,6 +228,22 @@ def _primary(measured: Iterable[str]) -> str:
     """The first metric that is not the loss, by name; the loss where there is nothing else."""
     names = sorted({key.partition("/")[2] for key in measured})
     return next((name for name in names if name != "loss"), "loss")
+
+
+def _whole(key: str, value: Any, least: int, place: str) -> int:
+    """A whole number, as pandas may have written it (4.0). Raises `ConfigError`."""
+    ok = (
+        isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value) and value == int(value)
+    )
+    if not ok or value < least:
+        raise ConfigError(key, value, f"a whole number from {least} on ({place})")
+    return int(value)
+
+
+def check_share(name: str, value: float | None, place: str) -> None:
+    """Raise `ConfigError` for an accuracy in per cent: reports take shares, and would show 71.3 as 7,130 %."""
+    if value is not None and name.partition("/")[2] in SHARES and not 0 <= value <= 1:
+        raise ConfigError(name, value, f"a share from 0 to 1, such as 0.713 for 71.3 % ({place})")
 
 
 def _positive(value: Any) -> bool:

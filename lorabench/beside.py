@@ -10,7 +10,8 @@ evaluation, in the run's history. Record metrics:
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 import numpy as np
 
@@ -64,6 +65,11 @@ class Beside:
         s.beside_seconds = (s.beside_seconds or 0.0) + time.perf_counter() - start
 
 
+def groups_of(examples: Sequence[Mapping[str, Any]], rows: Mapping[int, Mapping[str, Any]]) -> list[str]:
+    """Of each encoded example what it must not be parted from: its dialogue, else the other answers to its prompt."""
+    return [rows[e["example"]].get("group") or str(e.get("group", e["example"])) for e in examples]
+
+
 class Style:
     """Held-out pairs, the base's replies to their prompts, and the classifier made of one half of them.
 
@@ -73,7 +79,7 @@ class Style:
     def __init__(self, s: Session, size: int) -> None:
         examples = s.prepared.encoded.splits["test"][:size]
         rows = {r["example"]: r for r in s.prepared.data.splits["test"]}
-        groups = [rows[e["example"]].get("group") or str(e["example"]) for e in examples]
+        groups = groups_of(examples, rows)
         prompts, real = [replies.prompt_of(e) for e in examples], [replies.real_reply(s, e) for e in examples]
         base = replies.of_base(s, prompts)
         learn, score = tone.halves(groups)

@@ -172,8 +172,11 @@ def _translate(e: OmegaConfBaseException, cls: type, key: str, cfg: DictConfig) 
     names = [f.name for f in dataclasses.fields(cls)]
     if type(e).__name__ == "ConfigKeyError":
         return ConfigError(dotted, value, f"unknown key; allowed: {', '.join(names)}")
-    if type(e).__name__ == "MissingMandatoryValue":
-        return ConfigError(dotted, "???", "must be set")
+    if type(e).__name__ in ("MissingMandatoryValue", "InterpolationToMissingValueError"):
+        name = str(e).splitlines()[0].rpartition(": ")[2]  # the one that is missing, not one made of it
+        dotted = name if name.startswith(f"{key}.") else f"{key}.{name}"
+        told = {f.name: f.metadata.get("help") for f in dataclasses.fields(cls)}.get(dotted.rpartition(".")[2])
+        return ConfigError(dotted, "???", f"must be set{f': {told}' if told else ''}")
     return ConfigError(dotted, value, str(e).splitlines()[0])
 
 

@@ -95,6 +95,12 @@ class Frozen:
         assert isinstance(layer.weight, Tensor)
         return matrix(layer, layer.weight)
 
+    def saved_as(self, name: str, state: State) -> str:
+        """What a layer's weight is called in a fully trained state, where weights that are tied stand once."""
+        weight = self.layer(name).weight
+        every = self.model.named_parameters(remove_duplicate=False)
+        return next((n for n, p in every if p is weight and n in state), f"{name}.weight")
+
     def svd(self, name: str) -> SVD:
         if name not in self._svd:
             self._svd[name] = spectra.svd(self.weight(name))
@@ -135,7 +141,7 @@ def trained(opened: Opened, state: State, name: str, frozen: Frozen | None) -> T
     """A layer's own tensors and what they mean. frozen: full fine-tuning's weight is turned as its layer says."""
     if opened.plan.full:
         assert frozen is not None
-        return Trained(None, {"weight": matrix(frozen.layer(name), state[f"{name}.weight"])})
+        return Trained(None, {"weight": matrix(frozen.layer(name), state[frozen.saved_as(name, state)])})
     spec = opened.plan.adapters[name]
     own = {part: state[f"{name}.{part}"] for part in OF_KIND[spec.kind]}
     return Trained(spec, own, frozen.projections if frozen else {})

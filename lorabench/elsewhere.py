@@ -7,6 +7,7 @@ import shutil
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
+from lorabench import columns
 from lorabench.config import RunConfig
 from lorabench.damage import damaged
 from lorabench.durable import atomic_write, sync
@@ -89,6 +90,9 @@ def _copy(other: Store, store: Store, record: Record) -> bool:
         data = json.loads((made / "run.json").read_text(encoding="utf-8"))
         data["provenance"]["reused_from"] = other.root.name
         atomic_write(made / "run.json", dump_json(data))
+        slim = (other.root / columns.SHARED).is_file()  # a part of its results stands there
+        if slim and (arrays := other.arrays(record.run_id, "test")):
+            atomic_write(made / "test.npz", columns.packed(arrays))
         for path in (*made.rglob("*"), made):
             sync(path)
         try:

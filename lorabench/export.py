@@ -128,7 +128,9 @@ def _usage(saved: SavedRun, merged: bool) -> str:
     auto, labels = saved.head.auto_class, len(saved.head.label_names)
     if merged:
         return f'```python\nfrom transformers import {auto}\nmodel = {auto}.from_pretrained("<this folder>")\n```'
-    options = f", num_labels={labels}" if labels else ""
+    options = ""
+    if labels:  # decoders classify by an example's last token that is no padding: many do not say which one pads
+        options = f", num_labels={labels}, pad_token_id={saved.run.model.processor().pad_token_id}"
     named = f"\n\nLabels in order: {', '.join(map(_cell, saved.head.label_names))}." if labels else ""
     return (
         f"```python\nfrom peft import PeftModel\nfrom transformers import {auto}\n"

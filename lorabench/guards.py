@@ -9,6 +9,7 @@ from typing import Any
 import yaml
 from omegaconf import _utils as omegaconf_yaml
 
+from lorabench.adopted_names import ALIASES
 from lorabench.schema import ConfigError
 
 MOST = 200_000  # values a YAML file may stand for; a shipped one has about fifty
@@ -18,10 +19,19 @@ CODE = re.compile(  # an override's key that is a name of code or a place for on
 )
 
 
+WHAT = ({"-m", "--multirun"}, {"-r", "--run"}, {"-c", "--cfg"}, {"-i", "--info"}, {"-sc", "--shell-completion"})
+
+
 def check_arguments(arguments: Sequence[str]) -> None:
     """Refuse overrides that name code to run. Raises `ConfigError`. Groups (`hydra/launcher=basic`) name files, not code."""
+    given = [argument.partition("=")[0] for argument in arguments]
+    asked = [next(argument for argument in given if argument in names) for names in WHAT if names & set(given)]
+    if len(asked) > 1 and not {"-h", "--help", "--hydra-help"} & set(arguments):
+        raise ConfigError("argument", " ".join(asked), "one of -m, --cfg and --info; --cfg and --info need no -m")
     for argument in arguments:
         key, equals, value = argument.partition("=")
+        if key.startswith("--exp") and key != "--experimental-rerun":  # Hydra would take it for short for that
+            raise ConfigError("argument", argument, "an experiment is +experiment=NAME, a setting key=value")
         if equals and not key.startswith("-") and (CODE.fullmatch(key) or CODE.fullmatch(argument)):
             allowed = "settings only: what runs is chosen by name (method.name, task.kind, model.kind, hydra/launcher)"
             raise ConfigError(key.lstrip("+~"), value, allowed)
@@ -36,6 +46,26 @@ def unreadable(argument: str, message: str) -> ConfigError:
     bare = value.strip("'\"").replace('"', "'")
     quoted = f"""'{key}="{bare}"'"""
     return ConfigError(key, value, f"{reason}; a text with brackets, quotes, commas or = is written {quoted}")
+
+
+NO_SETTING = re.compile(
+    r"Could not override '(?P<key>[^']+)'\.\s+To append to your config use \+(?P<argument>.*)", re.S
+)
+
+
+def unknown_setting(message: str) -> ConfigError | None:
+    """For what Hydra says of a setting that the config has not: how it is called here, where other tools name it so.
+
+    None for any other message.
+    """
+    found = NO_SETTING.search(message)
+    if found is None:
+        return None
+    key, last = found["key"], found["key"].rpartition(".")[2].lower()
+    ours = next((name for name, others in ALIASES.items() if last in others and name.count(".")), None)
+    hint = f"here it is {ours}; " if ours and ours != key else ""
+    rest = f"--cfg job prints the settings there are, and one that a config file leaves out is added as +{key}=..."
+    return ConfigError(key, found["argument"].partition("=")[2].strip(), f"no such setting in the config; {hint}{rest}")
 
 
 def guard_yaml() -> None:

@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from lorabench.study import Hours, Study
 
 SEEDS = (3, 5, 8, 10, 15, 20, 35)
+MOST = 500  # confirmation seeds that a budget is spent on: more would show no more, and no command line holds them
 ASSUMED = (0.01, 0.014, 0.02)  # SDs shown where none is known: of accuracies and other shares
 ASSUMED_OF_MARGIN = (0.5, 0.7, 1.0)  # of other metrics: the same beside a margin of two points
 
@@ -165,7 +166,7 @@ def _hours(args: argparse.Namespace, study: Study, sweep: Sweep | None, notes: l
             )
         return None
     known, once = measured(study)
-    source = "a few steps of the smallest and the largest cell of heads, adapters and whole bases, each alone"
+    source = "a few steps of the smallest and the largest cell of each kind of method, alone"
     return hours(study, known, source, once)
 
 
@@ -215,7 +216,7 @@ def _budget(
     args: argparse.Namespace, study: Study, listing: Listing, designs: Sequence[Design], hours: Hours
 ) -> dict[str, Any]:
     """The largest number of confirmation seeds that fit, and what it resolves for each SD."""
-    seeds = max(0, int((args.hours - hours.tuning) / hours.seed + 1e-9))
+    seeds = min(MOST, max(0, int((args.hours - hours.tuning) / hours.seed + 1e-9)))
     found: dict[str, Any] = {"hours": args.hours, "seeds": seeds, "takes": hours.at(seeds), "rows": [], "command": None}
     if seeds >= 3:
         found["rows"] = [{"sd": d.sd} | _row(study, d.at(seeds), args.power, hours) for d in designs]

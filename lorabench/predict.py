@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import os
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -35,7 +36,11 @@ def parser() -> argparse.ArgumentParser:
         prog="python -m lorabench.predict", description="Classify or reply, base and trained run side by side."
     )
     p.add_argument("run", type=Path, help="a run's directory, <sweep>/runs/<run_id>")
-    p.add_argument("text", nargs="+", help="texts; - reads one a line from standard input")
+    p.add_argument(
+        "text",
+        nargs="+",
+        help="texts; - reads one a line from standard input; where two texts make an example, both with a tab between",
+    )
     p.add_argument("--top", type=int, default=3, help="labels shown a text (default 3)")
     p.add_argument("--max-new-tokens", type=int, default=48, help="longest reply (default 48)")
     return p
@@ -61,6 +66,9 @@ def predict(saved: SavedRun, texts: Sequence[str], *, max_new_tokens: int = 48) 
     empty = [t for t in texts if not t.strip()]
     if empty or not texts:
         raise ConfigError("text", empty[0] if empty else "", "some words")
+    lone = [t for t in texts if "\t" not in t]
+    if lone and getattr(saved.run.task, "paired", False):
+        raise ConfigError("text", lone[0], "two texts with a tab between them: this run was trained on pairs")
     state, plan = saved.weights()
     base = saved.base(dtype=saved.record.provenance.get("base_dtype", "float32"))
     stack = inject(base.model, [plan], info=base.info)
@@ -79,8 +87,17 @@ def _classify(saved: SavedRun, base: Base, texts: Sequence[str], _: int) -> Iter
     from lorabench.tasks.encoding import model_inputs
 
     task, names = saved.run.task, saved.head.label_names
+
+    def encoded(text: str) -> dict[str, Any]:
+        if not getattr(task, "paired", False):
+            made: dict[str, Any] = task.encode_text(text, base.processor)
+        else:
+            first, _, second = text.partition("\t")
+            made = task.encode_text(first, base.processor, second)
+        return made
+
     for i in range(0, len(texts), BATCH):
-        examples = [task.encode_text(text, base.processor) for text in texts[i : i + BATCH]]
+        examples = [encoded(text) for text in texts[i : i + BATCH]]
         logits: Tensor = base.model(**model_inputs(task.collate(examples, base.processor))).logits
         for row in logits.double().softmax(-1).tolist():
             yield sorted(zip(names, row, strict=True), key=lambda pair: -pair[1])
@@ -145,6 +162,8 @@ def _shown(text: str) -> str:
 def _texts(arguments: Sequence[str]) -> list[str]:
     texts: list[str] = []
     for argument in arguments:
+        if len(argument) < 200 and os.path.isfile(argument):
+            raise ConfigError("text", argument, "a text; this names a file, whose lines are read with - < FILE")
         texts += [line.strip() for line in sys.stdin if line.strip()] if argument == "-" else [argument]
     return texts
 

@@ -20,6 +20,7 @@ from lorabench.config import RunConfig, digest
 from lorabench.schema import ConfigError
 from lorabench.settings import TrainerConfig
 from lorabench.slice_plan import SlicePlan
+from lorabench.tasks.encoding import check_positions
 
 
 @dataclass(frozen=True)
@@ -88,6 +89,7 @@ def prepare(run: RunConfig) -> Prepared:
         head = run.task.head(data)
         processor = run.model.processor()
         encoded = encoded_cache.encoded(run.task, run.model, data, processor)
+        check_positions(encoded.lengths, layers(run), getattr(run.task, "max_length", None))
         _prepared[key] = Prepared(data, encoded, processor, head, layers(run))
     return _prepared[key]
 

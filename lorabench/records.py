@@ -7,6 +7,7 @@
 <sweep dir>/runs/<run_id>/samples.json       text tasks (confirm role): at most 8 of {"prompt" or "text", "expected", "before", "after"}
 <sweep dir>/runs/<run_id>/adapter/           trained weights, PEFT's format where it has one
 <sweep dir>/checkpoints/<pack id>/           where packs in training stand; see `checkpoints`
+<sweep dir>/shared.npz                       in a copy of `lorabench.slim`: columns that several test.npz have in common
 <sweep dir>/optuna/journal                   a study's trials, where Optuna chose them
 <sweep dir>/analysis/weights.json            what `lorabench.analyze` measured on those weights
 <sweep dir>/locks/                           leases: who trains which pack now, who writes the manifest
@@ -16,7 +17,6 @@
 from __future__ import annotations
 
 import errno
-import io
 import json
 import os
 from collections.abc import Iterable, Iterator, Mapping
@@ -27,7 +27,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from lorabench import shapes
+from lorabench import columns, shapes
 from lorabench.durable import atomic_write
 from lorabench.leases import Lease, Leases, check, refuse_link
 from lorabench.schema import ExistingWork, Unwritable, writing
@@ -39,7 +39,7 @@ MANIFEST, HISTORY = "sweep.json", "history.jsonl"
 APPEND = os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_NOFOLLOW
 STATUSES = shapes.STATUSES
 RUN_ID = shapes.RUN_ID
-OURS = {MANIFEST, "runs", "locks", "checkpoints", "analysis", "optuna", "README.md", ".gitkeep"}
+OURS = {MANIFEST, "runs", "locks", "checkpoints", "analysis", "optuna", columns.SHARED, "README.md", ".gitkeep"}
 
 
 @dataclass
@@ -224,16 +224,13 @@ class Store:
 
     def write_arrays(self, run_id: str, name: str, arrays: Mapping[str, np.ndarray]) -> None:
         """Per-example results as `<name>.npz`: [N] arrays, no pickles."""
-        raw = io.BytesIO()
-        np.savez_compressed(raw, **arrays)  # type: ignore[arg-type]
-        atomic_write(self.own_dir(run_id) / f"{name}.npz", raw.getvalue())
+        atomic_write(self.own_dir(run_id) / f"{name}.npz", columns.packed(arrays))
 
     def arrays(self, run_id: str, name: str) -> dict[str, np.ndarray] | None:
         """What `write_arrays` wrote, or None. Raises `ExistingWork` for a torn or foreign file: it is a result that is lost."""
         path = self.run_dir(run_id) / f"{name}.npz"
         try:
-            with open(path, "rb") as f, np.load(f, allow_pickle=False) as data:
-                found = {key: data[key] for key in data.files}
+            found = columns.read(path, self.root)
         except FileNotFoundError:
             return None
         except Exception as e:  # zipfile and numpy raise a dozen kinds for broken files

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import errno
 import math
+import re
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import MISSING, Field, field
@@ -119,3 +120,10 @@ def field_dict(section: Any, *, role: str) -> dict[str, Any]:
 
 def _default(f: Field[Any]) -> Any:
     return f.default_factory() if callable(f.default_factory) else f.default
+
+
+def in_hydra(text: str) -> str:
+    """A text as a value in Hydra's override grammar: in quotes unless it is plain. Only backslashes before a quote are doubled."""
+    if re.fullmatch(r"([\w./+-]|\\(?=[\w.]))+", text, re.ASCII):
+        return text
+    return "'" + re.sub(r"(\\+)$", r"\1\1", re.sub(r"(\\*)'", r"\1\1\\'", text)) + "'"

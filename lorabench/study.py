@@ -5,14 +5,14 @@ from __future__ import annotations
 import math
 import tempfile
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any
 
 from lorabench import prepare as prep
 from lorabench.batches import steps_per_epoch
 from lorabench.config import RunConfig, Settings
-from lorabench.planning import Job, cell_id
+from lorabench.planning import Job, cell_id, plan_packs
 from lorabench.records import Store
 from lorabench.report import formats
 from lorabench.report.pilot import Pace, evaluations, pace_of
@@ -21,6 +21,7 @@ from lorabench.report.results import POOL_FROM
 from lorabench.schema import ConfigError
 
 FORWARD = 0.5  # of a training step's time, with a frozen base: the backward pass of its activations is the other half
+WHOLE = 1 / 3  # where the whole base trains, and the gradients of its weights are another pass
 
 
 @dataclass(frozen=True)
@@ -55,9 +56,9 @@ class Study:
 
     @property
     def comparisons(self) -> int:
-        """The family: the declared cells, else every other one, with the one reference."""
+        """The family: the declared cells, else every other one, with the one reference. What lists the same runs is no other."""
         family = self.settings.study.family
-        return len(self.cells) - 1 if family is None else len(family)
+        return len(self.distinct) - 1 if family is None else len(family)
 
     @property
     def distinct(self) -> list[CellPlan]:
@@ -80,7 +81,8 @@ class Study:
     @property
     def pooled(self) -> int:
         """Cells whose seed variance the report pools for a comparison of adapters with the reference; 2: the pair's own."""
-        return len(self.adapters) if self.reference.r is not None and len(self.adapters) >= POOL_FROM else 2
+        adapters = [c for c in self.distinct if c.r is not None]
+        return len(adapters) if self.reference.r is not None and len(adapters) >= POOL_FROM else 2
 
     @cached_property
     def examples(self) -> dict[str, int]:
@@ -117,10 +119,9 @@ def count(jobs: Sequence[Job]) -> Study:
     by_cell: dict[str, list[Job]] = {}
     for job in jobs:
         by_cell.setdefault(cell_id(job.label), []).append(job)
-    if len(by_cell) < 2:
-        raise ConfigError(
-            "experiment", settings.sweep.experiment, f"at least two cells to compare; it has {len(by_cell)}"
-        )
+    runs = {frozenset(job.run.run_id for job in own) for own in by_cell.values()}
+    if len(runs) < 2:
+        raise ConfigError("experiment", settings.sweep.experiment, f"at least two cells to compare; it has {len(runs)}")
     task = jobs[0].run.task
     name = settings.study.metric or task.metric
     lower = name in getattr(task, "lower_is_better", ("loss",))
@@ -149,8 +150,13 @@ def hours(study: Study, paces: Sequence[Pace], source: str, once: float = 0.0) -
     sizes = {run_id: cell.trainable for cell in study.cells for run_id in cell.runs}
     tuning = sum(_seconds(run, sizes[run.run_id], paces, test=False) for run in study.tuning)
     seed = sum(_seconds(cell.run, cell.trainable, paces, test=True) for cell in study.distinct)
-    devices = 3600 * _devices(study)
-    return Hours(tuning / devices + once / 3600, seed / devices, source)
+    fresh = [
+        replace(c.run, seed=s, role="confirm")
+        for c in study.distinct
+        for s in study.settings.sweep.confirm_seeds or [0]
+    ]
+    side_by_side = [3600 * _devices(study, runs) for runs in (study.tuning, fresh)]
+    return Hours(tuning / side_by_side[0] + once / 3600, seed / side_by_side[1], source)
 
 
 def unpaced(study: Study, paces: Sequence[Pace]) -> list[str]:
@@ -169,27 +175,30 @@ def _seconds(run: RunConfig, trainable: int, paces: Sequence[Pace], *, test: boo
     return epochs * size["train"] * pace.train + seen * pace.evaluate
 
 
-def _devices(study: Study) -> int:
-    """Packs that train side by side on devices of their own. Workers on one CPU share its cores: no gain is counted."""
+def _devices(study: Study, runs: Sequence[RunConfig]) -> int:
+    """Packs of these runs that train side by side on devices of their own, never more than there are packs. Workers on one
+    CPU share its cores: no gain is counted."""
     from lorabench.workers import worker_count
 
-    device = prep.resolve(study.tuning[0]).device
-    return worker_count(study.settings.sweep.workers, device, len(study.tuning)) if device == "cuda" else 1
+    sweep, device = study.settings.sweep, prep.resolve(study.tuning[0]).device
+    if device != "cuda":
+        return 1
+    prune = sweep.prune and runs[0].role == "tune"
+    return worker_count(sweep.workers, device, len(plan_packs(runs, sweep.max_pack, prune=prune)))
 
 
 def measured(study: Study) -> tuple[list[Pace], float]:
-    """A few training steps of the cells that train the least and the most, alone, of heads, of adapters and of whole bases;
-    evaluation by its share of a step. And the seconds of what is computed once: the frozen trunk's pass over the data.
+    """A few training steps of the cells that train the least and the most, alone, of every kind of method (those that share a
+    pack); evaluation by its share of a step. And the seconds of what is computed once: the frozen trunk's pass over the data.
 
-    A head alone needs no backward pass through the base, and with the trunk kept hardly a forward one: its pace says
-    nothing of an adapter's, however few parameters either trains.
+    One kind's pace says nothing of another's, however alike they are in parameters: a head needs no backward pass through the
+    base, and with the trunk kept hardly a forward one; DoRA computes norms that LoRA does not.
     """
     from lorabench.train import measure
 
     kinds: dict[str | None, list[CellPlan]] = {}
     for cell in sorted(study.cells, key=lambda c: c.trainable):
-        group = cell.run.method.pack_group
-        kinds.setdefault(group if group in (None, "head") else "adapter", []).append(cell)
+        kinds.setdefault(cell.run.method.pack_group, []).append(cell)
     paces: list[Pace] = []
     trunk = 0.0
     for cells in kinds.values():
@@ -201,7 +210,8 @@ def measured(study: Study) -> tuple[list[Pace], float]:
             # a task without an attention mask counts no tokens; its seconds are then those of one step
             train = found["seconds"] / (tokens or t.batch_size * t.accumulate_grad_batches)
             unit = "tokens" if tokens else "examples"
-            paces += [Pace(name, cell.trainable, train, train * FORWARD, unit) for name in names]
+            forward = WHOLE if cell.run.method.pack_group is None else FORWARD
+            paces += [Pace(name, cell.trainable, train, train * forward, unit) for name in names]
             trunk = max(trunk, found["trunk_seconds"])
     sizes = study.examples
     return paces, trunk * sum(sizes.values()) / sizes["train"] if trunk else 0.0

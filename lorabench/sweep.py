@@ -21,11 +21,12 @@ from lorabench.provenance import code_fingerprint
 from lorabench.ranks import train
 from lorabench.records import Record, Store
 from lorabench.replicas import Lost
+from lorabench.report.formats import plural
 from lorabench.report.select import Choice, choose
 from lorabench.schema import ConfigError, writing
 from lorabench.sharing import Ended, freed, waits_for
 from lorabench.slice_plan import SlicePlan
-from lorabench.terminal import Progress, dry_run_table
+from lorabench.terminal import Progress, announced, data_notices, dry_run_table
 from lorabench.train import Listener, OutOfMemory, SlicesMix, measure
 from lorabench.workers import Crew, one_share, shares, workers_for
 
@@ -47,7 +48,8 @@ def check_all(jobs: Sequence[Job]) -> dict[str, SlicePlan]:
         if (job.settings.sweep.workers or 1) > 1 and prep.device_count(job.run.trainer) > 1:
             allowed = "1 where a pack trains on several devices (trainer.devices): packs then follow one another"
             raise ConfigError("sweep.workers", job.settings.sweep.workers, allowed)
-    return {job.run.run_id: prep.check(job.run) for job in jobs}
+    with announced(f"reading the data and checking {plural(len(jobs), 'run')}"):
+        return {job.run.run_id: prep.check(job.run) for job in jobs}
 
 
 def execute(jobs: Sequence[Job], *, executor: Executor = map, console: Console | None = None) -> list[Record | None]:
@@ -59,6 +61,8 @@ def execute(jobs: Sequence[Job], *, executor: Executor = map, console: Console |
     plans = check_all(jobs)
     for job in jobs:
         prep.check_nodes(job.run.trainer.num_nodes, getattr(executor, "nodes", 1))
+    for line in data_notices(jobs) if settings.sweep.dry_run or settings.sweep.progress else ():
+        console.print(line, highlight=False, soft_wrap=True, markup=False)
     if settings.sweep.dry_run:
         unique = list({j.run.run_id: j for j in jobs}.values())
         auto = settled.precision(store)
@@ -290,8 +294,6 @@ def _mirror_report(settings: Settings, store: Store) -> None:
 
 def require_fresh(settings: Settings, swept: Collection[int] = ()) -> None:
     """Confirmation seeds must not have chosen the rate. swept: seeds of tuning runs, where an axis says them."""
-    shared = sorted({*settings.sweep.tune_seeds, *swept} & set(settings.sweep.confirm_seeds))
-    if shared:
-        raise ConfigError(
-            "sweep.confirm_seeds", settings.sweep.confirm_seeds, f"fresh seeds: {shared} are tuning seeds too"
-        )
+    fresh = settings.sweep.confirm_seeds
+    if shared := sorted({*settings.sweep.tune_seeds, *swept} & set(fresh)):
+        raise ConfigError("sweep.confirm_seeds", fresh, f"fresh seeds: {shared} are tuning seeds too")

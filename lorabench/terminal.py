@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import threading
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 from rich.console import Console
@@ -16,11 +18,14 @@ from lorabench import prepare as prep
 from lorabench.memory import estimate
 from lorabench.prepare import Pack
 from lorabench.records import Record
+from lorabench.report.left_out import left_out
 from lorabench.slice_plan import SlicePlan
+
+EVERY = 60.0  # seconds between the lines of a pack where there are no bars
 
 
 class Progress:
-    """Live bars on a terminal; one line a pack elsewhere. Time left comes from the steps done so far."""
+    """Live bars on a terminal; elsewhere a line a pack, and one a minute. Time left comes from the steps done here so far."""
 
     def __init__(self, console: Console, packs: Sequence[Pack], *, enabled: bool) -> None:
         self.console, self.packs = console, packs
@@ -32,7 +37,8 @@ class Progress:
         )  # fmt: skip
         self._start = time.monotonic()
         self._runs = sum(len(p.runs) for p in packs)
-        self._done = 0.0
+        self._done = 0.0  # runs' worth of steps
+        self._before = 0.0  # likewise, of packs that go on from a checkpoint: they took no time here
 
     def __enter__(self) -> Progress:
         if self.packs:
@@ -46,29 +52,38 @@ class Progress:
     def step(self, pack: Pack) -> Callable[[int, int], None]:
         """A callback for the steps of one pack."""
         began = time.monotonic()
-        state: dict[str, float] = {"last": 0.0}
+        state: dict[str, float] = {"said": began}
         bar: list[TaskID] = []  # a pack that waits for its job shows none yet
 
         def heard(step: int, total: int) -> None:
             task = bar[0] if bar else self.bars.add_task(f"  {pack.id}: {describe(pack)}", total=None, left="")
             bar[:] = [task]
-            self._done += (step - state["last"]) / total * len(pack.runs)
+            share = len(pack.runs) / total
+            if "last" not in state:
+                state["first"] = state["last"] = max(0, step - 1)
+                self._done += state["last"] * share
+                self._before += state["last"] * share
+            self._done += (step - state["last"]) * share
             state["last"] = step
             self.bars.update(task, completed=step, total=total)
             self.bars.update(self._all, completed=round(self._done, 1), left=self._left())
             if step >= total:
                 self.bars.remove_task(task)
                 if self.verbose and not self.live:
-                    self.say(
-                        f"{pack.id}: {describe(pack)}: {total} steps in {time.monotonic() - began:.0f} s{self._left(', ')}"
-                    )
+                    did = f"steps {state['first'] + 1:.0f} to {total}" if state["first"] else f"{total} steps"
+                    took = time.monotonic() - began
+                    self.say(f"{pack.id}: {describe(pack)}: {did} in {took:.0f} s{self._left(', ')}")
+            elif self.verbose and not self.live and time.monotonic() - state["said"] >= EVERY:
+                state["said"] = time.monotonic()
+                self.say(f"{pack.id}: {describe(pack)}: step {step} of {total}{self._left(', ')}")
 
         return heard
 
     def _left(self, before: str = "") -> str:
-        if not self._done or self._done >= self._runs - 1e-6:
+        here = self._done - self._before
+        if here <= 0 or self._done >= self._runs - 1e-6:
             return ""
-        seconds = (time.monotonic() - self._start) / self._done * (self._runs - self._done)
+        seconds = (time.monotonic() - self._start) / here * (self._runs - self._done)
         return f"{before}about {seconds / 60:.0f} min left" if seconds > 90 else f"{before}about {seconds:.0f} s left"
 
     def done(self, records: Sequence[Record]) -> None:
@@ -90,6 +105,33 @@ def describe(pack: Pack) -> str:
     ranks = sorted({x["r"] for x in labels if x.get("r")})
     rank = f" r={','.join(map(str, ranks))}" if ranks else ""
     return f"{pack.runs[0].role} {methods}{rank} x {len(pack.runs)}"
+
+
+@contextmanager
+def announced(text: str, *, after: float = 3.0, console: Console | None = None) -> Iterator[None]:
+    """Say what goes on where it takes longer than `after` seconds: large data sets are read and tokenised for minutes."""
+    timer = threading.Timer(after, (console or Console(stderr=True)).print, (text,), {"highlight": False})
+    timer.daemon = True
+    timer.start()
+    try:
+        yield
+    finally:
+        timer.cancel()
+
+
+_told: set[str] = set()  # a sweep goes through its phases in one process, and says this once
+
+
+def data_notices(jobs: Sequence[Any]) -> list[str]:
+    """What of the jobs' data is left out or cut, each line once a process."""
+    found: dict[str, None] = {}
+    for job in jobs:
+        prepared = prep.prepare(job.run)
+        notes = {**prepared.data.notes, **prepared.encoded.notes}
+        found |= dict.fromkeys(f"{job.run.task.name}: {line}" for line in left_out(notes))
+    new = [line for line in found if line not in _told]
+    _told.update(new)
+    return new
 
 
 def dry_run_table(
@@ -131,4 +173,7 @@ def _cell_name(label: Mapping[str, Any]) -> str:
     parts = [str(label["method"])] + [
         f"{k}={label[v]}" for k, v in (("r", "r"), ("alpha", "alpha_rule")) if label.get(v)
     ]
-    return escape(" ".join(parts + [str(label["targets"])] * bool(label.get("r"))))
+    parts += [str(label["targets"])] * bool(label.get("r"))
+    return escape(
+        " ".join(parts + [f"{key.rpartition('.')[2]}={value}" for key, value in sorted(label["extra"].items())])
+    )

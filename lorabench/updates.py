@@ -77,7 +77,8 @@ class Trained:
         B, A, scaling = self.factors(W.shape[1])
         whole = W + scaling * (B @ A)
         if self.kind == "dora":
-            return whole * (self._double("magnitude") / whole.norm(dim=1))[:, None]
+            norms = whole.norm(dim=1).clamp_min(torch.finfo().tiny)  # a row of zeros stays one
+            return whole * (self._double("magnitude") / norms)[:, None]
         return whole
 
     def svd(self, W: Tensor | None) -> SVD:

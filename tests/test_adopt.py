@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import json
 import warnings
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -15,8 +16,9 @@ from lorabench.adopt import main
 from lorabench.records import Store
 from lorabench.report import render
 from lorabench.report.cautions import warnings as warnings_of
-from lorabench.report.findings import find
+from lorabench.report.findings import find, ladder
 from lorabench.report.load import load
+from report_fixture import RANK_SWEEP, build
 
 
 def table(path: Path, rows: list[dict[str, Any]]) -> Path:
@@ -125,6 +127,37 @@ def test_columns_of_ones_own_names(tmp_path: Path) -> None:
     assert len({r.config["seed"] for r in Store(out).records()}) == 3, "nor are those of another call"
 
 
+def test_a_table_as_pandas_or_a_spreadsheet_writes_it(tmp_path: Path) -> None:
+    """Whole numbers beside empty cells get a decimal point; commas become semicolons."""
+    path = tmp_path / "t.csv"
+    path.write_text("r;lr;seed;test_accuracy\n4.0;1e-3;0;0.5\n;5e-5;0;0.6\n")
+    assert main([str(path), "--out", str(tmp_path / "mine")]) == 0
+    lora, full = sorted(Store(tmp_path / "mine").records(), key=lambda r: r.metrics["test/accuracy"])
+    assert lora.config["method"] == {"r": 4, "name": "lora"} and type(lora.config["method"]["r"]) is int
+    assert full.config["method"] == {"name": "full"}
+
+
+def test_alpha_at_twice_the_rank_is_one_series(tmp_path: Path) -> None:
+    """As most people train with peft; nothing says how many parameters that is."""
+    rows = [
+        {"r": r, "lora_alpha": 2 * r, "lr": 1e-3, "seed": seed, "test_accuracy": 0.7 + seed / 1e3 + r * seed % 3 / 1e4}
+        for r in (4, 16) for seed in range(4)
+    ]  # fmt: skip
+    assert main([str(table(tmp_path / "t.csv", rows)), "--out", str(tmp_path / "mine")]) == 0
+    f = find(load(tmp_path / "mine"))
+    assert {c.alpha_rule for c in f.sweep.cells} == {"2r"} and len({c.series for c in f.sweep.cells}) == 1
+    assert f.recommendation is not None and f.results[str(f.recommendation.cell)].cell.r == 4
+    cells = [replace(c, alpha_rule=str(c.alpha)) for c in f.sweep.cells]  # nor where alpha follows no rule
+    assert [c.r for c in ladder(cells, max(cells, key=lambda c: c.r or 0))] == [16, 4]
+
+
+def test_a_sweep_that_was_planned_keeps_its_cells(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    store = build(tmp_path / "s", RANK_SWEEP[:1])
+    path = table(tmp_path / "t.csv", [{"r": 4, "lr": 1e-3, "test_accuracy": 0.7}])
+    assert main([str(path), "--out", str(store.root)]) == 0
+    assert "lists these runs apart from its cells" in capsys.readouterr().out
+
+
 def test_folders_that_peft_and_trainer_wrote(tmp_path: Path) -> None:
     """Real ones: a tiny model, peft and transformers' own Trainer."""
     import torch
@@ -223,8 +256,16 @@ class TestAttach:
         ([{"r": 4, "lr": 1e-3, "test_acc": "high"}], [], "row 1"),
         ([{"r": 4, "lr": 1e-3, "test_acc": 0.5, "state": "running"}], [], "status=running"),
         ([{"r": 4, "lr": 1e-3, "test_acc": 0.5, "method": "magic"}], [], "method.name"),
+        ([{"r": 4, "lr": 1e-3, "test_acc": 0.5, "seed": "first"}], [], "seed=first"),
         ([{"r": 4, "lr": 1e-3, "test_acc": 0.5}], ["--column", "method.alpha=a"], "a column of"),
         ([{"r": 4, "lr": 1e-3, "test_acc": 0.5}], ["--set", "nonsense"], "KEY=VALUE"),
+        (
+            [{"r": 4, "lr": 1e-3, "test_acc": 0.5, "seed": "first"}],
+            [],
+            "seed=first: a whole number from 0 on (file t.csv",
+        ),
+        ([{"r": "four", "lr": 1e-3, "test_acc": 0.5}], [], "method.r=four: a whole number from 1 on"),
+        ([{"r": 4, "lr": 1e-3, "test_accuracy": 71.3}], [], "test/accuracy=71.3: a share from 0 to 1, such as 0.713"),
     ],
 )
 def test_what_is_wrong_is_told_and_nothing_is_written(

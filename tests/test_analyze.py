@@ -8,6 +8,7 @@ import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -15,13 +16,14 @@ import pytest
 import torch
 from torch import Tensor
 
+from adapted import base
 from lorabench import analyze as face
 from lorabench import deltas
 from lorabench.adapters.files import save_slice
 from lorabench.adapters.merge import merge
 from lorabench.saved import SavedRun
 from lorabench.scope import Asked
-from lorabench.slice_plan import AdapterSpec
+from lorabench.slice_plan import AdapterSpec, SlicePlan
 from lorabench.updates import Trained
 from tiny import make_base, make_data
 from weighed import Made, refused
@@ -156,6 +158,15 @@ class TestNumbers:
         assert set(layers) >= {f"bert.encoder.layer.{k}.{part}" for k in (0, 1) for part in parts}
         assert not any("classifier" in name or "embeddings" in name for name in layers)
         assert all(x["intruders"] is None and x["projected_own"] is None for x in layers.values())
+
+    def test_full_fine_tuning_of_tied_weights(self) -> None:
+        """The state holds them once, whichever of the two layers is asked about."""
+        frozen = deltas.Frozen(base("gpt2"))
+        state = {name: p + 0.5 for name, p in frozen.model.named_parameters()}
+        opened: Any = SimpleNamespace(plan=SlicePlan(seed=0, full=True))
+        for name in ("lm_head", "transformer.wte"):
+            found = deltas.trained(opened, state, name, frozen)
+            assert torch.allclose(found.own["weight"], frozen.weight(name) + 0.5)
 
     def test_an_adapter_that_learned_nothing(self, sweep: Made) -> None:
         run = sweep.ids["r2", 0]

@@ -10,11 +10,13 @@ import pandas as pd
 import pytest
 from omegaconf import OmegaConf
 
+from lorabench.base import BaseInfo, LayerInfo
 from lorabench.config import _section
 from lorabench.models.build import load_tokenizer
 from lorabench.schema import ConfigError
 from lorabench.tasks import files
 from lorabench.tasks.causal_lm import Config as LanguageModelling
+from lorabench.tasks.encoding import check_positions
 from lorabench.tasks.text_classification import Config as Classification
 from tiny import minilm_folder
 
@@ -61,7 +63,15 @@ def test_an_empty_file(tmp_path: Path) -> None:
 def test_an_unknown_kind_of_file(tmp_path: Path) -> None:
     (tmp_path / "a.xlsx").write_text("x")
     refused(Classification(file=str(tmp_path / "a.xlsx")), "task.file", r"allowed: \.csv, \.tsv, \.json")
-    refused(LanguageModelling(file=str(tmp_path / "a.xlsx")), "task.file", r"allowed: \.txt")
+    refused(
+        LanguageModelling(file=str(tmp_path / "a.xlsx")),
+        "task.file",
+        r"allowed: \.txt, \.text, \.md, or a folder of them$",
+    )
+    (tmp_path / "a.jsonl").write_text('{"prompt": "a", "reply": "b"}')
+    refused(
+        LanguageModelling(file=str(tmp_path / "a.jsonl")), "task.file", "a table is read with task.source=file, and its"
+    )
 
 
 @pytest.mark.parametrize("column", ["text_column", "label_column", "pair_column"])
@@ -283,3 +293,57 @@ def test_cells_keep_what_was_written(tmp_path: Path) -> None:
         "t": ["2020-01-01", "x"],
         "y": ["", "2"],
     }
+
+
+def test_a_text_may_hold_any_line_break(tmp_path: Path) -> None:
+    rows = [{"t": f"one\u2028two\x85three {i}", "y": "yes"} for i in range(3)]
+    lines = "\r\n".join(json.dumps(r, ensure_ascii=False) for r in rows)
+    (tmp_path / "a.jsonl").write_text(lines, encoding="utf-8", newline="")
+    assert files.read_table(str(tmp_path / "a.jsonl"), {"t": "t"}, "task.file") == {"t": [r["t"] for r in rows]}
+
+
+def test_cells_that_are_missing_in_any_of_pandas_ways(tmp_path: Path) -> None:
+    frame = pd.DataFrame({"t": ["a", "b"], "y": pd.array([1, None], dtype="Int64")})
+    frame["s"], frame["d"] = pd.array(["x", None], dtype="string"), pd.to_datetime(["2020-01-01", None])
+    frame.to_parquet(tmp_path / "a.parquet")
+    found = files.read_table(str(tmp_path / "a.parquet"), {"y": "y", "s": "s", "d": "d"}, "task.file")
+    assert found == {"y": ["1", ""], "s": ["x", ""], "d": ["2020-01-01 00:00:00", ""]}
+
+
+def test_a_cell_that_is_no_text_is_refused(tmp_path: Path) -> None:
+    """Messages of a chat, say: their Python form is nothing to train on."""
+    chat = [{"messages": [{"role": "user", "content": f"hi {i}"}], "label": "a"} for i in range(4)]
+    (tmp_path / "a.json").write_text(json.dumps(chat))
+    pd.DataFrame(chat).to_parquet(tmp_path / "a.parquet")
+    for name, kind in (("a.json", "list"), ("a.parquet", "ndarray")):
+        task = Classification(file=str(tmp_path / name), text_column="messages")
+        refused(task, "task.text_column", rf"a column of texts or numbers; row 1 of .* holds a {kind}")
+
+
+def test_utf_16_is_named_as_such(tmp_path: Path) -> None:
+    (tmp_path / "a.csv").write_text("text,label\ncafé,yes\n", encoding="utf-16")
+    refused(Classification(file=str(tmp_path / "a.csv")), "task.file", "iconv -f UTF-16 -t UTF-8 a.csv")
+
+
+def test_pairs_of_which_no_token_is_left_are_refused(tmp_path: Path) -> None:
+    rows = [{"q": f"what is {i}", "a": f"it is {i}"} for i in range(40)]
+    (tmp_path / "a.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    task = LanguageModelling(source="file", file=str(tmp_path / "a.jsonl"), prompt_column="q", response_column="a")
+
+    class Mute:
+        eos_token = chat_template = None
+
+        def __call__(self, texts: list[str], **options: Any) -> dict[str, list[list[int]]]:
+            return {"input_ids": [[] for _ in texts]}
+
+    with pytest.raises(ConfigError, match="no examples are left for train"):
+        task.encode(task.load(), Mute())
+
+
+def test_an_example_beyond_the_positions_of_the_base() -> None:
+    table = LayerInfo("bert.embeddings.position_embeddings", "Embedding", 64, 32)
+    lengths = {"train": [10, 65], "val": [], "test": [3]}
+    with pytest.raises(ConfigError, match=r"task\.max_length=128: at most 64, the positions .* example has 65 tokens"):
+        check_positions(lengths, BaseInfo((table,)), 128)
+    check_positions({"train": [64]}, BaseInfo((table,)), 128)
+    check_positions(lengths, BaseInfo(()), 128)  # rotary positions are no table

@@ -168,6 +168,34 @@ def test_alpha_tells_cells_apart(a: Path, tmp_path: Path) -> None:
     assert [p.how for p in made.pairs].count("only in B") == 1
 
 
+def test_cells_over_several_data_sets_are_compared_each_with_its_own(a: Path, tmp_path: Path) -> None:
+    """A sweep over sizes of the data has a fingerprint a size."""
+
+    def by_rank(changed: str = "") -> Callable[[Record], Record]:
+        def change(r: Record) -> Record:
+            rank = str(r.config["method"].get("r"))
+            return provenance(data_fingerprint=f"da7a{rank}{'new' if rank == changed else ''}")(r)
+
+        return change
+
+    one, two = rewrite(make(tmp_path / "one"), by_rank()), rewrite(make(tmp_path / "two", WORSE), by_rank("4"))
+    made = both(one, two)
+    assert made.obstacles == ()
+    assert {p.name: p.how for p in made.pairs} == {
+        "LoRA r = 4": "other data", "LoRA r = 64": "same seeds and examples, paired", "head only": "same seeds and examples, paired",
+    }  # fmt: skip
+    assert faces.top(made) == ["3 cells in both sweeps, 2 with a difference on test: of one metric, on the same data."]
+
+
+def test_examples_of_one_group_give_no_variance() -> None:
+    table, seeds = np.random.default_rng(2).normal(size=(3, 5)), (0, 1, 2)
+    one = Sample(seeds, table.mean(1), table, examples=np.arange(5), groups=np.zeros(5, int))
+    other = dataclasses.replace(one, seeds=(3, 4, 5), scores=table.mean(1) + 1)
+    made = independent(one, other)
+    assert (made.example, made.examples) == (0, None)
+    assert made.variance == pytest.approx(2 * table.mean(1).var(ddof=1) / 3)
+
+
 def test_lost_runs_give_no_difference(a: Path, tmp_path: Path) -> None:
     b = make(tmp_path / "b")
     run_id = Store(b).manifest()["cells"][0]["runs"]["confirm"][0]

@@ -137,6 +137,20 @@ def test_evaluation_draws_nothing_and_needs_no_keys():
     stack.remove()
 
 
+def test_in_evaluation_a_model_runs_as_it_is(monkeypatch):
+    """Looking at each of its calls is for masks: it would make an adapter's answers slower."""
+    model, info = bert(dropout=0.5)
+    inject(model, [plan(info, 2, ENDS["bert"])], info=info)
+
+    def looked(*args):
+        raise AssertionError("calls are looked at")
+
+    monkeypatch.setattr("lorabench.adapters.dropout._KeyedCalls", looked)
+    losses(model.eval(), token_batch(2, 5))
+    with pytest.raises(AssertionError, match="looked at"):
+        losses(model.train(), token_batch(2, 5))
+
+
 def test_dropout_inside_a_head_that_trains_whole():
     class Head(nn.Sequential):
         pass

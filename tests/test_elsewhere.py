@@ -18,6 +18,7 @@ from lorabench.report.budget import budget
 from lorabench.report.findings import find
 from lorabench.report.load import load
 from lorabench.settings import ReportConfig, StudyConfig, SweepConfig, TrackerConfig
+from lorabench.slim import slim
 from tiny import make_base, make_data, make_run
 
 Cli = Callable[..., tuple[int, str]]
@@ -73,6 +74,9 @@ def test_what_another_sweep_trained_is_not_trained_again(sweep: Cli) -> None:
     adapter = f"runs/{min(taken('second'))}/adapter/adapter_model.safetensors"
     assert Path("sweeps/second", adapter).read_bytes() == Path("sweeps/first", adapter).read_bytes()
     assert ", 4 taken from first" in dict(budget(find(load("sweeps/second"))))["Runs"]
+    slim(Path("sweeps/first"), Path("sweeps/kept"))
+    assert sweep("third", "method.r=2,8", *PHASES, "sweep.reuse=[sweeps/kept]")[0] == 0
+    assert (results("third"), set(taken("third").values())) == (results("alone"), {"kept"})
     before = results("second")
     code, said = sweep("second", "method.r=2,8", *PHASES, "sweep.reuse=[sweeps/first]")
     assert (code, results("second")) == (0, before)

@@ -24,6 +24,7 @@ from lorabench.adapters.files import save_slice
 from lorabench.config import RunConfig, parse_run
 from lorabench.records import Record, Store
 from lorabench.saved import open_run
+from lorabench.schema import ConfigError
 from tiny import make_base, make_data
 
 pytestmark = pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing`:FutureWarning")  # PEFT 0.21 asks for it
@@ -109,10 +110,11 @@ class TestExport:
         out = tmp_path / "deep" / "out"
         assert export.main([str(run), "--out", str(out)]) == 0
         auto = tf.AutoModelForCausalLM if reply else tf.AutoModelForSequenceClassification
-        options = {} if reply else {"num_labels": 2}
         tokenizer = tf.AutoTokenizer.from_pretrained(out)
+        options = {} if reply else {"num_labels": 2, "pad_token_id": tokenizer.pad_token_id}
+        told = "".join(f", {name}={value}" for name, value in options.items())
+        assert f'from_pretrained("<the base>"{told})' in (out / "README.md").read_text()
         model = PeftModel.from_pretrained(auto.from_pretrained(bases(kind, reply), **options).eval(), out).eval()
-        model.get_base_model().config.pad_token_id = tokenizer.pad_token_id
         assert (_logits(model, tokenizer) - expected).abs().max() < 1e-5
         assert [p.name for p in out.parent.iterdir()] == ["out"]
 
@@ -251,8 +253,26 @@ class TestPredict:
         assert "given here" in out and "from the pipe" in out and "[bold]not" in out and "\x1b" not in out
         assert "initial draw" in out and out.count("%") == 6
 
+    def test_a_run_of_pairs_reads_both_texts(self, trained: Any) -> None:
+        saved = open_run(trained()[0])
+        task = replace(saved.run.task, pair_column="label")
+        paired = replace(saved, run=replace(saved.run, task=task))
+        (answer,) = predict.predict(paired, ["the dog\tnorth of here"])
+        state, plan = saved.weights()
+        base = saved.base(dtype="float32")
+        stack = inject(base.model, [plan], info=base.info)
+        stack.load_slice(0, state)
+        with torch.no_grad():
+            logits = base.model(**base.processor("the dog", "north of here", return_tensors="pt")).logits[0].double()
+        found = torch.tensor([dict(answer.trained)[n] for n in saved.head.label_names]).double()
+        torch.testing.assert_close(found, logits.softmax(-1), atol=1e-5, rtol=0)
+        with pytest.raises(ConfigError, match="text=the dog: two texts with a tab between them"):
+            predict.predict(paired, ["the dog"])
+
     def test_bad_texts(self, trained: Any, capsys: Any) -> None:
         run, _ = trained("llama", reply=True)
+        assert predict.main([str(run), __file__]) == 2
+        assert "a text; this names a file" in capsys.readouterr().err
         for argv, text in (
             ([str(run), " "], "text= : some words"),
             ([str(run), "the dog", "--max-new-tokens", "100"], "--max-new-tokens=100: at most 62"),

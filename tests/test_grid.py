@@ -99,3 +99,11 @@ def test_a_zipped_axis_cannot_be_replaced_alone():
 def test_lists_of_lists_are_axes_of_lists():
     points = expand({}, {"method.target_modules": [["query", "value"], "all-linear"]}, [])
     assert [p.axes["method.target_modules"] for p in points] == ["[query,value]", "all-linear"]
+
+
+def test_a_regex_in_a_list_keeps_its_backslashes():
+    from hydra.core.override_parser.overrides_parser import OverridesParser
+
+    regex = r"encoder\.layer\.5\..*\.dense"
+    (point,) = expand({"one": {"method.target_modules": [regex]}}, {}, [])
+    assert OverridesParser.create().parse_override(point.fixed[0]).value() == regex

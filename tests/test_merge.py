@@ -14,7 +14,8 @@ from adapted import base, head_of, info_of, logits, make_plan, random_state
 from lorabench.adapters import inject
 from lorabench.adapters.merge import merge
 from lorabench.schema import ConfigError
-from lorabench.slice_plan import SlicePlan
+from lorabench.slice_plan import AdapterSpec, SlicePlan
+from lorabench.updates import Trained
 
 ENDS = {
     "bert": ["query", "value", "word_embeddings", "output.dense"],
@@ -126,10 +127,11 @@ def test_an_update_below_half_a_unit_is_lost_and_said_to_be() -> None:
 
 
 @pytest.mark.parametrize("keep", [True, False])
-@pytest.mark.parametrize("end", ["wte", "lm_head"])
-def test_merging_into_a_tied_weight_unties_it_and_says_so(tmp_path: Path, end: str, keep: bool) -> None:
+@pytest.mark.parametrize("how", ["adapted", "whole"])
+@pytest.mark.parametrize("end", ["transformer.wte", "lm_head"])
+def test_merging_into_a_tied_weight_unties_it_and_says_so(tmp_path: Path, end: str, how: str, keep: bool) -> None:
     model = base("gpt2")
-    plan = make_plan(info_of(model), [end])
+    plan = make_plan(info_of(model), [end]) if how == "adapted" else SlicePlan(seed=0, modules=(end,))
     state = random_state(model, plan)
     expected = separate("gpt2", state, plan, torch.float32)
     before = weights(model)
@@ -156,6 +158,29 @@ def test_both_ends_of_a_tie_adapted() -> None:
     done.unmerge()
     assert model.lm_head.weight is model.transformer.wte.weight
     assert all(torch.equal(t, before[k]) for k, t in model.state_dict().items())
+
+
+def test_doras_row_of_zeros_stays_one() -> None:
+    """As the row of a padding token is, where the output embedding is the input's."""
+    model, name = base("llama"), "lm_head"
+    model.get_submodule(name).weight.data[3] = 0
+    plan = SlicePlan(seed=0, adapters={name: AdapterSpec(r=2, scaling=0.5, alpha=1.0, kind="dora")})
+    stack = inject(model, [plan], info=info_of(model))
+    layer = stack.layers[0]
+    layer.lora_B.data.normal_()[:, 3] = 0  # where its gradient is zero it stays
+    expected, state = logits(model), {key: t.clone() for key, t in stack.exported(0)[0].items()}
+    stack.remove()
+    own = {key.removeprefix(f"{name}."): t for key, t in state.items()}
+    assert Trained(plan.adapters[name], own).tuned(model.get_submodule(name).weight.double()).isfinite().all()
+    merge(model, state, plan)
+    assert (logits(model) - expected).abs().max() < 1e-5
+
+
+def test_full_fine_tuning_keeps_a_tie() -> None:
+    model = base("gpt2")
+    state = {name: p + 0.01 for name, p in model.named_parameters()}
+    assert merge(model, state, SlicePlan(seed=0, full=True)).untied == ()
+    assert model.lm_head.weight is model.transformer.wte.weight
 
 
 @pytest.mark.parametrize("what", ["head", "biases", "full"])

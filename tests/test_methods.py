@@ -28,7 +28,7 @@ from transformers import (
 
 from lorabench.base import BaseInfo, inventory
 from lorabench.config import _section, component
-from lorabench.methods import bitfit, full, head, lora
+from lorabench.methods import bitfit, full, head, ia3, lora
 from lorabench.schema import ConfigError
 from shaped import bert, conv, gpt2, llama
 
@@ -283,6 +283,8 @@ def test_who_may_share_a_base():
     assert full.Config.pack_group is None and len(groups) == 3
     varying = {f.name for f in dataclasses.fields(lora.Config) if f.metadata["varies"]}
     assert {f.name for f in dataclasses.fields(lora.Config)} - varying == {"name", "modules_to_save"}
+    varying = {f.name for f in dataclasses.fields(ia3.Config) if f.metadata["varies"]}
+    assert "feedforward_modules" not in varying  # a layer is scaled on one side for all slices of a pack
 
 
 def test_methods_import_without_torch(repo):

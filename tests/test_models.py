@@ -237,6 +237,25 @@ def test_a_missing_package_says_what_to_install(monkeypatch: pytest.MonkeyPatch)
         Config(source=MINILM).info(LABELS)
 
 
+@pytest.mark.parametrize("kind", ["bert", "gpt2"])
+def test_a_folder_without_a_tokenizer(bases: dict[str, Path], tmp_path: Path, kind: str) -> None:
+    """transformers makes an empty one up, for which every text is unknown tokens, or none."""
+    source = shutil.copytree(bases[kind], tmp_path / "base")
+    for path in source.glob("*token*"):
+        path.unlink()
+    with pytest.raises(ConfigError, match="it holds no tokenizer .no tokenizer.json") as e:
+        Config(source=str(source)).processor()
+    assert e.value.key == "model.source"
+
+
+def test_an_index_of_shards_that_is_torn(bases: dict[str, Path], tmp_path: Path) -> None:
+    source = shutil.copytree(bases["bert"], tmp_path / "base")
+    (source / "model.safetensors").rename(source / "model-1.safetensors")
+    (source / "model.safetensors.index.json").write_text('{"weight_map": {"a')
+    with pytest.raises(ConfigError, match="index.json cannot be read as the list of its shards"):
+        Config(source=str(source)).info(LABELS)
+
+
 def test_folders_that_hold_no_base(bases: dict[str, Path], tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=r"no config\.json"):
         Config(source=str(tmp_path)).info(LABELS)

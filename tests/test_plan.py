@@ -88,10 +88,10 @@ def test_smoke_with_an_sd(command: Command) -> None:
 
 
 def test_cells_with_a_shared_anchor(command: Command) -> None:
-    """At r = 8, alpha = 16 and alpha = 2r are one run in two cells: eleven cells, ten runs a seed."""
+    """At r = 8, alpha = 16 and alpha = 2r are one run in two cells: eleven cells, ten runs a seed, nine others to compare."""
     argv = ["optimizer.lr=1e-3", "sweep.tune_seeds=[0]", "--sd", "1", "--no-measure"]
     found = planned(command, "alpha_sweep", *argv)
-    assert (len(found["cells"]), found["comparisons"], found["pooled_cells"]) == (11, 10, 11)
+    assert (len(found["cells"]), found["comparisons"], found["pooled_cells"]) == (11, 9, 10)
     assert (found["tuning_runs"], found["runs_a_confirmation_seed"]) == (10, 10)
 
 
@@ -129,6 +129,7 @@ def test_what_a_budget_buys(command: Command, cli: Any, tmp_path: Path) -> None:
     assert code == 0 and "6 runs in" in out
     out = command(*argv)[1]
     assert "buy 10 confirmation seeds" in out and budget["command"] in out.replace("\n", "")
+    assert planned(command, *argv[:-1], "24")["budget"]["seeds"] == 500, "no command line holds a day's seeds"
     small = planned(command, *argv[:-1], f"{hours / 100:.9f}")["budget"]
     assert (small["seeds"], small["command"]) == (0, None)
     assert "do not pay for the tuning" in command(*argv[:-1], f"{hours / 100:.9f}")[1]
@@ -177,6 +178,10 @@ ERRORS = {
     "hours without seconds": (["smoke", "--sd", "1", "--no-measure", "--hours", "5"], "--hours=5"),
     "no pilot": (["smoke", "--pilot", "absent"], "absent"),
     "one cell": (["smoke", "~hydra.sweeper.grids.head", "method.r=4"], "at least two cells"),
+    "one cell of two names": (
+        ["alpha_sweep", "~hydra.sweeper.grids.rslora", "method.r=8"],
+        "at least two cells to compare; it has 1",
+    ),
     "role": (["smoke", "sweep.role=confirm", "--sd", "1"], "sweep.role=confirm"),
     "sweeper": (["smoke", "hydra/sweeper=basic"], "BasicSweeperConf"),
     "config dir": (["smoke", "--config-dir", "absent"], "--config-dir=absent"),
@@ -222,8 +227,8 @@ hydra:
 """
 
 
-def test_a_head_says_nothing_of_an_adapters_pace(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Where its trunk is kept a head is timed as far faster; adapters train little more, but not as fast."""
+def test_one_kind_of_method_says_nothing_of_anothers_pace(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where its trunk is kept a head is timed as far faster; DoRA of as many parameters as LoRA takes longer."""
     from lorabench import study, train
 
     seconds = {"head": 0.1, "lora": 10.0, "dora": 30.0, "full": 40.0}
@@ -242,15 +247,27 @@ def test_a_head_says_nothing_of_an_adapters_pace(monkeypatch: pytest.MonkeyPatch
         )
 
     monkeypatch.setattr(train, "measure", measure)
-    cells = [cell("full", 10**7), cell("lora", 10**4), cell("lora", 10**5), cell("dora", 10**6), cell("head", 10**3)]
+    cells = [cell("full", 10**7), cell("lora", 10**4), cell("lora", 10**5), cell("dora", 10**4), cell("head", 10**3)]
     asked: Any = SimpleNamespace(cells=cells, examples={"train": 400, "val": 100, "test": 300})
     paces, once = study.measured(asked)
-    assert sorted(timed) == ["dora", "full", "head", "lora"], (
-        "the least and the most of adapters, the one of the others"
-    )
+    assert sorted(timed) == ["dora", "full", "head", "lora", "lora"], "the least and the most of each, or its only one"
     found = {name: pace_of(paces, name, 10**4) for name in seconds}
-    assert {name: p and p.train for name, p in found.items()} == {"head": 0.001, "lora": 0.1, "dora": 0.1, "full": 0.4}
+    assert {name: p and p.train for name, p in found.items()} == {"head": 0.001, "lora": 0.1, "dora": 0.3, "full": 0.4}
     assert once == pytest.approx(8.0 * 2), "the frozen trunk's one pass, over validation and test too"
+
+
+def test_no_more_devices_count_than_there_are_packs(monkeypatch: pytest.MonkeyPatch) -> None:
+    from lorabench import study, workers
+
+    monkeypatch.setattr(study.prep, "resolve", lambda run: SimpleNamespace(device="cuda"))
+    monkeypatch.setattr(workers.torch.cuda, "device_count", lambda: 8)
+    monkeypatch.setattr(study, "plan_packs", lambda runs, most, *, prune: ["a pack"] * -(-len(runs) // (most or 16)))
+    runs: Any = [SimpleNamespace(role="tune")] * 30
+    settings = SimpleNamespace(sweep=SimpleNamespace(workers=None, max_pack=None, prune=False))
+    asked: Any = SimpleNamespace(tuning=runs, settings=settings)
+    assert study._devices(asked, runs) == 2
+    settings.sweep.max_pack = 1
+    assert study._devices(asked, runs) == 8
 
 
 def test_a_few_steps_are_timed_where_there_is_no_pilot(command: Command, tmp_path: Path) -> None:

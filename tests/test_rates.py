@@ -122,11 +122,15 @@ def test_three_rates_and_one_seed_have_no_interval() -> None:
         (choice({lr: [x] for lr, x in parabola(5e-2).items()}), "1.6e-2, is the largest", "rates above 1.6e-2"),
         (choice({lr: [x] for lr, x in parabola(1e-4).items()}), "1e-3, is the smallest", "rates below 1e-3"),
         (choice({lr: [x] for lr, x in parabola(2e-2).items()}, failed=[1.6e-2]), "8e-3, is the largest", "between 8e-3 and 1.6e-2"),
+        (
+            Choice(2e-3, (Rate(1e-3, (), missing=1, pruned=(50,)), *(Rate(lr, (x,)) for lr, x in ((2e-3, 0.4), (4e-3, 0.5), (8e-3, 0.6)))), "low"),
+            "2e-3, is the smallest eligible", "that were pruned, 1e-3, trained to their end: the same command with sweep.prune=false",
+        ),
         (choice(dict(zip(GRID, [[0.5], [0.9], [0.49], [0.9], [0.5]], strict=True))), "do not curve upwards", "more seeds"),
         (Choice(None, (Rate(1e-3, (), failures=1),)), "no learning rate is eligible", "to its end"),
         (Choice(None), "no learning rate is eligible", "to its end"),
     ],
-    ids=["few", "high end", "low end", "diverged above", "curves down", "all diverged", "no rates"],
+    ids=["few", "high end", "low end", "diverged above", "pruned below", "curves down", "all diverged", "no rates"],
 )  # fmt: skip
 def test_what_has_no_minimum_says_why(made: Choice, reason: str, settle: str) -> None:
     found = rates.optimum(made)

@@ -20,7 +20,7 @@ from lorabench.base import HeadSpec
 from lorabench.config import component
 from lorabench.models.build import load_tokenizer
 from lorabench.models.transformers import Config as Model
-from lorabench.schema import check_ranges
+from lorabench.schema import ConfigError, check_ranges
 from lorabench.tasks import encoding, sources, split
 from lorabench.tasks.causal_lm import Config as LanguageModelling
 from lorabench.tasks.causal_lm import sections
@@ -206,6 +206,16 @@ def test_encoding_equals_the_tokenizers_own(tweets: TaskData, tokenizer: Any) ->
     assert example["example"] == tweets.splits["val"][0]["example"]
 
 
+def test_one_text_of_a_pair_alone_is_no_example(tokenizer: Any) -> None:
+    task = Classification(file="a.csv", pair_column="other")
+    both = task.encode_text("a dog\tan animal", tokenizer)
+    assert both["input_ids"].tolist() == task.encode_text("a dog", tokenizer, "an animal")["input_ids"].tolist()
+    assert both["token_type_ids"].max() == 1
+    for text in ("a dog", "a dog\t"):
+        with pytest.raises(ConfigError, match="two texts with a tab between them"):
+            task.encode_text(text, tokenizer)
+
+
 def test_a_batch_is_padded_right_to_its_longest(tokenizer: Any) -> None:
     task = Classification(source="tweets")
     examples = [task.encode_text("good", tokenizer), task.encode_text("good morning all", tokenizer)]
@@ -339,6 +349,17 @@ def test_without_a_chat_template_a_line_break_parts_them(pairs_file: str, chat_t
     assert task.prompt_text("hi", chat_tokenizer) == "hi\n"
     example = task.encode(task.load(), chat_tokenizer).splits["val"][0]
     assert chat_tokenizer.decode(example["input_ids"][example["start"] :]).endswith("[SEP]")
+
+
+def test_without_a_chat_template_a_prompt_begins_as_the_tokenizer_begins_a_text(
+    pairs_file: str, chat_tokenizer: Any
+) -> None:
+    chat_tokenizer.chat_template, chat_tokenizer.bos_token = None, "[CLS]"
+    task = replies(pairs_file)
+    example = task.encode(task.load(), chat_tokenizer).splits["val"][0]
+    ids = example["input_ids"].tolist()
+    assert ids[0] == chat_tokenizer.bos_token_id and ids.count(chat_tokenizer.bos_token_id) == 1
+    assert task.encode_text("hi", chat_tokenizer)["input_ids"][0] == chat_tokenizer.bos_token_id
 
 
 def test_long_pairs_keep_the_end_of_the_prompt_and_the_start_of_the_reply() -> None:

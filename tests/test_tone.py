@@ -5,6 +5,7 @@ import pytest
 from sklearn.linear_model import LogisticRegression
 
 from lorabench import regression, tone
+from lorabench.beside import groups_of
 
 
 @pytest.mark.parametrize(("classes", "c"), [(3, 0.5), (2, 1.0)], ids=["several", "two"])
@@ -81,3 +82,10 @@ def test_dialogues_stay_whole():
     first, second = tone.halves(groups)
     assert sorted(first + second) == list(range(14)) and len(first) == len(second) == 7
     assert not {groups[i] for i in first} & {groups[i] for i in second}
+
+
+def test_answers_to_one_prompt_stay_together():
+    """In both halves the base's reply to it, the same, would be learned and scored."""
+    rows = {i: {"group": "talk" if i == 3 else ""} for i in range(4)}
+    examples = [{"example": i, "group": group} for i, group in enumerate((7, 8, 7, 9))]
+    assert groups_of(examples, rows) == ["7", "8", "7", "talk"]

@@ -469,7 +469,9 @@ def test_what_a_killed_launcher_had_not_sent_the_next_one_sends(server: WandbSer
     wb.log(run, wb.steps(ROWS)[:7])
     run.finish()
     bucket(server, RUNS[0]).exit_code = None
-    leave(track(store, RUNS[2]))
+    tracker = track(store, RUNS[2])
+    until(lambda: [run.state for run in server.runs.values()] == ["finished"] * 2)
+    leave(tracker)
     for run_id in (RUNS[0], RUNS[2]):
         assert arrived(server, run_id).sent == 20 and bucket(server, run_id).state == "finished"
     assert len(server.runs) == 2 and [p.name for p in (store.root / ".wandb/begun").iterdir()] == [RUNS[1]]

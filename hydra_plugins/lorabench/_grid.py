@@ -14,7 +14,7 @@ from typing import Any
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.override_parser.types import Override
 
-from lorabench.schema import ConfigError
+from lorabench.schema import ConfigError, in_hydra
 
 RATE, SEED = "optimizer.lr", "seed"
 Axis = tuple[str, ...]  # override texts, e.g. ("method.r=1", "method.r=4")
@@ -89,9 +89,7 @@ def _grammar(value: Any) -> str:
         return "[" + ",".join(_grammar(v) for v in value) + "]"
     if isinstance(value, float):
         return repr(value)
-    text = str(value)
-    plain = text.replace("_", "").replace(".", "").replace("-", "").replace("/", "").replace("+", "").isalnum()
-    return text if plain else "'" + text.replace("\\", "\\\\").replace("'", "\\'") + "'"
+    return in_hydra(str(value))
 
 
 def _texts(override: Override) -> Axis:

@@ -123,7 +123,7 @@ def key_base_dropout(model: nn.Module, context: Context, undo: ExitStack) -> Non
     for name, module in owners:
         _refuse(name, module)
         undo.callback(_restore_forward, module, module.__dict__.get("forward"))
-        module.forward = _keyed(module.forward, context, name)
+        module.forward = _keyed(module, context, name)
     before = getattr(getattr(model, "config", None), "_attn_implementation", None)
     switch: Callable[[str], None] | None = getattr(model, "set_attn_implementation", None)
     if switch is not None and before not in (None, "eager"):
@@ -155,9 +155,15 @@ def _refuse(name: str, module: nn.Module) -> None:
         )
 
 
-def _keyed(forward: Callable[..., Any], context: Context, name: str) -> Callable[..., Any]:
+def _keyed(module: nn.Module, context: Context, name: str) -> Callable[..., Any]:
+    """Its forward pass with keyed dropout in training; in evaluation, where nothing is dropped, as it is: looking at each
+    of its calls would make every answer of a served adapter slower."""
+    forward = module.forward
+
     @functools.wraps(forward)
     def keyed(*args: Any, **kwargs: Any) -> Any:
+        if not module.training:
+            return forward(*args, **kwargs)
         with _KeyedCalls(context, name):
             return forward(*args, **kwargs)
 

@@ -53,19 +53,22 @@ class Merged:
 def merge(model: nn.Module, state: Mapping[str, Tensor], plan: SlicePlan, *, keep: bool = False) -> Merged:
     """Merge a slice into a plain base (no stack injected), in place: adapters added, whole modules and biases copied.
 
-    keep: hold the original weights for an exact `unmerge`. A weight the adapted layer shares with another (an output
-    embedding tied to the input's) becomes its own, which `untied` says; the other keeps the original.
+    keep: hold the original weights for an exact `unmerge`. A weight that an adapted layer or a whole module shares with
+    another (an output embedding tied to the input's) becomes its own, which `untied` says; the other keeps the original.
     Raises `ConfigError` for a slice that does not fit the base.
     """
     done = Merged(model, {}, (), [])
     try:
         for name, spec in plan.adapters.items():
             layer = _module(model, name)
-            done.untied += _untie(model, name, layer, done._undo)
+            done.untied += _untie(model, f"{name}.weight", done._undo)
             own = {part: state[f"{name}.{part}"] for part in OF_KIND[spec.kind]}
             done.layers[name] = _add(name, layer, change_of(name, layer, spec, own), done._undo, keep=keep)
         adapted = {f"{name}.{part}" for name, spec in plan.adapters.items() for part in OF_KIND[spec.kind]}
-        _copy(model, {n: t for n, t in state.items() if n not in adapted}, done._undo)
+        whole = {n: t for n, t in state.items() if n not in adapted}
+        for name in [] if plan.full else list(whole):  # full fine-tuning trains what is tied as one weight
+            done.untied += _untie(model, name, done._undo)
+        _copy(model, whole, done._undo)
     except BaseException:
         done.unmerge()
         raise
@@ -118,7 +121,7 @@ def change_of(name: str, layer: nn.Module, spec: AdapterSpec, own: Mapping[str, 
         return plain
     _check_shapes(name, plain, weight)
     whole = plain.of(weight.detach().view(weight.shape[0], -1), slice(None))
-    ratio = own["magnitude"] / whole.norm(dim=0 if flipped else 1)
+    ratio = own["magnitude"] / whole.norm(dim=0 if flipped else 1).clamp_min(torch.finfo().tiny)  # a row of zeros stays
     return _scaled(plain, ratio, on_columns=flipped)
 
 
@@ -203,19 +206,22 @@ def _weight(name: str, layer: nn.Module) -> nn.Parameter:
     return weight
 
 
-def _untie(model: nn.Module, name: str, layer: nn.Module, undo: list[Any]) -> tuple[str, ...]:
-    """Give the layer a weight of its own where it shares one; the other owners keep the original."""
-    weight = _weight(name, layer)
-    others = [n for n, p in model.named_parameters(remove_duplicate=False) if p is weight and n != f"{name}.weight"]
-    if not others:
+def _untie(model: nn.Module, name: str, undo: list[Any]) -> tuple[str, ...]:
+    """Give a parameter's module one of its own where others hold the same; they keep the original."""
+    own = dict(model.named_parameters(remove_duplicate=False))
+    shared = own.get(name)
+    others = [n for n, p in own.items() if p is shared and n != name]
+    if shared is None or not others:
         return ()
-    layer.weight = nn.Parameter(weight.detach().clone(), requires_grad=weight.requires_grad)
-    undo.append(lambda: setattr(layer, "weight", weight))
+    path, _, key = name.rpartition(".")
+    module = model.get_submodule(path)
+    setattr(module, key, nn.Parameter(shared.detach().clone(), requires_grad=shared.requires_grad))
+    undo.append(lambda: setattr(module, key, shared))
     config: Any = getattr(model, "config", None)
     if getattr(config, "tie_word_embeddings", False):  # or loading a saved copy would tie them again
         config.tie_word_embeddings = False
         undo.append(lambda: setattr(config, "tie_word_embeddings", True))
-    return (f"{name}.weight is no longer tied to {', '.join(others)}",)
+    return (f"{name} is no longer tied to {', '.join(others)}",)
 
 
 def _copy(model: nn.Module, state: Mapping[str, Tensor], undo: list[Any]) -> None:

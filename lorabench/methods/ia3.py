@@ -18,7 +18,7 @@ class Config:
 
     name: str = knob("ia3", help="method")
     target_modules: Any = knob("k+v+down", help="as method=lora's; down: the MLP's second matrix", varies=True)
-    feedforward_modules: Any = knob("down", help="those of them whose input is scaled; null: none", varies=True)
+    feedforward_modules: Any = knob("down", help="those of them whose input is scaled; null: none")
     layers: list[int] | None = knob(None, help="indices of the blocks to adapt; null: all", varies=True)
     modules_to_save: list[str] | None = knob(None, help="modules that train whole, beside a new head")
 

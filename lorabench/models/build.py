@@ -15,6 +15,7 @@ from lorabench.schema import ConfigError
 
 ATTENTION = ("auto", "eager", "sdpa")
 HEADS = ("classifier", "score")  # what a classifier's last layer is called; trained always, as in PEFT
+EMPTY = 1000  # tokens: where a folder has no vocabulary transformers makes one up of special tokens, and says nothing
 DEPTH = re.compile(r"layer_?drop|drop_?path")  # whole layers skipped: another thing than dropping features
 
 
@@ -147,6 +148,12 @@ def load_tokenizer(folder: Path) -> Any:
             tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
     except Exception as e:  # tokenizers raise many kinds of errors for a missing or foreign file
         raise ConfigError(files.KEY, str(folder), f"its tokenizer does not load: {_first_line(e)}") from e
+    if names := type(tokenizer).vocab_files_names.values():
+        there = any((folder / name).is_file() for name in ("tokenizer.json", *names))
+        if not there and len(tokenizer) < EMPTY:
+            own = " or ".join(dict.fromkeys(("tokenizer.json", *names)))
+            why = f"it holds no tokenizer (no {own}): texts would be unknown tokens; save the base's own there"
+            raise ConfigError(files.KEY, str(folder), why)
     if tokenizer.pad_token_id is None:
         if tokenizer.eos_token_id is None:
             raise ConfigError(files.KEY, str(folder), "its tokenizer has neither a padding nor an end token")

@@ -56,7 +56,11 @@ def weight_files(folder: Path) -> list[Path]:
         return [single]
     if not index.is_file():
         return []
-    names = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
+    try:
+        names = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as e:
+        why = f"{index.name} cannot be read as the list of its shards ({type(e).__name__})"
+        raise ConfigError(KEY, str(folder), why) from e
     files = [folder / name for name in names]
     missing = [f.name for f in files if not f.is_file()]
     if missing:

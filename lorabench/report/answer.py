@@ -7,12 +7,15 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from lorabench.report import conditions, declared, formats, unfinished
+from lorabench.report import conditions, declared, formats, learned, unfinished
 from lorabench.report import statistics as st
 from lorabench.report.findings import Comparison, Findings
 from lorabench.report.formats import plural
 from lorabench.report.results import Result
 from lorabench.report.unlisted import flatten
+from lorabench.schema import in_hydra
+
+SEEDS = 200  # up to which they are counted
 
 
 @dataclass(frozen=True)
@@ -27,6 +30,9 @@ def answer(f: Findings) -> Answer:
     if not f.confirmed:
         command = unfinished.command(f.sweep) if unfinished.missing(f) else None
         return Answer(_unconfirmed(f), tuple(_validation(f)), command, "Go on with it")
+    if chance := learned.nothing(f):
+        text = f"Nothing was learned: no cell does better on test than always answering {chance[0]} ({f.metric.value(chance[1], unit=True)}), so cells that agree show nothing. Train longer, at other rates or on more data."
+        return Answer(text, tuple(_points(f)), None)
     command = _command(f, f.recommendation.cell) if f.recommendation and f.recommendation.cell else None
     return Answer(_lead(f), tuple(_points(f)), command)
 
@@ -44,14 +50,17 @@ def _lead(f: Findings) -> str:
         best = _leader(f)
         text = f"{formats.capital(best.name)} has the best {declared.selection(f.sweep)} and reaches {_score(f, best)} on test."
         if rec is not None:
-            text += f" No adapter was shown to be within {margin} of {f.results[rec.reference].name}."
+            none = not any(x.cell.adapter for x in f.results.values())
+            text += "" if none else f" No adapter was shown to be within {margin} of {f.results[rec.reference].name}."
         return text
     r, ref = f.results[rec.cell], f.results[rec.reference]
     if rec.cell != rec.reference:
         text = f"{formats.capital(r.name)} is enough: {_score(f, r)}, shown to fall short of {ref.name} by less than {margin}"
-        return text + f", with {_fraction(r, ref)} of its trainable parameters."
+        return text + f", with {_fraction(r, ref)} trainable parameters."
     if rec.stopped is None:
-        return f"{formats.capital(r.name)} reaches {_score(f, r)}; there is no smaller adapter here to set against it."
+        why = "no smaller one has confirmation seeds and test examples in common with it, so none was set against it"
+        why = why if rec.skipped else "there is no smaller adapter here to set against it"
+        return f"{formats.capital(r.name)} reaches {_score(f, r)}; {why}."
     if rec.stopped.size == "beyond":
         small = f.results[rec.stopped.cell]
         return f"{formats.capital(r.name)} is the one to keep ({_score(f, r)}): {small.name}, the next smaller one, falls short of it by more than {margin}."
@@ -86,7 +95,7 @@ def _sentence(f: Findings, made: Comparison, prefix: str = "") -> str:
     name, other = f.results[made.cell].name, f.results[made.other].name
     subject = f"{prefix}{name}," if prefix else name
     adjusted = "exploratory, " if made.exploratory else "adjusted " if made.level > 0.95 else ""
-    bounds = f"({adjusted}95 % interval {f.metric.bounds(*made.interval)})"
+    bounds = f"({adjusted}95 % interval {f.metric.bounds(*made.interval)})" if made.bounded else "(no interval)"
     signed = f"{f.metric.difference(made.estimate.mean, unit=True)} {bounds}"
     if made.blocked:
         return f"{formats.capital(subject)} against {other}: {signed}; no verdict ({made.blocked})."
@@ -98,7 +107,7 @@ def _sentence(f: Findings, made: Comparison, prefix: str = "") -> str:
 
 def _how_small(f: Findings) -> Iterator[tuple[str, str]]:
     rec = f.recommendation
-    if rec is None or rec.cell is None:
+    if rec is None or rec.passed == (rec.reference,) and rec.cell is None:  # the lead says it
         return
     steps = [c for c in rec.passed if c != rec.reference]
     said = []
@@ -111,8 +120,9 @@ def _how_small(f: Findings) -> Iterator[tuple[str, str]]:
     if rec.stopped:
         e = rec.stopped.estimate
         low, high = e.interval(0.90)
+        short = e.mean if f.metric.lower_is_better else -e.mean  # by so much it falls short
         why = rec.stopped.blocked or (
-            f"{f.metric.difference(e.mean, unit=True)}, 90 % interval {f.metric.bounds(low, high)}{_settle(f, rec.stopped)}"
+            f"{f.metric.difference(e.mean, unit=True)}, 90 % interval {f.metric.bounds(low, high)}{_settle(f, rec.stopped, abs(f.sweep.margin - short))}"
         )
         said.append(
             f"{f.results[rec.stopped.cell].name} was the first not shown to be within the margin ({why}), and the test stops there"
@@ -124,18 +134,19 @@ def _how_small(f: Findings) -> Iterator[tuple[str, str]]:
 def _margin_words(f: Findings, made: Comparison) -> str:
     margin = declared.margin(f)
     if made.size == "not resolved":
-        return f"whether that is within the margin of {margin} is not resolved{_settle(f, made)}"
+        return f"whether that is within the margin of {margin} is not resolved{_settle(f, made, abs(f.sweep.margin - abs(made.estimate.mean)))}"
     return f"that is {'within' if made.size == 'within' else 'more than'} the margin of {margin}"
 
 
-def _settle(f: Findings, made: Comparison) -> str:
-    """What it would take to place an unresolved difference against the margin."""
-    gap = abs(f.sweep.margin - abs(made.estimate.mean))
+def _settle(f: Findings, made: Comparison, gap: float) -> str:
+    """What it would take to place an unresolved difference against the margin, which lies a gap away from it."""
     if made.blocked or made.size != "not resolved" or gap < 1e-9:
         return ""
-    seeds = st.seeds_needed(made.estimate, gap)
-    if seeds is None:
+    seeds = st.seeds_needed(made.estimate, gap, most=SEEDS)
+    if seeds is None and st.least_half_width(made.estimate) >= gap:
         return ", and no number of seeds alone would settle it: it takes more test examples"
+    if seeds is None:
+        return f"; if the difference stays as it is, more than {SEEDS} confirmation seeds would settle it"
     return (
         f"; if the difference stays as it is, about {plural(seeds, 'confirmation seed')} would settle it"
         if seeds > made.estimate.seeds
@@ -166,7 +177,7 @@ def _leader(f: Findings) -> Result:
 
 def _fraction(small: Result, large: Result) -> str:
     a, b = small.cell.trainable, large.cell.trainable
-    return formats.share(a, b) if a and b else "fewer"
+    return f"{formats.share(a, b)} of its" if a and b else "fewer"
 
 
 # -- sweeps without a test result ----------------------------------------------------------------------------------------
@@ -209,9 +220,11 @@ def _validation(f: Findings) -> Iterator[tuple[str, str]]:
 # -- the command ---------------------------------------------------------------------------------------------------------
 
 
-def _command(f: Findings, cell: str) -> str:
+def _command(f: Findings, cell: str) -> str | None:
     """Hydra overrides that train this cell at its chosen rate: as its runs were asked for, where the manifest says how."""
     r = f.results[cell]
+    if r.runs[0].provenance.get("adopted"):
+        return None  # trained elsewhere, on what no command of ours names
     config: Mapping[str, Any] = r.runs[0].config
     experiment = f.sweep.manifest.get("experiment")
     words = ["python", "-m", "lorabench"]
@@ -240,4 +253,5 @@ def _hydra(value: Any) -> str:
         return "null" if value is None else str(value).lower()
     if isinstance(value, float):
         return f"{value:g}" if float(f"{value:g}") == value else repr(value)
-    return str(value)
+    text = str(value)
+    return text if isinstance(value, int) else in_hydra(text)

@@ -6,9 +6,10 @@ from collections.abc import Iterable, Iterator, Mapping
 
 from lorabench.config import digest
 from lorabench.records import Record
-from lorabench.report import declared, formats, unfinished
+from lorabench.report import declared, formats, learned, measure, unfinished
 from lorabench.report.findings import Findings
 from lorabench.report.formats import plural
+from lorabench.report.left_out import left_out
 from lorabench.report.results import Result
 
 DIFFER = {
@@ -27,7 +28,17 @@ ASKED = {
 
 def warnings(f: Findings) -> list[str]:
     """One line each, most serious first."""
-    return [*_declaration(f), *_gaps(f), *_rates(f), *_conditions(f)]
+    return [*_declaration(f), *_learned(f), *_gaps(f), *_rates(f), *_conditions(f), *_data(f)]
+
+
+def _learned(f: Findings) -> Iterator[str]:
+    if not f.confirmed and (chance := learned.nothing(f)):  # else the answer says it
+        yield f"No cell does better on validation than always answering {chance[0]} ({f.metric.value(chance[1], unit=True)}): nothing was learned."
+
+
+def _data(f: Findings) -> Iterator[str]:
+    found = (r.provenance.get("data_notes") for r in f.sweep.records.values())
+    yield from dict.fromkeys(f"{formats.capital(line)}." for notes in found for line in left_out(notes))
 
 
 def _declaration(f: Findings) -> Iterator[str]:
@@ -52,6 +63,9 @@ def _gaps(f: Findings) -> Iterator[str]:
         yield f"No run has ended yet of {plural(len(empty), 'cell')} of {len(results)}: {unfinished.names(empty)}."
     if f.confirmed and (bare := [r.name for r in results if r.test is None]):
         yield f"Without a test result: {', '.join(bare)}."
+    top = f.results[f.reference] if f.reference else None
+    if other := [r.name for r in results if r.sample and top and top.sample and measure.others(r.sample, top.sample)]:
+        yield f"Tested on other examples than {top.name if top else ''}, so not compared with it: {', '.join(other)}."
     for r in results:
         if r.lost:
             left = len(r.runs) if r.role == "confirm" else 0
@@ -61,7 +75,8 @@ def _gaps(f: Findings) -> Iterator[str]:
             yield f"{r.name}: {plural(r.stale, 'confirmation run')} at a rate that is no longer the chosen one; not used."
     few = sorted({r.test.seeds for r in results if r.test is not None and r.test.seeds < 3})
     if few:
-        yield f"{plural(few[0], 'confirmation seed')} in some cells: an interval, but no verdict. Three are the least: sweep.confirm_seeds takes more, and keeps what is done."
+        given = "an interval, but no verdict" if few[0] > 1 else "neither an interval nor a verdict"
+        yield f"{plural(few[0], 'confirmation seed')} in some cells: {given}. Three are the least: sweep.confirm_seeds takes more, and keeps what is done."
     if f.confirmed and any(r.test is not None and r.test.examples is None for r in results):
         yield "Some intervals are over seeds alone, for want of per-example results: they leave out the luck of the test set and are too narrow."
     leaked = [

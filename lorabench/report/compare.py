@@ -1,8 +1,8 @@
 """Two sweeps side by side: matched cells, their difference on test, and what differs in settings and provenance.
 
 Seeds and test examples as in `statistics`. Where both sweeps confirmed a cell with the same seeds the difference is
-crossed and paired; with other seeds it is of two independent sets of seeds that met the same examples. Sweeps over other
-data or in another metric are shown, and no difference is taken.
+crossed and paired; with other seeds it is of two independent sets of seeds that met the same examples. Cells over other
+data and sweeps in another metric are shown, and no difference is taken.
 """
 
 from __future__ import annotations
@@ -92,17 +92,30 @@ def _obstacles(a: Side, b: Side) -> Iterator[str]:
         yield f"the primary metric differs: {a.metric.title} in A, {b.metric.title} in B"
     elif a.sweep.lower_is_better != b.sweep.lower_is_better:
         yield f"{a.metric.title} is better when lower in one sweep and when higher in the other"
-    found = [_values(s.sweep, "data_fingerprint") for s in (a, b)]
-    for name, values in zip("AB", found, strict=True):
-        if len(values) != 1 or values == {UNKNOWN}:
-            yield f"the runs of {name} are not known to have met one version of the data"
-    if found[0] != found[1]:
+    theirs = {label(r.cell): r for r in b.results.values()}
+    both = [(r, theirs[key]) for r in a.results.values() if (key := label(r.cell)) in theirs]
+    if both and all(_other_data(*pair) for pair in both):
+        found = [{v for r in side for v in _data(r)} for side in zip(*both, strict=True)]
+        for name, values in zip("AB", found, strict=True):
+            if values <= {UNKNOWN}:
+                yield f"the data of {name} are not known"
         left, right = (", ".join(sorted(short(v, 12) for v in values)) for values in found)
-        yield f"the data differ (fingerprint {left} in A, {right} in B)"
+        yield f"no cell met the same data in both (fingerprint {left} in A, {right} in B)"
 
 
-def _values(sweep: Sweep, key: str) -> set[str]:
-    return {str(r.provenance.get(key) or UNKNOWN) for r in sweep.records.values() if r.status == "completed"}
+def _data(r: Result) -> set[str]:
+    """Fingerprints of the data behind a cell's numbers: one, where no one changed the data under it."""
+    return {str(x.provenance.get("data_fingerprint") or UNKNOWN) for x in r.runs}
+
+
+def _other_data(a: Result, b: Result) -> str:
+    """Why a cell's two results may not be of the same data; empty where they are. A sweep over sizes of the data has several."""
+    left, right = _data(a), _data(b)
+    if not left or not right:
+        return ""  # nothing was run yet
+    if UNKNOWN in left | right:
+        return "data not known"
+    return "" if len(left) == 1 and left == right else "other data"
 
 
 # -- one pair ------------------------------------------------------------------------------------------------------------
@@ -115,6 +128,8 @@ def _pair(a: Result | None, b: Result | None, comparable: bool) -> Pair:
         return Pair(named.name, a, b, None, f"only in {'A' if b is None else 'B'}")
     if not comparable:
         return Pair(named.name, a, b, None, "not comparable")
+    if why := _other_data(a, b):
+        return Pair(named.name, a, b, None, why)
     if a.sample is None or b.sample is None:
         return Pair(named.name, a, b, None, f"no test result in {'A' if a.sample is None else 'B'}")
     lost = [name for name, r in (("A", a), ("B", b)) if r.lost]
@@ -160,6 +175,8 @@ def _example_variance(a: measure.Sample, b: measure.Sample) -> float | None:
     """V_example of the difference, of examples that both met: over examples, or over resamples drawn once for both."""
     if a.table is not None and b.table is not None:
         groups = b.groups if a.groups is None else a.groups
+        if groups is not None and len(np.unique(groups)) == 1:
+            return None
         means = st.clustered(b.table, groups).mean(0) - st.clustered(a.table, groups).mean(0)
         return float(means.var(ddof=1)) / len(means)
     if a.draws is not None and b.draws is not None:

@@ -25,7 +25,7 @@ def top(c: Comparison) -> list[str]:
     said = sum(p.difference is not None for p in c.pairs)
     both = sum(p.a is not None and p.b is not None for p in c.pairs)
     return [
-        f"{formats.plural(both, 'cell')} in both sweeps, {said} with a difference on test. One data fingerprint, one metric."
+        f"{formats.plural(both, 'cell')} in both sweeps, {said} with a difference on test: of one metric, on the same data."
     ]
 
 

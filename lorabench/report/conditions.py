@@ -152,7 +152,8 @@ def _table(f: Findings, found: list[Condition]) -> Table:
             texts = ["held against", "", ""]
             if n < len(c.made):
                 x = c.made[n]
-                difference = f"{f.metric.difference(x.estimate.mean)} ({f.metric.bounds(*x.estimate.interval())})"
+                difference = f.metric.difference(x.estimate.mean)
+                difference += f" ({f.metric.bounds(*x.estimate.interval())})" if x.bounded else ""
                 texts = [difference, "no verdict" if x.blocked else x.size, "shown" if n >= c.enough else "not shown"]
             runs = tuple(x.run_id for x in (*r.runs, *c.top.runs))
             rows.append(

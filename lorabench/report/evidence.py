@@ -180,7 +180,7 @@ class Evidence:
 
     def difference(self, a: Result, b: Result) -> st.Estimate | Missing:
         """a − b in the primary metric on test; pooled seed variance for adapter against adapter, as in the report."""
-        lacking = _untested((a, b))
+        lacking = _untested((a, b)) or _apart(a, b)
         made = None if a.sample is None or b.sample is None else measure.difference(a.sample, b.sample)
         if lacking or made is None:
             return lacking or Missing(
@@ -189,7 +189,18 @@ class Evidence:
         pooled = self.measured.pooled
         shared = pooled and a.cell.adapter and b.cell.adapter and made.seeds == self.measured.seeds
         e = made.estimate((pooled.difference, pooled.df) if pooled and shared else None)
+        if e.verdicts and e.variance == 0 and {x.run_id for x in a.runs} != {x.run_id for x in b.runs}:
+            return Missing(
+                f"{a.name} minus {b.name} is the same for every seed and every test example known",
+                "results of single test examples, or more of them",
+            )
         return e if e.verdicts else few(e.seeds)
+
+
+def _apart(a: Result, b: Result) -> Missing | None:
+    if a.sample and b.sample and measure.others(a.sample, b.sample):
+        return Missing(f"{a.name} and {b.name} were tested on different examples", "one test set for both")
+    return None
 
 
 def few(seeds: int) -> Missing:
@@ -236,5 +247,6 @@ def untuned(cells: Sequence[Result]) -> Missing | None:
         if r.choice.edge:
             way = "above" if r.choice.side == "high" else "below"
             said = f"the best rate of {r.name}, {formats.rate(r.choice.lr)}, is at an end of its grid"
-            return Missing(said, f"{r.name} at rates {way} {formats.rate(r.choice.lr)}")
+            widen = rates.unpruned(r.choice) if r.choice.beyond else f"rates {way} {formats.rate(r.choice.lr)}"
+            return Missing(said, f"{r.name} at {widen}")
     return None

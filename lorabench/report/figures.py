@@ -67,7 +67,7 @@ def metric_by_rank(f: Findings, found: dict[str, style.Look]) -> Drawing:
         ax.set_xlim(ranks[0] / 1.35, ranks[-1] * 1.35)
         style.tidy(ax, x="rank r (log scale)", y=_what(f))
         style.per_metric(ax, f.metric)
-        labels += _margin_line(ax, f)
+        labels += _margin_line(ax, f, several=len(series) > 1)
         style.end_labels(ax, labels)
         title = f"{formats.capital(f.metric.title)} against rank"
         return style.drawing("metric_by_rank", title, _caption(f) + _ring(f), _alt(f, "against rank"), figure)
@@ -114,7 +114,7 @@ def _band(ax: Axes, f: Findings, r: Result, found: dict[str, style.Look]) -> lis
     return [(None, s[1], r.name, colour)]
 
 
-def _margin_line(ax: Axes, f: Findings) -> list[style.Label]:
+def _margin_line(ax: Axes, f: Findings, *, several: bool) -> list[style.Label]:
     """Where a cell would fall short of the reference by the margin."""
     reference = f.results[f.reference] if f.reference else None
     if reference is None or reference.test is None or not f.versus:
@@ -122,7 +122,7 @@ def _margin_line(ax: Axes, f: Findings) -> list[style.Label]:
     y = reference.test.mean + (f.sweep.margin if f.metric.lower_is_better else -f.sweep.margin)
     ax.axhline(y, color=FAINT, linewidth=1.0, linestyle=(0, (1, 2)), zorder=1)
     sign = "+" if f.metric.lower_is_better else "−"
-    name = f"r = {reference.cell.r}" if reference.cell.adapter else reference.name
+    name = f"r = {reference.cell.r}" if reference.cell.adapter and not several else reference.name
     return [(None, y, f"{name} {sign} {_margin(f)}", FAINT)]
 
 

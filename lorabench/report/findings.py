@@ -36,6 +36,11 @@ class Comparison:
     def interval(self) -> tuple[float, float]:
         return self.estimate.interval(self.level)
 
+    @property
+    def bounded(self) -> bool:
+        """Whether there is an interval to speak of: of one seed it would leave the seed out."""
+        return self.estimate.seeds > 1
+
     def turned(self) -> Comparison:
         """Other minus cell."""
         ways: dict[st.Direction, st.Direction] = {"better": "worse", "worse": "better"}
@@ -51,6 +56,7 @@ class Recommendation:
     reference: str
     passed: tuple[str, ...]
     stopped: Comparison | None  # the first that was not shown to be within the margin
+    skipped: tuple[str, ...] = ()  # shares no seed, or no test examples, with the reference
 
 
 @dataclass(frozen=True)
@@ -96,7 +102,7 @@ def _comparer(measured: Results, sweep: Sweep) -> Compare:
 
     def compare(cell: str, other: str) -> Comparison | None:
         a, b = results[cell], results[other]
-        if a.sample is None or b.sample is None or cell == other:
+        if a.sample is None or b.sample is None or same_runs(a, b):
             return None
         made = measure.difference(a.sample, b.sample)
         if made is None:
@@ -121,7 +127,15 @@ def _blocked(a: Result, b: Result, e: st.Estimate) -> str | None:
             return f"{formats.plural(r.lost, 'confirmation run')} of {r.name} did not survive"
     if not e.verdicts:
         return f"{formats.plural(e.seeds, 'seed')} in common, a verdict takes three"
-    return None
+    return SILENT if e.variance == 0 else None
+
+
+SILENT = "the difference is the same for every seed and every test example known, so nothing says how sure it is"
+
+
+def same_runs(a: Result, b: Result) -> bool:
+    """One cell under two names: two rules of alpha list the same runs where they meet."""
+    return a.id == b.id or {x.run_id for x in a.runs} == {x.run_id for x in b.runs} != set()
 
 
 def _versus(
@@ -168,16 +182,16 @@ def _best(results: Sequence[Result]) -> str | None:
 
 
 def _control(results: Mapping[str, Result], method: str, best: str | None) -> str | None:
-    """The cell of a method without adapters, under the conditions of the best adapter where there are several."""
+    """The cell of a method without adapters, under the conditions of the best adapter."""
     found = [r for r in results.values() if r.cell.method == method and r.runs]
-    alike = [r for r in found if best and r.cell.extra == results[best].cell.extra]
-    return _best(alike or found)
+    return _best([r for r in found if best and _same(r.cell.conditions, results[best].cell.conditions)])
 
 
 def _recommend(results: Mapping[str, Result], compare: Compare, reference: str, sweep: Sweep) -> Recommendation | None:
     if results[reference].test is None:
         return None
     passed: list[str] = []
+    skipped: list[str] = []
     stopped = None
     family = sweep.study.get("family")
     allowed = [
@@ -189,14 +203,15 @@ def _recommend(results: Mapping[str, Result], compare: Compare, reference: str, 
             continue
         found = compare(cell.id, reference)
         if found is None:
+            skipped += [] if same_runs(results[cell.id], results[reference]) else [cell.id]
             continue
         if found.blocked or not st.non_inferior(found.estimate, sweep.margin, lower_is_better=sweep.lower_is_better):
             stopped = found
             break
         passed.append(cell.id)
     if passed == [reference] and stopped and stopped.blocked:
-        return Recommendation(None, reference, (reference,), stopped)
-    return Recommendation(passed[-1] if passed else None, reference, tuple(passed), stopped)
+        return Recommendation(None, reference, (reference,), stopped, tuple(skipped))
+    return Recommendation(passed[-1] if passed else None, reference, tuple(passed), stopped, tuple(skipped))
 
 
 def ladder(cells: Sequence[Cell], reference: Cell) -> list[Cell]:
@@ -207,8 +222,16 @@ def ladder(cells: Sequence[Cell], reference: Cell) -> list[Cell]:
         return sorted(series, key=lambda c: (-(c.r or 0), c.id))
     every = [c for c in cells if c.adapter and _same(c.conditions, reference.conditions)]
     if reference.adapter:  # what is no smaller than the reference is not on the way down
-        every = [c for c in every if c.id == reference.id or (c.trainable or 0) < (reference.trainable or 0)]
-    return sorted(every, key=lambda c: (-(c.trainable or 0), c.id != reference.id, c.id))
+        every = [c for c in every if c.id == reference.id or _smaller(c, reference)]
+    return sorted(every, key=lambda c: (-(c.trainable or 0), -(c.r or 0), c.id != reference.id, c.id))
+
+
+def _smaller(cell: Cell, reference: Cell) -> bool:
+    """By parameters; where a source does not say them (results of other tools) by rank, on the same layers."""
+    if cell.trainable and reference.trainable:
+        return cell.trainable < reference.trainable
+    alike = (cell.method, cell.targets) == (reference.method, reference.targets)
+    return alike and (cell.r or 0) < (reference.r or 0)
 
 
 def _same(a: Mapping[str, str], b: Mapping[str, str]) -> bool:

@@ -85,7 +85,7 @@ COMPARISON = ["cell", "name", "other", "other_name", "family", "difference", "lo
 
 
 def _comparison(f: Findings, family: str, made: Comparison) -> dict[str, Any]:
-    e, (low, high) = made.estimate, made.interval
+    e, (low, high) = made.estimate, made.interval if made.bounded else (None, None)
     return {
         "cell": made.cell, "name": f.results[made.cell].name, "other": made.other, "other_name": f.results[made.other].name,
         "family": family, "difference": e.mean, "low": low, "high": high, "level": made.level, "p": made.p,

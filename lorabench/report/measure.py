@@ -39,6 +39,8 @@ class Sample:
         )  # fmt: skip
 
     def estimate(self, pooled: tuple[float, float] | None = None) -> st.Estimate:
+        if self.clusters == 1:  # one draw of examples says nothing of how far draws scatter
+            return st.seeds_only(self.scores, pooled=pooled)
         if self.table is not None:
             made = st.crossed(st.clustered(self.table, self.groups), pooled=pooled)
             return replace(made, examples=self.table.shape[1])
@@ -49,13 +51,19 @@ class Sample:
         return st.seeds_only(self.scores, pooled=pooled)
 
 
+def others(a: Sample, b: Sample) -> bool:
+    """Whether the two are known to have met other examples: their difference is one of test sets, too."""
+    return a.examples is not None and b.examples is not None and not np.array_equal(a.examples, b.examples)
+
+
 def difference(a: Sample, b: Sample) -> Sample | None:
-    """a − b over the seeds both have; None without a common seed. Per example where both met the same examples."""
+    """a − b over the seeds both have; None without a common seed, and where they met other examples. Per example where both
+    sides know theirs."""
     common = sorted(set(a.seeds) & set(b.seeds))
-    if not common:
+    if not common or others(a, b):
         return None
     a, b = a.at(common), b.at(common)
-    same = a.examples is not None and b.examples is not None and np.array_equal(a.examples, b.examples)
+    same = a.examples is not None and b.examples is not None
     alike = same and (a.groups is None) == (b.groups is None)  # else their resamples were drawn differently
     return Sample(
         tuple(common), a.scores - b.scores,

@@ -32,7 +32,7 @@ def verdicts(f: Findings) -> dict[str, dict[str, Any]]:
         if cell == f.reference and f.versus:
             found |= {"verdict/direction": "reference", "verdict/size": "reference"}
         elif made := f.versus.get(cell):
-            low, high = made.interval
+            low, high = made.interval if made.bounded else (None, None)
             found |= {
                 "verdict/direction": made.direction, "verdict/size": made.size, "verdict/blocked": made.blocked,
                 "verdict/difference": made.estimate.mean, "verdict/low": low, "verdict/high": high,

@@ -92,13 +92,11 @@ def fronts(f: Findings) -> list[Front]:
 
 
 def _priced(f: Findings, cost: Cost) -> tuple[Result, ...]:
-    """Tested cells that have the cost, cheapest first."""
-    return tuple(
-        sorted(
-            (r for r in f.results.values() if r.test is not None and cost.of(r)),
-            key=lambda r: (cost.of(r) or 0.0, r.id),
-        )
-    )
+    """Tested cells that have the cost, cheapest first; one of those that are the same runs."""
+    distinct = {
+        tuple(x.run_id for x in r.runs): r for r in reversed(list(f.results.values())) if r.test is not None
+    }.values()
+    return tuple(sorted((r for r in distinct if cost.of(r)), key=lambda r: (cost.of(r) or 0.0, r.id)))
 
 
 def _apart(cost: Cost, cells: Sequence[Result]) -> bool:

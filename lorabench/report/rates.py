@@ -91,8 +91,16 @@ def _at_the_edge(choice: Choice, best: Rate, *, high: bool) -> Missing:
     reason = f"the best rate, {formats.rate(best.lr)}, is the {end} eligible one"
     if not rest:
         return Missing(reason, f"rates {way} {formats.rate(best.lr)}")
+    if choice.beyond:
+        return Missing(reason, unpruned(choice))
     beyond = min(rest) if high else max(rest)
     return Missing(reason, f"rates between {formats.rate(best.lr)} and {formats.rate(beyond)}, where every seed trains")
+
+
+def unpruned(choice: Choice) -> str:
+    """What settles where the best lies when the rates beyond it were pruned."""
+    tried = ", ".join(formats.rate(r.lr) for r in choice.beyond)
+    return f"the rates that were pruned, {tried}, trained to their end: the same command with sweep.prune=false"
 
 
 def _fit(x: np.ndarray, losses: Sequence[Sequence[float]]) -> Optimum | Missing:

@@ -156,7 +156,10 @@ def _with_test(r: Result, pooled: st.Pooled | None, seeds: tuple[int, ...]) -> R
 
 def _pool(results: Sequence[Result]) -> tuple[st.Pooled | None, tuple[int, ...]]:
     """Seed variance over the adapter cells that share the commonest set of seeds, if it looks the same in all of them."""
-    samples = [r.sample for r in results if r.cell.adapter and r.sample is not None and len(r.sample.seeds) > 1]
+    distinct = {
+        tuple(x.run_id for x in r.runs): r for r in results if r.cell.adapter
+    }.values()  # one cell may have two names
+    samples = [r.sample for r in distinct if r.sample is not None and len(r.sample.seeds) > 1]
     sets = [s.seeds for s in samples]
     if not sets:
         return None, ()

@@ -252,10 +252,19 @@ def seeds_needed(e: Estimate, gap: float, *, level: float = 0.90, most: int = 20
 
     What seeds cannot reduce is V_example - V_interaction; the rest shrinks as 1/S, its df growing with S.
     """
-    fixed = max(e.example - e.interaction, 0.0)
+    fixed = _fixed(e)
     for S in range(e.seeds, most + 1):
         seed = e.seed * e.seeds / S
         df = e.seed_df * (S - 1) / max(e.seeds - 1, 1)
         if df > 0 and quantile((1 + level) / 2, df) * math.sqrt(seed + fixed) <= gap:
             return S
     return None
+
+
+def least_half_width(e: Estimate, *, level: float = 0.90) -> float:
+    """What is left of the interval's half-width with any number of seeds."""
+    return quantile((1 + level) / 2, math.inf) * math.sqrt(_fixed(e))
+
+
+def _fixed(e: Estimate) -> float:
+    return max(e.example - e.interaction, 0.0)

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Literal
 
 from lorabench.records import Record
 from lorabench.report import declared, formats
-from lorabench.report.findings import Comparison, Findings
+from lorabench.report.findings import Comparison, Findings, same_runs
 from lorabench.report.results import Result
 
 if TYPE_CHECKING:
@@ -122,9 +122,10 @@ def _versus(f: Findings, r: Result) -> dict[str, str]:
         return {"difference": "reference", "direction": "", "size": ""}
     made = f.versus.get(r.id)
     if made is None:
-        return {}
-    bounds = f.metric.bounds(*made.interval)
-    text = f"{f.metric.difference(made.estimate.mean)} ({bounds})"
+        twin = f.reference is not None and same_runs(r, f.results[f.reference])
+        return {"difference": "the reference's runs"} if twin else {}
+    bounds = f" ({f.metric.bounds(*made.interval)})" if made.bounded else ""
+    text = f.metric.difference(made.estimate.mean) + bounds
     way = _verdict(made, made.direction)
     said = f"{way} (exploratory)" if made.exploratory and not made.blocked else way
     return {"difference": text, "direction": said, "size": _verdict(made, made.size)}

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 from lorabench.records import Record
@@ -17,10 +17,12 @@ TARGETS = {"full": "everything", "head": "head", "bitfit": "biases"}
 
 def derived(records: Mapping[str, Record]) -> dict[str, Any]:
     """Cells from configs: one for each method, r, alpha, targets and value of any other field that differs."""
-    axes = _axes([r.config for r in records.values()])
+    axes, times = _axes([r.config for r in records.values()]), _multiples(records.values())
     cells: dict[str, dict[str, Any]] = {}
     for run_id, record in sorted(records.items()):
         label = _label(record.config, axes)
+        if (kind := _kind(record.config)) in times and label["alpha"] is not None:
+            label["alpha_rule"] = times[kind]
         parts = [label["method"].lower().replace(" ", "")]
         parts += [
             f"{a}{label[k]}" for a, k in (("r", "r"), ("a", "alpha_rule"), ("", "targets")) if label[k] is not None
@@ -29,6 +31,25 @@ def derived(records: Mapping[str, Record]) -> dict[str, Any]:
         cell = cells.setdefault(name, {"id": name, "label": label, "runs": {"tune": [], "confirm": []}})
         cell["runs"]["confirm" if record.role == "confirm" else "tune"].append(run_id)
     return {"cells": list(cells.values())}
+
+
+def _kind(config: Mapping[str, Any]) -> tuple[str, ...]:
+    method = config["method"]
+    return tuple(plain(method.get(key)) for key in ("name", "target_modules", "use_rslora"))
+
+
+def _multiples(records: Iterable[Record]) -> dict[tuple[str, ...], str]:
+    """The alpha rule by kind of method where alpha is one multiple of r at two ranks or more: `2r`, as one would ask for it."""
+    ranks, ratios = dict[tuple[str, ...], set[float]](), dict[tuple[str, ...], set[float]]()
+    for config in (r.config for r in records):
+        r, alpha = config["method"].get("r"), config["method"].get("alpha")
+        if all(isinstance(x, (int, float)) and x > 0 for x in (r, alpha)):
+            ranks.setdefault(_kind(config), set()).add(r)
+            ratios.setdefault(_kind(config), set()).add(round(alpha / r, 9))
+    return {
+        kind: f"{min(found):g}r" + ("/sqrt(r)" if kind[2] == "True" else "")
+        for kind, found in ratios.items() if len(found) == 1 < len(ranks[kind])
+    }  # fmt: skip
 
 
 def _axes(configs: Sequence[Mapping[str, Any]]) -> list[str]:

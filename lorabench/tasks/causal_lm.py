@@ -161,6 +161,7 @@ class Config:
             splits[name] = [e for e in made if len(e["input_ids"]) > max(e["start"], 1)]
         if self._blocks:
             splits = split.limit(splits, self)
+        split.none_empty(splits, self)
         lengths = {name: [len(e["input_ids"]) for e in examples] for name, examples in splits.items()}
         return Encoded(splits, lengths, {"truncation": notes})
 
@@ -205,9 +206,10 @@ class Config:
         return out
 
     def prompt_text(self, text: str, processor: Any) -> str:
-        """What the base reads before its reply: the tokenizer's chat template, or the text and a line break."""
+        """What the base reads before its reply: the tokenizer's chat template, or the text and a line break, after the
+        token that the tokenizer begins a text with, if it has one."""
         if not getattr(processor, "chat_template", None):
-            return f"{text}\n"
+            return f"{encoding.opening(processor)}{text}\n"
         rendered: str = processor.apply_chat_template(self._messages(text), tokenize=False, add_generation_prompt=True)
         return rendered
 

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from lorabench.base import BaseInfo
 from lorabench.schema import ConfigError
 
 if TYPE_CHECKING:
@@ -18,6 +19,19 @@ def check_length(max_length: int, processor: Any, key: str = "task.max_length") 
     limit = getattr(processor, "model_max_length", None)
     if limit is not None and max_length > limit:
         raise ConfigError(key, max_length, f"at most {limit}, the longest input of this base")
+
+
+POSITIONS = ("position_embeddings", "wpe")  # what embeddings of absolute positions are called
+
+
+def check_positions(lengths: Mapping[str, Sequence[int]], info: BaseInfo, max_length: int | None) -> None:
+    """Raise `ConfigError` where an example (lengths: in tokens, by split) is longer than the base has absolute positions,
+    whatever its tokenizer says: a token beyond them has none."""
+    tables = [x.in_features for x in info.layers if x.kind == "Embedding" and x.name.endswith(POSITIONS)]
+    longest = max((max(found) for found in lengths.values() if len(found)), default=0)
+    if tables and longest > min(tables):
+        allowed = f"at most {min(tables)}, the positions this base has; the longest example has {longest} tokens"
+        raise ConfigError("task.max_length", max_length, allowed)
 
 
 def tokenize(
@@ -41,6 +55,13 @@ def tokenize(
         for j, i in enumerate(long):
             out[i] = _pack(cut, j)
     return out, lengths
+
+
+def opening(processor: Any) -> str:
+    """The begin token, where a tokenizer puts it before every text of its own accord; else nothing."""
+    bos = getattr(processor, "bos_token", None)
+    starts = bos is not None and processor("", verbose=False)["input_ids"][:1] == [processor.bos_token_id]
+    return str(bos) if starts else ""
 
 
 def _pack(batch: Any, i: int) -> dict[str, Any]:

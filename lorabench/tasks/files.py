@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import codecs
 import io
 import json
 import re
@@ -38,7 +39,8 @@ def read_table(file: str, columns: Mapping[str, str], key: str) -> dict[str, lis
             raise ConfigError(
                 f"{key.rpartition('.')[0]}.{setting}", columns[setting], f"no such column in {file}; allowed: {names}"
             )
-    return {setting: [_text(v) for v in table[str(name)]] for setting, name in found.items()}
+    where = key.rpartition(".")[0]
+    return {s: _texts(table[str(name)], f"{where}.{s}", columns[s], file) for s, name in found.items()}
 
 
 def read_texts(file: str, key: str) -> dict[str, str]:
@@ -51,9 +53,11 @@ def read_texts(file: str, key: str) -> dict[str, str]:
         return {str(p.relative_to(root)): decode(p, key) for p in paths}
     path = _existing(file, key)
     if path.suffix.lower() not in PLAIN:
-        raise ConfigError(
-            key, file, f"a kind of file that is not read here; allowed: {', '.join(PLAIN)}, or a folder of them"
-        )
+        allowed = f"a kind of file that is not read here; allowed: {', '.join(PLAIN)}, or a folder of them"
+        if path.suffix.lower() in TABLES:
+            source = key.rpartition(".")[0] + ".source=file"
+            allowed += f"; a table is read with {source}, and its text_column or prompt_column and response_column"
+        raise ConfigError(key, file, allowed)
     return {path.name: decode(path, key)}
 
 
@@ -64,7 +68,9 @@ def decode(path: Path, key: str) -> str:
         return raw.decode("utf-8-sig")
     except UnicodeDecodeError as e:
         line = raw.count(b"\n", 0, e.start) + 1
-        fix = f"convert it first, e.g. iconv -f WINDOWS-1252 -t UTF-8 {path.name} > utf8{path.suffix}"
+        wide = raw.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE))
+        likely = "UTF-16" if wide else "WINDOWS-1252"
+        fix = f"convert it first, e.g. iconv -f {likely} -t UTF-8 {path.name} > utf8{path.suffix}"
         raise ConfigError(key, str(path), f"not UTF-8 at byte {e.start} (line {line}); {fix}") from e
 
 
@@ -85,7 +91,8 @@ def _parse(path: Path, file: str, key: str) -> dict[str, list[Any]]:
         if suffix == ".parquet":
             import pandas as pd
 
-            return {str(name): column.tolist() for name, column in pd.read_parquet(path).items()}
+            table = pd.read_parquet(path).astype(object)  # pandas' own types mark a missing value by their own NA
+            return {str(name): column.where(column.notna(), None).tolist() for name, column in table.items()}
         if suffix in SEPARATORS:
             return _separated(text, _separator(text, SEPARATORS[suffix]))
         return _objects(json.loads(text) if suffix == ".json" else _lines(text))
@@ -116,7 +123,7 @@ def _separated(text: str, separator: str) -> dict[str, list[Any]]:
 
 def _lines(text: str) -> list[Any]:
     out = []
-    for number, line in enumerate(text.splitlines(), 1):
+    for number, line in enumerate(text.split("\n"), 1):  # a text may hold other line breaks, such as U+2028
         if line.strip():
             try:
                 out.append(json.loads(line))
@@ -133,9 +140,18 @@ def _objects(rows: Any) -> dict[str, list[Any]]:
     return {name: [r.get(name) for r in rows] for name in names}
 
 
+def _texts(column: list[Any], key: str, name: str, file: str) -> list[str]:
+    """Cells as text. Raises `ConfigError` where one holds more than a text or a number, as messages of a chat do."""
+    for number, value in enumerate(column, 1):
+        if isinstance(value, (list, tuple, dict, set, bytes)) or getattr(value, "shape", None):
+            kind = type(value).__name__
+            raise ConfigError(key, name, f"a column of texts or numbers; row {number} of {file} holds a {kind}")
+    return [_text(v) for v in column]
+
+
 def _text(value: Any) -> str:
-    """A cell as text: nothing for a missing one, 1 for 1.0."""
-    if value is None or isinstance(value, float) and value != value:
+    """A cell as text: nothing for a missing one (None, NaN, pandas' NA and NaT), 1 for 1.0."""
+    if value is None or type(value).__name__ in ("NAType", "NaTType") or isinstance(value, float) and value != value:
         return ""
     if isinstance(value, float) and value.is_integer():
         return str(int(value))

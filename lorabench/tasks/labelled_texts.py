@@ -59,6 +59,11 @@ class LabelledTexts:
                 f"{key}.test_fraction", self.test_fraction, "with val_fraction it must leave rows to train on"
             )
 
+    @property
+    def paired(self) -> bool:
+        """Whether an example is two texts."""
+        return self.pair_column is not None or self.source == "glue" and sources.GLUE[str(self.subset)][1] is not None
+
     def load(self) -> TaskData:
         """Rows {"text", "pair"?, "label", "example"} by split. Raises `ConfigError` for any fault of the data."""
         rows, names = self._rows()

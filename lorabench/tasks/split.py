@@ -114,6 +114,14 @@ def take(rows: Sequence[Any], n: int | None, key: str) -> list[Any]:
 def limit(splits: dict[str, list[Any]], task: Any) -> dict[str, list[Any]]:
     """Splits cut to the task's `train_examples`, `val_examples` and `test_examples`; none may be empty. Raises
     `ConfigError`."""
+    none_empty(splits, task)
+    return {
+        name: take(rows, getattr(task, f"{name}_examples"), f"task.{name}_examples") for name, rows in splits.items()
+    }
+
+
+def none_empty(splits: dict[str, list[Any]], task: Any) -> None:
+    """Raise `ConfigError` where a split has no examples."""
     sizes = ", ".join(f"{name} {len(rows)}" for name, rows in splits.items())
     for name, rows in splits.items():
         if not rows:
@@ -121,9 +129,6 @@ def limit(splits: dict[str, list[Any]], task: Any) -> dict[str, list[Any]]:
             raise ConfigError(
                 f"task.{key}", getattr(task, key), f"no examples are left for {name} ({sizes}): more rows are needed"
             )
-    return {
-        name: take(rows, getattr(task, f"{name}_examples"), f"task.{name}_examples") for name, rows in splits.items()
-    }
 
 
 def fingerprint(splits: dict[str, list[Row]]) -> str:

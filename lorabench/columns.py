@@ -1,0 +1,64 @@
+"""Per-example results as `.npz` files of [N] columns, without pickles.
+
+In a copy that `lorabench.slim` made, columns that several runs share (ids, labels, groups) stand once, in the sweep's
+`shared.npz` under the digest of their content, and a run's own file names them.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import io
+from collections import Counter
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+
+import numpy as np
+
+SHARED = "shared.npz"
+NAMES = "columns"  # of a slim file: "example=<digest>" where it is shared, else "loss=", in their order
+Columns = Mapping[str, np.ndarray]
+
+
+def packed(columns: Columns) -> bytes:
+    raw = io.BytesIO()
+    np.savez_compressed(raw, **columns)  # type: ignore[arg-type]
+    return raw.getvalue()
+
+
+def read(path: Path, root: Path) -> dict[str, np.ndarray]:
+    """All columns of a run's file. root: the sweep's directory. Raises `FileNotFoundError`, and a dozen kinds for what is torn."""
+    with open(path, "rb") as f, np.load(f, allow_pickle=False) as data:
+        found = {key: data[key] for key in data.files}
+    if NAMES not in found:
+        return found
+    names = [str(name).partition("=")[::2] for name in found.pop(NAMES)]
+    if not (root / SHARED).is_file():  # not FileNotFoundError: the run has results
+        raise ValueError(f"no {SHARED}")
+    with open(root / SHARED, "rb") as f, np.load(f, allow_pickle=False) as data:
+        shared = {key: data[key] for _, key in names if key}
+    if any(digest(column) != key for key, column in shared.items()):
+        raise ValueError(f"{SHARED} holds other columns")
+    return {name: shared[key] if key else found[name] for name, key in names}
+
+
+def digest(column: np.ndarray) -> str:
+    about = f"{column.dtype.str}{column.shape}".encode()
+    return hashlib.sha256(about + np.ascontiguousarray(column).tobytes()).hexdigest()[:16]
+
+
+def repeated(files: Iterable[Columns]) -> dict[str, np.ndarray]:
+    """By digest, the columns that more than one of the files hold."""
+    times: Counter[str] = Counter()
+    held: dict[str, np.ndarray] = {}
+    for columns in files:
+        for column in columns.values():
+            times[key := digest(column)] += 1
+            held.setdefault(key, column)
+    return {key: column for key, column in held.items() if times[key] > 1}
+
+
+def slim(columns: Columns, shared: Columns) -> dict[str, np.ndarray]:
+    """A run's file that names what is shared instead of holding it."""
+    keys = {name: key if (key := digest(column)) in shared else "" for name, column in columns.items()}
+    own = {name: column for name, column in columns.items() if not keys[name]}
+    return {NAMES: np.array([f"{name}={key}" for name, key in keys.items()]), **own}

@@ -1,0 +1,91 @@
+"""`python -m lorabench.slim <sweep dir> <folder>`: a copy of a sweep small enough for git, that reports are made of.
+
+It holds records, histories, per-example results, samples and what `lorabench.analyze` and `lorabench.costs` measured; not
+weights, checkpoints, leases or caches. What the runs' test results have in common stands once (`columns`).
+"""
+
+from __future__ import annotations
+
+import argparse
+import shutil
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from lorabench import columns
+from lorabench.damage import damaged
+from lorabench.records import HISTORY, MANIFEST, Store
+from lorabench.schema import ConfigError
+
+RUN = ("run.json", HISTORY, "samples.json")
+SWEEP = (MANIFEST, "analysis/weights.json", "analysis/costs.json")
+
+
+def parser() -> argparse.ArgumentParser:
+    p = argparse.ArgumentParser(
+        prog="python -m lorabench.slim",
+        description="Copy a sweep without weights, checkpoints and caches: small enough for git, whole enough for reports. "
+        "Runs without a record are left out.",
+    )
+    p.add_argument("sweep", type=Path, help="a sweep's directory")
+    p.add_argument("out", type=Path, help="where to: a folder that does not exist yet, or an empty one")
+    return p
+
+
+def slim(sweep: Path, out: Path) -> str:
+    """Write `out`, whole or not at all, and return what there is to say about it.
+
+    Raises `ConfigError` for a directory that is no sweep, results that are torn and an `out` that holds files.
+    """
+    if not (sweep / MANIFEST).is_file():
+        raise ConfigError("sweep", str(sweep), f"a sweep's directory; there is no {MANIFEST} in this one")
+    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+        raise ConfigError("out", str(out), "a folder that does not exist yet, or an empty one")
+    if out.resolve().is_relative_to(sweep.resolve()):
+        raise ConfigError("out", str(out), "a folder outside the sweep")
+    store = Store(sweep)
+    store.check_foreign()
+    ids = [i for i in store.run_ids() if store.stamp(i) is not None]
+    for run_id, name in damaged(store, ids).items():
+        raise ConfigError("sweep", str(store.run_dir(run_id) / name), "whole files; this one cannot be read")
+    made = out.with_name(f".{out.name}.slim")
+    shutil.rmtree(made, ignore_errors=True)  # of a process that was killed here
+    try:
+        _copy(store, ids, made)
+        if out.exists():
+            out.rmdir()
+        made.rename(out)
+    finally:
+        shutil.rmtree(made, ignore_errors=True)
+    size = sum(path.stat().st_size for path in out.rglob("*") if path.is_file())
+    return f"{out}: {len(ids)} runs, {size / 2**20:.1f} MiB"
+
+
+def _copy(store: Store, ids: Sequence[str], made: Path) -> None:
+    files = [*SWEEP, *(f"runs/{run_id}/{name}" for run_id in ids for name in RUN)]
+    for name in files:
+        source, target = store.root / name, made / name
+        if source.is_file() and not source.is_symlink():
+            target.parent.mkdir(parents=True, exist_ok=True)
+            shutil.copyfile(source, target)
+    shared = columns.repeated(found for i in ids if (found := store.arrays(i, "test")))
+    if shared:
+        (made / columns.SHARED).write_bytes(columns.packed(shared))
+    for run_id in ids:
+        if found := store.arrays(run_id, "test"):
+            (made / "runs" / run_id / "test.npz").write_bytes(columns.packed(columns.slim(found, shared)))
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Exit code 0; 2 for bad input."""
+    args = parser().parse_args(argv)
+    try:
+        print(slim(args.sweep, args.out))
+    except ConfigError as e:
+        print(f"error: {e}", file=sys.stderr)
+        return 2
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
