@@ -14,6 +14,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -24,10 +25,11 @@ from lorabench.settings import TrackerConfig
 from lorabench.trackers import make_tracker
 from lorabench.trackers import wandb as parent
 from lorabench.trackers import wandb_ending as ending
+from lorabench.trackers import wandb_mirror as mirror
 from lorabench.trackers import wandb_report as report
 from lorabench.trackers import wandb_runs as wb
 from lorabench.trackers.wandb_api import Away, Server, api_key
-from lorabench.trackers.wandb_begun import begun
+from lorabench.trackers.wandb_begun import begun, left_behind, sending
 from lorabench.trackers.wandb_mirror import Follower
 from wandb_server import KEY, Bucket, WandbServer, silence
 
@@ -80,6 +82,12 @@ def record(run_id: str, status: str = "completed", **changes: Any) -> Record:
 def to(server: WandbServer | None, store: Store, **changes: Any) -> wb.Target:
     asked = Server(server.url, KEY, "lorabench", None, timeout=20) if server else None
     return wb.Target(store, "my sweep", "lorabench", None, asked, "online" if server else "offline", **changes)
+
+
+@pytest.fixture(autouse=True)
+def at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """In this process runs are opened when they begin, however short they are."""
+    monkeypatch.setattr(mirror, "YOUNG", 0.0)
 
 
 def follow(target: wb.Target, *runs: str, said: list[str] | None = None) -> Follower:
@@ -430,6 +438,113 @@ def test_how_long_an_end_waits_is_the_servers_pace(
         assert ending.outlast(follow(to(server, store), *runs), 0.0, 900.0) == "too long"
     alone, three = limits
     assert three < alone / 2 and alone < 900.0
+
+
+def test_what_is_left_goes_on_alone_where_the_server_is_worth_it(
+    server: WandbServer, store: Store, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    said: list[dict[str, Any]] = []
+    monkeypatch.setattr(ending, "PROMPT", 1e-3)
+    pace = iter(["", "", "too slow"])
+    monkeypatch.setattr(ending, "late", lambda server, limit: next(pace))
+    follower = follow(to(server, store), *RUNS)
+    follower.report = {"dir": "r"}
+    last = ending.Ending(follower, queue.Queue(), lambda **words: said.append(words))
+    assert ending.outlast(follower, 0.0, 900.0, last.go_on_alone) == "too slow"
+    assert said == [{"rest": "3 runs and the report"}]
+    assert sending(store).by == os.getpid() and not list(left_behind(store))  # nobody else sends them meanwhile
+    monkeypatch.setattr(ending.os, "_exit", lambda code: None)
+    last("too slow")
+    assert sending(store).by is None
+    pace = iter(["too slow"])
+    assert ending.outlast(follower, 0.0, 900.0, last.go_on_alone) == "too slow" and len(said) == 2
+
+
+def test_an_end_does_not_wait_for_what_goes_on_alone(
+    store: Store, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    code = """import json, sys, time
+while json.loads(sys.stdin.readline())["do"] != "close": pass
+print(json.dumps({"rest": "2 runs"}), flush=True)
+time.sleep(3600)"""
+    begin = subprocess.Popen
+    monkeypatch.setattr(parent.subprocess, "Popen", lambda argv, **how: begin([sys.executable, "-c", code], **how))
+    for name, value in {"SAID": math.inf, "GRACE": 600.0}.items():
+        monkeypatch.setattr(parent, name, value)
+    first = track(store, *RUNS).tracker
+    first.close()
+    first.leave()
+    said = capsys.readouterr().err
+    assert f"2 runs follow in the background; python -m lorabench.sync {store.root} sends what is missing" in said
+    assert first.process.poll() is None
+    second = track(store, *RUNS).tracker  # the next sweep of this process has one of its own
+    assert second is not first
+    for tracker in (first, second):
+        tracker.process.kill()
+        tracker.process.wait()
+    second.leave()
+
+
+def test_a_sync_waits_for_what_still_sends(
+    server: WandbServer, store: Store, capsys: pytest.CaptureFixture[str]
+) -> None:
+    finished(store, *RUNS)
+    code = f"""import time; from pathlib import Path; from lorabench.records import Store
+from lorabench.trackers.wandb_begun import sending
+sending(Store(Path({str(store.root)!r}))).begin([])
+print("on", flush=True)
+time.sleep(1)"""
+    with subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True) as other:
+        assert other.stdout and other.stdout.readline() == "on\n"
+        assert sync.main([str(store.root)]) == 0
+        assert other.poll() is not None or sending(store).by is None
+        assert f"waiting for process {other.pid}" in capsys.readouterr().err
+
+
+def test_a_mirror_rests_while_a_sweep_trains_and_hurries_at_its_end(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Looks every half second, of which each takes a second of the CPU."""
+    clock, busy, turns = [0.0], [0.0], list[float]()
+
+    class Heard:
+        def get(self, timeout: float) -> dict[str, Any]:
+            clock[0] += timeout
+            if clock[0] == 20.0:
+                return {"do": "close"}
+            raise queue.Empty
+
+        def empty(self) -> bool:
+            return True
+
+    class Busy:
+        silences, resume_at = 0, 0.0
+
+        @property
+        def idle(self) -> bool:
+            return len(turns) == 8
+
+        def turn(self) -> None:
+            busy[0] += 1.0
+            turns.append(clock[0])
+
+    fake = SimpleNamespace(monotonic=lambda: clock[0], process_time=lambda: busy[0])
+    monkeypatch.setattr(mirror, "time", fake)
+    mirror.serve(Busy(), Heard())  # type: ignore[arg-type]
+    assert turns == [0.5, 5.5, 10.5, 15.5, 20.0, 20.5, 21.0, 21.5]
+
+
+def test_a_run_that_is_over_soon_is_sent_whole(
+    server: WandbServer, store: Store, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(mirror, "YOUNG", math.inf)
+    follower = follow(to(server, store), *RUNS)
+    for run_id in RUNS:
+        store.append_history(run_id, ROWS)
+    follower.turn()
+    assert not server.runs
+    end(follower, *RUNS)
+    turns(follower, lambda: follower.idle)
+    for run_id in RUNS:
+        arrived(server, run_id)
 
 
 def test_runs_that_nobody_had_time_for_are_named_too(
