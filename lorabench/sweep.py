@@ -128,8 +128,8 @@ def _run(
             keep = ended.of(pack)  # another launcher may have ended some since, or all
             parts = parts_of(store, pack)
             if not parts and not keep.issuperset(pack.run_ids):
-                listener, drift = _listener(progress, pack, tracker), settings.sweep.accept_drift
-                began = checkpoints.reached(store.root, pack.id) or 0
+                drift, began = settings.sweep.accept_drift, checkpoints.reached(store.root, pack.id) or 0
+                listener = _listener(progress.step(pack, began), tracker)
                 try:
                     return train_pack(pack, store.under(lease), listener, keep=keep, accept_drift=drift)
                 except LeaseLost as e:
@@ -171,9 +171,9 @@ def _split(pack: Pack, size: int) -> list[Pack]:
     return [Pack(f"{pack.id}.{k}", runs) for k, runs in enumerate(parts)]
 
 
-def _listener(progress: Progress, pack: Pack, tracker: Any) -> Listener:
+def _listener(step: Callable[[int, int], None], tracker: Any) -> Listener:
     if tracker is None:
-        return Listener(step=progress.step(pack))
+        return Listener(step=step)
 
     def start(run: RunConfig) -> None:
         tracker.start(run.run_id, run.to_dict(), method=run.method.name, tags=[run.model.name, run.task.name, run.role])
@@ -182,7 +182,7 @@ def _listener(progress: Progress, pack: Pack, tracker: Any) -> Listener:
         for row in new:
             tracker.log(run_id, row)
 
-    return Listener(step=progress.step(pack), start=start, rows=rows, finish=lambda r: tracker.finish(r.run_id, r))
+    return Listener(step=step, start=start, rows=rows, finish=lambda r: tracker.finish(r.run_id, r))
 
 
 def declare(jobs: Sequence[Job], command: Sequence[str] = ()) -> None:

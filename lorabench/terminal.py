@@ -49,8 +49,8 @@ class Progress:
     def __exit__(self, *args: Any) -> None:
         self.bars.stop()
 
-    def step(self, pack: Pack) -> Callable[[int, int], None]:
-        """A callback for the steps of one pack."""
+    def step(self, pack: Pack, begun: int = 0) -> Callable[[int, int], None]:
+        """A callback for the steps of one pack. begun: steps that it had done before: it goes on from a checkpoint."""
         began = time.monotonic()
         state: dict[str, float] = {"said": began}
         bar: list[TaskID] = []  # a pack that waits for its job shows none yet
@@ -60,7 +60,7 @@ class Progress:
             bar[:] = [task]
             share = len(pack.runs) / total
             if "last" not in state:
-                state["first"] = state["last"] = max(0, step - 1)
+                state["last"] = begun
                 self._done += state["last"] * share
                 self._before += state["last"] * share
             self._done += (step - state["last"]) * share
@@ -70,7 +70,7 @@ class Progress:
             if step >= total:
                 self.bars.remove_task(task)
                 if self.verbose and not self.live:
-                    did = f"steps {state['first'] + 1:.0f} to {total}" if state["first"] else f"{total} steps"
+                    did = f"steps {begun + 1} to {total}" if begun else f"{total} steps"
                     took = time.monotonic() - began
                     self.say(f"{pack.id}: {describe(pack)}: {did} in {took:.0f} s{self._left(', ')}")
             elif self.verbose and not self.live and time.monotonic() - state["said"] >= EVERY:

@@ -84,7 +84,13 @@ def test_the_recommended_command_asks_for_the_run_that_won(cli, tiny, tmp_path):
         "# @package _global_\nhydra:\n  mode: MULTIRUN\n  sweeper:\n    grids:\n"
         '      lora: {method: lora, method.r: "1,4", method.dropout: 0.1, optimizer.lr: "1e-3,2e-2"}\n'
     )
-    argv = ["--config-dir=mine", "+experiment=own", "sweep.confirm_seeds=[7,8,9]", "study.margin=0.9"]
+    argv = [
+        "--config-dir=mine",
+        "+experiment=own",
+        "sweep.confirm_seeds=[7,8,9]",
+        "study.margin=0.9",
+        "study.metric=loss",
+    ]
     code, out = cli(*argv, "trainer.max_steps=3")
     assert code == 0, out
     found = find(load("sweeps/own"))

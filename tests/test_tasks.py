@@ -20,7 +20,7 @@ from lorabench.base import HeadSpec
 from lorabench.config import component
 from lorabench.models.build import load_tokenizer
 from lorabench.models.transformers import Config as Model
-from lorabench.schema import ConfigError, check_ranges
+from lorabench.schema import check_ranges
 from lorabench.tasks import encoding, sources, split
 from lorabench.tasks.causal_lm import Config as LanguageModelling
 from lorabench.tasks.causal_lm import sections
@@ -204,16 +204,6 @@ def test_encoding_equals_the_tokenizers_own(tweets: TaskData, tokenizer: Any) ->
     example = encoded.splits["val"][0]
     assert example["input_ids"].dtype == np.int32
     assert example["example"] == tweets.splits["val"][0]["example"]
-
-
-def test_one_text_of_a_pair_alone_is_no_example(tokenizer: Any) -> None:
-    task = Classification(file="a.csv", pair_column="other")
-    both = task.encode_text("a dog\tan animal", tokenizer)
-    assert both["input_ids"].tolist() == task.encode_text("a dog", tokenizer, "an animal")["input_ids"].tolist()
-    assert both["token_type_ids"].max() == 1
-    for text in ("a dog", "a dog\t"):
-        with pytest.raises(ConfigError, match="two texts with a tab between them"):
-            task.encode_text(text, tokenizer)
 
 
 def test_a_batch_is_padded_right_to_its_longest(tokenizer: Any) -> None:

@@ -38,7 +38,7 @@ def said(clock: Clock, packs: list[Pack], begun: int, seconds: float) -> list[st
     """The lines of the first of two packs of 100 steps that goes on after step `begun`."""
     out = io.StringIO()
     with terminal.Progress(Console(file=out, width=200), packs, enabled=True) as progress:
-        heard = progress.step(packs[0])
+        heard = progress.step(packs[0], begun)
         for step in range(begun + 1, 101):
             clock.now += seconds
             heard(step, 100)
