@@ -28,7 +28,7 @@ from lorabench.trackers.wandb_begun import arrived
 from lorabench.trackers.wandb_ending import Ending
 
 LOOK = 0.5  # seconds between looks at the histories of live runs
-DUTY, REST = 0.1, 5.0  # of a core that this takes while the sweep goes on, and the longest rest in seconds
+DUTY, REST = 0.05, 10.0  # of a core that this takes while the sweep goes on, and the longest rest in seconds
 YOUNG = 15.0  # seconds: a run that has ended by then is sent whole, which costs half of following it
 PAUSES = (1.0, 2.0, 5.0, 10.0, 30.0)  # after a server's first, second, ... silence in a row
 TRIES = 3  # at a run that W&B's client itself gives up on
