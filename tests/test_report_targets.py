@@ -7,10 +7,11 @@ from pathlib import Path
 
 import pytest
 
-from lorabench.report import measure, style, targets
+from lorabench.report import findings, measure, style, targets
 from lorabench.report.answer import answer
 from lorabench.report.evidence import Evidence
 from lorabench.report.findings import Findings, ladder
+from lorabench.report.load import load
 from planted_sections import opened, target_sweep
 from report_fixture import RANK_SWEEP, build
 
@@ -90,3 +91,12 @@ def test_the_ladder_keeps_to_the_conditions_of_the_reference(made: tuple[Finding
     most = [dataclasses.replace(c, extra=many) for c in cells]
     reference = next(c for c in most if c.id == f.reference)
     assert {c.extra for c in ladder([*least, *most], reference)} == {many}
+
+
+def test_the_answer_says_that_sets_of_targets_do_equally_well() -> None:
+    f = findings.find(load(Path(__file__).resolve().parent.parent / "sweeps/ref_target_sweep"))
+    said = "LoRA r = 45 on attention and LoRA r = 36 on mlp are within 2.0 points of it"
+    assert answer(f).lead.endswith(f"there is no smaller adapter here to set against it, and {said}.")
+    undecided = {c: dataclasses.replace(made, size="not resolved") for c, made in f.versus.items()}
+    for versus in (undecided, dict([*f.versus.items()][:1]) | dict([*undecided.items()][1:])):
+        assert "of it" not in answer(dataclasses.replace(f, versus=versus)).lead

@@ -59,13 +59,22 @@ def _lead(f: Findings) -> str:
         return text + f", with {_fraction(r, ref)} trainable parameters."
     if rec.stopped is None:
         why = "no smaller one has confirmation seeds and test examples in common with it, so none was set against it"
-        why = why if rec.skipped else "there is no smaller adapter here to set against it"
+        why = why if rec.skipped else f"there is no smaller adapter here to set against it{_level(f, margin)}"
         return f"{formats.capital(r.name)} reaches {_score(f, r)}; {why}."
     if rec.stopped.size == "beyond":
         small = f.results[rec.stopped.cell]
         return f"{formats.capital(r.name)} is the one to keep ({_score(f, r)}): {small.name}, the next smaller one, falls short of it by more than {margin}."
     text = f"Not resolved how small an adapter can be: none below {r.name} was shown to be within {margin} of it, so it is the one to keep"
     return f"{text} ({_score(f, r)})."
+
+
+def _level(f: Findings, margin: str) -> str:
+    """That every other cell does as well as the reference, as far as the margin tells: the answer to where adapters go."""
+    near = [f.results[c].name for c, made in f.versus.items() if made.size == "within" and not made.blocked]
+    if not near or len(near) < len(f.versus):
+        return ""
+    who = " and ".join(near) if len(near) <= 3 else f"all {len(near)} other cells"
+    return f", and {who} {'is' if len(near) == 1 else 'are'} within {margin} of it"
 
 
 def _points(f: Findings) -> Iterator[tuple[str, str]]:
