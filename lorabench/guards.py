@@ -63,9 +63,12 @@ def unknown_setting(message: str) -> ConfigError | None:
         return None
     key, last = found["key"], found["key"].rpartition(".")[2].lower()
     ours = next((name for name, others in ALIASES.items() if last in others and name.count(".")), None)
-    hint = f"here it is {ours}; " if ours and ours != key else ""
-    rest = f"--cfg job prints the settings there are, and one that a config file leaves out is added as +{key}=..."
-    return ConfigError(key, found["argument"].partition("=")[2].strip(), f"no such setting in the config; {hint}{rest}")
+    told = (
+        f"here it is {ours}"
+        if ours and ours != key
+        else (f"--cfg job prints the settings there are, and one that a config file leaves out is added as +{key}=...")
+    )
+    return ConfigError(key, found["argument"].partition("=")[2].strip(), f"no such setting in the config; {told}")
 
 
 def guard_yaml() -> None:

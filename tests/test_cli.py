@@ -55,7 +55,7 @@ BAD = {
     "two things at once": (["-m", "--cfg", "job", "method.r=1,2"], "argument=-m --cfg: one of -m, --cfg and --info"),
     "another tool's name": (
         ["trainer.lr=1e-3"],
-        "trainer.lr=1e-3: no such setting in the config; here it is optimizer.lr",
+        "trainer.lr=1e-3: no such setting in the config; here it is optimizer.lr\n",
     ),
     "an experiment as an option": (["--experiment", "smoke"], "an experiment is +experiment=NAME"),
     "no source": (["model=hf"], "model.source=???: must be set: package:<module>/<folder>, a local folder"),
