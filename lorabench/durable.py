@@ -5,9 +5,12 @@ from __future__ import annotations
 import errno
 import os
 import secrets
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
-from lorabench.schema import writing
+from lorabench.schema import ConfigError, writing
 
 UNKNOWN = (errno.EINVAL, errno.EBADF, errno.ENOTSUP)  # what a file system says to a call that it does not know
 
@@ -40,3 +43,45 @@ def atomic_write(path: Path, data: str | bytes) -> None:
             sync(path.parent)
         finally:
             tmp.unlink(missing_ok=True)
+
+
+@contextmanager
+def written_whole(folder: Path) -> Iterator[Path]:
+    """A temporary folder beside `folder` that takes its place, fsynced, when the block ends well; else it is removed.
+
+    An existing folder steps aside as `.<name>.old` for the instant between two renames; whoever reads such folders looks there too.
+    """
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    tmp = folder.with_name(f".{folder.name}.{secrets.token_hex(4)}.tmp")
+    tmp.mkdir()
+    try:
+        yield tmp
+        mode = tmp.stat().st_mode & 0o666  # what the user's umask allows; safetensors makes its files private
+        for path in tmp.rglob("*"):
+            if path.is_file():
+                path.chmod(mode)
+            sync(path)
+        sync(tmp)
+        _swap(tmp, folder)
+    finally:
+        shutil.rmtree(tmp, ignore_errors=True)
+
+
+def _swap(tmp: Path, folder: Path) -> None:
+    old = aside(folder)
+    if folder.exists():
+        shutil.rmtree(old, ignore_errors=True)
+        os.rename(folder, old)
+    os.rename(tmp, folder)
+    sync(folder.parent)
+    shutil.rmtree(old, ignore_errors=True)
+
+
+def aside(folder: Path) -> Path:
+    return folder.with_name(f".{folder.name}.old")
+
+
+def check_free(folder: Path, key: str) -> None:
+    """Raise `ConfigError` for a folder to write that holds something already."""
+    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+        raise ConfigError(key, str(folder), "a folder that does not exist yet, or an empty one")

@@ -10,6 +10,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from lorabench.durable import check_free, written_whole
 from lorabench.schema import ConfigError
 
 if TYPE_CHECKING:
@@ -42,8 +43,7 @@ def export(run_dir: Path, out: Path, *, merged: bool = False, dtype: str | None 
     """
     from lorabench.saved import open_run
 
-    if out.exists() and (not out.is_dir() or any(out.iterdir())):
-        raise ConfigError("--out", str(out), "a folder that does not exist yet, or an empty one")
+    check_free(out, "--out")
     if dtype and not merged:
         raise ConfigError("--dtype", dtype, "with --merged only; an adapter keeps the type it was trained in")
     saved = open_run(run_dir)
@@ -51,7 +51,7 @@ def export(run_dir: Path, out: Path, *, merged: bool = False, dtype: str | None 
 
 
 def _peft(saved: SavedRun, out: Path) -> list[str]:
-    from lorabench.adapters.files import write_peft, written_whole
+    from lorabench.adapters.files import write_peft
     from lorabench.adapters.peft_format import representable
 
     state, plan = saved.weights()
@@ -68,7 +68,6 @@ def _peft(saved: SavedRun, out: Path) -> list[str]:
 def _merged(saved: SavedRun, out: Path, dtype: str) -> list[str]:
     import torch
 
-    from lorabench.adapters.files import written_whole
     from lorabench.adapters.merge import merge
     from lorabench.models.build import quiet
 

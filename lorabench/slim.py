@@ -14,6 +14,7 @@ from pathlib import Path
 
 from lorabench import columns
 from lorabench.damage import damaged
+from lorabench.durable import check_free, written_whole
 from lorabench.records import HISTORY, MANIFEST, Store
 from lorabench.schema import ConfigError
 
@@ -39,8 +40,7 @@ def slim(sweep: Path, out: Path) -> str:
     """
     if not (sweep / MANIFEST).is_file():
         raise ConfigError("sweep", str(sweep), f"a sweep's directory; there is no {MANIFEST} in this one")
-    if out.exists() and (not out.is_dir() or any(out.iterdir())):
-        raise ConfigError("out", str(out), "a folder that does not exist yet, or an empty one")
+    check_free(out, "out")
     if out.resolve().is_relative_to(sweep.resolve()):
         raise ConfigError("out", str(out), "a folder outside the sweep")
     store = Store(sweep)
@@ -48,15 +48,8 @@ def slim(sweep: Path, out: Path) -> str:
     ids = [i for i in store.run_ids() if store.stamp(i) is not None]
     for run_id, name in damaged(store, ids).items():
         raise ConfigError("sweep", str(store.run_dir(run_id) / name), "whole files; this one cannot be read")
-    made = out.with_name(f".{out.name}.slim")
-    shutil.rmtree(made, ignore_errors=True)  # of a process that was killed here
-    try:
+    with written_whole(out.resolve()) as made:
         _copy(store, ids, made)
-        if out.exists():
-            out.rmdir()
-        made.rename(out)
-    finally:
-        shutil.rmtree(made, ignore_errors=True)
     size = sum(path.stat().st_size for path in out.rglob("*") if path.is_file())
     return f"{out}: {len(ids)} runs, {size / 2**20:.1f} MiB"
 
@@ -68,12 +61,11 @@ def _copy(store: Store, ids: Sequence[str], made: Path) -> None:
         if source.is_file() and not source.is_symlink():
             target.parent.mkdir(parents=True, exist_ok=True)
             shutil.copyfile(source, target)
-    shared = columns.repeated(found for i in ids if (found := store.arrays(i, "test")))
-    if shared:
+    tests = {run_id: found for run_id in ids if (found := store.arrays(run_id, "test"))}
+    if shared := columns.repeated(tests.values()):
         (made / columns.SHARED).write_bytes(columns.packed(shared))
-    for run_id in ids:
-        if found := store.arrays(run_id, "test"):
-            (made / "runs" / run_id / "test.npz").write_bytes(columns.packed(columns.slim(found, shared)))
+    for run_id, found in tests.items():
+        (made / "runs" / run_id / "test.npz").write_bytes(columns.packed(columns.slim(found, shared)))
 
 
 def main(argv: Sequence[str] | None = None) -> int:

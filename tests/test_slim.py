@@ -96,4 +96,4 @@ def test_bad_input_is_named_and_nothing_is_left(
     (sweep / "runs" / ("0" * 12) / "test.npz").write_bytes(b"PK")
     assert slim.main([str(sweep), str(out)]) == 2
     assert "test.npz" in capsys.readouterr().err
-    assert not out.exists() and not list(tmp_path.glob(".*slim"))
+    assert not out.exists() and not list(tmp_path.glob(".*"))

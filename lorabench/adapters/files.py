@@ -13,10 +13,8 @@ import errno
 import json
 import os
 import re
-import secrets
 import shutil
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
@@ -29,7 +27,7 @@ from torch import Tensor
 from lorabench.adapters.peft_format import OF_KIND, TASK_TYPES, representable, to_peft
 from lorabench.adapters.peft_read import PeftAdapter, from_peft
 from lorabench.base import BaseInfo, HeadSpec
-from lorabench.durable import sync
+from lorabench.durable import aside, written_whole
 from lorabench.schema import ConfigError
 from lorabench.slice_plan import AdapterSpec, SlicePlan
 
@@ -117,47 +115,11 @@ def read_tensors(path: Path) -> dict[str, Tensor]:
         raise ConfigError("adapter", str(path), f"a whole safetensors file ({e})") from e
 
 
-@contextmanager
-def written_whole(folder: Path) -> Iterator[Path]:
-    """A temporary folder beside `folder` that takes its place, fsynced, when the block ends well; else it is removed.
-
-    An existing folder steps aside as `.<name>.old` for the instant between two renames; `load_slice` looks there too.
-    """
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    tmp = folder.with_name(f".{folder.name}.{secrets.token_hex(4)}.tmp")
-    tmp.mkdir()
-    try:
-        yield tmp
-        mode = tmp.stat().st_mode & 0o666  # what the user's umask allows; safetensors makes its files private
-        for path in tmp.rglob("*"):
-            if path.is_file():
-                path.chmod(mode)
-            sync(path)
-        sync(tmp)
-        _swap(tmp, folder)
-    finally:
-        shutil.rmtree(tmp, ignore_errors=True)
-
-
-def _swap(tmp: Path, folder: Path) -> None:
-    old = _aside(folder)
-    if folder.exists():
-        shutil.rmtree(old, ignore_errors=True)
-        os.rename(folder, old)
-    os.rename(tmp, folder)
-    sync(folder.parent)
-    shutil.rmtree(old, ignore_errors=True)
-
-
-def _aside(folder: Path) -> Path:
-    return folder.with_name(f".{folder.name}.old")
-
-
 def _existing(folder: Path) -> Path:
     if folder.is_dir():
         return folder
-    if _aside(folder).is_dir():
-        return _aside(folder)
+    if aside(folder).is_dir():
+        return aside(folder)
     raise ConfigError("adapter", str(folder), "an existing folder with trained weights")
 
 
