@@ -19,7 +19,7 @@ from lorabench.report.analysis import Analysis, read
 from lorabench.report.formats import plural
 from lorabench.report.load import Cell, Sweep
 from lorabench.report.rates import Missing, Optimum
-from lorabench.report.results import Result, Results, results
+from lorabench.report.results import Result, Results, results, same_runs
 
 Status = Literal["holds", "contradicted", "not enough evidence", "not applicable"]
 PLAIN = ("LoRA", "rsLoRA")  # one method under two scales
@@ -189,7 +189,7 @@ class Evidence:
         pooled = self.measured.pooled
         shared = pooled and a.cell.adapter and b.cell.adapter and made.seeds == self.measured.seeds
         e = made.estimate((pooled.difference, pooled.df) if pooled and shared else None)
-        if e.verdicts and e.variance == 0 and {x.run_id for x in a.runs} != {x.run_id for x in b.runs}:
+        if e.verdicts and e.variance == 0 and not same_runs(a, b):
             return Missing(
                 f"{a.name} minus {b.name} is the same for every seed and every test example known",
                 "results of single test examples, or more of them",

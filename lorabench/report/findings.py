@@ -12,7 +12,7 @@ from dataclasses import dataclass, field, replace
 from lorabench.report import formats, measure, units
 from lorabench.report import statistics as st
 from lorabench.report.load import Cell, Sweep
-from lorabench.report.results import Result, Results
+from lorabench.report.results import Result, Results, same_runs
 from lorabench.report.results import results as measure_cells
 
 Compare = Callable[[str, str], "Comparison | None"]
@@ -131,11 +131,6 @@ def _blocked(a: Result, b: Result, e: st.Estimate) -> str | None:
 
 
 SILENT = "the difference is the same for every seed and every test example known, so nothing says how sure it is"
-
-
-def same_runs(a: Result, b: Result) -> bool:
-    """One cell under two names: two rules of alpha list the same runs where they meet."""
-    return a.id == b.id or {x.run_id for x in a.runs} == {x.run_id for x in b.runs} != set()
 
 
 def _versus(

@@ -18,7 +18,7 @@ from lorabench.report.findings import Findings
 from lorabench.report.load import short
 from lorabench.report.parts import Part
 from lorabench.report.rates import Missing
-from lorabench.report.results import Result
+from lorabench.report.results import Result, distinct
 from lorabench.report.style import INK, Drawing, Look
 from lorabench.report.tables import Column, Row, Table, plus_minus
 
@@ -93,10 +93,8 @@ def fronts(f: Findings) -> list[Front]:
 
 def _priced(f: Findings, cost: Cost) -> tuple[Result, ...]:
     """Tested cells that have the cost, cheapest first; one of those that are the same runs."""
-    distinct = {
-        tuple(x.run_id for x in r.runs): r for r in reversed(list(f.results.values())) if r.test is not None
-    }.values()
-    return tuple(sorted((r for r in distinct if cost.of(r)), key=lambda r: (cost.of(r) or 0.0, r.id)))
+    tested = distinct([r for r in f.results.values() if r.test is not None])
+    return tuple(sorted((r for r in tested if cost.of(r)), key=lambda r: (cost.of(r) or 0.0, r.id)))
 
 
 def _apart(cost: Cost, cells: Sequence[Result]) -> bool:

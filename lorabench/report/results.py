@@ -147,6 +147,23 @@ def _mean(records: Sequence[Record], name: str) -> float | None:
     return fmean(values) if values else None
 
 
+def same_runs(a: Result, b: Result) -> bool:
+    """One cell under two names: two rules of alpha list the same runs where they meet."""
+    return _runs(a) == _runs(b)
+
+
+def distinct(results: Sequence[Result]) -> list[Result]:
+    """The first of those that are the same runs."""
+    found: dict[Any, Result] = {}
+    for r in results:
+        found.setdefault(_runs(r), r)
+    return list(found.values())
+
+
+def _runs(r: Result) -> Any:
+    return frozenset(x.run_id for x in r.runs) or r.id
+
+
 def _with_test(r: Result, pooled: st.Pooled | None, seeds: tuple[int, ...]) -> Result:
     if r.sample is None:
         return r
@@ -156,10 +173,8 @@ def _with_test(r: Result, pooled: st.Pooled | None, seeds: tuple[int, ...]) -> R
 
 def _pool(results: Sequence[Result]) -> tuple[st.Pooled | None, tuple[int, ...]]:
     """Seed variance over the adapter cells that share the commonest set of seeds, if it looks the same in all of them."""
-    distinct = {
-        tuple(x.run_id for x in r.runs): r for r in results if r.cell.adapter
-    }.values()  # one cell may have two names
-    samples = [r.sample for r in distinct if r.sample is not None and len(r.sample.seeds) > 1]
+    adapters = distinct([r for r in results if r.cell.adapter])
+    samples = [r.sample for r in adapters if r.sample is not None and len(r.sample.seeds) > 1]
     sets = [s.seeds for s in samples]
     if not sets:
         return None, ()

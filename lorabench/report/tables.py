@@ -9,8 +9,8 @@ from typing import TYPE_CHECKING, Literal
 
 from lorabench.records import Record
 from lorabench.report import declared, formats
-from lorabench.report.findings import Comparison, Findings, same_runs
-from lorabench.report.results import Result
+from lorabench.report.findings import Comparison, Findings
+from lorabench.report.results import Result, same_runs
 
 if TYPE_CHECKING:
     pass
