@@ -66,8 +66,8 @@ def predict(saved: SavedRun, texts: Sequence[str], *, max_new_tokens: int = 48) 
     empty = [t for t in texts if not t.strip()]
     if empty or not texts:
         raise ConfigError("text", empty[0] if empty else "", "some words")
-    lone = [t for t in texts if "\t" not in t]
-    if lone and getattr(saved.run.task, "paired", False):
+    lone = [t for t in texts if _paired(saved) and not all(part.strip() for part in t.partition("\t")[::2])]
+    if lone:
         raise ConfigError("text", lone[0], "two texts with a tab between them: this run was trained on pairs")
     state, plan = saved.weights()
     base = saved.base(dtype=saved.record.provenance.get("base_dtype", "float32"))
@@ -83,21 +83,18 @@ def predict(saved: SavedRun, texts: Sequence[str], *, max_new_tokens: int = 48) 
     return [Answer(*row) for row in zip(texts, before, after, strict=True)]
 
 
+def _paired(saved: SavedRun) -> bool:
+    """Whether an example is two texts."""
+    return bool(getattr(saved.run.task, "paired", False))
+
+
 def _classify(saved: SavedRun, base: Base, texts: Sequence[str], _: int) -> Iterator[list[tuple[str, float]]]:
     from lorabench.tasks.encoding import model_inputs
 
     task, names = saved.run.task, saved.head.label_names
-
-    def encoded(text: str) -> dict[str, Any]:
-        if not getattr(task, "paired", False):
-            made: dict[str, Any] = task.encode_text(text, base.processor)
-        else:
-            first, _, second = text.partition("\t")
-            made = task.encode_text(first, base.processor, second)
-        return made
-
+    parts = [text.partition("\t")[::2] if _paired(saved) else (text, None) for text in texts]
     for i in range(0, len(texts), BATCH):
-        examples = [encoded(text) for text in texts[i : i + BATCH]]
+        examples = [task.encode_text(text, base.processor, pair) for text, pair in parts[i : i + BATCH]]
         logits: Tensor = base.model(**model_inputs(task.collate(examples, base.processor))).logits
         for row in logits.double().softmax(-1).tolist():
             yield sorted(zip(names, row, strict=True), key=lambda pair: -pair[1])

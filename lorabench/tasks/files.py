@@ -150,8 +150,8 @@ def _texts(column: list[Any], key: str, name: str, file: str) -> list[str]:
 
 
 def _text(value: Any) -> str:
-    """A cell as text: nothing for a missing one (None, NaN, pandas' NA and NaT), 1 for 1.0."""
-    if value is None or type(value).__name__ in ("NAType", "NaTType") or isinstance(value, float) and value != value:
+    """A cell as text: nothing for a missing one (None, NaN), 1 for 1.0."""
+    if value is None or isinstance(value, float) and value != value:
         return ""
     if isinstance(value, float) and value.is_integer():
         return str(int(value))
