@@ -113,10 +113,10 @@ def run(arm: str, overrides: Sequence[str], folder: Path, server: Any, url: str)
 def following(folder: Path) -> float:
     """Wait for what a sweep's mirror goes on to send after its end; returns how many seconds that took."""
     from lorabench.records import Store
-    from lorabench.trackers.wandb_begun import sending
+    from lorabench.trackers.wandb_begun import SENDING
 
     start, store = time.perf_counter(), Store(folder / "sweeps/s")
-    while sending(store).by is not None:
+    while store.leases.holder(SENDING) is not None:
         time.sleep(0.1)
     return time.perf_counter() - start
 

@@ -24,7 +24,7 @@ from lorabench.trackers import wandb_report
 from lorabench.trackers import wandb_runs as wb
 from lorabench.trackers.wandb import TARGET
 from lorabench.trackers.wandb_api import Server, api_key, base_url
-from lorabench.trackers.wandb_begun import sending
+from lorabench.trackers.wandb_begun import SENDING
 
 AT_ONCE = 8  # questions to the server side by side
 PROJECT = "lorabench"
@@ -144,9 +144,9 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _wait_for_mirror(to: wb.Target) -> None:
     """What the sweep's own process still sends in the background is not sent twice."""
-    if (pid := sending(to.store).by) is not None:
-        print(f"waiting for process {pid} of the sweep, which still sends", file=sys.stderr)
-        while sending(to.store).by == pid:
+    if (holder := to.store.leases.holder(SENDING)) is not None:
+        print(f"waiting for {holder}, which still sends", file=sys.stderr)
+        while to.store.leases.holder(SENDING) is not None:
             time.sleep(0.2)
 
 

@@ -29,7 +29,7 @@ from lorabench.trackers import wandb_mirror as mirror
 from lorabench.trackers import wandb_report as report
 from lorabench.trackers import wandb_runs as wb
 from lorabench.trackers.wandb_api import Away, Server, api_key
-from lorabench.trackers.wandb_begun import begun, left_behind, sending
+from lorabench.trackers.wandb_begun import SENDING, begun, left_behind
 from lorabench.trackers.wandb_mirror import Follower
 from wandb_server import KEY, Bucket, WandbServer, silence
 
@@ -452,10 +452,11 @@ def test_what_is_left_goes_on_alone_where_the_server_is_worth_it(
     last = ending.Ending(follower, queue.Queue(), lambda **words: said.append(words))
     assert ending.outlast(follower, 0.0, 900.0, last.go_on_alone) == "too slow"
     assert said == [{"rest": "3 runs and the report"}]
-    assert sending(store).by == os.getpid() and not list(left_behind(store))  # nobody else sends them meanwhile
+    holder = store.leases.holder(SENDING)
+    assert holder and holder.pid == os.getpid() and not list(left_behind(store))  # nobody else sends them meanwhile
     monkeypatch.setattr(ending.os, "_exit", lambda code: None)
     last("too slow")
-    assert sending(store).by is None
+    assert store.leases.holder(SENDING) is None
     pace = iter(["too slow"])
     assert ending.outlast(follower, 0.0, 900.0, last.go_on_alone) == "too slow" and len(said) == 2
 
@@ -475,7 +476,7 @@ time.sleep(3600)"""
     first.close()
     first.leave()
     said = capsys.readouterr().err
-    assert f"2 runs follow in the background; python -m lorabench.sync {store.root} sends what is missing" in said
+    assert f"still sent in the background: 2 runs; python -m lorabench.sync {store.root} sends what is missing" in said
     assert first.process.poll() is None
     second = track(store, *RUNS).tracker  # the next sweep of this process has one of its own
     assert second is not first
@@ -490,15 +491,15 @@ def test_a_sync_waits_for_what_still_sends(
 ) -> None:
     finished(store, *RUNS)
     code = f"""import time; from pathlib import Path; from lorabench.records import Store
-from lorabench.trackers.wandb_begun import sending
-sending(Store(Path({str(store.root)!r}))).begin([])
+from lorabench.trackers.wandb_begun import SENDING
+lease = Store(Path({str(store.root)!r})).leases.take(SENDING)
 print("on", flush=True)
 time.sleep(1)"""
     with subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True) as other:
         assert other.stdout and other.stdout.readline() == "on\n"
         assert sync.main([str(store.root)]) == 0
-        assert other.poll() is not None or sending(store).by is None
-        assert f"waiting for process {other.pid}" in capsys.readouterr().err
+        assert store.leases.holder(SENDING) is None
+        assert f"waiting for process {other.pid} on" in capsys.readouterr().err
 
 
 def test_a_mirror_rests_while_a_sweep_trains_and_hurries_at_its_end(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -33,9 +33,7 @@ from lorabench.trackers.wandb_begun import begun, left_behind
 from lorabench.trackers.wandb_runs import environment, method, tags
 
 SHARE, MOST = 0.02, 60.0  # of a sweep's time that its end may wait for W&B, and seconds at most
-PATIENCE = (
-    600.0  # seconds that the mirror's process may go on after it, where the server is fast enough to have all by then
-)
+PATIENCE = 600.0  # seconds that the mirror goes on alone after it at most, where the server can have all by then
 IN_A_JOB = 10.0  # likewise, where all processes end with this one: the end waits that long
 STOPPED = 2.0  # likewise, for a sweep that was told to stop
 SAID = 1.0  # seconds after which a wait is announced
@@ -133,12 +131,13 @@ class WandbTracker:
         most = STOPPED if hurry else max(wait, IN_A_JOB) if job else max(wait, PATIENCE)
         self._send(do="close", wait=wait, most=most, alone=not (hurry or job))
         why = "the mirror's process died"
-        over = time.monotonic() + (most if hurry or job else wait) + GRACE
+        mine = (most if hurry or job else wait) + GRACE  # then it has ended, or said that it goes on alone
+        over = time.monotonic() + mine
         try:
             if not self._ended(min(SAID, most)):
                 print("tracker wandb: waiting for W&B", file=sys.stderr)
                 if not self._ended(max(0.0, over - time.monotonic())):
-                    why = f"not done {most + GRACE:.0f} s after the end"
+                    why = f"not done {mine:.0f} s after the end"
         except (KeyboardInterrupt, SystemExit):
             why = "the wait was broken off"
             if multiprocessing.parent_process() is not None:  # else this is the end anyway
@@ -154,7 +153,7 @@ class WandbTracker:
             thread.join(1.0)
         again = f"python -m lorabench.sync {self.store.root} sends what is missing"
         if self.rest is not None:
-            print(f"tracker wandb: {self.rest} follow in the background; {again}", file=sys.stderr)
+            print(f"tracker wandb: still sent in the background: {self.rest}; {again}", file=sys.stderr)
             return
         result = self.result or {"left": ["some runs"], "why": why}
         if left := result["left"]:

@@ -6,17 +6,15 @@ The next launcher of the sweep sends those that have ended meanwhile, from their
 from __future__ import annotations
 
 import json
-import os
-from collections.abc import Iterable, Iterator
-from dataclasses import asdict, dataclass
+from collections.abc import Iterator
+from dataclasses import asdict
 from pathlib import Path
 
-from lorabench.durable import atomic_write
 from lorabench.leases import Holder
 from lorabench.records import RUN_ID, Record, Store
 
 BEGUN = ".wandb/begun"  # in the sweep's directory
-SENDING = ".wandb/sending"  # likewise
+SENDING = "wandb"  # the lease of a mirror's process that goes on after its sweep's; `lorabench.sync` waits for it
 
 
 def begun(store: Store, run_id: str) -> None:
@@ -40,35 +38,6 @@ def left_behind(store: Store) -> Iterator[Record]:
             continue
         if gone and RUN_ID.fullmatch(path.name) and (record := store.read(path.name)) is not None:
             yield record
-
-
-@dataclass(frozen=True)
-class Sending:
-    """The word that a mirror's process leaves where it goes on after its sweep's: `lorabench.sync` waits for it."""
-
-    store: Store
-
-    def begin(self, runs: Iterable[str]) -> None:
-        for run_id in list(runs):  # from here on they are this process's, and not left behind
-            begun(self.store, run_id)
-        atomic_write(self.store.root / SENDING, json.dumps(asdict(Holder.here())))
-
-    def end(self) -> None:
-        if self.by == os.getpid():
-            (self.store.root / SENDING).unlink(missing_ok=True)
-
-    @property
-    def by(self) -> int | None:
-        """The process that goes on, on this machine; None where there is none."""
-        try:
-            holder = Holder(**json.loads((self.store.root / SENDING).read_text(encoding="utf-8")))
-        except (OSError, ValueError, TypeError):
-            return None
-        return holder.pid if holder.gone is False else None
-
-
-def sending(store: Store) -> Sending:
-    return Sending(store)
 
 
 def _path(store: Store, run_id: str) -> Path:

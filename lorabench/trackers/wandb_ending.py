@@ -11,8 +11,10 @@ from collections.abc import Callable
 from contextlib import suppress
 from typing import TYPE_CHECKING, Any, TextIO
 
+from lorabench.leases import Lease
+from lorabench.schema import ExistingWork
 from lorabench.trackers.wandb_api import Away, Server
-from lorabench.trackers.wandb_begun import sending
+from lorabench.trackers.wandb_begun import SENDING, begun
 
 if TYPE_CHECKING:
     from lorabench.trackers.wandb_mirror import Follower
@@ -30,6 +32,7 @@ class Ending:
     ) -> None:
         self.follower, self.heard, self.tell = follower, heard, tell
         self.lock = threading.Lock()
+        self.lease: Lease | None = None
 
     def listen(self, lines: TextIO) -> None:
         """Hand on what the sweep says, until it closes or is gone; then see to it that this process ends."""
@@ -48,13 +51,17 @@ class Ending:
             self._hear_all()
             self.tell(left=self.follower.left, why=self.follower.why if self.follower.silences or not why else why)
         finally:
-            sending(self.follower.target.store).end()
+            if self.lease is not None:
+                self.lease.release()
             os._exit(0)  # W&B's own exit hook would wait for a server that does not answer
 
     def go_on_alone(self) -> None:
         """The sweep's process need not wait: what is left is this one's, and nobody else sends it meanwhile."""
         store, left = self.follower.target.store, self.follower.left
-        sending(store).begin(self.follower.live)
+        with suppress(OSError, ExistingWork):  # of a sweep that cannot be written any more
+            self.lease = store.leases.take(SENDING)
+            for run_id in list(self.follower.live):  # from here on they are this process's, and not left behind
+                begun(store, run_id)
         runs = len(left) - left.count("the report")
         parts = [f"{runs} run{'s' * (runs != 1)}"] * bool(runs) + ["the report"] * (len(left) > runs)
         self.tell(rest=" and ".join(parts) or "the last values")
