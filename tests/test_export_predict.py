@@ -266,8 +266,9 @@ class TestPredict:
             logits = base.model(**base.processor("the dog", "north of here", return_tensors="pt")).logits[0].double()
         found = torch.tensor([dict(answer.trained)[n] for n in saved.head.label_names]).double()
         torch.testing.assert_close(found, logits.softmax(-1), atol=1e-5, rtol=0)
-        with pytest.raises(ConfigError, match="text=the dog: two texts with a tab between them"):
-            predict.predict(paired, ["the dog"])
+        for half in ("the dog", "the dog\t", "\tthe dog"):
+            with pytest.raises(ConfigError, match="text=\\s*the dog\\s*: two texts with a tab between them"):
+                predict.predict(paired, [half])
 
     def test_bad_texts(self, trained: Any, capsys: Any) -> None:
         run, _ = trained("llama", reply=True)
