@@ -201,8 +201,9 @@ class WandbTracker:
 
 
 def bound() -> bool:
-    """Whether what this process has started ends with it: it is a worker, or a job of a cluster."""
-    return multiprocessing.parent_process() is not None or "SLURM_JOB_ID" in os.environ
+    """Whether what this process has started must end with it: it is a worker, a job of a cluster, or an agent's run, which
+    W&B takes for over when the process is."""
+    return multiprocessing.parent_process() is not None or "SLURM_JOB_ID" in os.environ or Agent.here() is not None
 
 
 def mode(asked: str) -> str:

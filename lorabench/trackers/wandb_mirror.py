@@ -29,6 +29,7 @@ from lorabench.trackers.wandb_ending import Ending
 
 LOOK = 0.5  # seconds between looks at the histories of live runs
 DUTY, REST = 0.05, 10.0  # of a core that this takes while the sweep goes on, and the longest rest in seconds
+OPENING = 2.0  # seconds of a core that W&B's client takes before it sends anything; they count like all others
 YOUNG = 15.0  # seconds: a run that has ended by then is sent whole, which costs half of following it
 PAUSES = (1.0, 2.0, 5.0, 10.0, 30.0)  # after a server's first, second, ... silence in a row
 TRIES = 3  # at a run that W&B's client itself gives up on
@@ -163,9 +164,12 @@ class Follower:
         one.last = new[-1][0] if new else one.last
 
 
-def serve(follower: Follower, heard: queue.Queue[dict[str, Any] | None]) -> None:
-    """Until told to close and done, or the server is silent then; or until the sweep's process is gone."""
-    closing, resumes = False, 0.0
+def serve(follower: Follower, heard: queue.Queue[dict[str, Any] | None], opening: float = 0.0) -> None:
+    """Until told to close and done, or the server is silent then; or until the sweep's process is gone.
+
+    opening: seconds of a core that are rested for before the first look, as `DUTY` says.
+    """
+    closing, resumes = False, time.monotonic() + opening / DUTY
     while not (closing and (follower.idle or follower.silences)):
         try:
             while True:
@@ -206,7 +210,7 @@ def main() -> None:
         heard: queue.Queue[dict[str, Any] | None] = queue.Queue()
         end = Ending(follower, heard, tell)
         threading.Thread(target=end.listen, args=(sys.stdin,), daemon=True).start()
-        serve(follower, heard)
+        serve(follower, heard, opening=0.0 if given["agent"] else OPENING)
         end()
     except Exception as e:
         tell(left=["every run"], why=f"{type(e).__name__}: {e}")
