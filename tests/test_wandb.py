@@ -88,6 +88,7 @@ def to(server: WandbServer | None, store: Store, **changes: Any) -> wb.Target:
 def at_once(monkeypatch: pytest.MonkeyPatch) -> None:
     """In this process runs are opened when they begin, however short they are."""
     monkeypatch.setattr(mirror, "YOUNG", 0.0)
+    monkeypatch.setattr(parent, "OPENING", 0.0)
 
 
 def follow(target: wb.Target, *runs: str, said: list[str] | None = None) -> Follower:
@@ -614,17 +615,18 @@ def test_a_killed_sweep_leaves_nothing_running_and_its_runs_go_on(server: WandbS
 import sys, time, os, signal
 sys.path[:0] = {[str(Path(__file__).parent), str(Path(__file__).parent.parent)]!r}
 from test_wandb import *
+parent.OPENING = 0.0
 store = Store(Path({str(store.root)!r}))
 tracker = make_tracker(TrackerConfig(name="wandb"), sweep="my sweep", sweep_dir=store.root)
 tracker.start(RUNS[0], CONFIG, method="lora", tags=["minilm"])
 print(tracker.tracker.process.pid, flush=True)
 store.append_history(RUNS[0], ROWS[:14])
-time.sleep(120)
+time.sleep(60)
 """
     with subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True) as sweep:
         assert sweep.stdout
         child = int(sweep.stdout.readline())
-        for _ in range(1200):  # a sweep that is young opens nothing yet
+        for _ in range(600):  # a run that is young is not opened yet
             if server.runs and bucket(server, RUNS[0]).history:
                 break
             time.sleep(0.1)

@@ -36,6 +36,7 @@ SHARE, MOST = 0.02, 60.0  # of a sweep's time that its end may wait for W&B, and
 PATIENCE = 600.0  # seconds that the mirror goes on alone after it at most, where the server can have all by then
 IN_A_JOB = 10.0  # likewise, where all processes end with this one: the end waits that long
 STOPPED = 2.0  # likewise, for a sweep that was told to stop
+OPENING = 2.0  # seconds of a core that W&B's client takes before it sends anything: the mirror's work like all other
 SAID = 1.0  # seconds after which a wait is announced
 GRACE = 5.0  # more seconds for the mirror's process to end by itself
 TARGET = ".wandb/target.json"  # in the sweep's directory: the project it went to, for `lorabench.sync`
@@ -74,7 +75,7 @@ class WandbTracker:
             atomic_write(store.root / TARGET, dump_json(where))
         given = {
             "dir": str(store.root.resolve()), "sweep": sweep, **where, "mode": found, "artifacts": settings.artifacts,
-            "agent": asdict(agent) if agent else None,
+            "agent": asdict(agent) if agent else None, "opening": 0.0 if agent else OPENING,
         }  # fmt: skip
         home = str(Path(lorabench.__file__).resolve().parent.parent)
         paths = [home, *filter(None, [os.environ.get("PYTHONPATH")])]

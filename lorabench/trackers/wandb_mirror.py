@@ -29,7 +29,6 @@ from lorabench.trackers.wandb_ending import Ending
 
 LOOK = 0.5  # seconds between looks at the histories of live runs
 DUTY, REST = 0.05, 10.0  # of a core that this takes while the sweep goes on, and the longest rest in seconds
-OPENING = 2.0  # seconds of a core that W&B's client takes before it sends anything; they count like all others
 YOUNG = 15.0  # seconds: a run that has ended by then is sent whole, which costs half of following it
 PAUSES = (1.0, 2.0, 5.0, 10.0, 30.0)  # after a server's first, second, ... silence in a row
 TRIES = 3  # at a run that W&B's client itself gives up on
@@ -192,7 +191,7 @@ def serve(follower: Follower, heard: queue.Queue[dict[str, Any] | None], opening
 
 
 def main() -> None:
-    """argv: {"dir", "sweep", "project", "entity", "mode", "artifacts", "agent"} as JSON."""
+    """argv: {"dir", "sweep", "project", "entity", "mode", "artifacts", "agent", "opening"} as JSON."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the sweep's: it says when to end
     if hasattr(os, "nice"):
         os.nice(10)
@@ -210,7 +209,7 @@ def main() -> None:
         heard: queue.Queue[dict[str, Any] | None] = queue.Queue()
         end = Ending(follower, heard, tell)
         threading.Thread(target=end.listen, args=(sys.stdin,), daemon=True).start()
-        serve(follower, heard, opening=0.0 if given["agent"] else OPENING)
+        serve(follower, heard, given["opening"])
         end()
     except Exception as e:
         tell(left=["every run"], why=f"{type(e).__name__}: {e}")
