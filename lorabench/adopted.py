@@ -29,6 +29,7 @@ METHODS = {
 }
 STATUS = {"finished": "completed", "completed": "completed", "success": "completed", "failed": "failed", "crashed": "failed",
           "killed": "failed", "diverged": "diverged", "pruned": "pruned", "": "completed"}  # fmt: skip
+RESULTS = ("trainer_state.json", "all_results.json", "eval_results.json")
 WANTED = (
     "method.name",
     "method.r",
@@ -113,9 +114,10 @@ def from_folders(folders: Sequence[Path], *, fixed: Mapping[str, str], primary: 
         }
         values = {name: float(v) for name, v in by_score({**last, **results}).items() if isinstance(v, (int, float))}
         if not values:
-            raise ConfigError(
-                "source", str(folder), "trainer_state.json or eval_results.json with eval_ or test_ numbers"
-            )
+            below = sorted({p.parent.name for p in folder.glob("*/*.json") if p.name in RESULTS})
+            hint = f"; its folders {', '.join(below[:3])} have such files: give {folder}/*/" if below else ""
+            allowed = f"a folder with trainer_state.json or eval_results.json with eval_ or test_ numbers{hint}"
+            raise ConfigError("source", str(folder), allowed)
         said = _of_adapter(adapter) | _of_state(state) | {k: _value(v) for k, v in fixed.items()}
         records.append(_record(said, values, primary, {"folder": folder.name}))
     return records

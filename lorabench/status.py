@@ -106,10 +106,11 @@ def read(sweep_dir: str | Path, store: Store | None = None) -> Status:
     root = Path(sweep_dir)
     store = store or Store(root)
     manifest = store.manifest() if root.is_dir() else {}
+    if not manifest and root.is_dir() and (adopted := store.records()):  # nothing was planned, all has ended
+        manifest = {"runs": {r.run_id: {"role": r.role} for r in adopted}, "packs": []}
     if not manifest:
-        raise ConfigError(
-            "sweep dir", str(sweep_dir), "a directory with the sweep.json that `python -m lorabench` writes"
-        )
+        allowed = "a directory with the sweep.json that `python -m lorabench` writes, or with adopted runs"
+        raise ConfigError("sweep dir", str(sweep_dir), allowed)
     listed = manifest["runs"]
     found = [r for i in sorted(listed) if (r := store.read(i)) is not None]
     hands = _hands(store, manifest, {r.run_id for r in found if r.status not in ("failed", "pruned")})

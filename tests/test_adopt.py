@@ -285,3 +285,13 @@ def test_folders_without_results(tmp_path: Path, capsys: pytest.CaptureFixture[s
     assert main([str(folder), "--out", str(tmp_path / "mine")]) == 2
     assert "error: source=" in capsys.readouterr().err
     assert json.dumps(sorted(p.name for p in tmp_path.iterdir())) == '["out"]'
+
+
+def test_a_folder_of_folders_is_told_apart(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for name in ("run-1", "run-2"):
+        (tmp_path / "out" / name).mkdir(parents=True)
+        (tmp_path / "out" / name / "eval_results.json").write_text('{"eval_loss": 0.5}')
+    assert main([str(tmp_path / "out"), "--out", str(tmp_path / "mine")]) == 2
+    assert f"its folders run-1, run-2 have such files: give {tmp_path / 'out'}/*/" in capsys.readouterr().err
+    given = [*map(str, (tmp_path / "out").iterdir()), "--set", "optimizer.lr=1e-3"]
+    assert main([*given, "--out", str(tmp_path / "mine")]) == 0

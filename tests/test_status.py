@@ -18,21 +18,22 @@ from lorabench.leases import Holder
 from lorabench.records import Record, Store
 from lorabench.status import main, read
 
+CONFIG = {"method": {"name": "lora"}, "optimizer": {"lr": 1e-3}, "seed": 0, "trainer": {"max_steps": 40}}
+
 
 @pytest.fixture
 def store(tmp_path: Path) -> Iterator[Store]:
     """Eight runs: two completed, one of each other end, one running (in p0, held by this process), one cut, one waiting."""
     store = Store(tmp_path / "s")
     ids = [f"{i:012x}" for i in range(8)]
-    config = {"method": {"name": "lora"}, "optimizer": {"lr": 1e-3}, "seed": 0, "trainer": {"max_steps": 40}}
-    runs = {i: {"role": "tune", "lr": 1e-3, "seed": 0, "config": config} for i in ids}
+    runs = {i: {"role": "tune", "lr": 1e-3, "seed": 0, "config": CONFIG} for i in ids}
     runs[ids[0]]["role"] = "confirm"
     packs = [{"id": "p0", "runs": ids[5:6]}, {"id": "p1", "runs": ids[6:7]}, {"id": "p2", "runs": ids[7:]}]
     store.write_manifest({"schema": 1, "name": "s", "cells": [], "runs": runs, "packs": packs})
     for i, status in zip(ids, ("completed", "completed", "diverged", "pruned", "failed"), strict=False):
         resources = {"pack_seconds": 60.0, "pack_size": 6} if status == "completed" else {}
         error = "ValueError: no\nmore" if status == "failed" else None
-        store.write(Record(i, "tune", status, config, resources=resources, error=error))
+        store.write(Record(i, "tune", status, CONFIG, resources=resources, error=error))
     for i in ids[5:7]:
         store.append_history(i, [{"step": 10, "train/loss": 1.0}])
     old = time.time() - 3600
@@ -115,6 +116,15 @@ def test_live_ends_when_all_have_ended(store: Store) -> None:
     manifest = store.manifest()
     store.write_manifest(manifest | {"runs": {"0" * 12: manifest["runs"]["0" * 12]}})
     assert main([str(store.root), "--live"]) == 0
+
+
+def test_adopted_runs_have_ended(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Nobody planned them: there is no sweep.json."""
+    store = Store(tmp_path / "mine")
+    for k, status in enumerate(("completed", "completed", "failed")):
+        store.write(Record(f"{k:012x}", "confirm", status, CONFIG))
+    assert main([str(store.root)]) == 1
+    assert "mine: 3 of 3 runs have ended (0 tune, 3 confirm): 2 completed, 1 failed" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("made", ["nothing", "folder", "file"])
