@@ -7,7 +7,8 @@ STAMP := $(VENV)/.installed
 EXPERIMENT ?= rank_sweep
 SWEEP ?= sweeps/$(EXPERIMENT)
 ARGS ?=
-# One process more than cores, at most four: many tests wait for processes of their own.
+# One process more than cores, at most four: many tests wait for processes of their own. A module's tests stay together
+# as long as nobody is idle, so what its fixtures train is trained once.
 WORKERS := $(shell n=$$(nproc 2>/dev/null || echo 2); [ $$n -gt 3 ] && echo 4 || echo $$((n + 1)))
 PIP := $(PY) -m pip install -qq --disable-pip-version-check --constraint constraints.txt
 
@@ -52,10 +53,10 @@ report: $(STAMP) ## Render the report of SWEEP=sweeps/rank_sweep again from its 
 	@$(PY) -m lorabench.report $(SWEEP) $(ARGS)
 
 test: $(STAMP) ## The default tests: a few minutes on two cores
-	@OMP_NUM_THREADS=1 $(PY) -m pytest -n $(WORKERS) $(ARGS)
+	@OMP_NUM_THREADS=1 $(PY) -m pytest -n $(WORKERS) --dist worksteal $(ARGS)
 
 test-all: $(STAMP) ## All tests, with those marked slow
-	@OMP_NUM_THREADS=1 $(PY) -m pytest -n $(WORKERS) -m "not gpu" $(ARGS)
+	@OMP_NUM_THREADS=1 $(PY) -m pytest -n $(WORKERS) --dist worksteal -m "not gpu" $(ARGS)
 
 check: $(STAMP) ## Lint, format and types
 	@$(PY) -m ruff check .

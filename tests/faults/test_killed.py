@@ -69,7 +69,7 @@ def test_killed_between_a_packs_last_record_and_its_lease(fault, launcher, undis
     fault.compare(undisturbed, root)
 
 
-@pytest.mark.parametrize("stops", [5, pytest.param(50, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("stops", [3, pytest.param(50, marks=pytest.mark.slow)])
 def test_random_stops(fault, launcher, undisturbed, tmp_path, stops):
     """SIGTERM at random"""
     times, folder = random.Random(stops), tmp_path / "0"
