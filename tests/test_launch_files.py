@@ -1,8 +1,11 @@
 """Launch files compose: W&B sweep definitions as W&B's own agent expands them, and the launcher's profiles."""
 
 import importlib.util
+import os
 import re
 import shlex
+import shutil
+import subprocess
 
 import pytest
 import yaml
@@ -14,6 +17,35 @@ from lorabench.app import config_dir, job
 def composed(*overrides, hydra=False):
     with initialize_config_dir(config_dir(), version_base="1.3"):
         return compose("config", list(overrides), return_hydra_config=hydra)
+
+
+@pytest.mark.parametrize("name", ["slurm.sbatch", "ray.sh"])
+def test_a_launch_file_passes_its_words_on(repo, tmp_path, name):
+    """With a stand-in for Python that prints them; the real thing is in tests/slurm and test_ray."""
+    stand_in = tmp_path / "python"
+    stand_in.write_text(
+        '#!/bin/sh\n[ "$1" = -m ] && [ "$2" = lorabench ] || exit 1\nenv | grep ^SLURM_\nprintf "%s\\n" "$@"\n'
+    )
+    stand_in.chmod(0o755)
+    shell = shutil.which("bash" if name == "slurm.sbatch" else "sh")
+    env = {
+        "PATH": os.environ["PATH"],
+        "PYTHON": str(stand_in),
+        "SLURM_SUBMIT_DIR": str(tmp_path),
+        "SLURM_JOB_ID": "7",
+        "SLURM_MEM_PER_NODE": "8192",
+    }
+    end = {"slurm.sbatch": ["hydra/launcher=slurm"], "ray.sh": ["hydra/launcher=ray", "hydra.launcher.address=null"]}[
+        name
+    ]
+    for given, wanted in (([], ["+experiment=rank_sweep"]), (["-m", "method.r=1,4", "study.question=a b"],) * 2):
+        made = subprocess.run(
+            [shell, repo / "sweeps" / name, *given], env=env, cwd=tmp_path, capture_output=True, text=True, check=True
+        )
+        (*said,) = made.stdout.splitlines()
+        assert [w for w in said if not w.startswith("SLURM_")] == ["-m", "lorabench", *wanted, *end]
+        if name == "slurm.sbatch":
+            assert {w for w in said if w.startswith("SLURM_")} == {"SLURM_JOB_ID=7"}
 
 
 @pytest.mark.parametrize("name", ["rank", "alpha", "rate"])

@@ -58,5 +58,10 @@ def test_ray_leaves_the_records_of_the_inline_sweep(tmp_path: Path) -> None:
     assert len(metrics("killed")) < 4
     ended(start("killed", *ray))
     assert metrics("killed") == metrics("inline")
+
+    command[:3] = ["sh", str(REPO / "sweeps" / "ray.sh")]
+    env["PYTHON"] = sys.executable
+    ended(start("file", *ray[1:]))
+    assert metrics("file") == metrics("inline")
     resumed = [r.provenance.get("resumed") for r in Store(tmp_path / "sweeps/killed").records()]
     assert any(resumed), "nothing went on from a checkpoint"

@@ -140,6 +140,22 @@ def test_jobs_leave_the_records_of_the_inline_sweep(sweep):
 
 
 @pytest.mark.slow
+def test_a_launcher_that_is_a_job_itself(sweep, tiny, tmp_path, monkeypatch):
+    """sweeps/slurm.sbatch, from the folder that `sweeps/` shall be in."""
+    monkeypatch.setenv("PYTHON", sys.executable)
+    file = HERE.parents[1] / "sweeps" / "slurm.sbatch"
+    made = subprocess.run(
+        ["sbatch", "--parsable", "--wait", "--mem=2G", "--time=10", file, *GRID, *tiny, "sweep.name=s", "trainer.max_steps=6", *JOBS],
+        cwd=tmp_path, capture_output=True, text=True, timeout=300, check=False,
+    )  # fmt: skip
+    said = (tmp_path / f"lorabench-{made.stdout.split()[0]}.log").read_text(encoding="utf-8")
+    assert made.returncode == 0, made.stderr + said
+    assert "2 packs submitted, slurm job" in said and noted("s") != made.stdout.strip()
+    assert sweep("inline")[0] == 0
+    assert metrics("s") == metrics("inline") and len(metrics("s")) == 4
+
+
+@pytest.mark.slow
 def test_a_killed_launcher_finds_its_jobs_again(sweep, launcher):
     first = launcher("s", *JOBS, steps=400)
     jobs = wait_for(lambda: noted("s") and noted("s", "p1") and [noted("s", "p0"), noted("s", "p1")])
