@@ -137,9 +137,12 @@ class Leases:
                 os.rmdir(path)  # what a holder that was put out has left; some file systems rename onto nothing only
             os.rename(nest, path)
         except OSError as e:
-            if e.errno == errno.ENOENT and again:  # another took the half-made directory for a dead process's
-                return self.take(name, again=again - 1)
-            if e.errno not in TAKEN and not (path / token).exists():
+            held = e.errno in TAKEN or _holds(path)  # sshfs answers EPERM to a rename onto what is held
+            if (
+                not held and again and e.errno in (errno.ENOENT, errno.EPERM)
+            ):  # another took the half-made directory for
+                return self.take(name, again=again - 1)  # a dead process's, or has released the lease just now
+            if not held:
                 raise
         finally:
             shutil.rmtree(nest, ignore_errors=True)
@@ -211,6 +214,14 @@ class Leases:
                     os.rmdir(nest)
                 elif found[1].gone or not found[0].stat().st_size:
                     _put_out(found[0])
+
+
+def _holds(path: Path) -> bool:
+    """Whether a lease's directory has a holder's file in it."""
+    try:
+        return any(path.iterdir())
+    except OSError:
+        return False
 
 
 def check(lease: Path | None) -> None:

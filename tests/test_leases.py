@@ -10,6 +10,7 @@ import signal
 import time
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 
@@ -289,3 +290,30 @@ def test_a_lease_that_went_stale_while_it_was_read_is_nobodys(tmp_path: Path, mo
             here.look("p0") is None and here.take("p0") is None
         )  # whoever replaced it holds it: the rename shows that
     assert here.holder("p0") is not None
+
+
+def test_a_file_system_that_has_no_word_for_not_empty(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """sshfs answers EPERM to a rename onto a directory that is held, and to any other failure."""
+    rename = os.rename
+
+    def refuses(source: Any, target: Any) -> None:
+        if Path(target).is_dir() and list(Path(target).iterdir()):
+            raise PermissionError(errno.EPERM, "Operation not permitted")
+        rename(source, target)
+
+    monkeypatch.setattr(os, "rename", refuses)
+    leases, other = Leases(tmp_path / "locks"), Leases(tmp_path / "locks")
+    lease = leases.take("p0")
+    assert lease is not None
+    monkeypatch.setattr(other, "holder", lambda name: None)  # it looked a moment before
+    assert other.take("p0") is None
+    lease.release()
+    assert other.take("p0") is not None
+
+    def never(source: Any, target: Any) -> None:
+        raise PermissionError(errno.EPERM, "Operation not permitted")
+
+    monkeypatch.setattr(os, "rename", never)
+    with pytest.raises(PermissionError):
+        leases.take("p1")
+    assert [p.name for p in (tmp_path / "locks").iterdir()] == ["p0"]
