@@ -32,6 +32,8 @@ def read(path: Path, root: Path) -> dict[str, np.ndarray]:
     if NAMES not in found:
         return found
     names = [str(name).partition("=")[::2] for name in found.pop(NAMES)]
+    if not any(key for _, key in names):  # one run alone shares nothing
+        return {name: found[name] for name, _ in names}
     if not (root / SHARED).is_file():  # not FileNotFoundError: the run has results
         raise ValueError(f"no {SHARED}")
     with open(root / SHARED, "rb") as f, np.load(f, allow_pickle=False) as data:

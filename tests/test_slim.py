@@ -97,3 +97,16 @@ def test_bad_input_is_named_and_nothing_is_left(
     assert slim.main([str(sweep), str(out)]) == 2
     assert "test.npz" in capsys.readouterr().err
     assert not out.exists() and not list(tmp_path.glob(".*"))
+
+
+def test_one_run_with_results_shares_nothing(tmp_path: Path) -> None:
+    store = Store(tmp_path / "s")
+    store.write_manifest({"schema": 1, "name": "s", "cells": [], "runs": {}, "packs": []})
+    store.write(
+        Record("0" * 12, "confirm", "completed", {"method": {"name": "lora"}, "optimizer": {"lr": 1e-3}, "seed": 0})
+    )
+    store.write_arrays("0" * 12, "test", {"example": np.arange(3), "loss": np.ones(3, np.float32)})
+    assert slim.main([str(store.root), str(tmp_path / "copy")]) == 0
+    assert not (tmp_path / "copy" / columns.SHARED).exists()
+    held = Store(tmp_path / "copy").arrays("0" * 12, "test")
+    assert held is not None and held["example"].tolist() == [0, 1, 2]
