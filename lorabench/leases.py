@@ -137,12 +137,11 @@ class Leases:
                 os.rmdir(path)  # what a holder that was put out has left; some file systems rename onto nothing only
             os.rename(nest, path)
         except OSError as e:
-            held = e.errno in TAKEN or _holds(path)  # sshfs answers EPERM to a rename onto what is held
-            if (
-                not held and again and e.errno in (errno.ENOENT, errno.EPERM)
-            ):  # another took the half-made directory for
-                return self.take(name, again=again - 1)  # a dead process's, or has released the lease just now
-            if not held:
+            held = e.errno in TAKEN or (e.errno == errno.EPERM and _holds(path))  # sshfs has no word for "not empty"
+            meanwhile = e.errno in (errno.ENOENT, errno.EPERM)  # another cleaned up, or released it
+            if not held and meanwhile and again:
+                return self.take(name, again=again - 1)
+            if not held and not (path / token).exists():
                 raise
         finally:
             shutil.rmtree(nest, ignore_errors=True)
