@@ -32,8 +32,6 @@ def read(path: Path, root: Path) -> dict[str, np.ndarray]:
     if NAMES not in found:
         return found
     names = [str(name).partition("=")[::2] for name in found.pop(NAMES)]
-    if not any(key for _, key in names):  # one run alone shares nothing
-        return {name: found[name] for name, _ in names}
     if not (root / SHARED).is_file():  # not FileNotFoundError: the run has results
         raise ValueError(f"no {SHARED}")
     with open(root / SHARED, "rb") as f, np.load(f, allow_pickle=False) as data:
@@ -60,7 +58,8 @@ def repeated(files: Iterable[Columns]) -> dict[str, np.ndarray]:
 
 
 def slim(columns: Columns, shared: Columns) -> dict[str, np.ndarray]:
-    """A run's file that names what is shared instead of holding it."""
+    """A run's file that names what is shared instead of holding it; as it is where nothing is."""
     keys = {name: key if (key := digest(column)) in shared else "" for name, column in columns.items()}
     own = {name: column for name, column in columns.items() if not keys[name]}
-    return {NAMES: np.array([f"{name}={key}" for name, key in keys.items()]), **own}
+    named = {NAMES: np.array([f"{name}={key}" for name, key in keys.items()])} if any(keys.values()) else {}
+    return {**named, **own}
