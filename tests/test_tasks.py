@@ -422,7 +422,7 @@ def test_padding_changes_no_loss(pairs_file: str, chat_tokenizer: Any, decoder: 
             torch.testing.assert_close(alone.loss_sum, together.loss_sum[i : i + 1], rtol=1e-10, atol=0)
 
 
-def test_a_base_that_knows_no_logits_to_keep(pairs_file: str, chat_tokenizer: Any, decoder: Any) -> None:
+def test_a_base_that_names_no_head(pairs_file: str, chat_tokenizer: Any, decoder: Any) -> None:
     class Plain(torch.nn.Module):
         def forward(self, input_ids: torch.Tensor, attention_mask: torch.Tensor, token_type_ids: Any = None) -> Any:
             return decoder.model(input_ids=input_ids, attention_mask=attention_mask)
