@@ -145,7 +145,7 @@ def _designs(args: argparse.Namespace, study: Study, sweep: Sweep | None, notes:
 
 
 def _hours(args: argparse.Namespace, study: Study, sweep: Sweep | None, notes: list[str]) -> Hours | None:
-    from lorabench.study import hours, measured, unpaced
+    from lorabench.study import hours, measured, measures_beside, unpaced
 
     if sweep is not None:
         from lorabench.provenance import machine
@@ -166,6 +166,10 @@ def _hours(args: argparse.Namespace, study: Study, sweep: Sweep | None, notes: l
             )
         return None
     known, once = measured(study)
+    if any(measures_beside(cell.run) for cell in study.cells):
+        notes.append(
+            "Hours are without what confirmation runs measure beside the test (task.probe, replies): only a pilot knows it."
+        )
     source = "a few steps of the smallest and the largest cell of each kind of method, alone"
     return hours(study, known, source, once)
 

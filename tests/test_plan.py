@@ -115,6 +115,15 @@ def test_hours_come_from_a_pilots_records(command: Command, tmp_path: Path) -> N
     assert row["hours"] * 3600 == pytest.approx((6 + 35 * 3) * 0.256)
 
 
+def test_hours_hold_what_is_measured_beside_the_test(command: Command, tmp_path: Path) -> None:
+    """7 s a confirmation run in the pilot's records; they count where the study asks for such a thing."""
+    folder = a_pilot(tmp_path / "pilot", train_seconds=3.2, eval_seconds=0.0, beside_seconds=7.0)
+    plain = planned(command, "smoke", "--pilot", folder, "--sd", "1")["hours"]
+    probed = planned(command, "smoke", "task@task.probe=bbc", "--pilot", folder, "--sd", "1")["hours"]
+    assert plain["seed"] * 3600 == pytest.approx(3 * 0.256)
+    assert probed["seed"] * 3600 == pytest.approx(3 * (0.256 + 7.0)) and probed["tuning"] == plain["tuning"]
+
+
 def test_what_a_budget_buys(command: Command, cli: Any, tmp_path: Path) -> None:
     folder = a_pilot(tmp_path / "pilot", train_seconds=3.2, eval_seconds=0.0)
     hours = (6 + 10.5 * 3) * 0.256 / 3600  # ten seeds and a half
@@ -284,6 +293,10 @@ def test_a_few_steps_are_timed_where_there_is_no_pilot(command: Command, tmp_pat
     assert np.isfinite(found["budget"]["takes"]) and found["budget"]["seeds"] > 3
     assert f"--config-dir '{conf}'" in found["budget"]["command"]
     assert os.listdir() == ["plan.json"]
+    beside = "Hours are without what confirmation runs measure beside the test"
+    assert not any(note.startswith(beside) for note in found["notes"])
+    probed = planned(command, "mine", "task@task.probe=bbc", "--config-dir", str(conf), "--sd", "1")
+    assert any(note.startswith(beside) for note in probed["notes"])
 
 
 def test_a_sweep_by_hydras_own_sweeper_is_refused(command: Command, tmp_path: Path) -> None:

@@ -422,6 +422,30 @@ def test_padding_changes_no_loss(pairs_file: str, chat_tokenizer: Any, decoder: 
             torch.testing.assert_close(alone.loss_sum, together.loss_sum[i : i + 1], rtol=1e-10, atol=0)
 
 
+def test_the_head_sees_one_row_a_target(pairs_file: str, chat_tokenizer: Any, decoder: Any) -> None:
+    """A matrix product of M rows: over a cut of [N, T, I] torch copies the head's weight once an example."""
+    task, batch = lm_batch(pairs_file, chat_tokenizer)
+    seen: list[tuple[int, ...]] = []
+    head = decoder.model.get_output_embeddings()
+    hook = head.register_forward_hook(lambda _, args, out: seen.append((*args[0].shape[:-1], args[0].is_contiguous())))
+    with torch.no_grad():
+        out = task.step(decoder.model, batch)
+    hook.remove()
+    assert seen == [(1, int(out.rows["tokens"].sum()), True)]
+    assert not head._forward_pre_hooks and not head._forward_hooks
+
+
+def test_a_batch_without_a_target_loses_nothing(pairs_file: str, chat_tokenizer: Any, decoder: Any) -> None:
+    task, batch = lm_batch(pairs_file, chat_tokenizer)
+    decoder.model.zero_grad()
+    out = task.step(decoder.model.requires_grad_(True), batch | {"labels": torch.full_like(batch["labels"], -100)})
+    out.loss_sum.sum().backward()
+    assert out.loss_sum.tolist() == [0] * 6 == out.weight.tolist()
+    assert all(p.grad is None or not p.grad.any() for p in decoder.model.parameters())
+    decoder.model.zero_grad()
+    decoder.model.requires_grad_(False)
+
+
 def test_a_base_that_names_no_head(pairs_file: str, chat_tokenizer: Any, decoder: Any) -> None:
     class Plain(torch.nn.Module):
         def forward(self, input_ids: torch.Tensor, attention_mask: torch.Tensor, token_type_ids: Any = None) -> Any:

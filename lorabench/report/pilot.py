@@ -39,6 +39,7 @@ class Pace:
     train: float
     evaluate: float
     unit: str = "tokens"
+    beside: float = 0.0  # seconds of a confirmation run for what is measured beside the test: probe, replies, samples
 
 
 def noise(sweep: Sweep, *, examples: int) -> Noise:
@@ -81,7 +82,9 @@ def paces(sweep: Sweep) -> list[Pace]:
         found = [p for r in runs if (p := _pace(r)) is not None]
         if found:
             train, evaluate = median(p.train for p in found), median(p.evaluate for p in found)
-            made.append(Pace(found[0].method, found[0].trainable, train, evaluate, found[0].unit))
+            took = [r.resources["beside_seconds"] for r in runs if r.resources.get("beside_seconds") is not None]
+            beside = median(took) if took else 0.0
+            made.append(Pace(found[0].method, found[0].trainable, train, evaluate, found[0].unit, beside))
     return made
 
 
@@ -113,5 +116,8 @@ def pace_of(known: Sequence[Pace], method: str, trainable: int) -> Pace | None:
     if not own:
         return None
     sizes, at = [math.log(max(1, p.trainable)) for p in own], math.log(max(1, trainable))
-    train = float(np.interp(at, sizes, [p.train for p in own]))
-    return Pace(method, trainable, train, float(np.interp(at, sizes, [p.evaluate for p in own])), own[0].unit)
+    train, evaluate, beside = (
+        float(np.interp(at, sizes, values))
+        for values in zip(*((p.train, p.evaluate, p.beside) for p in own), strict=True)
+    )
+    return Pace(method, trainable, train, evaluate, own[0].unit, beside)
