@@ -52,6 +52,15 @@ def test_one_seed_has_no_interval(tmp_path: Path) -> None:
     )
 
 
+def test_one_cell_is_not_recommended(tmp_path: Path) -> None:
+    """There was nothing to choose from, however many seeds it has."""
+    f = found(build(tmp_path / "s", PAIR[:1], examples=200))
+    said = words.answer(f)
+    assert f.recommendation is None and said.command is None
+    assert said.lead.startswith("LoRA r = 4 reaches") and said.lead.endswith("on test; one cell compares nothing.")
+    assert [row.mark for row in tables.comparison(f).rows] != ["recommended"]
+
+
 def test_results_that_never_vary_give_no_verdict(tmp_path: Path) -> None:
     """Rounded numbers of another tool, or runs whose seed changes nothing: zero scatter is not certainty."""
     store = build(tmp_path / "s", flat(PAIR), arrays=False)

@@ -183,7 +183,7 @@ def _control(results: Mapping[str, Result], method: str, best: str | None) -> st
 
 
 def _recommend(results: Mapping[str, Result], compare: Compare, reference: str, sweep: Sweep) -> Recommendation | None:
-    if results[reference].test is None:
+    if results[reference].test is None or len(results) == 1:  # nothing to choose from
         return None
     passed: list[str] = []
     skipped: list[str] = []
