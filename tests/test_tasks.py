@@ -427,12 +427,27 @@ def test_the_head_sees_one_row_a_target(pairs_file: str, chat_tokenizer: Any, de
     task, batch = lm_batch(pairs_file, chat_tokenizer)
     seen: list[tuple[int, ...]] = []
     head = decoder.model.get_output_embeddings()
+    own = len(head._forward_pre_hooks)
     hook = head.register_forward_hook(lambda _, args, out: seen.append((*args[0].shape[:-1], args[0].is_contiguous())))
     with torch.no_grad():
         out = task.step(decoder.model, batch)
     hook.remove()
     assert seen == [(1, int(out.rows["tokens"].sum()), True)]
-    assert not head._forward_pre_hooks and not head._forward_hooks
+    assert len(head._forward_pre_hooks) == own
+
+
+def test_the_head_is_given_rows_in_one_piece(chat_tokenizer: Any, decoder: Any) -> None:
+    """As `generate` cuts the last position out, and a batch before labels are known."""
+    ids = chat_tokenizer(["one two three"] * 3, return_tensors="pt")["input_ids"]
+    seen: list[bool] = []
+    head = decoder.model.get_output_embeddings()
+    hook = head.register_forward_hook(lambda _, args, out: seen.append(args[0].is_contiguous()))
+    with torch.no_grad():
+        last = decoder.model(input_ids=ids, logits_to_keep=1).logits
+        whole = decoder.model(input_ids=ids).logits
+    hook.remove()
+    assert ids.shape[1] > 1 and seen == [True, True]
+    torch.testing.assert_close(last, whole[:, -1:], rtol=1e-10, atol=1e-14)
 
 
 def test_a_batch_without_a_target_loses_nothing(pairs_file: str, chat_tokenizer: Any, decoder: Any) -> None:
