@@ -41,7 +41,8 @@ def _logits(model: nn.Module, inputs: dict[str, Tensor], counted: Tensor) -> Ten
     from torch import nn
 
     options: dict[str, Any] = {"use_cache": False} if _takes(model, "use_cache") else {}
-    head = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
+    own = getattr(model, "get_output_embeddings", None)
+    head = own() if own else None
     if type(head) is not nn.Linear:
         chosen: Tensor = model(**inputs, **options).logits[counted]
         return chosen
