@@ -20,6 +20,7 @@ import torch
 
 from lorabench import checkpoints, messages
 from lorabench.config import RunConfig
+from lorabench.memory import release
 from lorabench.prepare import Pack, device_count, resolve
 from lorabench.records import Record, Store
 from lorabench.stopping import in_order
@@ -196,10 +197,14 @@ def _train(
     keep: list[str],
     accept_drift: bool,
 ) -> tuple[str, Any]:
-    """In the worker: train a pack, and say how it ended."""
+    """In the worker: train a pack, and say how it ended. A worker that then waits holds no memory of it: the others' packs
+    may need it."""
     pack = Pack(pack_id, tuple(RunConfig.from_dict(r) for r in runs), prune=prune)
     store, listener = Store(root, lease), messages.telling(_channel)
-    return messages.ended(lambda: train(pack, store, listener, keep=keep, accept_drift=accept_drift))
+    try:
+        return messages.ended(lambda: train(pack, store, listener, keep=keep, accept_drift=accept_drift))
+    finally:
+        release()
 
 
 def shares(planned: Sequence[Pack], asked: int | None) -> int:

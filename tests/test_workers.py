@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import gc
+import queue
 import signal
+import weakref
 from pathlib import Path
 from threading import Barrier, Event, main_thread
 from typing import Any
@@ -10,6 +13,7 @@ from typing import Any
 import pytest
 
 from lorabench import workers
+from lorabench.module import PackModule
 from lorabench.prepare import Pack
 from lorabench.schema import ExistingWork
 from tiny import make_base, make_data, make_run
@@ -86,6 +90,27 @@ def test_more_workers_than_devices_share_them(threads: list[int], monkeypatch: p
             workers._begin(*worker.own, channel=None)
             seen.append(workers.os.environ["CUDA_VISIBLE_DEVICES"])
     assert seen == ["4", "6", "4", "6"]
+
+
+def test_a_worker_that_waits_holds_nothing_of_its_last_pack(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A trainer, its module and its data refer to each other in circles: gigabytes under `full`, while others train."""
+    made: list[weakref.ref[Any]] = []
+    begin = PackModule.__init__
+
+    def noted(self: PackModule, *args: Any, **kwargs: Any) -> None:
+        made.append(weakref.ref(self))
+        begin(self, *args, **kwargs)
+
+    monkeypatch.setattr(PackModule, "__init__", noted)
+    monkeypatch.setattr(workers, "_channel", queue.Queue())
+    run = make_run(make_base(tmp_path / "bert", "bert"), make_data(tmp_path / "data.csv"), **{"trainer.max_steps": 2})
+    gc.disable()  # what goes away does not by chance
+    try:
+        how, records = workers._train("p0", [run.to_dict()], False, str(tmp_path / "sweep"), None, [], False)
+    finally:
+        gc.enable()
+    assert (how, [r["status"] for r in records]) == ("records", ["completed"])
+    assert made and not any(ref() for ref in made)
 
 
 @pytest.mark.usefixtures("threads")
