@@ -22,6 +22,7 @@ if TYPE_CHECKING:
 SEEDS = (3, 5, 8, 10, 15, 20, 35)
 MOST = 500  # confirmation seeds that a budget is spent on: more would show no more, and no command line holds them
 ASSUMED = (0.01, 0.014, 0.02)  # SDs shown where none is known: of accuracies and other shares
+BESIDE = "Hours are without what confirmation runs measure beside the test (task.probe, replies): a pilot that measures it knows."
 ASSUMED_OF_MARGIN = (0.5, 0.7, 1.0)  # of other metrics: the same beside a margin of two points
 
 
@@ -147,6 +148,7 @@ def _designs(args: argparse.Namespace, study: Study, sweep: Sweep | None, notes:
 def _hours(args: argparse.Namespace, study: Study, sweep: Sweep | None, notes: list[str]) -> Hours | None:
     from lorabench.study import hours, measured, measures_beside, unpaced
 
+    lacking = [BESIDE] if any(measures_beside(cell.run.to_dict()) for cell in study.cells) else []
     if sweep is not None:
         from lorabench.provenance import machine
         from lorabench.report.pilot import paces
@@ -157,6 +159,7 @@ def _hours(args: argparse.Namespace, study: Study, sweep: Sweep | None, notes: l
         if found and cpus != {machine()["cpu"]}:
             notes.append(f"The pilot's seconds are those of other hardware ({_joined(cpus)}).")
         if found:
+            notes += [] if any(measures_beside(r.config) for r in sweep.records.values()) else lacking
             return found
         notes.append(f"The pilot has no times of method {', '.join(unpaced(study, known))}.")
     if args.no_measure:
@@ -166,10 +169,7 @@ def _hours(args: argparse.Namespace, study: Study, sweep: Sweep | None, notes: l
             )
         return None
     known, once = measured(study)
-    if any(measures_beside(cell.run) for cell in study.cells):
-        notes.append(
-            "Hours are without what confirmation runs measure beside the test (task.probe, replies): only a pilot knows it."
-        )
+    notes += lacking
     source = "a few steps of the smallest and the largest cell of each kind of method, alone"
     return hours(study, known, source, once)
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any
@@ -172,13 +172,14 @@ def _seconds(run: RunConfig, trainable: int, paces: Sequence[Pace], *, test: boo
     steps = prep.total_steps(run, len(lengths["train"]))
     epochs = steps / steps_per_epoch(len(lengths["train"]), t.batch_size, t.accumulate_grad_batches)
     seen = evaluations(steps, t.eval_interval) * size["val"] + (size["test"] if test else 0)
-    more = pace.beside if test and measures_beside(run) else 0.0
+    more = pace.beside if test and measures_beside(run.to_dict()) else 0.0
     return epochs * size["train"] * pace.train + seen * pace.evaluate + more
 
 
-def measures_beside(run: RunConfig) -> bool:
-    """Whether a confirmation run measures forgetting or tone, which takes time of its own."""
-    return bool(getattr(run.task, "probe", None) or getattr(run.task, "style_prompts", 0))
+def measures_beside(config: Mapping[str, Any]) -> bool:
+    """Whether a run of this config, once confirmed, measures forgetting or tone, which takes time of its own."""
+    task = config.get("task", {})
+    return bool(task.get("probe") or task.get("style_prompts"))
 
 
 def _devices(study: Study, runs: Sequence[RunConfig]) -> int:

@@ -116,12 +116,20 @@ def test_hours_come_from_a_pilots_records(command: Command, tmp_path: Path) -> N
 
 
 def test_hours_hold_what_is_measured_beside_the_test(command: Command, tmp_path: Path) -> None:
-    """7 s a confirmation run in the pilot's records; they count where the study asks for such a thing."""
-    folder = a_pilot(tmp_path / "pilot", train_seconds=3.2, eval_seconds=0.0, beside_seconds=7.0)
-    plain = planned(command, "smoke", "--pilot", folder, "--sd", "1")["hours"]
-    probed = planned(command, "smoke", "task@task.probe=bbc", "--pilot", folder, "--sd", "1")["hours"]
-    assert plain["seed"] * 3600 == pytest.approx(3 * 0.256)
-    assert probed["seed"] * 3600 == pytest.approx(3 * (0.256 + 7.0)) and probed["tuning"] == plain["tuning"]
+    """7 s a confirmation run in the pilot's records; they count where the study asks for such a thing. Of a pilot that
+    measured nothing of the kind the seconds are samples' alone, and the plan says what its hours lack."""
+    times = {"train_seconds": 3.2, "eval_seconds": 0.0, "beside_seconds": 7.0}
+    bare = a_pilot(tmp_path / "bare", **times)
+    config = {**MINILM, "task": {"probe": {"name": "bbc"}}}
+    build(tmp_path / "probed", [replace(c, config=config) for c in RANK_SWEEP], examples=500, resources=times)
+    asked = ["smoke", "task@task.probe=bbc", "--sd", "1", "--pilot"]
+    plain = planned(command, "smoke", "--sd", "1", "--pilot", bare)
+    known = planned(command, *asked, str(tmp_path / "probed"))
+    assert plain["hours"]["seed"] * 3600 == pytest.approx(3 * 0.256)
+    assert known["hours"]["seed"] * 3600 == pytest.approx(3 * (0.256 + 7.0))
+    assert known["hours"]["tuning"] == plain["hours"]["tuning"]
+    unknown = planned(command, *asked, bare)["notes"]
+    assert [plan.BESIDE in notes for notes in (plain["notes"], known["notes"], unknown)] == [False, False, True]
 
 
 def test_what_a_budget_buys(command: Command, cli: Any, tmp_path: Path) -> None:
@@ -293,10 +301,9 @@ def test_a_few_steps_are_timed_where_there_is_no_pilot(command: Command, tmp_pat
     assert np.isfinite(found["budget"]["takes"]) and found["budget"]["seeds"] > 3
     assert f"--config-dir '{conf}'" in found["budget"]["command"]
     assert os.listdir() == ["plan.json"]
-    beside = "Hours are without what confirmation runs measure beside the test"
-    assert not any(note.startswith(beside) for note in found["notes"])
+    assert plan.BESIDE not in found["notes"]
     probed = planned(command, "mine", "task@task.probe=bbc", "--config-dir", str(conf), "--sd", "1")
-    assert any(note.startswith(beside) for note in probed["notes"])
+    assert plan.BESIDE in probed["notes"]
 
 
 def test_a_sweep_by_hydras_own_sweeper_is_refused(command: Command, tmp_path: Path) -> None:
