@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import shutil
 from collections.abc import Sequence
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
+import pytest
 
 from lorabench.records import Store
 from lorabench.report import answer as words
@@ -52,13 +54,18 @@ def test_one_seed_has_no_interval(tmp_path: Path) -> None:
     )
 
 
-def test_one_cell_is_not_recommended(tmp_path: Path) -> None:
-    """There was nothing to choose from, however many seeds it has."""
-    f = found(build(tmp_path / "s", PAIR[:1], examples=200))
+@pytest.mark.parametrize("unfinished", [False, True])
+def test_one_cell_is_not_recommended(tmp_path: Path, unfinished: bool) -> None:
+    """There was nothing to choose from, however many seeds it has and whatever else was begun."""
+    store = build(tmp_path / "s", PAIR if unfinished else PAIR[1:], examples=200)
+    for record in store.records():
+        if record.role == "confirm" and record.config["method"].get("r") == 4:
+            shutil.rmtree(store.run_dir(record.run_id))
+    f = found(store)
     said = words.answer(f)
     assert f.recommendation is None and said.command is None
-    assert said.lead.startswith("LoRA r = 4 reaches") and said.lead.endswith("on test; one cell compares nothing.")
-    assert [row.mark for row in tables.comparison(f).rows] != ["recommended"]
+    assert said.lead.startswith("LoRA r = 64 reaches") and said.lead.endswith("no other test result to set it against.")
+    assert "recommended" not in [row.mark for row in tables.comparison(f).rows]
 
 
 def test_results_that_never_vary_give_no_verdict(tmp_path: Path) -> None:

@@ -48,8 +48,8 @@ def _lead(f: Findings) -> str:
         return f"{formats.capital(best.name)} reaches {_score(f, best)}; whether a smaller adapter would do gets no verdict ({rec.stopped.blocked})."
     if rec is None or rec.cell is None:
         best = _leader(f)
-        if len(f.results) == 1:
-            return f"{formats.capital(best.name)} reaches {_score(f, best)} on test; one cell compares nothing."
+        if f.alone:
+            return f"{formats.capital(best.name)} reaches {_score(f, best)} on test; there is no other test result to set it against."
         text = f"{formats.capital(best.name)} has the best {declared.selection(f.sweep)} and reaches {_score(f, best)} on test."
         if rec is not None:
             none = not any(x.cell.adapter for x in f.results.values())

@@ -77,6 +77,11 @@ class Findings:
     def confirmed(self) -> bool:
         return any(r.test is not None for r in self.results.values())
 
+    @property
+    def alone(self) -> bool:
+        """One cell has a test result and no other does."""
+        return _alone(self.results)
+
 
 def find(sweep: Sweep) -> Findings:
     measured = measure_cells(sweep)
@@ -182,8 +187,12 @@ def _control(results: Mapping[str, Result], method: str, best: str | None) -> st
     return _best([r for r in found if best and _same(r.cell.conditions, results[best].cell.conditions)])
 
 
+def _alone(results: Mapping[str, Result]) -> bool:
+    return sum(r.test is not None for r in results.values()) == 1
+
+
 def _recommend(results: Mapping[str, Result], compare: Compare, reference: str, sweep: Sweep) -> Recommendation | None:
-    if results[reference].test is None or len(results) == 1:  # nothing to choose from
+    if results[reference].test is None or _alone(results):  # nothing to choose from
         return None
     passed: list[str] = []
     skipped: list[str] = []
