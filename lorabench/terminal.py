@@ -72,19 +72,23 @@ class Progress:
                 if self.verbose and not self.live:
                     did = f"steps {begun + 1} to {total}" if begun else f"{total} steps"
                     took = time.monotonic() - began
-                    self.say(f"{pack.id}: {describe(pack)}: {did} in {took:.0f} s{self._left(', ')}")
+                    self.say(f"{pack.id}: {describe(pack)}: {did} in {took:.0f} s{self._left_of_all()}")
             elif self.verbose and not self.live and time.monotonic() - state["said"] >= EVERY:
                 state["said"] = time.monotonic()
-                self.say(f"{pack.id}: {describe(pack)}: step {step} of {total}{self._left(', ')}")
+                self.say(f"{pack.id}: {describe(pack)}: step {step} of {total}{self._left_of_all()}")
 
         return heard
 
-    def _left(self, before: str = "") -> str:
+    def _left_of_all(self) -> str:
+        left = self._left()
+        return f" (all {self._runs} runs: {left})" if left and len(self.packs) > 1 else f", {left}" if left else ""
+
+    def _left(self) -> str:
         here = self._done - self._before
         if here <= 0 or self._done >= self._runs - 1e-6:
             return ""
         seconds = (time.monotonic() - self._start) / here * (self._runs - self._done)
-        return f"{before}about {seconds / 60:.0f} min left" if seconds > 90 else f"{before}about {seconds:.0f} s left"
+        return f"about {seconds / 60:.0f} min left" if seconds > 90 else f"about {seconds:.0f} s left"
 
     def done(self, records: Sequence[Record]) -> None:
         for r in records:

@@ -35,7 +35,7 @@ def packs(tmp_path: Path) -> list[Pack]:
 
 
 def said(clock: Clock, packs: list[Pack], begun: int, seconds: float) -> list[str]:
-    """The lines of the first of two packs of 100 steps that goes on after step `begun`."""
+    """The lines of the first of the packs, of 100 steps that goes on after step `begun`."""
     out = io.StringIO()
     with terminal.Progress(Console(file=out, width=200), packs, enabled=True) as progress:
         heard = progress.step(packs[0], begun)
@@ -48,10 +48,18 @@ def said(clock: Clock, packs: list[Pack], begun: int, seconds: float) -> list[st
 def test_a_line_a_minute_and_one_at_the_end(clock: Clock, packs: list[Pack]) -> None:
     lines = said(clock, packs, 0, 1.5)
     assert [line.partition(" x 1: ")[2] for line in lines] == [
-        "step 40 of 100, about 4 min left", "step 80 of 100, about 3 min left", "100 steps in 150 s, about 2 min left",
+        "step 40 of 100 (all 2 runs: about 4 min left)", "step 80 of 100 (all 2 runs: about 3 min left)",
+        "100 steps in 150 s (all 2 runs: about 2 min left)",
+    ]  # fmt: skip
+
+
+def test_a_pack_alone_has_the_sweeps_time(clock: Clock, packs: list[Pack]) -> None:
+    lines = said(clock, packs[:1], 0, 1.5)
+    assert [line.partition(" x 1: ")[2] for line in lines] == [
+        "step 40 of 100, about 90 s left", "step 80 of 100, about 30 s left", "100 steps in 150 s",
     ]  # fmt: skip
 
 
 def test_steps_from_before_a_kill_took_no_time_here(clock: Clock, packs: list[Pack]) -> None:
     lines = said(clock, packs, 90, 3.0)
-    assert [line.partition(" x 1: ")[2] for line in lines] == ["steps 91 to 100 in 30 s, about 5 min left"]
+    assert [line.partition(" x 1: ")[2] for line in lines] == ["steps 91 to 100 in 30 s (all 2 runs: about 5 min left)"]
