@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 from lorabench import columns
@@ -34,31 +35,70 @@ def bring(store: Store, runs: Sequence[RunConfig], sources: Sequence[str]) -> It
     not here. To be called under `Store.locked`, before the sweep settles.
     """
     here = _settled(store) if sources else {}
+    if sources and not store.run_ids():
+        manifest = store.manifest()
+        if manifest.pop(
+            "settled", None
+        ):  # what is copied decides, also for a launcher that goes on where this one is killed
+            store.write_manifest(manifest)
+    for other, found, left in _offers(store, runs, sources, here):
+        taken = sum(_copy(other, store, record) for record in found)
+        if said := _said(taken, other, left):
+            yield f"{store.root}: {said}"
+
+
+@dataclass(frozen=True)
+class Brought:
+    """What `bring` would take: its lines, the runs, and what `trainer.precision=auto` then means (None: as without)."""
+
+    lines: tuple[str, ...]
+    run_ids: frozenset[str]
+    precision: str | None
+
+
+def would_bring(store: Store, runs: Sequence[RunConfig], sources: Sequence[str]) -> Brought:
+    """The same, and nothing is written."""
+    here = _settled(store) if sources else {}
+    lines, run_ids = list[str](), set[str]()
+    for other, found, left in _offers(store, runs, sources, here):
+        lines += [said] if (said := _said(len(found), other, left)) else []
+        run_ids |= {record.run_id for record in found}
+    return Brought(tuple(lines), frozenset(run_ids), here.get("precision"))
+
+
+def _said(taken: int, other: Store, left: int) -> str:
+    why = f"; {left} of other data, base, device or precision than this sweep's are not" if left else ""
+    return f"{taken} runs taken from {other.root}{why}" if taken or left else ""
+
+
+def _offers(
+    store: Store, runs: Sequence[RunConfig], sources: Sequence[str], here: dict[str, str]
+) -> Iterator[tuple[Store, list[Record], int]]:
+    """By source: what `store` has not begun and it has trained to the end, and how many of these were made otherwise.
+    here: {"device": "cpu", ...} of this sweep; the first run says what it does not."""
+    taken: set[str] = set()
     for other in opened(sources):
-        new = {run.run_id: run for run in runs if not store.run_dir(run.run_id).exists()}
-        torn, taken, left = damaged(other, new), 0, 0
+        new = {r.run_id: r for r in runs if r.run_id not in taken and not store.run_dir(r.run_id).exists()}
+        torn = damaged(other, new)
+        found, left = list[Record](), 0
         for record in map(other.read, sorted(new.keys() - torn.keys())):
             if record is None or record.status not in WHOLE:
                 continue
             if _alike(record, here, new[record.run_id]):
-                taken += _copy(other, store, record)
+                found.append(record)
             else:
                 left += 1
-        why = f"; {left} of other data, base, device or precision than this sweep's are not" if left else ""
-        if taken or left:
-            yield f"{store.root}: {taken} runs taken from {other.root}{why}"
+        yield other, found, left
+        taken |= {record.run_id for record in found}
 
 
 def _settled(store: Store) -> dict[str, str]:
-    """{"device": "cpu", ...} as the runs that are there have it. A note from before any of them is taken away: what is
-    copied decides then, also for a launcher that goes on where this one is killed."""
-    manifest, here = store.manifest(), dict[str, str]()
+    """{"device": "cpu", ...} as the runs that are there have it; a note from before any of them counts for nothing."""
+    here = dict[str, str]()
     if store.run_ids():
-        here |= manifest.get("settled") or {}
+        here |= store.manifest().get("settled") or {}
         for record in () if here else store.records():
             _made_here(record, here)
-    elif manifest.pop("settled", None):
-        store.write_manifest(manifest)
     return here
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -154,12 +154,23 @@ def new_manifest(job: Job) -> dict[str, Any]:
 
 
 def planned_packs(store: Store, jobs: Sequence[Job]) -> list[Pack]:
-    """The packs that hold the jobs: those of the manifest where they stand, new ones for what is new.
+    """The packs that hold the jobs: those of the manifest where they stand, new ones for what is new."""
+    manifest, auto = store.manifest(), settled.precision(store)
+    known, fresh = packs_of(manifest, jobs, auto, lambda run: _reused(store, run))
+    start = len(manifest["packs"])
+    manifest["packs"] += [_entry(pack, auto, version=1) | {"round": start} for pack in fresh]
+    store.write_manifest(manifest)
+    return known + fresh
 
-    A pack prunes when it was planned to and `sweep.prune` still asks for it.
+
+def packs_of(
+    manifest: Mapping[str, Any], jobs: Sequence[Job], auto: str | None, reused: Callable[[RunConfig], bool]
+) -> tuple[list[Pack], list[Pack]]:
+    """Packs of the manifest that hold jobs, and new ones for the jobs in none of them.
+
+    A pack prunes when it was planned to and `sweep.prune` still asks for it. reused: runs beside which nothing is to train.
     """
-    manifest, sweep = store.manifest(), jobs[0].settings.sweep
-    runs = {j.run.run_id: j.run for j in jobs}
+    sweep, runs = jobs[0].settings.sweep, {j.run.run_id: j.run for j in jobs}
     known = [
         # a pack trains with the members it was planned with, whether or not all of them are asked for now
         Pack(
@@ -172,17 +183,15 @@ def planned_packs(store: Store, jobs: Sequence[Job]) -> list[Pack]:
     ]
     planned = {i for p in known for i in p.run_ids}
     new = [r for i, r in runs.items() if i not in planned]
-    start, auto = len(manifest["packs"]), settled.precision(store)
+    start = len(manifest["packs"])
     if sweep.prune and new:
         begun = _begun(manifest)
         apart = {r.run_id for r in new if cell_key(r) in begun}
     else:
-        apart = {r.run_id for r in new if _reused(store, r)}  # beside them nothing is to train
+        apart = {r.run_id for r in new if reused(r)}
     fresh = plan_packs([r for r in new if r.run_id not in apart], sweep.max_pack, start, prune=sweep.prune, auto=auto)
     fresh += plan_packs([r for r in new if r.run_id in apart], sweep.max_pack, start + len(fresh), auto=auto)
-    manifest["packs"] += [_entry(pack, auto, version=1) | {"round": start} for pack in fresh]
-    store.write_manifest(manifest)
-    return known + fresh
+    return known, fresh
 
 
 def beside(store: Store, packs: Sequence[Pack]) -> list[Pack]:

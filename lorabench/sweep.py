@@ -13,9 +13,10 @@ from lorabench import checkpoints, declaration, elsewhere, settled
 from lorabench import prepare as prep
 from lorabench.config import RunConfig, Settings
 from lorabench.damage import damaged
+from lorabench.dry_run import dry_run
 from lorabench.finished import finished_records
 from lorabench.leases import LeaseLost
-from lorabench.planning import Job, beside, cell_id, label_of, parts_of, plan_packs, planned_packs, replan, write_cells
+from lorabench.planning import Job, beside, cell_id, label_of, parts_of, planned_packs, replan, write_cells
 from lorabench.prepare import Pack
 from lorabench.provenance import code_fingerprint
 from lorabench.ranks import train
@@ -26,7 +27,7 @@ from lorabench.report.select import Choice, choose
 from lorabench.schema import ConfigError, writing
 from lorabench.sharing import Ended, freed, waits_for
 from lorabench.slice_plan import SlicePlan
-from lorabench.terminal import Progress, announced, data_notices, dry_run_table
+from lorabench.terminal import Progress, announced, data_notices
 from lorabench.train import Listener, OutOfMemory, SlicesMix, measure
 from lorabench.workers import Crew, one_share, shares, workers_for
 
@@ -64,10 +65,7 @@ def execute(jobs: Sequence[Job], *, executor: Executor = map, console: Console |
     for line in data_notices(jobs) if settings.sweep.dry_run or settings.sweep.progress else ():
         console.print(line, highlight=False, soft_wrap=True, markup=False)
     if settings.sweep.dry_run:
-        unique = list({j.run.run_id: j for j in jobs}.values())
-        auto = settled.precision(store)
-        packs = plan_packs([j.run for j in unique], settings.sweep.max_pack, prune=settings.sweep.prune, auto=auto)
-        console.print(dry_run_table(packs, unique, plans, auto))
+        dry_run(store, jobs, plans, console)
         return [None] * len(jobs)
     declaration.check_unchanged(store.manifest(), settings.study, store.root)
     write_cells(store, jobs, plans, only_new=True)

@@ -1,25 +1,21 @@
-"""What a sweep shows while it runs, and what a dry run prints."""
+"""What a sweep shows while it runs."""
 
 from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
 from rich.console import Console
-from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, SpinnerColumn, TaskID, TextColumn, TimeElapsedColumn
 from rich.progress import Progress as Bars
-from rich.table import Table
 
 from lorabench import prepare as prep
-from lorabench.memory import estimate
 from lorabench.prepare import Pack
 from lorabench.records import Record
 from lorabench.report.left_out import left_out
-from lorabench.slice_plan import SlicePlan
 
 EVERY = 60.0  # seconds between the lines of a pack where there are no bars
 
@@ -136,48 +132,3 @@ def data_notices(jobs: Sequence[Any]) -> list[str]:
     new = [line for line in found if line not in _told]
     _told.update(new)
     return new
-
-
-def dry_run_table(
-    packs: Sequence[Pack], jobs: Sequence[Any], plans: Mapping[str, SlicePlan], auto: str | None = None
-) -> Table:
-    """Runs, packs, trainable parameters and estimated memory. No weights were loaded, nothing was written.
-
-    auto: as in `prepare.resolve`.
-    """
-    caption = "memory: an estimate, at full-length batches; nothing was written"
-    table = Table(title=f"dry run: {len(jobs)} runs in {len(packs)} packs", caption=caption)
-    for name in ("run", "cell", "lr", "seed", "trainable"):
-        table.add_column(name, justify="left" if name in ("run", "cell") else "right", no_wrap=name != "cell")
-    labels = {j.run.run_id: j.label for j in jobs}
-    for pack in packs:
-        first, info = pack.runs[0], prep.layers(pack.runs[0])
-        size = _estimate(pack, plans, auto)
-        steps = prep.total_steps(first, len(prep.prepare(first).encoded.splits["train"]))
-        table.add_row(f"[bold]{pack.id}[/]", f"[bold]{first.role}, {steps} steps, {size / 2**30:.1f} GiB[/]")
-        for run in pack.runs:
-            name = _cell_name(labels[run.run_id])
-            table.add_row(
-                run.run_id, name, f"{run.optimizer.lr:g}", str(run.seed), f"{plans[run.run_id].trainable(info):,}"
-            )
-        table.add_section()
-    return table
-
-
-def _estimate(pack: Pack, plans: Mapping[str, SlicePlan], auto: str | None) -> int:
-    first = pack.runs[0]
-    resolved, chosen = prep.resolve(first, auto), [plans[i] for i in pack.run_ids]
-    return estimate(
-        prep.layers(first), chosen, first, dtype=resolved.base_dtype, device=resolved.device,
-        part_tokens=resolved.part_tokens,
-    )  # fmt: skip
-
-
-def _cell_name(label: Mapping[str, Any]) -> str:
-    parts = [str(label["method"])] + [
-        f"{k}={label[v]}" for k, v in (("r", "r"), ("alpha", "alpha_rule")) if label.get(v)
-    ]
-    parts += [str(label["targets"])] * bool(label.get("r"))
-    return escape(
-        " ".join(parts + [f"{key.rpartition('.')[2]}={value}" for key, value in sorted(label["extra"].items())])
-    )

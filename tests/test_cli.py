@@ -128,7 +128,7 @@ def test_a_directory_of_other_software_is_refused(cli):
 def test_a_dry_run_writes_nothing_and_shows_runs_packs_and_parameters(cli):
     code, out = cli("-m", "method.r=1,4", "optimizer.lr=1e-3,1e-2", "sweep.dry_run=true", *FAST)
     assert code == 0, out
-    assert "4 runs in 1 packs" in out
+    assert "dry run: 4 runs in 1 pack" in out
     assert "GiB" in out
     assert os.listdir() == []
 

@@ -11,7 +11,7 @@ import pytest
 from lorabench import prepare as prep
 from lorabench import settled
 from lorabench.config import RunConfig, Settings
-from lorabench.elsewhere import bring
+from lorabench.elsewhere import bring, would_bring
 from lorabench.planning import Job, label_of, planned_packs
 from lorabench.records import Record, Store
 from lorabench.report.budget import budget
@@ -81,6 +81,22 @@ def test_what_another_sweep_trained_is_not_trained_again(sweep: Cli) -> None:
     code, said = sweep("second", "method.r=2,8", *PHASES, "sweep.reuse=[sweeps/first]")
     assert (code, results("second")) == (0, before)
     assert "taken" not in said
+
+
+def test_a_dry_run_shows_what_is_there_and_writes_nothing(sweep: Cli) -> None:
+    assert sweep("first", "method.r=2", *PHASES)[0] == 0
+    code, said = sweep("second", "method.r=2,4", *PHASES, "sweep.reuse=[sweeps/first]", "sweep.dry_run=true")
+    assert code == 0 and not Path("sweeps/second").exists()
+    assert "dry run: 2 of 4 runs to train, in 1 pack" in said and "2 runs taken from sweeps/first" in said
+    assert not [run_id for run_id in Store("sweeps/first").run_ids() if run_id in said]
+    assert sweep("second", "method.r=2", "optimizer.lr=1e-3,2e-3", "sweep.confirm_seeds=[]")[0] == 0
+    before = {path: path.read_bytes() for path in Path("sweeps/second").rglob("*") if path.is_file()}
+    code, said = sweep("second", "method.r=2,4", *PHASES, "sweep.dry_run=true")
+    assert code == 0
+    assert "dry run: 2 of 4 runs to train, in 1 pack" in said and "2 runs finished in sweeps/second" in said
+    code, said = sweep("second", "method.r=2", *PHASES, "sweep.dry_run=true")
+    assert code == 0 and "nothing to train" in said
+    assert {path: path.read_bytes() for path in Path("sweeps/second").rglob("*") if path.is_file()} == before
 
 
 def test_runs_made_under_other_conditions_are_left(sweep: Cli, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -171,6 +187,20 @@ def test_a_note_from_before_any_run_does_not_outlive_what_is_taken(places: tuple
     assert list(bring(store, [run], [made(tmp_path / "bf16", run, "bf16")]))
     settled.settle(store, run)
     assert settled.precision(store) == "bf16"
+
+
+def test_what_would_be_taken_is_what_is_taken(places: tuple[Path, Path], tmp_path: Path) -> None:
+    """And what `auto` means is what it will mean; a note from before any run counts for neither."""
+    runs = [own_run(places, r) for r in (2, 4, 8)]
+    sources = [made(tmp_path / p, run, p) for p, run in zip(("bf16", "32"), runs[:2], strict=True)]
+    for note in ({}, {"settled": {"device": "cpu", "precision": "32"}}):
+        store = Store(tmp_path / f"new{len(note)}")
+        store.write_manifest({"schema": 1, "cells": [], "runs": {}, "packs": [], **note})
+        found = would_bring(store, runs, sources)
+        assert store.manifest().get("settled") == note.get("settled") and not store.run_ids()
+        lines = list(bring(store, runs, sources))
+        assert [f"{store.root}: {line}" for line in found.lines] == lines and len(lines) == 2
+        assert (found.run_ids, found.precision) == ({*store.run_ids()}, "bf16")
 
 
 def test_a_launch_that_was_cut_while_it_copied_takes_no_more_than_it_would_have(

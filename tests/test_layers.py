@@ -53,6 +53,7 @@ NEEDS_TORCH = {
     "workers",
     "sharing",
     "terminal",
+    "dry_run",
     "clusters",
     "sweep",
     "study",

@@ -239,7 +239,7 @@ def test_the_margin_names_its_series(tmp_path: Path) -> None:
 
 
 def test_a_dry_run_names_every_axis() -> None:
-    from lorabench.terminal import _cell_name
+    from lorabench.dry_run import _cell_name
 
     label = {
         "method": "LoRA",
