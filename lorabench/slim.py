@@ -1,16 +1,20 @@
 """`python -m lorabench.slim <sweep dir> <folder>`: a copy of a sweep small enough for git, that reports are made of.
 
 It holds records, histories, per-example results, samples and what `lorabench.analyze` and `lorabench.costs` measured; not
-weights, checkpoints, leases or caches. What the runs' test results have in common stands once (`columns`).
+weights, checkpoints, leases or caches. What the runs' test results have in common stands once (`columns`). Of the training
+rows of a history it may hold every N-th (`--every`); every row of an evaluation stays.
 """
 
 from __future__ import annotations
 
 import argparse
+import json
 import shutil
 import sys
 from collections.abc import Sequence
+from contextlib import suppress
 from pathlib import Path
+from typing import Any
 
 from lorabench import columns
 from lorabench.damage import damaged
@@ -19,6 +23,7 @@ from lorabench.records import HISTORY, MANIFEST, Store
 from lorabench.schema import ConfigError
 
 RUN = ("run.json", HISTORY, "samples.json")
+STEP = {"step", "train/loss", "lr"}  # what a training row says
 SWEEP = (MANIFEST, "analysis/weights.json", "analysis/costs.json")
 
 
@@ -30,14 +35,19 @@ def parser() -> argparse.ArgumentParser:
     )
     p.add_argument("sweep", type=Path, help="a sweep's directory")
     p.add_argument("out", type=Path, help="where to: a folder that does not exist yet, or an empty one")
+    p.add_argument(
+        "--every", type=int, default=1, metavar="N", help="of the training rows of a history keep those of every N-th step (default 1: all)"
+    )  # fmt: skip
     return p
 
 
-def slim(sweep: Path, out: Path) -> str:
-    """Write `out`, whole or not at all, and return what there is to say about it.
+def slim(sweep: Path, out: Path, *, every: int = 1) -> str:
+    """Write `out`, whole or not at all, and return what there is to say about it. every: steps a training row that is kept.
 
     Raises `ConfigError` for a directory that is no sweep, results that are torn and an `out` that holds files.
     """
+    if every < 1:
+        raise ConfigError("--every", every, "a number of steps, at least 1")
     if not (sweep / MANIFEST).is_file():
         raise ConfigError("sweep", str(sweep), f"a sweep's directory; there is no {MANIFEST} in this one")
     check_free(out, "out")
@@ -49,18 +59,21 @@ def slim(sweep: Path, out: Path) -> str:
     for run_id, name in damaged(store, ids).items():
         raise ConfigError("sweep", str(store.run_dir(run_id) / name), "whole files; this one cannot be read")
     with written_whole(out.resolve()) as made:
-        _copy(store, ids, made)
+        _copy(store, ids, made, every)
     size = sum(path.stat().st_size for path in out.rglob("*") if path.is_file())
     return f"{out}: {len(ids)} runs, {size / 2**20:.1f} MiB"
 
 
-def _copy(store: Store, ids: Sequence[str], made: Path) -> None:
+def _copy(store: Store, ids: Sequence[str], made: Path, every: int) -> None:
     files = [*SWEEP, *(f"runs/{run_id}/{name}" for run_id in ids for name in RUN)]
     for name in files:
         source, target = store.root / name, made / name
         if source.is_file() and not source.is_symlink():
             target.parent.mkdir(parents=True, exist_ok=True)
-            shutil.copyfile(source, target)
+            if target.name == HISTORY and every > 1:
+                _thin(source, target, every)
+            else:
+                shutil.copyfile(source, target)
     tests = {run_id: found for run_id in ids if (found := store.arrays(run_id, "test"))}
     if shared := columns.repeated(tests.values()):
         (made / columns.SHARED).write_bytes(columns.packed(shared))
@@ -68,11 +81,22 @@ def _copy(store: Store, ids: Sequence[str], made: Path) -> None:
         (made / "runs" / run_id / "test.npz").write_bytes(columns.packed(columns.slim(found, shared)))
 
 
+def _thin(source: Path, target: Path, every: int) -> None:
+    """A history with the rows of every N-th step and of the last, and every row that says more than a training step does."""
+    rows = list[dict[str, Any]]()
+    for line in source.read_text(encoding="utf-8", errors="replace").splitlines():
+        with suppress(ValueError):  # a torn line says nothing
+            rows.append(json.loads(line))
+    last = max((row["step"] for row in rows), default=0)
+    kept = [row for row in rows if row.keys() - STEP or row["step"] % every == 0 or row["step"] == last]
+    target.write_text("".join(json.dumps(row) + "\n" for row in kept), encoding="utf-8")
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     """Exit code 0; 2 for bad input."""
     args = parser().parse_args(argv)
     try:
-        print(slim(args.sweep, args.out))
+        print(slim(args.sweep, args.out, every=args.every))
     except ConfigError as e:
         print(f"error: {e}", file=sys.stderr)
         return 2

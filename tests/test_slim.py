@@ -56,6 +56,28 @@ def test_a_copy_holds_the_same_records_and_results_in_less_room(sweep: Path, tmp
     assert size(copy.root) < 0.7 * size(sweep)
 
 
+def test_of_training_rows_every_nth_is_kept_and_of_evaluations_all(sweep: Path, tmp_path: Path) -> None:
+    store, run_id = Store(sweep), "0" * 12
+    rows = [{"step": n, "train/loss": 1.0 / n, "lr": 1e-3} for n in range(2, 26)]
+    rows.insert(14, {"step": 15, "val/loss": 0.5})
+    store.append_history(run_id, rows)
+    assert slim.main([str(sweep), str(tmp_path / "kept"), "--every", "10"]) == 0
+    copy = Store(tmp_path / "kept")
+    assert [(r["step"], "val/loss" in r) for r in copy.history(run_id)] == [
+        (10, False),
+        (15, True),
+        (20, False),
+        (25, False),
+    ]
+    assert all(row in store.history(run_id) for row in copy.history(run_id))
+    assert len(copy.history("1".zfill(12))) == 1 and damaged(copy, copy.run_ids()) == {}
+
+
+def test_no_training_row_in_zero(sweep: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert slim.main([str(sweep), str(tmp_path / "kept"), "--every", "0"]) == 2
+    assert "--every" in capsys.readouterr().err and not (tmp_path / "kept").exists()
+
+
 def test_a_copy_of_a_copy_is_the_same(sweep: Path, tmp_path: Path) -> None:
     slim.slim(sweep, tmp_path / "kept")
     slim.slim(tmp_path / "kept", tmp_path / "again")
