@@ -13,11 +13,11 @@ from pathlib import Path
 
 import pytest
 
+from lorabench.planning import plan_packs
 from lorabench.records import Store
 from lorabench.report.answer import answer
 from lorabench.report.findings import find
 from lorabench.report.load import load
-from lorabench.sweep import plan_packs
 from tiny import make_base, make_data, make_run
 
 
