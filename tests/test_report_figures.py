@@ -6,10 +6,11 @@ import shutil
 import subprocess
 from itertools import pairwise
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
-from lorabench.report import figures, render, style
+from lorabench.report import curves, figures, render, style
 from lorabench.report.findings import find
 from lorabench.report.formats import Metric, compact, duration, memory, number, rate, share
 from lorabench.report.load import load, pretty_rule
@@ -32,6 +33,15 @@ def test_one_hue_a_method_lighter_for_smaller_ranks(tmp_path: Path) -> None:
     assert all(contrast(c) >= 2 for c in ranks)
     assert all(contrast(style.readable(c)) >= 4.5 for c in ranks)
     assert found["full-everything"].colour == style.HUES["full"]
+
+
+def test_a_panel_of_rates_names_no_alpha_where_there_is_none() -> None:
+    def cell(rule: str | None) -> SimpleNamespace:
+        found = SimpleNamespace(method="VeRA", r=8, adapter=True, alpha_rule=rule, extra=(("task.max_length", "64"),))
+        return SimpleNamespace(cell=found)
+
+    titles = [curves._family(cell(rule)) for rule in (None, "16")]  # type: ignore[arg-type]
+    assert titles == ["VeRA, max_length 64", "VeRA, α = 16, max_length 64"]
 
 
 def test_a_method_keeps_its_colour_whatever_else_is_there(tmp_path: Path) -> None:

@@ -70,7 +70,8 @@ def _family(r: Result) -> str:
     if not r.cell.adapter:
         return OTHERS
     rule = pretty_rule(r.cell.alpha_rule).removesuffix("/sqrt(r)")  # the method's name says that part
-    return ", ".join([r.cell.method, f"α = {rule}", *(f"{k.split('.')[-1]} {v}" for k, v in r.cell.extra)])
+    alpha = [f"α = {rule}"] if rule else []  # VeRA has none
+    return ", ".join([r.cell.method, *alpha, *(f"{k.split('.')[-1]} {v}" for k, v in r.cell.extra)])
 
 
 def _ends(here: Sequence[Result]) -> tuple[float, float]:
