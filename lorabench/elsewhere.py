@@ -37,9 +37,8 @@ def bring(store: Store, runs: Sequence[RunConfig], sources: Sequence[str]) -> It
     here = _settled(store) if sources else {}
     if sources and not store.run_ids():
         manifest = store.manifest()
-        if manifest.pop(
-            "settled", None
-        ):  # what is copied decides, also for a launcher that goes on where this one is killed
+        # what is copied decides, also for a launcher that goes on where this one is killed
+        if manifest.pop("settled", None):
             store.write_manifest(manifest)
     for other, found, left in _offers(store, runs, sources, here):
         taken = sum(_copy(other, store, record) for record in found)

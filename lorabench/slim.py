@@ -11,8 +11,7 @@ import argparse
 import json
 import shutil
 import sys
-from collections.abc import Sequence
-from contextlib import suppress
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -71,7 +70,7 @@ def _copy(store: Store, ids: Sequence[str], made: Path, every: int) -> None:
         if source.is_file() and not source.is_symlink():
             target.parent.mkdir(parents=True, exist_ok=True)
             if target.name == HISTORY and every > 1:
-                _thin(source, target, every)
+                target.write_text(_thin(store.history(target.parent.name), every), encoding="utf-8")
             else:
                 shutil.copyfile(source, target)
     tests = {run_id: found for run_id in ids if (found := store.arrays(run_id, "test"))}
@@ -81,15 +80,11 @@ def _copy(store: Store, ids: Sequence[str], made: Path, every: int) -> None:
         (made / "runs" / run_id / "test.npz").write_bytes(columns.packed(columns.slim(found, shared)))
 
 
-def _thin(source: Path, target: Path, every: int) -> None:
+def _thin(rows: Sequence[Mapping[str, Any]], every: int) -> str:
     """A history with the rows of every N-th step and of the last, and every row that says more than a training step does."""
-    rows = list[dict[str, Any]]()
-    for line in source.read_text(encoding="utf-8", errors="replace").splitlines():
-        with suppress(ValueError):  # a torn line says nothing
-            rows.append(json.loads(line))
     last = max((row["step"] for row in rows), default=0)
     kept = [row for row in rows if row.keys() - STEP or row["step"] % every == 0 or row["step"] == last]
-    target.write_text("".join(json.dumps(row) + "\n" for row in kept), encoding="utf-8")
+    return "".join(json.dumps(row) + "\n" for row in kept)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
