@@ -20,10 +20,10 @@ from typing import Any
 
 import torch
 
-from lorabench import prepare
-from lorabench.app import config_dir
-from lorabench.config import RunConfig, parse
-from lorabench.schema import ConfigError
+from lorabench.config.errors import ConfigError
+from lorabench.config.runs import RunConfig, parse
+from lorabench.launch.app import config_dir
+from lorabench.training import precision
 
 LENGTHS = (16, 32, 64, 128, 256, 512)
 HEADS, WIDTH = 12, 32
@@ -90,7 +90,7 @@ def seconds(step: Callable[[], None], device: str, *, least: float) -> float:
 
 def compare(length: int, *, device: str, repeats: int, least: float) -> dict[str, Any]:
     """Seconds of both in turn, median ratio with the least and the most of the repeats, and what the table picks."""
-    resolved = prepare.resolve(configured(length, device))
+    resolved = precision.resolve(configured(length, device))
     dtype = getattr(torch, resolved.base_dtype)
     rows = max(2, resolved.part_tokens // length)
     steps = {kind: work(kind, rows, length, resolved.device, dtype) for kind in ("eager", "sdpa")}

@@ -22,11 +22,11 @@ from typing import Any
 
 from scipy.stats import binomtest
 
-from lorabench.config import RunConfig
-from lorabench.durable import atomic_write
-from lorabench.prune import LEAST, cell_key, prunable, pruned
-from lorabench.records import Record, Store, dump_json
-from lorabench.report.select import Choice, choose
+from lorabench.config.runs import RunConfig
+from lorabench.results.selection import Choice, choose
+from lorabench.runtime.files import atomic_write
+from lorabench.store.records import Record, Store, dump_json
+from lorabench.training.pruning import LEAST, cell_key, prunable, pruned
 
 
 @dataclass(frozen=True)

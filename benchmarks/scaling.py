@@ -45,11 +45,11 @@ def clock(args: argparse.Namespace, K: int) -> dict[str, Any]:
     """Trains K runs on tweets: seconds and true tokens of each step but the first two, padded lengths, peak memory in bytes."""
     from hydra import compose, initialize_config_dir
 
-    from lorabench import train as tr
-    from lorabench.app import config_dir
-    from lorabench.config import parse
-    from lorabench.memory import PeakMemory
-    from lorabench.records import Store
+    from lorabench.config.runs import parse
+    from lorabench.launch.app import config_dir
+    from lorabench.runtime.memory import PeakMemory
+    from lorabench.store.records import Store
+    from lorabench.training import train as tr
 
     steps, B = args.steps + 2, args.batch_size
     settings = {"sweep.name": "scaling", "method.r": args.r, "trainer.batch_size": B, "trainer.max_steps": steps,

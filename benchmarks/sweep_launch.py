@@ -12,8 +12,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from lorabench import stopping
-from lorabench.cache import cache_root
+from lorabench.runtime import signals as stopping
+from lorabench.runtime.files import cache_root
 
 REPO = Path(__file__).resolve().parent.parent
 POLL = 0.2  # seconds between two looks at a child's memory

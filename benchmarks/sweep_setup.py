@@ -27,7 +27,8 @@ def export(folder: Path, overrides: list[str]) -> None:
     """Rows by split as jsonl, in lorabench's order, and facts.json. Raises `ConfigError`."""
     from hydra import compose, initialize_config_dir
 
-    from lorabench import app, prepare
+    from lorabench.launch import app
+    from lorabench.training import preparation as prepare
 
     with initialize_config_dir(app.config_dir(), version_base="1.3"):
         run = app.job(compose("config", overrides=overrides), name="benchmark", experiment=None).run
@@ -152,7 +153,7 @@ def _seconds(shape: tuple[int, ...], dtype: Any, device: str) -> float:
 
 def main(arguments: list[str]) -> int:
     what, folder, *rest = arguments
-    from lorabench.schema import ConfigError
+    from lorabench.config.errors import ConfigError
 
     try:
         export(Path(folder), rest) if what == "export" else roofline(Path(folder), rest[0])

@@ -11,7 +11,7 @@ from typing import Any
 from benchmarks import sweep_grid as g
 from benchmarks.sweep_launch import BenchmarkFailed, Finished, launch
 from benchmarks.sweep_results import Outcome, Run
-from lorabench.cache import cache_root
+from lorabench.runtime.files import cache_root
 
 HERE = Path(__file__).resolve().parent
 Say = Callable[[str, float], None]
@@ -101,7 +101,7 @@ def _peak(found: Mapping[str, Any], done: Finished) -> int:
 
 def _lorabench(bench: Bench, variant: str, repeat: int, folder: Path) -> Outcome:
     """The whole command, from its start to its report."""
-    from lorabench.records import Store  # numpy: what is not installed is named before this
+    from lorabench.store.records import Store  # numpy: what is not installed is named before this
 
     arguments = ["-m", "lorabench", *g.sweep_overrides(bench.settings, variant)]
     done = bench.launch(variant, arguments, folder)

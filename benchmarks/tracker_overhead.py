@@ -112,8 +112,8 @@ def run(arm: str, overrides: Sequence[str], folder: Path, server: Any, url: str)
 
 def following(folder: Path) -> float:
     """Wait for what a sweep's mirror goes on to send after its end; returns how many seconds that took."""
-    from lorabench.records import Store
-    from lorabench.trackers.wandb_begun import SENDING
+    from lorabench.store.records import Store
+    from lorabench.trackers.wandb.state import SENDING
 
     start, store = time.perf_counter(), Store(folder / "sweeps/s")
     while store.leases.holder(SENDING) is not None:
@@ -123,8 +123,8 @@ def following(folder: Path) -> float:
 
 def mirrored(arm: str, folder: Path, server: Any) -> dict[str, int]:
     """Runs whose mirror holds all of it: offline those with a file, online those with every step of the records."""
-    from lorabench.records import Store
-    from lorabench.trackers.wandb_runs import steps, wandb_id
+    from lorabench.store.records import Store
+    from lorabench.trackers.wandb.runs import steps, wandb_id
 
     store = Store(folder / "sweeps/s")
     ids = store.run_ids()

@@ -12,10 +12,10 @@ import yaml
 from hydra.errors import HydraException, OverrideParseException
 from omegaconf.errors import OmegaConfBaseException
 
-from lorabench import stopping
-from lorabench.app import config_dir, task
-from lorabench.guards import check_arguments, guard_yaml, unknown_setting, unreadable
-from lorabench.schema import ConfigError, Unwritable
+from lorabench.config.errors import ConfigError, Unwritable
+from lorabench.launch.app import config_dir, task
+from lorabench.launch.guards import check_arguments, guard_yaml, unknown_setting, unreadable
+from lorabench.runtime import signals as stopping
 
 
 def main() -> None:

@@ -7,8 +7,8 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from lorabench.durable import atomic_write
-from lorabench.schema import ConfigError
+from lorabench.config.errors import ConfigError
+from lorabench.runtime.files import atomic_write
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -24,9 +24,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     args = parser.parse_args(argv)
     from rich.console import Console
 
-    from lorabench.report import compare_faces as faces
+    from lorabench.report import compare as faces
     from lorabench.report.compare import compare
-    from lorabench.report.load import load
+    from lorabench.results.sweep import load
 
     try:
         made = compare(load(args.a), load(args.b))

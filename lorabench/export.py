@@ -10,11 +10,11 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from lorabench.durable import check_free, written_whole
-from lorabench.schema import ConfigError
+from lorabench.config.errors import ConfigError
+from lorabench.runtime.files import check_free, written_whole
 
 if TYPE_CHECKING:
-    from lorabench.saved import SavedRun
+    from lorabench.training.saved import SavedRun
 
 HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
 BITS = {"float32": 24, "bfloat16": 8, "float16": 11}  # of the significand
@@ -41,7 +41,7 @@ def export(run_dir: Path, out: Path, *, merged: bool = False, dtype: str | None 
     Raises `ConfigError` for a directory that is no trained run, an `out` that holds files, and methods PEFT's LoRA
     format cannot hold.
     """
-    from lorabench.saved import open_run
+    from lorabench.training.saved import open_run
 
     check_free(out, "--out")
     if dtype and not merged:
@@ -52,7 +52,7 @@ def export(run_dir: Path, out: Path, *, merged: bool = False, dtype: str | None 
 
 def _peft(saved: SavedRun, out: Path) -> list[str]:
     from lorabench.adapters.files import write_peft
-    from lorabench.adapters.peft_format import representable
+    from lorabench.adapters.peft import representable
 
     state, plan = saved.weights()
     if not representable(plan):
@@ -93,7 +93,7 @@ def _merged(saved: SavedRun, out: Path, dtype: str) -> list[str]:
 
 def card(saved: SavedRun, *, merged: bool, notes: Sequence[str]) -> str:
     """A model card: what it is, how to load it, what it scored, with which settings, from what."""
-    from lorabench.saved import metric_rows
+    from lorabench.training.saved import metric_rows
 
     record, model = saved.record, saved.run.model
     front: dict[str, Any] = {

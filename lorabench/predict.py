@@ -10,14 +10,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from lorabench.schema import ConfigError
+from lorabench.config.errors import ConfigError
 
 if TYPE_CHECKING:
     from rich.table import Table
     from torch import Tensor
 
-    from lorabench.base import Base
-    from lorabench.saved import SavedRun
+    from lorabench.models.base import Base
+    from lorabench.training.saved import SavedRun
 
 BATCH = 32
 
@@ -172,7 +172,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         for name in ("top", "max_new_tokens"):
             if getattr(args, name) < 1:
                 raise ConfigError("--" + name.replace("_", "-"), getattr(args, name), "at least 1")
-        from lorabench.saved import open_run
+        from lorabench.training.saved import open_run
 
         saved = open_run(args.run)
         answers = predict(saved, _texts(args.text), max_new_tokens=args.max_new_tokens)

@@ -15,11 +15,11 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from lorabench import columns
-from lorabench.damage import damaged
-from lorabench.durable import check_free, written_whole
-from lorabench.records import HISTORY, MANIFEST, Store
-from lorabench.schema import ConfigError
+from lorabench.config.errors import ConfigError
+from lorabench.runtime.files import check_free, written_whole
+from lorabench.store import arrays as columns
+from lorabench.store.integrity import damaged
+from lorabench.store.records import HISTORY, MANIFEST, Store
 
 RUN = ("run.json", HISTORY, "samples.json")
 STEP = {"step", "train/loss", "lr"}  # what a training row says

@@ -11,11 +11,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from lorabench import checkpoints
 from lorabench.clusters import job as jobs
-from lorabench.leases import Held
-from lorabench.records import Record, Store
-from lorabench.schema import ConfigError
+from lorabench.config.errors import ConfigError
+from lorabench.runtime.leases import Held
+from lorabench.store import checkpoints
+from lorabench.store.records import Record, Store
 
 FRESH = 600  # seconds: who cannot be seen from here (on another machine, a cluster's job) counts as gone when silent for longer
 

@@ -18,13 +18,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from lorabench.records import Record, Store
-from lorabench.schema import ConfigError
-from lorabench.trackers import wandb_report
-from lorabench.trackers import wandb_runs as wb
-from lorabench.trackers.wandb import TARGET
-from lorabench.trackers.wandb_api import Server, api_key, base_url
-from lorabench.trackers.wandb_begun import SENDING
+from lorabench.config.errors import ConfigError
+from lorabench.store.records import Record, Store
+from lorabench.trackers.wandb import report as wandb_report
+from lorabench.trackers.wandb import runs as wb
+from lorabench.trackers.wandb.api import Server, api_key, base_url
+from lorabench.trackers.wandb.state import SENDING
+from lorabench.trackers.wandb.tracker import TARGET
 
 AT_ONCE = 8  # questions to the server side by side
 PROJECT = "lorabench"
@@ -152,7 +152,7 @@ def _wait_for_mirror(to: wb.Target) -> None:
 
 def _tables(sweep_dir: Path) -> dict[str, Any]:
     """Of the sweep's report; empty where no run has completed."""
-    from lorabench.report.mirrored import mirrored
+    from lorabench.report.summary import mirrored
 
     try:
         return mirrored(sweep_dir)

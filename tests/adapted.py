@@ -10,8 +10,8 @@ import torch
 import transformers as tf
 from torch import Tensor, nn
 
-from lorabench.base import BaseInfo, inventory
-from lorabench.slice_plan import AdapterSpec, SlicePlan
+from lorabench.methods.plan import AdapterSpec, SlicePlan
+from lorabench.models.base import BaseInfo, inventory
 
 VOCAB, HIDDEN = 64, 32
 IDS = torch.tensor([[2, 5, 9, 11, 3, 7], [2, 8, 8, 40, 21, 3], [4, 1, 60, 33, 2, 9]])

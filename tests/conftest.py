@@ -45,7 +45,7 @@ def _seeds() -> None:
 @pytest.fixture(scope="session", autouse=True)
 def _cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
     """Encoded data stays out of the user's cache; weights converted there already (540 MB) are used from there."""
-    from lorabench.cache import cache_root
+    from lorabench.runtime.files import cache_root
 
     own, converted = tmp_path_factory.mktemp("cache"), cache_root() / "gguf"
     if converted.is_dir():
@@ -70,7 +70,7 @@ def sweep_dir(tmp_path: Path) -> Path:
 @pytest.fixture
 def undrawn(monkeypatch: pytest.MonkeyPatch) -> None:
     """A report's figures are made, and not rendered: that is nine tenths of a report, and its words do not need it."""
-    from lorabench.report import style
+    from lorabench.report import theme as style
 
     def drawing(key: str, title: str, caption: str, alt: str, figure: Any) -> style.Drawing:
         return style.Drawing(key, title, caption, alt, '<svg viewBox="0 0 1 1"></svg>', b"", figure)

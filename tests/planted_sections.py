@@ -9,10 +9,10 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from lorabench.records import Record, Store
-from lorabench.report.evidence import Evidence, gather
-from lorabench.report.findings import Findings, find
-from lorabench.report.load import load
+from lorabench.results.evidence import Evidence, gather
+from lorabench.results.findings import Findings, find
+from lorabench.results.sweep import load
+from lorabench.store.records import Record, Store
 from report_fixture import RANK_SWEEP, Planted, build
 
 ANCHOR = 8  # r at which the three rules meet, with s = 2

@@ -11,9 +11,9 @@ from typing import Any
 
 import numpy as np
 
-from lorabench.config import digest
-from lorabench.records import Record, Store
-from lorabench.report.select import choose
+from lorabench.config.runs import digest
+from lorabench.results.selection import choose
+from lorabench.store.records import Record, Store
 
 PER_RANK, HEAD, BASE = (
     42_240,

@@ -18,8 +18,8 @@ from transformers import (
 )
 
 from lorabench.adapters import Stack
-from lorabench.base import BaseInfo, inventory
-from lorabench.slice_plan import AdapterSpec, SlicePlan
+from lorabench.methods.plan import AdapterSpec, SlicePlan
+from lorabench.models.base import BaseInfo, inventory
 
 VOCAB, LABELS = 61, 3
 

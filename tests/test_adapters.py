@@ -9,9 +9,9 @@ import torch
 from torch import nn
 
 from lorabench.adapters import SlicesMix, inject
-from lorabench.base import BaseInfo, LayerInfo, inventory
-from lorabench.schema import ConfigError
-from lorabench.slice_plan import SlicePlan
+from lorabench.config.errors import ConfigError
+from lorabench.methods.plan import SlicePlan
+from lorabench.models.base import BaseInfo, LayerInfo, inventory
 from shaped import BASES, bert, conv, gpt2, gradients, losses, plan, repeat, shake, spec, token_batch
 
 MIXED = {

@@ -12,12 +12,12 @@ from typing import Any
 import numpy as np
 import pytest
 
-from lorabench.adopt import main
-from lorabench.records import Store
+from lorabench.adopt.__main__ import main
 from lorabench.report import render
 from lorabench.report.cautions import warnings as warnings_of
-from lorabench.report.findings import find, ladder
-from lorabench.report.load import load
+from lorabench.results.findings import find, ladder
+from lorabench.results.sweep import load
+from lorabench.store.records import Store
 from report_fixture import RANK_SWEEP, build
 
 

@@ -17,14 +17,15 @@ import torch
 from torch import Tensor
 
 from adapted import base
-from lorabench import analyze as face
-from lorabench import deltas
 from lorabench.adapters.files import save_slice
 from lorabench.adapters.merge import merge
-from lorabench.saved import SavedRun
-from lorabench.scope import Asked
-from lorabench.slice_plan import AdapterSpec, SlicePlan
-from lorabench.updates import Trained
+from lorabench.analyze import __main__ as face
+from lorabench.analyze import deltas
+from lorabench.analyze import measure as measure_
+from lorabench.analyze.scope import Asked
+from lorabench.analyze.updates import Trained
+from lorabench.methods.plan import AdapterSpec, SlicePlan
+from lorabench.training.saved import SavedRun
 from tiny import make_base, make_data
 from weighed import Made, refused
 
@@ -108,7 +109,7 @@ def intruders(W: np.ndarray, tuned: np.ndarray, threshold: float) -> int:
 class TestNumbers:
     @pytest.mark.parametrize(("cell", "scaling", "directions"), [("r2", 4.0, 2), ("r4", 2.0, 4), ("full", 0.0, None)])
     def test_against_dense_numpy(self, sweep: Made, cell: str, scaling: float, directions: int | None) -> None:
-        doc = face.analyze(sweep.root, Asked())
+        doc = measure_.analyze(sweep.root, Asked())
         run = sweep.ids[cell, 1]
         x = doc["runs"][run]["layers"][QUERY]
         W, dW = sweep.weight(QUERY), sweep.dW(run, QUERY, scaling)
@@ -130,7 +131,7 @@ class TestNumbers:
 
     def test_something_intrudes(self, sweep: Made) -> None:
         """Or the counts above would agree on nothing."""
-        doc = face.analyze(sweep.root, Asked(cells=("r2",)))
+        doc = measure_.analyze(sweep.root, Asked(cells=("r2",)))
         assert sum(x["intruders"]["0.9"] for run in doc["runs"].values() for x in run["layers"].values()) > 0
 
     def test_layers_held_the_other_way_round(self, tmp_path: Path, bases: Callable[[str], Path]) -> None:
@@ -138,7 +139,7 @@ class TestNumbers:
         made = Made(tmp_path / "sweep", bases("gpt2"), make_data(tmp_path / "data.csv"))
         made.add("mixed", 0, {"method.target_modules": ["c_attn", "wte"], "method.r": 2, "method.alpha": 2.0})
         run = made.ids["mixed", 0]
-        doc = face.analyze(made.root, Asked())
+        doc = measure_.analyze(made.root, Asked())
         for layer in ("transformer.h.1.attn.c_attn", "transformer.wte"):
             x, W, dW = doc["runs"][run]["layers"][layer], made.weight(layer).T, made.dW(run, layer, 1.0)
             assert x["shape"] == list(W.shape) == list(dW.shape)
@@ -152,7 +153,7 @@ class TestNumbers:
     def test_full_alone_is_measured_on_its_linear_layers(self, tmp_path: Path, bases: Callable[[str], Path]) -> None:
         made = Made(tmp_path / "sweep", bases("bert"), make_data(tmp_path / "data.csv"))
         made.add("full", 0, CELLS["full"])
-        layers = face.analyze(made.root, Asked(intruders=False))["runs"][made.ids["full", 0]]["layers"]
+        layers = measure_.analyze(made.root, Asked(intruders=False))["runs"][made.ids["full", 0]]["layers"]
         parts = ("attention.self.query", "attention.self.key", "attention.self.value", "attention.output.dense",
                  "intermediate.dense", "output.dense")  # fmt: skip
         assert set(layers) >= {f"bert.encoder.layer.{k}.{part}" for k in (0, 1) for part in parts}
@@ -175,7 +176,7 @@ class TestNumbers:
         zero = {k: t * 0 if k.endswith("lora_B") else t for k, t in state.items()}
         info = run_config.model.info(deltas.open_weights(folder.parent).saved.head)
         save_slice(folder, zero, plan, info=info, run=run_config.to_dict())
-        doc = face.analyze(sweep.root, Asked(cells=("r2",)))
+        doc = measure_.analyze(sweep.root, Asked(cells=("r2",)))
         x = doc["runs"][run]["layers"][QUERY]
         assert x["stable_rank"] is x["effective_rank"] is x["amplification"] is None
         assert (x["norm"], x["variance_rank"], x["intruders"]["0.9"]) == (0, 0, 0)
@@ -193,7 +194,7 @@ class TestVariants:
         made = Made(tmp_path / "sweep", bases(kind), make_data(tmp_path / "data.csv"))
         for seed in (0, 1):
             made.add(method, seed, variant(method, kind))
-        doc = face.analyze(made.root, Asked())
+        doc = measure_.analyze(made.root, Asked())
         run = made.ids[method, 1]
         layers = doc["runs"][run]["layers"]
         assert not doc["runs"][run]["left_out"] and len(layers) >= 4
@@ -227,7 +228,7 @@ class TestVariants:
         for method in ("dora", "vera", "ia3", "pissa"):
             for seed in (0, 1):
                 made.add(method, seed, variant(method, "bert"))
-        doc = face.analyze(made.root, Asked(intruders=False))
+        doc = measure_.analyze(made.root, Asked(intruders=False))
         found = {(s["cells"][0], s["of"]): s for s in doc["similarity"]}
         assert set(found) == {("dora", "A"), *((method, "dW") for method in ("dora", "vera", "ia3", "pissa"))}
         assert found["dora", "A"]["start"] is not None
@@ -269,7 +270,7 @@ class TestVariants:
 
 class TestSimilarity:
     def test_which_runs_are_compared(self, sweep: Made) -> None:
-        doc = face.analyze(sweep.root, Asked())
+        doc = measure_.analyze(sweep.root, Asked())
         seeds = {i: r.seed for i, r in sweep.runs.items()}
         found = {(s["kind"], *s["cells"], s["of"]): s["runs"] for s in doc["similarity"]}
         assert set(found) == {
@@ -282,7 +283,7 @@ class TestSimilarity:
 
     def test_against_dense_numpy(self, sweep: Made) -> None:
         """The mean over layers and pairs of phi of A, of A's start as the stack drew it, and of dW."""
-        doc = face.analyze(sweep.root, Asked())
+        doc = measure_.analyze(sweep.root, Asked())
         layers = list(doc["runs"][sweep.ids["r2", 0]]["layers"])
         assert len(layers) == 4
 
@@ -328,15 +329,15 @@ class TestSimilarity:
         a, b = (made.starts[made.ids[cell, 0]][f"{QUERY}.lora_A"] for cell in ("r2", "r4"))
         V, other = (np.linalg.svd(x.double().numpy(), full_matrices=False)[2] for x in (a, b))
         assert np.linalg.norm(V @ other.T) ** 2 / 2 == pytest.approx(1)
-        doc = face.analyze(made.root, Asked())
-        assert doc["similarity"] == [] and doc["notes"] == [face.ALONE]
+        doc = measure_.analyze(made.root, Asked())
+        assert doc["similarity"] == [] and doc["notes"] == [measure_.ALONE]
 
 
 class TestResume:
     def test_what_is_known_is_not_measured_again(self, sweep: Made, monkeypatch: pytest.MonkeyPatch) -> None:
         seen = counted(monkeypatch)
         ticks: list[tuple[int, int]] = []
-        face.analyze(sweep.root, Asked(), lambda *tick: ticks.append(tick))
+        measure_.analyze(sweep.root, Asked(), lambda *tick: ticks.append(tick))
         assert len(seen) == 8 and ticks == [(k, 32) for k in range(1, 33)]
         first = sweep.file.read_bytes()
 
@@ -344,25 +345,25 @@ class TestResume:
             raise AssertionError("the base was loaded for nothing")
 
         monkeypatch.setattr(SavedRun, "base", no_base)
-        face.analyze(sweep.root, Asked())
-        face.analyze(sweep.root, Asked(intruders=False))  # what is there holds more than is asked for
+        measure_.analyze(sweep.root, Asked())
+        measure_.analyze(sweep.root, Asked(intruders=False))  # what is there holds more than is asked for
         assert len(seen) == 8
         assert sweep.file.read_bytes() == first
         assert sorted(p.name for p in sweep.file.parent.iterdir()) == ["weights.json"]
 
     def test_equal_weights_give_equal_files(self, sweep: Made) -> None:
-        face.analyze(sweep.root, Asked())
+        measure_.analyze(sweep.root, Asked())
         first = sweep.file.read_bytes()
         sweep.file.unlink()
-        face.analyze(sweep.root, Asked())
+        measure_.analyze(sweep.root, Asked())
         assert sweep.file.read_bytes() == first
 
     def test_weights_that_changed(self, sweep: Made, monkeypatch: pytest.MonkeyPatch) -> None:
-        before = face.analyze(sweep.root, Asked())
+        before = measure_.analyze(sweep.root, Asked())
         changed = sweep.ids["r4", 1]
         sweep.train(changed, noise=1)
         seen = counted(monkeypatch)
-        after = face.analyze(sweep.root, Asked())
+        after = measure_.analyze(sweep.root, Asked())
         assert seen == [changed]
         for a, b in zip(before["similarity"], after["similarity"], strict=True):
             assert a["runs"] == b["runs"]
@@ -370,11 +371,11 @@ class TestResume:
 
     def test_other_layers_or_intruders(self, sweep: Made, monkeypatch: pytest.MonkeyPatch) -> None:
         seen = counted(monkeypatch)
-        face.analyze(sweep.root, Asked(cells=("r2",), layers=("value",), intruders=False))
-        doc = face.analyze(sweep.root, Asked(cells=("r2",), layers=("0.*.query",), intruders=False))
+        measure_.analyze(sweep.root, Asked(cells=("r2",), layers=("value",), intruders=False))
+        doc = measure_.analyze(sweep.root, Asked(cells=("r2",), layers=("0.*.query",), intruders=False))
         assert all(list(run["layers"]) == [QUERY] for run in doc["runs"].values())
         assert all(list(s["layers"]) == [QUERY] for s in doc["similarity"])
-        face.analyze(sweep.root, Asked(cells=("r2",), layers=("0.*.query",)))
+        measure_.analyze(sweep.root, Asked(cells=("r2",), layers=("0.*.query",)))
         assert len(seen) == 9
 
     def test_a_killed_analysis_goes_on(self, sweep: Made, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -388,18 +389,18 @@ class TestResume:
 
         monkeypatch.setattr(deltas, "measure", killed)
         with pytest.raises(KeyboardInterrupt):
-            face.analyze(sweep.root, Asked())
+            measure_.analyze(sweep.root, Asked())
         assert set(json.loads(sweep.file.read_text())["runs"]) == set(seen)
         monkeypatch.setattr(deltas, "measure", real)
         again = counted(monkeypatch)
-        doc = face.analyze(sweep.root, Asked())
+        doc = measure_.analyze(sweep.root, Asked())
         assert len(again) == 6 and not set(again) & set(seen) and len(doc["runs"]) == 8
 
     def test_other_cells_stay(self, sweep: Made, monkeypatch: pytest.MonkeyPatch) -> None:
-        whole = face.analyze(sweep.root, Asked())
+        whole = measure_.analyze(sweep.root, Asked())
         seen = counted(monkeypatch)
         sweep.train(sweep.ids["r2", 0], noise=2)
-        part = face.analyze(sweep.root, Asked(cells=("r2",)))
+        part = measure_.analyze(sweep.root, Asked(cells=("r2",)))
         assert seen == [sweep.ids["r2", 0]]
         assert {i for i in whole["runs"] if part["runs"].get(i) != whole["runs"][i]} == {sweep.ids["r2", 0]}
         assert set(part["cells"]) == {"r2", "r4", "full", "head"}
@@ -408,10 +409,10 @@ class TestResume:
     def test_a_torn_or_older_file_is_made_again(self, sweep: Made, text: str) -> None:
         sweep.file.parent.mkdir()
         sweep.file.write_text(text)
-        assert len(face.analyze(sweep.root, Asked(cells=("r2",)))["runs"]) == 3
+        assert len(measure_.analyze(sweep.root, Asked(cells=("r2",)))["runs"]) == 3
 
     def test_the_sweep_directory_stays_a_sweeps(self, sweep: Made) -> None:
-        face.analyze(sweep.root, Asked(cells=("r2",), intruders=False))
+        measure_.analyze(sweep.root, Asked(cells=("r2",), intruders=False))
         sweep.store.check_foreign()
 
 

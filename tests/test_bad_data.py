@@ -10,10 +10,10 @@ import pandas as pd
 import pytest
 from omegaconf import OmegaConf
 
-from lorabench.base import BaseInfo, LayerInfo
-from lorabench.config import _section
+from lorabench.config.errors import ConfigError
+from lorabench.config.runs import _section
+from lorabench.models.base import BaseInfo, LayerInfo
 from lorabench.models.build import load_tokenizer
-from lorabench.schema import ConfigError
 from lorabench.tasks import files
 from lorabench.tasks.causal_lm import Config as LanguageModelling
 from lorabench.tasks.encoding import check_positions

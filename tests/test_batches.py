@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from lorabench.batches import EvalStream, PackStream, epoch_order, steps_per_epoch
+from lorabench.training.batches import EvalStream, PackStream, epoch_order, steps_per_epoch
 
 LENGTHS = np.random.default_rng(0).integers(3, 60, size=997).tolist()
 

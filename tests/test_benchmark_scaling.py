@@ -37,9 +37,9 @@ def test_minilm_by_hand(scaling: Any) -> None:
 def test_trainable_agrees_with_lorabench(scaling: Any, repo: Path) -> None:
     from hydra import compose, initialize_config_dir
 
-    from lorabench import prepare
-    from lorabench.app import config_dir
-    from lorabench.config import parse
+    from lorabench.config.runs import parse
+    from lorabench.launch.app import config_dir
+    from lorabench.training import preparation as prepare
 
     with initialize_config_dir(config_dir(), version_base=None):
         run = parse(compose("config", overrides=["sweep.name=x", "method.r=8", "task.train_examples=32"]))[0]
@@ -83,7 +83,7 @@ def test_packing_shares_launches_inside_a_part(scaling: Any) -> None:
 def test_parts_are_those_of_the_stream(scaling: Any) -> None:
     import numpy as np
 
-    from lorabench.batches import PackStream
+    from lorabench.training.batches import PackStream
 
     for K, B, budget in ((1, 4, 100), (5, 4, 100), (8, 2, 64), (3, 8, 10)):
         rows = [{"example": i} for i in range(32)]

@@ -86,7 +86,7 @@ def test_lorabench_is_asked_for_the_same_runs(tmp_path):
     """Hydra, the sweeper and the schema read the command line as the peers' settings say."""
     from hydra import compose, initialize_config_dir
 
-    from lorabench import app
+    from lorabench.launch import app
 
     s = replace(SMALL, dropout=None)
     overrides = [o for o in g.sweep_overrides(s, "lorabench_fp32") if o != "-m"]

@@ -15,13 +15,17 @@ import numpy as np
 import pytest
 from scipy import stats
 
-from lorabench import claims as face
-from lorabench.records import Record, Store
-from lorabench.report import claims, claims_quality, claims_rates, claims_weights
-from lorabench.report.evidence import Evidence, Verdict, gather, inside, more_seeds, negated
-from lorabench.report.load import load
-from lorabench.report.select import choose
-from lorabench.report.statistics import seeds_only
+from lorabench.claims import __main__ as face
+from lorabench.claims import judge as claims
+from lorabench.claims import quality as claims_quality
+from lorabench.claims import rates as claims_rates
+from lorabench.claims import weights as claims_weights
+from lorabench.claims.verdict import Verdict, inside, more_seeds, negated
+from lorabench.results.evidence import Evidence, gather
+from lorabench.results.selection import choose
+from lorabench.results.sweep import load
+from lorabench.stats.estimates import seeds_only
+from lorabench.store.records import Record, Store
 
 HOLDS, NOT, OPEN, NA = "holds", "contradicted", "not enough evidence", "not applicable"
 UNIT = 1e-3  # rates are given in octaves from here

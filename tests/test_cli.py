@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from lorabench.records import Store
+from lorabench.store.records import Store
 
 FAST = [
     "task.train_examples=64",

@@ -16,15 +16,17 @@ from contextlib import nullcontext
 
 import pytest
 
-from lorabench import checkpoints, ranks, stopping
-from lorabench import prepare as prep
 from lorabench.clusters import crew, engines, job, slurm, watch
 from lorabench.clusters.engines import Death, check
 from lorabench.clusters.notice import PREEMPTED, STOPPED, TIME_LIMIT, Notice
-from lorabench.prepare import Pack
-from lorabench.records import Store
-from lorabench.schema import ConfigError, ExistingWork
-from lorabench.train import Listener, OutOfMemory
+from lorabench.config.errors import ConfigError, ExistingWork
+from lorabench.config.runs import Pack
+from lorabench.runtime import signals as stopping
+from lorabench.store import checkpoints
+from lorabench.store.records import Store
+from lorabench.sweep import ranks
+from lorabench.training import preparation as prep
+from lorabench.training.train import Listener, OutOfMemory
 from tiny import make_base, make_data, make_run
 
 
@@ -317,7 +319,7 @@ def test_a_job_killed_for_its_memory_is_split(sweep):
 
 
 def test_a_pack_that_ran_out_of_memory_in_its_job_is_split(sweep, monkeypatch):
-    from lorabench import ranks as module
+    from lorabench.sweep import ranks as module
 
     real = module.train
 

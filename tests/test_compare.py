@@ -11,12 +11,12 @@ import numpy as np
 import pytest
 
 from lorabench import compare as face
-from lorabench.records import Record, Store
-from lorabench.report import compare_faces as faces
-from lorabench.report import statistics as st
+from lorabench.report import compare as faces
 from lorabench.report.compare import Comparison, between, compare, independent
-from lorabench.report.load import load
-from lorabench.report.measure import Sample
+from lorabench.results.scores import Sample
+from lorabench.results.sweep import load
+from lorabench.stats import estimates as st
+from lorabench.store.records import Record, Store
 from report_fixture import RANK_SWEEP, Planted, build
 
 SMALL = (RANK_SWEEP[1], RANK_SWEEP[3], RANK_SWEEP[4])  # r = 4, r = 64, head only

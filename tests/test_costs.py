@@ -14,12 +14,14 @@ import pytest
 import torch
 from torch import Tensor
 
-from lorabench import costs as face
-from lorabench import timings
-from lorabench.costs import Asked
-from lorabench.report import costs, render
-from lorabench.saved import open_run
-from lorabench.schema import ConfigError
+from lorabench.config.errors import ConfigError
+from lorabench.costs import __main__ as face
+from lorabench.costs import measure as measure_
+from lorabench.costs import timings
+from lorabench.costs.measure import Asked
+from lorabench.report import render
+from lorabench.report.sections import costs
+from lorabench.training.saved import open_run
 from report_fixture import build
 from tiny import make_base, make_data
 from weighed import Made, refused
@@ -78,7 +80,7 @@ def counted(monkeypatch: pytest.MonkeyPatch) -> list[str]:
 class TestMeasured:
     def test_what_the_file_holds(self, sweep: Made) -> None:
         ticks: list[tuple[str, int, int]] = []
-        doc = face.costs(sweep.root, FAST, lambda *tick: ticks.append(tick))
+        doc = measure_.costs(sweep.root, FAST, lambda *tick: ticks.append(tick))
         assert doc == json.loads(file(sweep).read_text())
         assert set(doc["cells"]) == set(CELLS) and doc["left_out"] == {}
         assert [done for _, done, _ in ticks] == sorted(done for _, done, _ in ticks)
@@ -150,23 +152,23 @@ class TestMeasured:
 class TestResume:
     def test_what_is_known_is_not_measured_again(self, sweep: Made, monkeypatch: pytest.MonkeyPatch) -> None:
         seen = counted(monkeypatch)
-        face.costs(sweep.root, Asked(("r2", "ia3"), 3))
+        measure_.costs(sweep.root, Asked(("r2", "ia3"), 3))
         first = file(sweep).read_bytes()
-        face.costs(sweep.root, Asked(("r2", "ia3"), 3))
+        measure_.costs(sweep.root, Asked(("r2", "ia3"), 3))
         assert seen == [sweep.ids["r2", 0], sweep.ids["ia3", 0]] and file(sweep).read_bytes() == first
-        face.costs(sweep.root, Asked(("r2",), 3, again=True))
-        doc = face.costs(sweep.root, Asked(("head",), 3))
+        measure_.costs(sweep.root, Asked(("r2",), 3, again=True))
+        doc = measure_.costs(sweep.root, Asked(("head",), 3))
         assert seen[2:] == [sweep.ids["r2", 0], sweep.ids["head", 0]]
         assert set(doc["cells"]) == {"r2", "ia3", "head"}
         sweep.train(sweep.ids["r2", 0], noise=1)
-        face.costs(sweep.root, Asked(("r2", "ia3"), 3))
+        measure_.costs(sweep.root, Asked(("r2", "ia3"), 3))
         assert seen[4:] == [sweep.ids["r2", 0]]
 
     def test_other_conditions_are_not_mixed_in(self, sweep: Made, monkeypatch: pytest.MonkeyPatch) -> None:
         seen = counted(monkeypatch)
-        face.costs(sweep.root, Asked(("r2", "ia3"), 3))
+        measure_.costs(sweep.root, Asked(("r2", "ia3"), 3))
         monkeypatch.setattr(torch, "__version__", "0.0.1")
-        doc = face.costs(sweep.root, Asked(("r2",), 3))
+        doc = measure_.costs(sweep.root, Asked(("r2",), 3))
         assert len(seen) == 3 and list(doc["cells"]) == ["r2"] and doc["setting"]["torch"] == "0.0.1"
 
     def test_a_killed_measurement_goes_on(self, sweep: Made, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -179,18 +181,18 @@ class TestResume:
 
         monkeypatch.setattr(timings, "measure", killed)
         with pytest.raises(KeyboardInterrupt):
-            face.costs(sweep.root, Asked(("r2", "ia3"), 3))
+            measure_.costs(sweep.root, Asked(("r2", "ia3"), 3))
         assert list(json.loads(file(sweep).read_text())["cells"]) == ["r2"]
         monkeypatch.setattr(timings, "measure", real)
         seen = counted(monkeypatch)
-        face.costs(sweep.root, Asked(("r2", "ia3"), 3))
+        measure_.costs(sweep.root, Asked(("r2", "ia3"), 3))
         assert seen == [sweep.ids["ia3", 0]]
 
     @pytest.mark.parametrize("text", ["", "{", "[]", '{"schema": 0}'])
     def test_a_torn_or_older_file_is_made_again(self, sweep: Made, text: str) -> None:
         file(sweep).parent.mkdir()
         file(sweep).write_text(text)
-        assert list(face.costs(sweep.root, Asked(("ia3",), 3))["cells"]) == ["ia3"]
+        assert list(measure_.costs(sweep.root, Asked(("ia3",), 3))["cells"]) == ["ia3"]
         sweep.store.check_foreign()
 
 

@@ -6,8 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from lorabench.damage import damaged
-from lorabench.records import Record, Store
+from lorabench.store.integrity import damaged
+from lorabench.store.records import Record, Store
 
 RUN = "0" * 12
 CONFIG = {"method": {"name": "lora"}, "optimizer": {"lr": 1e-3}, "seed": 0}

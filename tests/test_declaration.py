@@ -9,19 +9,19 @@ from typing import Any
 
 import pytest
 
-from lorabench.config import digest
-from lorabench.declaration import check_unchanged
-from lorabench.records import Record, Store
+from lorabench.config.errors import ConfigError, ExistingWork
+from lorabench.config.runs import digest
+from lorabench.config.settings import StudyConfig
 from lorabench.report import __main__ as face
 from lorabench.report import render
 from lorabench.report.answer import answer
 from lorabench.report.cautions import warnings
 from lorabench.report.declared import scale_at
-from lorabench.report.findings import Findings, find
-from lorabench.report.load import Other, load
-from lorabench.report.select import choose
-from lorabench.schema import ConfigError, ExistingWork
-from lorabench.settings import StudyConfig
+from lorabench.results.findings import Findings, find
+from lorabench.results.selection import choose
+from lorabench.results.sweep import Other, load
+from lorabench.store.records import Record, Store
+from lorabench.sweep.declaration import check_unchanged
 from report_fixture import RANK_SWEEP, build
 from tiny import make_base, make_data
 

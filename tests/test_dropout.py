@@ -9,9 +9,9 @@ from transformers import T5Config, T5ForConditionalGeneration, WhisperConfig, Wh
 
 from lorabench.adapters import Context, SlicesMix, inject
 from lorabench.adapters.dropout import keyed_dropout
-from lorabench.base import inventory
-from lorabench.schema import ConfigError
-from lorabench.slice_plan import SlicePlan
+from lorabench.config.errors import ConfigError
+from lorabench.methods.plan import SlicePlan
+from lorabench.models.base import inventory
 from shaped import BASES, bert, losses, plan, token_batch
 
 

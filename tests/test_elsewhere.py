@@ -8,17 +8,17 @@ from pathlib import Path
 
 import pytest
 
-from lorabench import prepare as prep
-from lorabench import settled
-from lorabench.config import RunConfig, Settings
-from lorabench.elsewhere import bring, would_bring
-from lorabench.planning import Job, label_of, planned_packs
-from lorabench.records import Record, Store
+from lorabench.config.runs import RunConfig, Settings
+from lorabench.config.settings import ReportConfig, StudyConfig, SweepConfig, TrackerConfig
 from lorabench.report.budget import budget
-from lorabench.report.findings import find
-from lorabench.report.load import load
-from lorabench.settings import ReportConfig, StudyConfig, SweepConfig, TrackerConfig
+from lorabench.results.findings import find
+from lorabench.results.sweep import load
 from lorabench.slim import slim
+from lorabench.store.records import Record, Store
+from lorabench.sweep.packs import Job, label_of, planned_packs
+from lorabench.sweep.reuse import bring, would_bring
+from lorabench.training import precision as settled
+from lorabench.training import preparation as prep
 from tiny import make_base, make_data, make_run
 
 Cli = Callable[..., tuple[int, str]]
@@ -186,7 +186,7 @@ def test_a_note_from_before_any_run_does_not_outlive_what_is_taken(places: tuple
     store.write_manifest({"schema": 1, "cells": [], "runs": {}, "packs": [], **note})
     assert list(bring(store, [run], [made(tmp_path / "bf16", run, "bf16")]))
     settled.settle(store, run)
-    assert settled.precision(store) == "bf16"
+    assert settled.settled_precision(store) == "bf16"
 
 
 def test_what_would_be_taken_is_what_is_taken(places: tuple[Path, Path], tmp_path: Path) -> None:

@@ -14,12 +14,12 @@ import numpy as np
 import pytest
 
 import tiny
-from lorabench import encoded_cache as ec
-from lorabench import prepare
 from lorabench.models.build import load_tokenizer
+from lorabench.tasks import cache as ec
 from lorabench.tasks.causal_lm import Config as LanguageModelling
 from lorabench.tasks.contract import Encoded, TaskData
 from lorabench.tasks.text_classification import Config as Classification
+from lorabench.training import preparation as prepare
 
 MODEL = SimpleNamespace(kind="transformers")
 KINDS = ("single", "pairs", "replies", "blocks", "paragraphs")

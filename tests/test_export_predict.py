@@ -21,10 +21,10 @@ from torch import Tensor, nn
 from lorabench import export, predict
 from lorabench.adapters import inject
 from lorabench.adapters.files import save_slice
-from lorabench.config import RunConfig, parse_run
-from lorabench.records import Record, Store
-from lorabench.saved import open_run
-from lorabench.schema import ConfigError
+from lorabench.config.errors import ConfigError
+from lorabench.config.runs import RunConfig, parse_run
+from lorabench.store.records import Record, Store
+from lorabench.training.saved import open_run
 from tiny import make_base, make_data
 
 pytestmark = pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing`:FutureWarning")  # PEFT 0.21 asks for it

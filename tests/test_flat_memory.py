@@ -7,9 +7,9 @@ from pathlib import Path
 
 import pytest
 
-from lorabench.prepare import Pack
-from lorabench.records import Store
-from lorabench.train import train
+from lorabench.config.runs import Pack
+from lorabench.store.records import Store
+from lorabench.training.train import train
 from tiny import make_base, make_data, make_run
 
 PACKS, SETTLED = 50, 10  # the first packs fill caches and the allocator's pools

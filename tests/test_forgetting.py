@@ -8,13 +8,15 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from lorabench import forgetting, prepare, probes
-from lorabench.beside import Beside
-from lorabench.config import RunConfig
-from lorabench.finished import check_drift
-from lorabench.records import Store
-from lorabench.schema import ConfigError, ExistingWork
-from lorabench.train import Listener, Pack, _opened, train
+from lorabench.config.errors import ConfigError, ExistingWork
+from lorabench.config.runs import RunConfig
+from lorabench.store.records import Store
+from lorabench.sweep.resume import check_drift
+from lorabench.tasks import probe as probes
+from lorabench.training import preparation as prepare
+from lorabench.training.evaluation import forgetting
+from lorabench.training.evaluation.measures import Beside
+from lorabench.training.train import Listener, Pack, _opened, train
 from tiny import WORDS, make_base, make_data, make_decoder, make_run
 
 

@@ -21,12 +21,12 @@ from omegaconf.errors import OmegaConfBaseException
 from safetensors.torch import save_file
 
 from lorabench.adapters.files import load_slice
-from lorabench.config import RunConfig, parse
-from lorabench.report.findings import find
-from lorabench.report.load import load
-from lorabench.report.runs import runs_csv
+from lorabench.config.errors import ConfigError
+from lorabench.config.runs import RunConfig, parse
+from lorabench.report.runs_csv import runs_csv
 from lorabench.report.tables import every
-from lorabench.schema import ConfigError
+from lorabench.results.findings import find
+from lorabench.results.sweep import load
 from report_fixture import Planted, build
 
 QUICK = settings(
@@ -179,7 +179,7 @@ def test_peft_folders(adapter: Path, tmp_path_factory: pytest.TempPathFactory, d
 def composed() -> dict[str, Any]:
     from hydra import compose, initialize_config_dir
 
-    from lorabench.app import config_dir
+    from lorabench.launch.app import config_dir
 
     with initialize_config_dir(config_dir(), version_base="1.3"):
         cfg = compose("config")

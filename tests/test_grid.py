@@ -2,8 +2,8 @@
 
 import pytest
 
-from hydra_plugins.lorabench._grid import expand
-from lorabench.schema import ConfigError
+from lorabench.config.errors import ConfigError
+from lorabench.launch.grid import expand
 
 GRIDS = {
     "lora": {"method": "lora", "method.r": "1,4", "optimizer.lr": "1e-3,2e-3"},

@@ -9,7 +9,8 @@ from pathlib import Path
 
 import pytest
 
-from lorabench.report import faces, render
+from lorabench.report import render
+from lorabench.report import table_formats as faces
 from lorabench.report.tables import Column, Row, Table
 from report_fixture import RANK_SWEEP, Planted, build
 

@@ -11,7 +11,7 @@ import pytest
 import yaml
 from hydra import compose, initialize_config_dir
 
-from lorabench.app import config_dir, job
+from lorabench.launch.app import config_dir, job
 
 
 def composed(*overrides, hydra=False):

@@ -14,10 +14,10 @@ from typing import Any
 
 import pytest
 
-from lorabench import leases as module
-from lorabench.leases import Holder, LeaseLost, Leases
-from lorabench.records import Record, Store
-from lorabench.schema import ExistingWork
+from lorabench.config.errors import ExistingWork
+from lorabench.runtime import leases as module
+from lorabench.runtime.leases import Holder, LeaseLost, Leases
+from lorabench.store.records import Record, Store
 
 FORK = multiprocessing.get_context("fork")
 

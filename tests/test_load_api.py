@@ -13,11 +13,11 @@ import pytest
 from matplotlib.figure import Figure
 
 import lorabench
-from lorabench.notebook import Study
+from lorabench.config.errors import ConfigError
 from lorabench.report.answer import answer
-from lorabench.report.findings import find
-from lorabench.report.load import load as read
-from lorabench.schema import ConfigError
+from lorabench.report.notebook import Study
+from lorabench.results.findings import find
+from lorabench.results.sweep import load as read
 
 
 @pytest.fixture(scope="module")

@@ -10,10 +10,11 @@ from collections import defaultdict
 
 import pytest
 
-from lorabench import prepare
-from lorabench.config import RunConfig
-from lorabench.memory import PeakMemory, available, estimate, out_of_memory, release, settle
-from lorabench.records import Store
+from lorabench.config.runs import RunConfig
+from lorabench.runtime.memory import PeakMemory, available, out_of_memory, release, settle
+from lorabench.store.records import Store
+from lorabench.sweep.memory import estimate
+from lorabench.training import preparation as prepare
 
 
 def test_estimates_lie_near_the_measured_peaks_of_the_reference_packs(repo):
@@ -97,7 +98,7 @@ def test_collections_leave_alone_what_stood_before_the_first_base():
 
 
 def test_a_pack_is_collected_and_what_is_imported_is_not_looked_through(tmp_path):
-    from lorabench.train import Pack, train
+    from lorabench.training.train import Pack, train
     from tiny import make_base, make_data, make_run
 
     gc.unfreeze()
@@ -112,7 +113,7 @@ def test_a_cell_measured_alone_is_collected_and_others_features_are_none_of_its_
     """Also where it is the first of its process. The peak is read by a stand-in that sees all tensors there are."""
     import torch
 
-    from lorabench import train as training
+    from lorabench.training import train as training
     from tiny import make_base, make_data, make_run
 
     def tensors() -> int:

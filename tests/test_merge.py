@@ -13,9 +13,9 @@ from torch import Tensor, nn
 from adapted import base, head_of, info_of, logits, make_plan, random_state
 from lorabench.adapters import inject
 from lorabench.adapters.merge import merge
-from lorabench.schema import ConfigError
-from lorabench.slice_plan import AdapterSpec, SlicePlan
-from lorabench.updates import Trained
+from lorabench.analyze.updates import Trained
+from lorabench.config.errors import ConfigError
+from lorabench.methods.plan import AdapterSpec, SlicePlan
 
 ENDS = {
     "bert": ["query", "value", "word_embeddings", "output.dense"],

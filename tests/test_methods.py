@@ -26,10 +26,10 @@ from transformers import (
     WhisperConfig,
 )
 
-from lorabench.base import BaseInfo, inventory
-from lorabench.config import _section, component
+from lorabench.config.errors import ConfigError
+from lorabench.config.runs import _section, component
 from lorabench.methods import bitfit, full, head, ia3, lora
-from lorabench.schema import ConfigError
+from lorabench.models.base import BaseInfo, inventory
 from shaped import bert, conv, gpt2, llama
 
 
@@ -298,7 +298,7 @@ class TestMatchedParameters:
     def run(self, **settings: object) -> object:
         from hydra import compose, initialize_config_dir
 
-        from lorabench.app import config_dir, job
+        from lorabench.launch.app import config_dir, job
 
         overrides = [f"{key}={value}" for key, value in {"task.train_examples": 32, **settings}.items()]
         with initialize_config_dir(config_dir(), version_base=None):

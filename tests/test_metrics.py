@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from sklearn import metrics as reference
 
-from lorabench.schema import ConfigError
+from lorabench.config.errors import ConfigError
 from lorabench.tasks import metrics
 
 

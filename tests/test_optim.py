@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from lorabench.optim import PackedAdamW, clip_factors, grad_norms, scale_grads, schedule
+from lorabench.training.optimizer import PackedAdamW, clip_factors, grad_norms, scale_grads, schedule
 
 SHAPES = ((3, 5), (4,))
 

@@ -8,14 +8,14 @@ from types import SimpleNamespace
 
 import pytest
 
-from lorabench.records import Record, Store
-from lorabench.schema import ConfigError, ExistingWork
+from lorabench.config.errors import ConfigError, ExistingWork
+from lorabench.store.records import Record, Store
 from tiny import make_base, make_data
 
 optuna = pytest.importorskip("optuna", reason="optuna is not installed: pip install 'lorabench[optuna]'")
 from optuna.distributions import CategoricalDistribution, FloatDistribution, IntDistribution  # noqa: E402
 
-from hydra_plugins.lorabench._space import space  # noqa: E402
+from lorabench.launch.optuna_space import space  # noqa: E402
 
 
 @pytest.mark.parametrize(
@@ -52,7 +52,7 @@ def record(status, **metrics):
 
 
 def test_what_a_trial_is_told():
-    from hydra_plugins.lorabench._study import told
+    from lorabench.launch.optuna_study import told
 
     good, better = record("completed", **{"val/accuracy": 0.5}), record("completed", **{"val/accuracy": 0.7})
     assert told([good, better])[0].name == "COMPLETE" and math.isclose(told([good, better])[1] or 0, 0.6)
@@ -126,7 +126,7 @@ def test_a_study_that_was_cut_draws_what_it_would_have_drawn(search, sampler):
 
 def test_a_trial_that_failed_is_asked_for_again_once():
     """However often the same command is given: what it would ask for again is a trial of the budget."""
-    from hydra_plugins.lorabench._study import Search
+    from lorabench.launch.optuna_study import Search
 
     search = object.__new__(Search)
     search.study, search.options = optuna.create_study(), {"n_trials": 5}
@@ -150,10 +150,10 @@ AXES = {"x": FloatDistribution(0, 1)}
 @pytest.fixture
 def launcher(tmp_path, monkeypatch):
     """Makes what a launcher has of a study whose trials are of one number, in the folder where it was started."""
-    from hydra_plugins.lorabench._study import Search, Trial
+    from lorabench.launch.optuna_study import Search, Trial
 
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr("lorabench.sweep.declare", lambda jobs: None)
+    monkeypatch.setattr("lorabench.sweep.phases.declare", lambda jobs: None)
     signal.signal(signal.SIGALRM, signal.default_int_handler)  # one that waits without end fails
     signal.alarm(300)
 

@@ -7,10 +7,11 @@ import torch
 from safetensors.torch import load_file
 from torch.overrides import TorchFunctionMode
 
-from lorabench import prepare
-from lorabench.config import RunConfig
-from lorabench.records import Store
-from lorabench.train import Pack, train
+from lorabench.config.runs import RunConfig
+from lorabench.store.records import Store
+from lorabench.training import precision
+from lorabench.training import preparation as prepare
+from lorabench.training.train import Pack, train
 from tiny import make_base, make_data, make_run
 
 # r, alpha, lr, weight decay, seed, targets: all mixed, with dropout 0
@@ -206,7 +207,7 @@ def test_bf16_law(places, tmp_path):
 
 def test_the_frozen_base_is_bit_identical_after_training(places, tmp_path):
     runs = runs_of(places, "bert")
-    prepared, resolved = prepare.prepare(runs[0]), prepare.resolve(runs[0])
+    prepared, resolved = prepare.prepare(runs[0]), precision.resolve(runs[0])
     model = prepare.base(runs[0], prepared.head, resolved).model
     before = {name: p.detach().clone() for name, p in model.named_parameters()}
     train(Pack("p0", tuple(runs)), Store(tmp_path))

@@ -17,10 +17,10 @@ from torch import nn
 from adapted import ConvNet, base, head_of, info_of, logits, make_plan, random_state
 from lorabench.adapters.files import load_slice, read_peft, save_slice
 from lorabench.adapters.merge import merge
-from lorabench.adapters.peft_format import to_peft
-from lorabench.base import HeadSpec
-from lorabench.schema import ConfigError
-from lorabench.slice_plan import SlicePlan
+from lorabench.adapters.peft import to_peft
+from lorabench.config.errors import ConfigError
+from lorabench.methods.plan import SlicePlan
+from lorabench.models.base import HeadSpec
 from tiny import minilm_folder
 
 HEADS = {

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from lorabench.adapters import inject
 from lorabench.methods.lora import Config
-from lorabench.slice_plan import SlicePlan
+from lorabench.methods.plan import SlicePlan
 from shaped import BASES, conv, losses, plan, repeat, spec, token_batch
 
 R, ALPHA = 4, 16

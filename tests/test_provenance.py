@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from lorabench.provenance import FOUND_BY_NAME, fingerprint, training_code
+from lorabench.runtime.provenance import FOUND_BY_NAME, fingerprint, training_code
 from test_layers import imports, modules, own
 
 
@@ -73,7 +73,7 @@ def test_a_new_file_counts_once_training_imports_it(package: Path) -> None:
 def test_it_is_what_an_import_walk_of_the_syntax_tree_finds(repo: Path) -> None:
     """The walk in the package goes by lines of text, since parsing takes seconds; here it is held against the real thing."""
     named = [m for m in modules() if m.split(".")[1:2] and m.split(".")[1] in FOUND_BY_NAME]
-    seen, todo = set[str](), ["lorabench.train", *named]
+    seen, todo = set[str](), ["lorabench.training.train", *named]
     while todo:
         module = todo.pop()
         if module in seen or module not in modules() or module == "lorabench":

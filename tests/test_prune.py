@@ -13,13 +13,12 @@ from typing import Any
 import pytest
 from omegaconf import OmegaConf
 
-from lorabench import workers
-from lorabench.config import RunConfig, Settings, parse
-from lorabench.finished import finished_records
-from lorabench.planning import Job, beside, label_of, new_manifest, plan_packs, planned_packs
-from lorabench.prepare import Pack
-from lorabench.prune import LEAST, cell_key, prunable, pruned, reason
-from lorabench.records import Record, Store
+from lorabench.config.runs import Pack, RunConfig, Settings, parse
+from lorabench.store.records import Record, Store
+from lorabench.sweep import workers
+from lorabench.sweep.packs import Job, beside, label_of, new_manifest, plan_packs, planned_packs
+from lorabench.sweep.resume import finished_records
+from lorabench.training.pruning import LEAST, cell_key, prunable, pruned, reason
 from tiny import make_base, make_data
 
 RATES = [2.5e-4 * 2**i for i in range(8)]

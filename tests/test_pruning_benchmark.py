@@ -10,8 +10,8 @@ from typing import Any
 
 import pytest
 
-from lorabench.config import RunConfig
-from lorabench.records import Record, Store
+from lorabench.config.runs import RunConfig
+from lorabench.store.records import Record, Store
 from test_prune import cell
 
 STEPS = (25, 50, 75, 100)

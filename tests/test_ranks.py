@@ -16,12 +16,14 @@ import pytest
 import torch
 from safetensors.numpy import load_file
 
-from lorabench import checkpoints, replicas
-from lorabench.prepare import Pack, device_count
-from lorabench.ranks import train
-from lorabench.records import Record, Store
-from lorabench.schema import ConfigError
-from lorabench.train import Listener
+from lorabench.config.errors import ConfigError
+from lorabench.config.runs import Pack
+from lorabench.store import checkpoints
+from lorabench.store.records import Record, Store
+from lorabench.sweep.ranks import train
+from lorabench.training import distributed as replicas
+from lorabench.training.precision import device_count
+from lorabench.training.train import Listener
 from test_resume import left
 from tiny import make_base, make_data, make_run
 

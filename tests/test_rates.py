@@ -9,9 +9,9 @@ import numpy as np
 import pytest
 from scipy import optimize, stats
 
-from lorabench.report import rates
-from lorabench.report.rates import Missing, Optimum
-from lorabench.report.select import Choice, Rate
+from lorabench.results import best_rate as rates
+from lorabench.results.best_rate import Missing, Optimum
+from lorabench.results.selection import Choice, Rate
 
 GRID = tuple(1e-3 * 2.0**k for k in range(5))  # 1e-3 to 1.6e-2
 

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from lorabench.records import Store
+from lorabench.store.records import Store
 from tiny import make_base, make_data
 
 pytest.importorskip("ray", reason="Ray is not installed: pip install 'lorabench[ray]'")

@@ -11,9 +11,9 @@ import textwrap
 import numpy as np
 import pytest
 
-from lorabench.durable import atomic_write
-from lorabench.records import Record, Store, dump_json, frame
-from lorabench.schema import ExistingWork, Unwritable
+from lorabench.config.errors import ExistingWork, Unwritable
+from lorabench.runtime.files import atomic_write
+from lorabench.store.records import Record, Store, dump_json, frame
 
 ID = "0123456789ab"
 

@@ -17,15 +17,15 @@ from typing import Any
 
 import pytest
 
-from lorabench.records import Record, Store
+from lorabench.config.errors import ConfigError, ExistingWork
 from lorabench.report import render, terminal_table
 from lorabench.report.answer import answer
 from lorabench.report.cautions import warnings
-from lorabench.report.findings import Findings, find
-from lorabench.report.load import load
-from lorabench.report.results import timed_cells
 from lorabench.report.tables import comparison
-from lorabench.schema import ConfigError, ExistingWork
+from lorabench.results.cells import timed_cells
+from lorabench.results.findings import Findings, find
+from lorabench.results.sweep import load
+from lorabench.store.records import Record, Store
 from report_fixture import RANK_SWEEP, Planted, build
 
 FILES = {

@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 from matplotlib import colormaps
 
-from lorabench.report import alpha_rates
-from lorabench.report.evidence import Evidence
+from lorabench.report.sections import alpha_rates
+from lorabench.results.evidence import Evidence
 from planted_sections import opened, rule_sweep
 from report_fixture import Planted, build
 

@@ -7,9 +7,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from lorabench.report import best_rates, claims_rates, slopes, style
-from lorabench.report.evidence import Evidence
-from lorabench.report.parts import Part
+from lorabench.claims import rates as claims_rates
+from lorabench.report import theme as style
+from lorabench.report.section import Part
+from lorabench.report.sections import best_rates
+from lorabench.results import rate_slopes as slopes
+from lorabench.results.evidence import Evidence
 from planted_sections import BEST, opened, rule_sweep
 from report_fixture import RANK_SWEEP, Planted, build
 

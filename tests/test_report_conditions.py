@@ -8,13 +8,15 @@ from typing import Any
 
 import pytest
 
-from lorabench.report import conditions, measure, slopes
+from lorabench.claims.rates import rate_moves_little
 from lorabench.report.answer import answer
 from lorabench.report.budget import budget
 from lorabench.report.cautions import warnings
-from lorabench.report.claims_rates import rate_moves_little
-from lorabench.report.evidence import Evidence
-from lorabench.report.findings import Findings
+from lorabench.report.sections import conditions
+from lorabench.results import rate_slopes as slopes
+from lorabench.results import scores as measure
+from lorabench.results.evidence import Evidence
+from lorabench.results.findings import Findings
 from planted_sections import opened
 from report_fixture import Planted, build
 

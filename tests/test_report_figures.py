@@ -10,10 +10,11 @@ from types import SimpleNamespace
 
 import pytest
 
-from lorabench.report import curves, figures, render, style
-from lorabench.report.findings import find
-from lorabench.report.formats import Metric, compact, duration, memory, number, rate, share
-from lorabench.report.load import load, pretty_rule
+from lorabench.report import curves, figures, render
+from lorabench.report import theme as style
+from lorabench.results.findings import find
+from lorabench.results.formatting import Metric, compact, duration, memory, number, rate, share
+from lorabench.results.sweep import load, pretty_rule
 from report_fixture import RANK_SWEEP, Planted, build
 
 

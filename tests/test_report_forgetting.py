@@ -8,10 +8,14 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from lorabench.report import claims_weights, forgetting, forgetting_faces, style
-from lorabench.report.evidence import Evidence
-from lorabench.report.findings import Findings
-from lorabench.report.parts import Part
+from lorabench.claims import weights as claims_weights
+from lorabench.report import theme as style
+from lorabench.report.section import Part
+from lorabench.report.sections import forgetting as forgetting_faces
+from lorabench.results import forgetting
+from lorabench.results import forgetting as forgetting_
+from lorabench.results.evidence import Evidence
+from lorabench.results.findings import Findings
 from planted_sections import opened, with_probe
 from report_fixture import Planted, build
 
@@ -116,7 +120,7 @@ def test_claims_read_the_same_probe(made: tuple[Findings, Evidence]) -> None:
     """The pair the claim judges is one of those shown, and its number is that of the page."""
     f, e = made
     found = forgetting.measured(f, e)
-    assert found is not None and claims_weights.probed(e) == found.probe.key
+    assert found is not None and forgetting_.probed(e) == found.probe.key
     verdict = claims_weights.forgets_less(e)
     assert verdict.status == "holds"
     shown = {c.result.name: estimate for c, _, estimate in forgetting.versus(found, f)}
@@ -129,7 +133,7 @@ def test_the_base_alone_is_no_forgetting(tmp_path: Path) -> None:
     for record in store.records():
         store.write(dataclasses.replace(record, metrics={**record.metrics, "probe/before/loss": 3.0}))
     f, e = opened(store)
-    assert claims_weights.probed(e) is None and forgetting.measured(f, e) is None
+    assert forgetting_.probed(e) is None and forgetting.measured(f, e) is None
 
 
 def test_an_accuracy_of_which_more_is_better_and_no_value_before(tmp_path: Path) -> None:
@@ -154,7 +158,7 @@ def test_a_probe_under_its_own_name(tmp_path: Path) -> None:
             store.write(dataclasses.replace(record, metrics={**record.metrics, **own}))
     f, e = opened(store)
     found = forgetting.measured(f, e)
-    assert found is not None and claims_weights.probed(e) == "probe/plain/accuracy"
+    assert found is not None and forgetting_.probed(e) == "probe/plain/accuracy"
     assert (found.probe.name, found.probe.before, found.probe.less) == ("plain's", "probe/plain/before", False)
     assert [c.change.mean for c in found.cells] == pytest.approx([-0.1, -0.1])
     assert part(f, e).tables[0].rows[0].texts[-3:] == ("50.0", "40.0", "−10.0 ± 0.0")

@@ -12,10 +12,10 @@ from rich.console import Console
 
 from lorabench.report.answer import answer
 from lorabench.report.cautions import warnings
-from lorabench.report.findings import Findings, find
-from lorabench.report.left_out import left_out
-from lorabench.report.load import load
-from lorabench.terminal import announced
+from lorabench.results.data_notes import left_out
+from lorabench.results.findings import Findings, find
+from lorabench.results.sweep import load
+from lorabench.sweep.progress import announced
 from report_fixture import RANK_SWEEP, build
 
 LABELS = {"no": 300, "yes": 1500, "perhaps": 200}  # always "yes": 75 %

@@ -13,15 +13,18 @@ from typing import Any
 import numpy as np
 import pytest
 
-from lorabench.records import Store
+from lorabench.config import overrides
 from lorabench.report import answer as words
-from lorabench.report import conditions, statistics, tables
+from lorabench.report import tables
 from lorabench.report.cautions import warnings
-from lorabench.report.evidence import gather
-from lorabench.report.findings import Findings, Recommendation, find
-from lorabench.report.load import load
-from lorabench.report.measure import Sample, difference
-from lorabench.report.rates import Missing
+from lorabench.report.sections import conditions
+from lorabench.results.best_rate import Missing
+from lorabench.results.evidence import gather
+from lorabench.results.findings import Findings, Recommendation, find
+from lorabench.results.scores import Sample, difference
+from lorabench.results.sweep import load
+from lorabench.stats import estimates as statistics
+from lorabench.store.records import Store
 from report_fixture import RANK_SWEEP, Planted, build
 
 PAIR = (RANK_SWEEP[1], RANK_SWEEP[3])  # r = 4, r = 64
@@ -208,7 +211,7 @@ def test_words_of_a_command_are_hydras() -> None:
 
     texts = (r".*\.(query|value)$", "a b", "it's", r"a\'b", "c\\", "q_proj", "all-linear", "größe", "${x}", "")
     for value in (*texts, ["q", r"v\d+"], 5e-4, None, True, 8):
-        parsed = OverridesParser.create().parse_override(f"method.target_modules={words._hydra(value)}")
+        parsed = OverridesParser.create().parse_override(f"method.target_modules={overrides._hydra(value)}")
         assert parsed.value() == value, value
 
 
@@ -239,7 +242,7 @@ def test_the_margin_names_its_series(tmp_path: Path) -> None:
 
 
 def test_a_dry_run_names_every_axis() -> None:
-    from lorabench.dry_run import _cell_name
+    from lorabench.sweep.dry_run import _cell_name
 
     label = {
         "method": "LoRA",

@@ -6,9 +6,10 @@ from pathlib import Path
 
 import pytest
 
-from lorabench.report import pareto, style
-from lorabench.report.evidence import Evidence
-from lorabench.report.findings import Findings
+from lorabench.report import theme as style
+from lorabench.report.sections import pareto
+from lorabench.results.evidence import Evidence
+from lorabench.results.findings import Findings
 from planted_sections import opened, with_solo
 from report_fixture import RANK_SWEEP, Planted, build
 

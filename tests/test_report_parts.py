@@ -8,8 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from lorabench.records import Store
 from lorabench.report import render
+from lorabench.store.records import Store
 from planted_sections import rule_sweep, target_sweep, with_probe, with_samples
 
 HAVE = {

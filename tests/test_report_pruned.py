@@ -11,15 +11,16 @@ from typing import Any
 
 import pytest
 
-from lorabench.prune import reason
-from lorabench.records import Store
-from lorabench.report import curves, render, style
+from lorabench.report import curves, render
+from lorabench.report import theme as style
 from lorabench.report.budget import budget
 from lorabench.report.cautions import warnings
-from lorabench.report.findings import Findings, find
-from lorabench.report.load import load
-from lorabench.report.runs import runs_csv
+from lorabench.report.runs_csv import runs_csv
 from lorabench.report.tables import lost, rates
+from lorabench.results.findings import Findings, find
+from lorabench.results.sweep import load
+from lorabench.store.records import Store
+from lorabench.training.pruning import reason
 from report_fixture import Planted, build
 
 RATES = (5e-4, 1e-3, 2e-3, 4e-3, 8e-3, 1.6e-2)

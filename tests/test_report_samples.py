@@ -7,8 +7,9 @@ from pathlib import Path
 
 import pytest
 
-from lorabench.records import Store
-from lorabench.report import render, samples
+from lorabench.report import render
+from lorabench.report.sections import samples
+from lorabench.store.records import Store
 from planted_sections import opened, with_samples
 from report_fixture import RANK_SWEEP, build
 

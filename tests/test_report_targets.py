@@ -7,11 +7,14 @@ from pathlib import Path
 
 import pytest
 
-from lorabench.report import findings, measure, style, targets
+from lorabench.report import theme as style
 from lorabench.report.answer import answer
-from lorabench.report.evidence import Evidence
-from lorabench.report.findings import Findings, ladder
-from lorabench.report.load import load
+from lorabench.report.sections import targets
+from lorabench.results import findings
+from lorabench.results import scores as measure
+from lorabench.results.evidence import Evidence
+from lorabench.results.findings import Findings, ladder
+from lorabench.results.sweep import load
 from planted_sections import opened, target_sweep
 from report_fixture import RANK_SWEEP, build
 

@@ -5,8 +5,8 @@ from __future__ import annotations
 import dataclasses
 from pathlib import Path
 
-from lorabench.report import tone
-from lorabench.report.findings import Findings
+from lorabench.report.sections import style as tone
+from lorabench.results.findings import Findings
 from planted_sections import opened
 from report_fixture import RANK_SWEEP, build
 

@@ -6,12 +6,13 @@ from pathlib import Path
 
 import pytest
 
-from lorabench.records import Store
-from lorabench.report import render, unfinished
+from lorabench.report import render
 from lorabench.report.answer import answer
 from lorabench.report.cautions import warnings
-from lorabench.report.findings import Findings, find
-from lorabench.report.load import load
+from lorabench.results import unfinished
+from lorabench.results.findings import Findings, find
+from lorabench.results.sweep import load
+from lorabench.store.records import Store
 from report_fixture import RANK_SWEEP, build
 
 

@@ -9,10 +9,13 @@ from typing import Any
 
 import pytest
 
-from lorabench.records import Store
-from lorabench.report import formats, render, style, units
-from lorabench.report.findings import find
-from lorabench.report.load import Sweep, load
+from lorabench.report import render
+from lorabench.report import theme as style
+from lorabench.results import formatting as formats
+from lorabench.results import units
+from lorabench.results.findings import find
+from lorabench.results.sweep import Sweep, load
+from lorabench.store.records import Store
 from planted_sections import rule_sweep
 from report_fixture import RANK_SWEEP, Planted, build
 

@@ -13,9 +13,13 @@ from typing import Any
 import numpy as np
 import pytest
 
-from lorabench.report import analysis, render, style, weights, weights_figures
-from lorabench.report.load import load
-from lorabench.schema import ConfigError
+from lorabench.config.errors import ConfigError
+from lorabench.report import render
+from lorabench.report import theme as style
+from lorabench.report.sections import weights
+from lorabench.report.sections import weights as weights_figures
+from lorabench.results import weights as analysis
+from lorabench.results.sweep import load
 from report_fixture import RANK_SWEEP, build
 
 CELLS = {"lora-r4-a16-all-linear": 4, "lora-r16-a16-all-linear": 16, "full-everything": None}

@@ -19,13 +19,16 @@ from typing import Any
 import pytest
 import torch
 
-from lorabench import checkpoints, probes, provenance, replicas
-from lorabench.module import PackModule
-from lorabench.prepare import Pack
-from lorabench.records import Store
-from lorabench.schema import ExistingWork
-from lorabench.train import Listener, OutOfMemory, measure, train
-from lorabench.workers import Workers
+from lorabench.config.errors import ExistingWork
+from lorabench.config.runs import Pack
+from lorabench.runtime import provenance
+from lorabench.store import checkpoints
+from lorabench.store.records import Store
+from lorabench.sweep.workers import Workers
+from lorabench.tasks import probe as probes
+from lorabench.training import distributed as replicas
+from lorabench.training.module import PackModule
+from lorabench.training.train import Listener, OutOfMemory, measure, train
 from tiny import make_base, make_data, make_run
 
 
@@ -195,7 +198,7 @@ def test_sigterm_between_what_lightning_does(
     places: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, before: str
 ) -> None:
     """Lightning hears nothing before it trains or evaluates: the signal is not lost, and the last step is in a checkpoint."""
-    from lorabench import fit
+    from lorabench.training import fit
 
     pack = pack_of(places, {}, {"seed": 1}, **{"role": "confirm", "trainer.checkpoint_interval": 100})
     whole, cut = Store(tmp_path / "whole"), Store(tmp_path / "cut")
@@ -569,7 +572,7 @@ def test_checkpoints_can_be_off(places: Any, tmp_path: Path) -> None:
 def test_by_default_they_come_with_evaluations_while_these_are_cheap(
     places: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from lorabench import snapshot
+    from lorabench.training import checkpointing as snapshot
 
     pack = pack_of(places, **{"trainer.checkpoint_interval": None})
     monkeypatch.setattr(snapshot.Saver, "cost", 0.0)
@@ -596,7 +599,7 @@ def test_a_checkpoint_that_cannot_be_written_stops_nothing(
 
     store, pack = Store(tmp_path), mixed(places)
     monkeypatch.setattr(checkpoints.os, "replace", full)
-    monkeypatch.setattr("lorabench.durable.os", SimpleNamespace(**{**vars(os), "replace": os.rename}))
+    monkeypatch.setattr("lorabench.runtime.files.os", SimpleNamespace(**{**vars(os), "replace": os.rename}))
     train(pack, store)
     assert "no checkpoint at step 2: [Errno 28] No space left on device" in capsys.readouterr().err
     assert left(store, pack) == whole

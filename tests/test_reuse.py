@@ -7,10 +7,10 @@ from typing import Any
 
 import pytest
 
-from lorabench import prepare as prep
 from lorabench.adapters.trunk import Trunk
-from lorabench.records import Store
-from lorabench.train import Pack, train
+from lorabench.store.records import Store
+from lorabench.training import preparation as prep
+from lorabench.training.train import Pack, train
 from tiny import make_base, make_data, make_run
 
 SHORT = {"trainer.max_steps": 2, "trainer.precision": "32"}  # sees 8 of some 110 examples: not worth a pass over all
@@ -62,7 +62,7 @@ def test_a_run_is_served_what_it_would_be_alone(
 def test_features_of_other_packs_go_when_they_are_many(
     places: tuple[Path, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from lorabench import reuse
+    from lorabench.training import trunk_cache as reuse
 
     held: list[int] = []
     real = reuse.Reuse._compute

@@ -5,11 +5,13 @@ import json
 import pytest
 import torch
 
-from lorabench import prepare, replies, tone
-from lorabench.records import Store
-from lorabench.schema import ConfigError
+from lorabench.config.errors import ConfigError
+from lorabench.store.records import Store
 from lorabench.tasks.causal_lm import Config as LanguageModelling
-from lorabench.train import Listener, Pack, _opened, train
+from lorabench.training import preparation as prepare
+from lorabench.training.evaluation import replies
+from lorabench.training.evaluation import style as tone
+from lorabench.training.train import Listener, Pack, _opened, train
 from tiny import WORDS, make_base, make_data, make_decoder, make_run
 
 

@@ -12,9 +12,10 @@ from typing import Any
 import numpy as np
 import pytest
 
-from lorabench.durable import atomic_write
-from lorabench.records import Store
-from lorabench.schema import ConfigError, ExistingWork
+from lorabench.config.errors import ConfigError, ExistingWork
+from lorabench.runtime.files import atomic_write
+from lorabench.store.records import Store
+from lorabench.training import precision
 from report_fixture import Planted, build
 
 HOSTILE = '<script>alert("x")</script>'
@@ -62,10 +63,10 @@ def test_a_model_folder_with_pickled_weights_is_refused(tmp_path: Path, payload:
     (base / "model.safetensors").unlink()
     (base / "pytorch_model.bin").write_bytes(payload[0])
     run = make_run(base, make_data(tmp_path / "data.csv"))
-    from lorabench import prepare as prep
+    from lorabench.training import preparation as prep
 
     with pytest.raises(ConfigError, match="safetensors"):
-        prep.base(run, prep.prepare(run).head, prep.resolve(run))
+        prep.base(run, prep.prepare(run).head, precision.resolve(run))
     assert not payload[1].exists()
 
 

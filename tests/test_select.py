@@ -9,10 +9,10 @@ from typing import Any
 
 import pytest
 
-from lorabench.config import digest
-from lorabench.records import Record, Store
-from lorabench.report.select import Choice, choose
-from lorabench.sweep import outward_rates
+from lorabench.config.runs import digest
+from lorabench.results.selection import Choice, choose
+from lorabench.store.records import Record, Store
+from lorabench.sweep.phases import outward_rates
 
 Losses = Mapping[float, list[Any]]  # rate -> validation loss of each seed, or a status, or None for a run not ended
 

@@ -9,12 +9,12 @@ from typing import Any
 
 import pytest
 
-from lorabench import prepare as prep
-from lorabench.records import Store
 from lorabench.report.cautions import warnings
-from lorabench.report.findings import find
-from lorabench.report.load import load
-from lorabench.settled import settle
+from lorabench.results.findings import find
+from lorabench.results.sweep import load
+from lorabench.store.records import Store
+from lorabench.training import preparation as prep
+from lorabench.training.precision import settle
 from tiny import make_base, make_data, make_run
 
 Cli = Callable[..., tuple[int, str]]

@@ -17,12 +17,13 @@ import torch
 import torch.distributed as dist
 from torch.distributed.tensor import DTensor
 
-from lorabench import checkpoints, replicas, shards
-from lorabench.config import RunConfig
-from lorabench.prepare import Pack
-from lorabench.ranks import free_port, train
-from lorabench.records import Record, Store
-from lorabench.train import Listener, _opened, _probe
+from lorabench.config.runs import Pack, RunConfig
+from lorabench.store import checkpoints
+from lorabench.store.records import Record, Store
+from lorabench.sweep.ranks import free_port, train
+from lorabench.training import distributed as replicas
+from lorabench.training import fsdp as shards
+from lorabench.training.train import Listener, _opened, _probe
 from test_ranks import numbers, runs, same
 from tiny import WORDS, make_base, make_data, make_decoder, make_run
 

@@ -7,10 +7,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from lorabench import columns, slim
-from lorabench.damage import damaged
-from lorabench.records import Record, Store
-from lorabench.schema import ExistingWork
+from lorabench import slim
+from lorabench.config.errors import ExistingWork
+from lorabench.store import arrays as columns
+from lorabench.store.integrity import damaged
+from lorabench.store.records import Record, Store
 
 N = 400
 CONFIG = {"method": {"name": "lora"}, "optimizer": {"lr": 1e-3}}

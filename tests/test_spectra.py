@@ -10,7 +10,7 @@ import torch
 from scipy import stats
 from torch import Tensor
 
-from lorabench import spectra
+from lorabench.analyze import spectra
 
 
 def orthonormal(rows: int, columns: int, seed: int = 0) -> np.ndarray:

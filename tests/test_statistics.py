@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 from scipy import stats
 
-from lorabench.report import measure
-from lorabench.report import statistics as st
+from lorabench.results import scores as measure
+from lorabench.stats import estimates as st
 
 
 @pytest.fixture

@@ -12,8 +12,8 @@ from dataclasses import dataclass
 import numpy as np
 import pytest
 
-from lorabench.report import statistics as st
-from lorabench.report.results import HOMOGENEOUS
+from lorabench.results.cells import HOMOGENEOUS
+from lorabench.stats import estimates as st
 
 CELLS = 4
 COVERAGE, ERROR = (0.93, 0.99), 0.06

@@ -14,9 +14,9 @@ from pathlib import Path
 
 import pytest
 
-from lorabench.leases import Holder
-from lorabench.records import Record, Store
+from lorabench.runtime.leases import Holder
 from lorabench.status import main, read
+from lorabench.store.records import Record, Store
 
 CONFIG = {"method": {"name": "lora"}, "optimizer": {"lr": 1e-3}, "seed": 0, "trainer": {"max_steps": 40}}
 

@@ -9,7 +9,7 @@ import pytest
 from hydra.errors import ConfigCompositionException
 
 from lorabench import __main__ as entry
-from lorabench import stopping
+from lorabench.runtime import signals as stopping
 
 START = """
 import os, signal, time

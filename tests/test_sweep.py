@@ -13,11 +13,11 @@ from pathlib import Path
 
 import pytest
 
-from lorabench.planning import plan_packs
-from lorabench.records import Store
 from lorabench.report.answer import answer
-from lorabench.report.findings import find
-from lorabench.report.load import load
+from lorabench.results.findings import find
+from lorabench.results.sweep import load
+from lorabench.store.records import Store
+from lorabench.sweep.packs import plan_packs
 from tiny import make_base, make_data, make_run
 
 
@@ -264,7 +264,7 @@ def test_changed_data_under_the_same_runs_is_refused(cli, tiny, tmp_path):
     assert cli(*argv)[0] == 0
     before = stamps()
     make_data(data, rows=130)
-    from lorabench import prepare
+    from lorabench.training import preparation as prepare
 
     prepare._data.clear(), prepare._prepared.clear()
     code, out = cli(*argv)
@@ -365,7 +365,7 @@ class NarrowMemory:
     def __init__(self, monkeypatch, most):
         import torch
 
-        from lorabench.module import PackModule
+        from lorabench.training.module import PackModule
 
         step = PackModule.training_step
 

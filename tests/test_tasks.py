@@ -16,11 +16,11 @@ from omegaconf import OmegaConf
 from torch.nn import functional as F
 
 import tiny
-from lorabench.base import HeadSpec
-from lorabench.config import component
+from lorabench.config.fields import check_ranges
+from lorabench.config.runs import component
+from lorabench.models.base import HeadSpec
 from lorabench.models.build import load_tokenizer
 from lorabench.models.transformers import Config as Model
-from lorabench.schema import check_ranges
 from lorabench.tasks import encoding, sources, split
 from lorabench.tasks.causal_lm import Config as LanguageModelling
 from lorabench.tasks.causal_lm import sections

@@ -9,8 +9,8 @@ from types import SimpleNamespace
 import pytest
 from rich.console import Console
 
-from lorabench import terminal
-from lorabench.prepare import Pack
+from lorabench.config.runs import Pack
+from lorabench.sweep import progress as terminal
 from tiny import make_base, make_data, make_run
 
 

@@ -4,8 +4,9 @@ import numpy as np
 import pytest
 from sklearn.linear_model import LogisticRegression
 
-from lorabench import regression, tone
-from lorabench.beside import groups_of
+from lorabench.stats import logistic as regression
+from lorabench.training.evaluation import style as tone
+from lorabench.training.evaluation.style import groups_of
 
 
 @pytest.mark.parametrize(("classes", "c"), [(3, 0.5), (2, 1.0)], ids=["several", "two"])

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from lorabench.trackers.wandb_api import Away, Server
+from lorabench.trackers.wandb.api import Away, Server
 from wandb_server import KEY, WandbServer
 
 

@@ -13,12 +13,12 @@ from typing import Any
 
 import pytest
 
-from lorabench.records import Record, Store
-from lorabench.settings import TrackerConfig
+from lorabench.config.settings import TrackerConfig
+from lorabench.store.records import Record, Store
 from lorabench.trackers import make_tracker
 from lorabench.trackers.contract import Mirror
-from lorabench.trackers.wandb import mode
-from lorabench.trackers.wandb_runs import name, wandb_id
+from lorabench.trackers.wandb.runs import name, wandb_id
+from lorabench.trackers.wandb.tracker import mode
 
 RUNS = ("0123456789ab", "ba9876543210", "aaaabbbbcccc")
 CONFIG: dict[str, Any] = {"method": {"name": "lora", "r": 8, "alpha": 16.0}, "optimizer": {"lr": 1e-3}, "seed": 3}
@@ -69,7 +69,7 @@ from lorabench.settings import TrackerConfig
 from lorabench.trackers import make_tracker
 for kind in ("wandb", "tensorboard", "csv"):
     make_tracker(TrackerConfig(name=kind), sweep="s", sweep_dir=Path("nowhere")).close()
-import lorabench.trackers.wandb_mirror, lorabench.trackers.tensorboard
+import lorabench.trackers.wandb.mirror, lorabench.trackers.tensorboard
 assert not {"wandb", "torch", "tensorboard"} & set(sys.modules)
 """
     subprocess.run([sys.executable, "-c", code], check=True)

@@ -5,15 +5,16 @@ import torch
 from safetensors.torch import load_file
 from torch.nn import functional as F
 
-from lorabench import prepare
 from lorabench.adapters import inject
 from lorabench.adapters.files import load_slice
-from lorabench.batches import PackStream
-from lorabench.config import RunConfig
-from lorabench.optim import schedule
-from lorabench.records import Store
-from lorabench.schema import ConfigError
-from lorabench.train import BoundTask, Pack, measure, train
+from lorabench.config.errors import ConfigError
+from lorabench.config.runs import RunConfig
+from lorabench.store.records import Store
+from lorabench.training import precision
+from lorabench.training import preparation as prepare
+from lorabench.training.batches import PackStream
+from lorabench.training.optimizer import schedule
+from lorabench.training.train import BoundTask, Pack, measure, train
 from tiny import WORDS, make_base, make_data, make_run
 
 
@@ -91,7 +92,7 @@ def test_language_modelling_with_accumulation_is_transformers_weighting(places, 
 def saved_loss(store, run) -> float:
     """Validation loss of what the run saved, loaded onto the base anew."""
     prepared = prepare.prepare(run)
-    base = prepare.base(run, prepared.head, prepare.resolve(run))
+    base = prepare.base(run, prepared.head, precision.resolve(run))
     state, plan = load_slice(store.run_dir(run.run_id) / "adapter")
     stack = inject(base.model, [plan], info=base.info)
     stack.load_slice(0, state)

@@ -20,11 +20,11 @@ from lorabench.adapters import Stack, inject
 from lorabench.adapters.files import load_slice, save_slice
 from lorabench.adapters.merge import merge
 from lorabench.adapters.product import AdaptedProduct, SharedProduct
-from lorabench.base import BaseInfo
-from lorabench.config import component
-from lorabench.module import PackModule
-from lorabench.schema import ConfigError
-from lorabench.slice_plan import SlicePlan
+from lorabench.config.errors import ConfigError
+from lorabench.config.runs import component
+from lorabench.methods.plan import SlicePlan
+from lorabench.models.base import BaseInfo
+from lorabench.training.module import PackModule
 from shaped import BASES, losses, repeat, shake, token_batch
 from tiny import make_run
 

@@ -20,17 +20,16 @@ from typing import Any
 import pytest
 
 from lorabench import sync
-from lorabench.records import Record, Store
-from lorabench.settings import TrackerConfig
+from lorabench.config.settings import TrackerConfig
+from lorabench.store.records import Record, Store
 from lorabench.trackers import make_tracker
-from lorabench.trackers import wandb as parent
-from lorabench.trackers import wandb_ending as ending
-from lorabench.trackers import wandb_mirror as mirror
-from lorabench.trackers import wandb_report as report
-from lorabench.trackers import wandb_runs as wb
-from lorabench.trackers.wandb_api import Away, Server, api_key
-from lorabench.trackers.wandb_begun import SENDING, begun, left_behind
-from lorabench.trackers.wandb_mirror import Follower
+from lorabench.trackers.wandb import mirror, report
+from lorabench.trackers.wandb import mirror as ending
+from lorabench.trackers.wandb import runs as wb
+from lorabench.trackers.wandb import tracker as parent
+from lorabench.trackers.wandb.api import Away, Server, api_key
+from lorabench.trackers.wandb.mirror import Follower
+from lorabench.trackers.wandb.state import SENDING, begun, left_behind
 from wandb_server import KEY, Bucket, WandbServer, silence
 
 RUNS = ("0123456789ab", "ba9876543210", "aaaabbbbcccc")
@@ -644,7 +643,7 @@ time.sleep(60)
 @pytest.fixture
 def sweep(cli: Callable[..., tuple[int, str]], tmp_path: Path) -> Callable[..., str]:
     """A real sweep of two tuning and four confirmation runs on a tiny base; returns what it said."""
-    from lorabench.trackers.wandb import _running
+    from lorabench.trackers.wandb.tracker import _running
     from tiny import make_base, make_data
 
     base, data = make_base(tmp_path / "base", "bert"), make_data(tmp_path / "data.csv")
@@ -873,7 +872,7 @@ def rendered(tmp_path: Path) -> Path:
 def test_one_run_a_sweep_carries_the_report_and_runs_get_verdicts(
     server: WandbServer, store: Store, rendered: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    from lorabench.report.mirrored import mirrored
+    from lorabench.report.summary import mirrored
     from report_fixture import RANK_SWEEP, build
 
     build(store.root, RANK_SWEEP[1:3], examples=200)
@@ -976,7 +975,7 @@ def workspace(repo: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
 
 def test_workspace_panels_name_what_is_written(workspace: Any, repo: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """Keys of the reference sweep's records, histories and figures."""
-    from lorabench.report.mirrored import mirrored
+    from lorabench.report.summary import mirrored
 
     store = Store(repo / "sweeps/ref_rank_sweep")
     verdicts = mirrored(store.root)["verdicts"]

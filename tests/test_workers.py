@@ -12,10 +12,10 @@ from typing import Any
 
 import pytest
 
-from lorabench import workers
-from lorabench.module import PackModule
-from lorabench.prepare import Pack
-from lorabench.schema import ExistingWork
+from lorabench.config.errors import ExistingWork
+from lorabench.config.runs import Pack
+from lorabench.sweep import workers
+from lorabench.training.module import PackModule
 from tiny import make_base, make_data, make_run
 
 
@@ -152,7 +152,7 @@ def test_ctrl_c_ends_the_workers_and_not_only_who_waits_for_them(request: pytest
 def test_bad_input_found_in_a_worker_is_said_as_such() -> None:
     import pickle
 
-    from lorabench.schema import ConfigError
+    from lorabench.config.errors import ConfigError
 
     for error in (ConfigError("task.file", 3, "a file"), ExistingWork("sweep.dir", "x", "another")):
         back = pickle.loads(pickle.dumps(error))

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from omegaconf import OmegaConf
 
-from lorabench.config import RunConfig, parse_run
+from lorabench.config.runs import RunConfig, parse_run
 
 WORDS = "the a small big red blue dog cat tree house runs sleeps over under near far and then again often never".split()
 HIDDEN = 32

@@ -12,8 +12,8 @@ from torch import Tensor
 
 from lorabench.adapters import inject
 from lorabench.adapters.files import save_slice
-from lorabench.config import RunConfig
-from lorabench.records import Record, Store
+from lorabench.config.runs import RunConfig
+from lorabench.store.records import Record, Store
 from tiny import make_run
 
 

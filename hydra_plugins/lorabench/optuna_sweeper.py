@@ -12,7 +12,7 @@ from hydra.plugins.sweeper import Sweeper
 from hydra.types import HydraContext, TaskFunction
 from omegaconf import DictConfig, OmegaConf
 
-from lorabench.schema import ConfigError
+from lorabench.config.errors import ConfigError
 
 
 @dataclass
@@ -45,8 +45,8 @@ class OptunaSweeper(Sweeper):
         )
 
     def sweep(self, arguments: list[str]) -> Any:
-        from hydra_plugins.lorabench._compose import elsewhere
-        from hydra_plugins.lorabench._study import Search
+        from lorabench.launch.compose import elsewhere
+        from lorabench.launch.optuna_study import Search
 
         assert self.config is not None and self.launcher is not None
         search = Search(self.context, self.config, self.settings, arguments)

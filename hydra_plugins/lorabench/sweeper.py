@@ -1,7 +1,6 @@
 """`hydra/sweeper=grid`: a union of grids, tuned and then confirmed (design: two phases, each run its role)."""
 
 # No `from __future__ import annotations`, and helpers in `_modules`: Hydra executes plugin files outside sys.modules.
-
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -12,7 +11,8 @@ from hydra.plugins.sweeper import Sweeper
 from hydra.types import HydraContext, TaskFunction
 from omegaconf import DictConfig, OmegaConf
 
-from hydra_plugins.lorabench._grid import RATE, SEED, Point, expand
+from lorabench.launch.grid import RATE, SEED, Point, expand
+from lorabench.sweep import phases
 
 
 @dataclass
@@ -45,7 +45,7 @@ class GridSweeper(Sweeper):
         )
 
     def sweep(self, arguments: list[str]) -> Any:
-        from hydra_plugins.lorabench._compose import Composer, elsewhere, tune_seeds
+        from lorabench.launch.compose import Composer, elsewhere, tune_seeds
 
         assert self.config is not None and self.launcher is not None
         composer = Composer.of(self.context, self.config)
@@ -61,16 +61,18 @@ class GridSweeper(Sweeper):
         }
         jobs = {overrides: composer.job(overrides, extra) for overrides, (_, extra) in listed.items()}
         settings = next(iter(jobs.values())).settings
-        from lorabench import app, declaration, sweep
+        from lorabench.launch import app
+        from lorabench.sweep import declaration
+        from lorabench.sweep import execute as sweep
 
-        sweep.require_fresh(settings, {job.run.seed for job in jobs.values()} if role == "tune" else ())
+        phases.require_fresh(settings, {job.run.seed for job in jobs.values()} if role == "tune" else ())
         declaration.check_cells(list(jobs.values()))
-        sweep.declare(list(jobs.values()), app.launched(self.config.hydra))
+        phases.declare(list(jobs.values()), app.launched(self.config.hydra))
         returned, cells = list(self.launcher.launch(_once(jobs), 0)), _cells(jobs, listed)
         if settings.sweep.extend_lr and role == "tune" and not settings.sweep.dry_run:
             returned += self._extend(composer, settings, jobs, cells, always)
         if settings.sweep.confirm_seeds and role == "tune" and not settings.sweep.dry_run:
-            chosen = sweep.chosen_rates(settings)
+            chosen = phases.chosen_rates(settings)
             confirm = {
                 (*p.fixed, f"{RATE}={chosen[name]!r}", f"{SEED}={seed}", "sweep.role=confirm", *always): extra
                 for name, (p, extra) in cells.items()
@@ -79,10 +81,10 @@ class GridSweeper(Sweeper):
             }
             if confirm:
                 confirming = {overrides: composer.job(overrides, extra) for overrides, extra in confirm.items()}
-                sweep.declare(list(confirming.values()))
+                phases.declare(list(confirming.values()))
                 returned = [*returned, *self.launcher.launch(_once(confirming), len(listed))]
         if not elsewhere(self.launcher):  # seconds of this machine would say nothing of a node's
-            sweep.measure_cells(settings, list(jobs.values()))
+            phases.measure_cells(settings, list(jobs.values()))
         sweep.finish(settings)
         return returned
 
@@ -95,7 +97,7 @@ class GridSweeper(Sweeper):
         always: Sequence[str],
     ) -> list[Any]:
         """Tune one more rate outward in every cell whose best lies at an end, until none does; jobs grow by what was added."""
-        from lorabench import sweep
+        from lorabench.sweep import execute as sweep
 
         assert self.config is not None and self.launcher is not None
         returned: list[Any] = []
@@ -104,7 +106,7 @@ class GridSweeper(Sweeper):
             rates.setdefault(sweep.cell_id(job.label), set()).add(job.run.optimizer.lr)
         most = {name: len(tried) + EXTENSIONS for name, tried in rates.items()}
         while True:
-            outward = {n: lr for n, lr in sweep.outward_rates(settings, rates, most).items() if n in cells}
+            outward = {n: lr for n, lr in phases.outward_rates(settings, rates, most).items() if n in cells}
             for name, lr in outward.items():
                 rates[name].add(lr)
             added = {
@@ -116,7 +118,7 @@ class GridSweeper(Sweeper):
             if not added:
                 break
             more = {overrides: composer.job(overrides, extra) for overrides, extra in added.items()}
-            sweep.declare(list(more.values()))
+            phases.declare(list(more.values()))
             returned += self.launcher.launch(_once(more), len(jobs))
             jobs |= more
         return returned
@@ -150,6 +152,6 @@ def _once(jobs: Mapping[tuple[str, ...], Any]) -> list[list[str]]:
 
 
 def _cells(jobs: Mapping[tuple[str, ...], Any], listed: Mapping[tuple[str, ...], Any]) -> dict[str, Any]:
-    from lorabench.sweep import cell_id
+    from lorabench.sweep.execute import cell_id
 
     return {cell_id(job.label): listed[overrides] for overrides, job in jobs.items()}

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from lorabench.adapters.context import Context, digest32
-from lorabench.schema import ConfigError
+from lorabench.config.errors import ConfigError
 
 
 def _signed(value: int) -> int:

@@ -24,12 +24,11 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from lorabench.adapters.peft_format import OF_KIND, TASK_TYPES, representable, to_peft
-from lorabench.adapters.peft_read import PeftAdapter, from_peft
-from lorabench.base import BaseInfo, HeadSpec
-from lorabench.durable import aside, written_whole
-from lorabench.schema import ConfigError
-from lorabench.slice_plan import AdapterSpec, SlicePlan
+from lorabench.adapters.peft import OF_KIND, TASK_TYPES, PeftAdapter, from_peft, representable, to_peft
+from lorabench.config.errors import ConfigError
+from lorabench.methods.plan import AdapterSpec, SlicePlan
+from lorabench.models.base import BaseInfo, HeadSpec
+from lorabench.runtime.files import aside, written_whole
 
 PEFT_CONFIG, PEFT_TENSORS = "adapter_config.json", "adapter_model.safetensors"
 WEIGHTS, PLAN = "weights.safetensors", "plan.json"

@@ -8,14 +8,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lorabench.adapters.draw import module_start
 from lorabench.adapters.dropout import key_base_dropout
+from lorabench.adapters.init import module_start
 from lorabench.adapters.layers import Wrapped
+from lorabench.adapters.modules import StackedBias, StackedModule
 from lorabench.adapters.stack import Stack
 from lorabench.adapters.variants import layer_class
-from lorabench.adapters.whole import StackedBias, StackedModule
-from lorabench.base import BaseInfo
-from lorabench.slice_plan import SlicePlan
+from lorabench.methods.plan import SlicePlan
+from lorabench.models.base import BaseInfo
 
 _RUNNING = nn.modules.batchnorm._NormBase  # batch and instance normalisation with running statistics
 

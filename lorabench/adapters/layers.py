@@ -15,12 +15,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from lorabench.adapters import draw
+from lorabench.adapters import init as draw
 from lorabench.adapters.context import Context
 from lorabench.adapters.dropout import keyed_dropout
 from lorabench.adapters.product import AdaptedProduct
-from lorabench.base import LayerInfo
-from lorabench.slice_plan import AdapterSpec
+from lorabench.methods.plan import AdapterSpec
+from lorabench.models.base import LayerInfo
 
 
 class Own(NamedTuple):

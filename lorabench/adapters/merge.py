@@ -13,10 +13,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lorabench.adapters.draw import projection
-from lorabench.adapters.peft_format import OF_KIND
-from lorabench.schema import ConfigError
-from lorabench.slice_plan import AdapterSpec, SlicePlan
+from lorabench.adapters.init import projection
+from lorabench.adapters.peft import OF_KIND
+from lorabench.config.errors import ConfigError
+from lorabench.methods.plan import AdapterSpec, SlicePlan
 
 CHUNK = 2**22  # weights computed at once: float64 copies stay small beside the base
 

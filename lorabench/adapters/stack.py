@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from lorabench.adapters.context import Context
 from lorabench.adapters.layers import Wrapped
-from lorabench.slice_plan import SlicePlan
+from lorabench.methods.plan import SlicePlan
 
 
 @dataclass(frozen=True)

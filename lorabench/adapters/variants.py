@@ -15,12 +15,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from lorabench.adapters import draw
+from lorabench.adapters import init as draw
 from lorabench.adapters.context import Context
 from lorabench.adapters.layers import LAYERS, Own, StackedAdapter, StackedLinear, Wrapped
 from lorabench.adapters.product import AdaptedProduct, SharedProduct
-from lorabench.base import LayerInfo
-from lorabench.slice_plan import AdapterSpec
+from lorabench.methods.plan import AdapterSpec
+from lorabench.models.base import LayerInfo
 
 FROM_WEIGHT = ("pissa", "olora")  # starts that are parts of the weight itself
 

@@ -10,17 +10,17 @@ from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, S
 from concurrent.futures import ThreadPoolExecutor, wait
 from typing import Any
 
-from lorabench import checkpoints
 from lorabench.clusters import job as jobs
 from lorabench.clusters import watch as watching
 from lorabench.clusters.engines import Busy, Death, Engine, engine
 from lorabench.clusters.notice import PREEMPTED, TIME_LIMIT
 from lorabench.clusters.watch import Watch
-from lorabench.outcome import failed
-from lorabench.prepare import Pack
-from lorabench.records import Record, Store
-from lorabench.stopping import in_order
-from lorabench.train import Listener, OutOfMemory
+from lorabench.config.runs import Pack
+from lorabench.runtime.signals import in_order
+from lorabench.store import checkpoints
+from lorabench.store.records import Record, Store
+from lorabench.training.session import failed
+from lorabench.training.train import Listener, OutOfMemory
 
 GONE = 3  # looks in a row that must miss a job, its end and its records before it counts as dead
 LATE = 20  # the same for records after its end, which a network file system may show later, and for what cannot be read

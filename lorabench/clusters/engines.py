@@ -15,8 +15,8 @@ from typing import Any, Protocol
 from lorabench.clusters import slurm
 from lorabench.clusters.job import PackJob, folder, unended
 from lorabench.clusters.notice import PREEMPTED, TIME_LIMIT
-from lorabench.records import Store
-from lorabench.schema import ConfigError, ExistingWork
+from lorabench.config.errors import ConfigError, ExistingWork
+from lorabench.store.records import Store
 
 EXECUTORS = ("inline", "local", "slurm", "ray")
 EXTRA = {"slurm": ("slurm", "submitit"), "local": ("slurm", "submitit"), "ray": ("ray", "ray")}

@@ -21,11 +21,11 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from lorabench import checkpoints
 from lorabench.clusters.notice import PREEMPTED, TIME_LIMIT, Notice, requeue
-from lorabench.durable import atomic_write
-from lorabench.records import Store, dump_json
-from lorabench.schema import ConfigError
+from lorabench.config.errors import ConfigError
+from lorabench.runtime.files import atomic_write
+from lorabench.store import checkpoints
+from lorabench.store.records import Store, dump_json
 
 NOTED = 120.0  # seconds that a job waits for the launcher to note its id; a network file system may hide it for 60
 PACK_ID = re.compile(r"p\d+(\.\d+)*")
@@ -147,11 +147,11 @@ class PackJob:
 
     def _trained(self, store: Store, me: str, env: Any, tasks: int) -> dict[str, Any]:
         """What the word of the end says."""
-        from lorabench import settled
-        from lorabench.planning import planned_pack
-        from lorabench.prepare import check_nodes
-        from lorabench.ranks import train
-        from lorabench.train import Listener, OutOfMemory, SlicesMix
+        from lorabench.sweep.packs import planned_pack
+        from lorabench.sweep.ranks import train
+        from lorabench.training import precision as settled
+        from lorabench.training.precision import check_nodes
+        from lorabench.training.train import Listener, OutOfMemory, SlicesMix
 
         pack = planned_pack(store, self.pack_id, prune=self.prune)
         keep = [i for i in pack.run_ids if i not in self.again and store.read(i) is not None]
@@ -174,7 +174,7 @@ class PackJob:
 
     def _node(self, store: Store, me: str, env: Any) -> Any:
         """This task's place among those of its job. The first says in <pack>.meet.json where it waits."""
-        from lorabench.ranks import Node, free_port
+        from lorabench.sweep.ranks import Node, free_port
 
         start = {"job": me, "start": os.environ.get("SLURM_RESTART_COUNT", "0")}
         path = _path(store, self.pack_id, ".meet.json")

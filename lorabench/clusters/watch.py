@@ -7,12 +7,12 @@ from concurrent.futures import Future
 from dataclasses import dataclass, field
 from typing import Any
 
-from lorabench import prepare as prep
-from lorabench.damage import damaged
-from lorabench.prepare import Pack
-from lorabench.records import Record, Store
-from lorabench.schema import ExistingWork
-from lorabench.train import Listener, OutOfMemory, SlicesMix
+from lorabench.config.errors import ExistingWork
+from lorabench.config.runs import Pack
+from lorabench.store.integrity import damaged
+from lorabench.store.records import Record, Store
+from lorabench.training import preparation as prep
+from lorabench.training.train import Listener, OutOfMemory, SlicesMix
 
 
 @dataclass(eq=False)

@@ -5,9 +5,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
-from lorabench.base import BaseInfo
-from lorabench.schema import knob
-from lorabench.slice_plan import SlicePlan
+from lorabench.config.fields import knob
+from lorabench.methods.plan import SlicePlan
+from lorabench.models.base import BaseInfo
 
 
 @dataclass(frozen=True)

@@ -5,10 +5,11 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
-from lorabench.base import BaseInfo
+from lorabench.config.errors import ConfigError
+from lorabench.config.fields import knob
+from lorabench.methods.plan import SlicePlan
 from lorabench.methods.targets import whole_modules
-from lorabench.schema import ConfigError, knob
-from lorabench.slice_plan import SlicePlan
+from lorabench.models.base import BaseInfo
 
 
 @dataclass(frozen=True)

@@ -5,11 +5,12 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
-from lorabench.base import BaseInfo
+from lorabench.config.errors import ConfigError
+from lorabench.config.fields import knob
 from lorabench.methods.low_rank import check_targets, linear_only
+from lorabench.methods.plan import AdapterSpec, SlicePlan
 from lorabench.methods.targets import resolve, whole_modules
-from lorabench.schema import ConfigError, knob
-from lorabench.slice_plan import AdapterSpec, SlicePlan
+from lorabench.models.base import BaseInfo
 
 
 @dataclass(frozen=True)

@@ -7,10 +7,11 @@ import re
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
-from lorabench.base import BaseInfo, LayerInfo
+from lorabench.config.errors import ConfigError
+from lorabench.config.fields import knob
+from lorabench.methods.plan import AdapterSpec, SlicePlan
 from lorabench.methods.targets import pattern_value, resolve, whole_modules
-from lorabench.schema import ConfigError, knob
-from lorabench.slice_plan import AdapterSpec, SlicePlan
+from lorabench.models.base import BaseInfo, LayerInfo
 
 _RULE = re.compile(r"(?P<times>\d*\.?\d*)\s*\*?\s*r")
 

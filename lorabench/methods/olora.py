@@ -5,8 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
+from lorabench.config.fields import knob
 from lorabench.methods.low_rank import FromWeight
-from lorabench.schema import knob
 
 
 @dataclass(frozen=True)

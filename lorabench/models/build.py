@@ -9,9 +9,9 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from lorabench.base import Base, BaseInfo, HeadSpec, inventory
+from lorabench.config.errors import ConfigError
 from lorabench.models import folder as files
-from lorabench.schema import ConfigError
+from lorabench.models.base import Base, BaseInfo, HeadSpec, inventory
 
 ATTENTION = ("auto", "eager", "sdpa")
 HEADS = ("classifier", "score")  # what a classifier's last layer is called; trained always, as in PEFT

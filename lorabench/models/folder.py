@@ -10,7 +10,7 @@ import re
 from functools import lru_cache
 from pathlib import Path
 
-from lorabench.schema import ConfigError
+from lorabench.config.errors import ConfigError
 
 KEY = "model.source"
 ALLOWED = "a hub id (owner/name), a local folder (config.json and .safetensors weights), or package:<module>/<folder>"

@@ -14,10 +14,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from lorabench.base import Base, BaseInfo, HeadSpec
-from lorabench.cache import cache_root
+from lorabench.config.errors import ConfigError
+from lorabench.config.fields import knob
 from lorabench.models import build, folder
-from lorabench.schema import ConfigError, knob
+from lorabench.models.base import Base, BaseInfo, HeadSpec
+from lorabench.runtime.files import cache_root
 
 LAYOUT = "1"  # of the cache; a change makes new folders
 

@@ -6,9 +6,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from lorabench.base import Base, BaseInfo, HeadSpec
+from lorabench.config.errors import ConfigError
+from lorabench.config.fields import knob
 from lorabench.models import build, folder
-from lorabench.schema import ConfigError, knob
+from lorabench.models.base import Base, BaseInfo, HeadSpec
 
 
 @dataclass(frozen=True)

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from rich.table import Table
 
-    from lorabench.report.load import Other
+    from lorabench.results.sweep import Other
 
 __all__ = ["Summary", "render", "terminal_table"]
 
@@ -42,8 +42,8 @@ def render(
     someone else, `Unwritable` where it cannot be written. What was there before stays until the new report is complete.
     """
     from lorabench.report import answer, cautions, directory, page
-    from lorabench.report.findings import find
-    from lorabench.report.load import load
+    from lorabench.results.findings import find
+    from lorabench.results.sweep import load
 
     out = Path(out_dir)
     directory.check(out)
@@ -56,9 +56,10 @@ def render(
 
 def terminal_table(sweep_dir: str | Path) -> Table:
     """The comparison as a rich table, the answer below it. Raises `ConfigError` as `render` does."""
-    from lorabench.report import answer, faces
-    from lorabench.report.findings import find
-    from lorabench.report.load import load
+    from lorabench.report import answer
+    from lorabench.report import table_formats as faces
+    from lorabench.results.findings import find
+    from lorabench.results.sweep import load
 
     findings = find(load(sweep_dir))
     return faces.terminal(findings, answer.answer(findings).lead)

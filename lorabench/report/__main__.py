@@ -7,7 +7,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from lorabench.schema import ConfigError
+from lorabench.config.errors import ConfigError
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -30,7 +30,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--lower-is-better", action="store_true", help="of that metric less is more")
     args = parser.parse_args(argv)
     from lorabench.report import render
-    from lorabench.report.load import Other
+    from lorabench.results.sweep import Other
 
     try:
         if args.lower_is_better and args.metric is None:

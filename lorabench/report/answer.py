@@ -7,13 +7,17 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from lorabench.report import conditions, declared, formats, learned, unfinished
-from lorabench.report import statistics as st
-from lorabench.report.findings import Comparison, Findings
-from lorabench.report.formats import plural
-from lorabench.report.results import Result
-from lorabench.report.unlisted import flatten
-from lorabench.schema import in_hydra
+from lorabench.config.overrides import _hydra
+from lorabench.report import declared
+from lorabench.report.sections import conditions
+from lorabench.results import findings as learned
+from lorabench.results import formatting as formats
+from lorabench.results import unfinished
+from lorabench.results.cells import Result
+from lorabench.results.derived import flatten
+from lorabench.results.findings import Comparison, Findings
+from lorabench.results.formatting import plural
+from lorabench.stats import estimates as st
 
 SEEDS = 200  # up to which they are counted
 
@@ -254,15 +258,3 @@ def _command(f: Findings, cell: str) -> str | None:
     settings |= {k: flat[k] for k, _ in r.cell.extra if k in flat and k not in settings}
     words += [f"{k}={_hydra(v)}" for k, v in {**settings, "optimizer.lr": r.lr}.items()]
     return " ".join(shlex.quote(w) for w in words)
-
-
-def _hydra(value: Any) -> str:
-    """A value in Hydra's grammar, to the last digit."""
-    if isinstance(value, (list, tuple)):
-        return "[" + ",".join(map(_hydra, value)) + "]"
-    if value is None or isinstance(value, bool):
-        return "null" if value is None else str(value).lower()
-    if isinstance(value, float):
-        return f"{value:g}" if float(f"{value:g}") == value else repr(value)
-    text = str(value)
-    return text if isinstance(value, int) else in_hydra(text)

@@ -6,11 +6,12 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
-from lorabench.records import Record
-from lorabench.report import declared, formats
-from lorabench.report.findings import Findings
-from lorabench.report.formats import plural
+from lorabench.report import declared
 from lorabench.report.tables import at_steps
+from lorabench.results import formatting as formats
+from lorabench.results.findings import Findings
+from lorabench.results.formatting import plural
+from lorabench.store.records import Record
 
 
 def budget(f: Findings) -> list[tuple[str, str]]:

@@ -4,13 +4,17 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping
 
-from lorabench.config import digest
-from lorabench.records import Record
-from lorabench.report import declared, formats, learned, measure, unfinished
-from lorabench.report.findings import Findings
-from lorabench.report.formats import plural
-from lorabench.report.left_out import left_out
-from lorabench.report.results import Result
+from lorabench.config.runs import digest
+from lorabench.report import declared
+from lorabench.results import findings as learned
+from lorabench.results import formatting as formats
+from lorabench.results import scores as measure
+from lorabench.results import unfinished
+from lorabench.results.cells import Result
+from lorabench.results.data_notes import left_out
+from lorabench.results.findings import Findings
+from lorabench.results.formatting import plural
+from lorabench.store.records import Record
 
 DIFFER = {
     "precision": "precision",

@@ -8,13 +8,15 @@ from collections.abc import Mapping, Sequence
 import numpy as np
 from matplotlib.axes import Axes
 
-from lorabench.records import Record
-from lorabench.report import formats, style, units
-from lorabench.report.findings import Findings
-from lorabench.report.load import pretty_rule, short
-from lorabench.report.results import Result
-from lorabench.report.select import Rate
-from lorabench.report.style import Drawing, Look
+from lorabench.report import theme as style
+from lorabench.report.theme import Drawing, Look
+from lorabench.results import formatting as formats
+from lorabench.results import units
+from lorabench.results.cells import Result
+from lorabench.results.findings import Findings
+from lorabench.results.selection import Rate
+from lorabench.results.sweep import pretty_rule, short
+from lorabench.store.records import Record
 
 MOST = 8  # cells in one picture of training curves
 POINTS = 160  # of one training curve

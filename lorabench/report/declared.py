@@ -6,11 +6,11 @@ import math
 import re
 from typing import TYPE_CHECKING
 
-from lorabench.report import formats
+from lorabench.results import formatting as formats
 
 if TYPE_CHECKING:
-    from lorabench.report.findings import Findings
-    from lorabench.report.load import Sweep
+    from lorabench.results.findings import Findings
+    from lorabench.results.sweep import Sweep
 
 _RULE = re.compile(r"(?P<number>\d*\.?\d*(?:e[+-]?\d+)?)\s*\*?\s*(?P<r>r?)(?P<root>/sqrt\(r\))?")
 

@@ -10,8 +10,9 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
-from lorabench.leases import Leases
-from lorabench.schema import ConfigError, ExistingWork, writing
+from lorabench.config.errors import ConfigError, ExistingWork
+from lorabench.runtime.files import writing
+from lorabench.runtime.leases import Leases
 
 OURS = {"report.md", "report.html", "runs.csv", "figures", "tables"}
 INSIDE = {"figures": (".svg", ".png"), "tables": (".tex", ".csv")}

@@ -7,11 +7,13 @@ from typing import Any
 
 from matplotlib.axes import Axes
 
-from lorabench.report import curves, formats, style
-from lorabench.report.findings import Findings
-from lorabench.report.load import short
-from lorabench.report.results import Result
-from lorabench.report.style import FAINT, Drawing
+from lorabench.report import curves
+from lorabench.report import theme as style
+from lorabench.report.theme import FAINT, Drawing
+from lorabench.results import formatting as formats
+from lorabench.results.cells import Result
+from lorabench.results.findings import Findings
+from lorabench.results.sweep import short
 
 
 def draw(f: Findings) -> list[Drawing]:

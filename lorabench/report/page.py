@@ -9,10 +9,14 @@ from typing import Any
 from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup, escape
 
-from lorabench.report import answer, cautions, declared, faces, figures, runs, sections, style, tables
+from lorabench.report import answer, cautions, declared, figures, tables
+from lorabench.report import contents as sections
+from lorabench.report import runs_csv as runs
+from lorabench.report import table_formats as faces
+from lorabench.report import theme as style
 from lorabench.report.budget import about, budget
-from lorabench.report.findings import Findings
 from lorabench.report.tables import Table
+from lorabench.results.findings import Findings
 
 HOW_TO_READ = (
     ("Cells, runs, packs", "A cell is what is compared: a method with its rank, alpha and targets. Its runs differ in learning rate and seed. Runs that trained side by side on one base are a pack; "

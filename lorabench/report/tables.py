@@ -7,10 +7,11 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Literal
 
-from lorabench.records import Record
-from lorabench.report import declared, formats
-from lorabench.report.findings import Comparison, Findings
-from lorabench.report.results import Result, same_runs
+from lorabench.report import declared
+from lorabench.results import formatting as formats
+from lorabench.results.cells import Result, same_runs
+from lorabench.results.findings import Comparison, Findings
+from lorabench.store.records import Record
 
 if TYPE_CHECKING:
     pass

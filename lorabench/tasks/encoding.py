@@ -7,8 +7,8 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from lorabench.base import BaseInfo
-from lorabench.schema import ConfigError
+from lorabench.config.errors import ConfigError
+from lorabench.models.base import BaseInfo
 
 if TYPE_CHECKING:
     from torch import Tensor, nn

@@ -11,7 +11,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from lorabench.schema import ConfigError
+from lorabench.config.errors import ConfigError
 
 TABLES = (".csv", ".tsv", ".json", ".jsonl", ".ndjson", ".parquet")
 PLAIN = (".txt", ".text", ".md")

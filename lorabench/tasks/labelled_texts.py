@@ -7,7 +7,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from lorabench.schema import ConfigError, knob
+from lorabench.config.errors import ConfigError
+from lorabench.config.fields import knob
 from lorabench.tasks import encoding, files, sources, split
 from lorabench.tasks.contract import SPLITS, Encoded, Row, TaskData
 

@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 
-from lorabench.schema import ConfigError
+from lorabench.config.errors import ConfigError
 
 Rows = Mapping[str, np.ndarray]
 Metric = Callable[[dict[str, np.ndarray]], float]

@@ -9,7 +9,7 @@ import os
 from pathlib import Path
 from typing import Any
 
-from lorabench.schema import ConfigError
+from lorabench.config.errors import ConfigError
 from lorabench.tasks.contract import Row
 
 KEY = "task.source"

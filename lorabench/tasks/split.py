@@ -8,7 +8,7 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
-from lorabench.schema import ConfigError
+from lorabench.config.errors import ConfigError
 from lorabench.tasks.contract import SPLITS, Row
 
 WORDLESS = re.compile(r"[\W_]+")

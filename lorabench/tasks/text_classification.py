@@ -9,8 +9,9 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 import numpy as np
 
-from lorabench.base import HeadSpec
-from lorabench.schema import ConfigError, knob
+from lorabench.config.errors import ConfigError
+from lorabench.config.fields import knob
+from lorabench.models.base import HeadSpec
 from lorabench.tasks import encoding, metrics, split
 from lorabench.tasks.contract import Encoded, StepOutput, TaskData
 from lorabench.tasks.labelled_texts import LabelledTexts

@@ -5,8 +5,8 @@ from __future__ import annotations
 import importlib
 from pathlib import Path
 
-from lorabench.records import Store
-from lorabench.settings import TrackerConfig
+from lorabench.config.settings import TrackerConfig
+from lorabench.store.records import Store
 from lorabench.trackers.contract import Mirror, Tracker
 
 __all__ = ["Mirror", "Tracker", "make_tracker"]

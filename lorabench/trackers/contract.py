@@ -7,7 +7,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
-from lorabench.records import Record
+from lorabench.store.records import Record
 
 Row = Mapping[str, Any]  # {"step": 10, "train/loss": 0.9, "lr": 0.001}
 

@@ -7,8 +7,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from lorabench.records import Record, Store
-from lorabench.settings import TrackerConfig
+from lorabench.config.settings import TrackerConfig
+from lorabench.store.records import Record, Store
 from lorabench.trackers.contract import Row
 
 

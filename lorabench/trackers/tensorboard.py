@@ -7,8 +7,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from lorabench.records import Record, Store, dump_json
-from lorabench.settings import TrackerConfig
+from lorabench.config.settings import TrackerConfig
+from lorabench.store.records import Record, Store, dump_json
 from lorabench.trackers.contract import Row
 
 if TYPE_CHECKING:

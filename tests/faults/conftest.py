@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 from launches import CONTEXT, Launcher
 
-from lorabench.records import Store
+from lorabench.store.records import Store
 from tiny import make_base, make_data
 
 SWEEP = [

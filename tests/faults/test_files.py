@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 from troubles import cannot
 
-from lorabench.records import Store
+from lorabench.store.records import Store
 
 
 @pytest.mark.parametrize("kind", ["run.json", "history.jsonl", "test.npz", ".adapter.", "sweep.json", ".p0.", ".s."])

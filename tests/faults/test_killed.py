@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 
-from lorabench.records import Store
+from lorabench.store.records import Store
 
 
 def begun(folder: Path) -> list[Path]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from lorabench.records import Store
+from lorabench.store.records import Store
 
 WIDE = ["-m", "method.r=1,2,3,4", "sweep.name=s", "sweep.measure_solo=false", "report.enabled=false"]
 

@@ -15,7 +15,7 @@ from typing import Any
 
 def count(log: str) -> None:
     """Every run that starts to train leaves a line."""
-    from lorabench import sweep
+    from lorabench.sweep import execute as sweep
 
     train = sweep.train
 
@@ -59,7 +59,7 @@ def narrow(most: int) -> None:
     """A pack of more runs than `most` does not fit into memory."""
     import torch
 
-    from lorabench.module import PackModule
+    from lorabench.training.module import PackModule
 
     step = PackModule.training_step
 
@@ -109,14 +109,14 @@ def clock(seconds: float) -> None:
 
 def out_of_sight(_: Any) -> None:
     """As if on a machine of its own: no other launcher can see whether this process lives."""
-    from lorabench import leases
+    from lorabench.runtime import leases
 
     leases.place = lambda: "another boot"
 
 
 def impatient(seconds: float) -> None:
     """A holder out of sight is taken for dead after so many seconds of silence."""
-    from lorabench import leases
+    from lorabench.runtime import leases
 
     leases.SILENT = seconds
 

@@ -13,9 +13,9 @@ from pathlib import Path
 
 import pytest
 
-from lorabench import checkpoints
 from lorabench.clusters import job
-from lorabench.records import Store
+from lorabench.store import checkpoints
+from lorabench.store.records import Store
 from tiny import make_base, make_data
 
 pytest.importorskip("submitit", reason="submitit is not installed: pip install 'lorabench[slurm]'")

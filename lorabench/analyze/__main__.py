@@ -1,0 +1,67 @@
+"""`python -m lorabench.analyze <sweep dir>`: what a sweep's adapters did to the weights, measured from what was saved.
+
+Writes <sweep>/analysis/weights.json, which the report reads (`report/weights.py`). Runs whose weights are the ones
+analysed before are not measured again. Torch is imported once there is something to measure.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from lorabench.config.errors import ConfigError
+
+if TYPE_CHECKING:
+    pass
+from lorabench.analyze.measure import FILE, analyze
+
+
+def parser() -> argparse.ArgumentParser:
+    p = argparse.ArgumentParser(
+        prog="python -m lorabench.analyze",
+        description="Norms, ranks, subspaces and intruder dimensions of what a sweep's runs trained, from saved weights.",
+    )
+    p.add_argument("sweep", type=Path, metavar="SWEEP", help="a sweep's directory, such as sweeps/rank_sweep")
+    p.add_argument(
+        "--cells", nargs="+", default=[], metavar="ID", help="these cells alone; * and ? match as in a shell"
+    )
+    p.add_argument("--layers", nargs="+", default=[], metavar="NAME", help="layers by name or its end, such as query")
+    p.add_argument(
+        "--intruders", action=argparse.BooleanOptionalAction, default=True,
+        help="count intruder dimensions, which takes an SVD of every layer's whole weight (default: yes)",
+    )  # fmt: skip
+    return p
+
+
+# -- the face ------------------------------------------------------------------------------------------------------------
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Exit 0: written; 2: bad input."""
+    args = parser().parse_args(argv)
+    from rich.console import Console
+    from rich.progress import Progress
+
+    from lorabench.analyze.scope import Asked
+    from lorabench.report import table_formats as faces
+    from lorabench.report.sections import weights
+    from lorabench.results import weights as analysis
+
+    asked, console = Asked(tuple(args.cells), tuple(args.layers), args.intruders), Console(stderr=True)
+    try:
+        with Progress(console=console, transient=True, disable=not console.is_terminal) as bar:
+            task = bar.add_task("layers", total=None)
+            doc = analyze(args.sweep, asked, lambda done, total: bar.update(task, completed=done, total=total))
+    except (ConfigError, OSError) as e:
+        print(f"error: {e}", file=sys.stderr)
+        return 2
+    Console().print(faces.rich_table(weights.table(weights.tidy(analysis.parse(doc)))))
+    print(f"analysis: {args.sweep / FILE}")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,73 @@
+"""`python -m lorabench.costs <sweep dir>`: what adapters cost to keep and to serve, measured on this machine.
+
+Writes <sweep>/analysis/costs.json, which the report reads (`report/costs.py`). Weights measured before under the same
+conditions are not measured again. Torch is imported once there is something to measure.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from lorabench.config.errors import ConfigError
+
+if TYPE_CHECKING:
+    pass
+from lorabench.costs.measure import FILE, Asked, costs
+
+
+def parser() -> argparse.ArgumentParser:
+    p = argparse.ArgumentParser(
+        prog="python -m lorabench.costs",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        description="What the adapters of a sweep cost to keep and to serve, one saved run a cell: bytes on disk, seconds to load and to\n"
+        "switch, latency of a forward pass unmerged and merged, training memory against full fine-tuning (from the manifest).",
+        epilog="Times are those of this machine's processor, with the threads torch takes (OMP_NUM_THREADS sets them): leave it\n"
+        "alone while this runs. Ways that are compared take turns, so other work hits them alike, but it widens the spread.",
+    )
+    p.add_argument("sweep", type=Path, metavar="SWEEP", help="a sweep's directory, such as sweeps/rank_sweep")
+    p.add_argument(
+        "--cells", nargs="+", default=[], metavar="ID", help="these cells alone; * and ? match as in a shell"
+    )
+    p.add_argument(
+        "--repeats", type=int, default=15, metavar="N", help="rounds a measure; at most 5 where the disk is read (default 15)"
+    )  # fmt: skip
+    p.add_argument("--again", action="store_true", help="measure what is known already, too")
+    return p
+
+
+# -- the face ------------------------------------------------------------------------------------------------------------
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Exit 0: written; 2: bad input."""
+    args = parser().parse_args(argv)
+    from rich.console import Console
+    from rich.progress import Progress
+
+    from lorabench.report import table_formats as faces
+    from lorabench.report.sections import costs as face
+
+    asked, console = Asked(tuple(args.cells), args.repeats, args.again), Console(stderr=True)
+    try:
+        with Progress(console=console, transient=True, disable=not console.is_terminal) as bar:
+            task = bar.add_task("costs", total=None)
+
+            def tick(cell: str, done: int, total: int) -> None:
+                bar.update(task, description=cell, completed=done, total=total)
+
+            doc = costs(args.sweep, asked, tick)
+    except (ConfigError, OSError) as e:
+        print(f"error: {e}", file=sys.stderr)
+        return 2
+    for made in face.tables(face.parse(doc)):
+        Console().print(faces.rich_table(made))
+    print(f"costs: {args.sweep / FILE}")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

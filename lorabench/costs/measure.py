@@ -1,0 +1,185 @@
+"""Measure what adapters cost to keep and to serve."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from statistics import median
+from typing import TYPE_CHECKING, Any
+
+from lorabench.config.errors import ConfigError
+from lorabench.runtime import provenance
+from lorabench.runtime.files import atomic_write
+from lorabench.store.records import Store, dump_json
+
+if TYPE_CHECKING:
+    from lorabench.costs.timings import Bench
+    from lorabench.results.cells import Result
+    from lorabench.training.saved import SavedRun
+
+
+FILE = Path("analysis", "costs.json")
+
+
+SCHEMA = 1
+
+
+TOKENS = 32  # of a text where no record counts them
+
+
+Tick = Callable[[str, int, int], None]
+
+
+@dataclass(frozen=True)
+class Asked:
+    """What is measured. cells: ids, which may hold * and ?; empty: all. again: what is known, too."""
+
+    cells: tuple[str, ...] = ()
+    repeats: int = 15
+    again: bool = False
+
+
+@dataclass
+class Source:
+    """A saved run for each cell, another one to switch to where there is one, and why others are left out."""
+
+    runs: dict[str, list[SavedRun]] = field(default_factory=dict)
+    left_out: dict[str, str] = field(default_factory=dict)
+
+
+def costs(sweep_dir: str | Path, asked: Asked, tick: Tick = lambda cell, done, total: None) -> dict[str, Any]:
+    """Measure, write the file, and return what it holds. tick: (cell at hand, parts done, parts to do).
+
+    The file is written whole after each cell, so that a killed measurement goes on where it was. Raises `ConfigError`
+    for a directory without finished runs or saved weights, unknown cells, and bases that changed.
+    """
+    from lorabench.results.cells import cells, results
+    from lorabench.results.sweep import load
+
+    if asked.repeats < 3:
+        raise ConfigError("--repeats", asked.repeats, "at least 3: a median and quartiles are taken")
+    every = results(load(sweep_dir)).by_cell
+    chosen = cells(every, asked.cells)
+    source = _opened(sweep_dir, chosen)
+    path, setting = Path(sweep_dir) / FILE, _setting(every, source)
+    doc = _kept(_read(path), every, chosen, source, setting)
+    todo = [i for i in source.runs if asked.again or not _known(doc["cells"].get(i), source.runs[i][0])]
+    _fill(doc, todo, every, source, asked, tick, lambda: atomic_write(path, dump_json(doc)))
+    atomic_write(path, dump_json(doc))
+    return _read(path)
+
+
+def _fill(
+    doc: dict[str, Any], todo: Sequence[str], every: Mapping[str, Result], source: Source, asked: Asked, tick: Tick,
+    keep: Callable[[], None],
+) -> None:  # fmt: skip
+    """Measure the cells of `todo` into the file's content; one base is held at a time."""
+    from lorabench.costs import timings
+
+    held: tuple[str, Bench] | None = None
+    for n, i in enumerate(todo):
+        done = [n * timings.STEPS]
+
+        def step(cell: str = every[i].name, done: list[int] = done) -> None:
+            tick(cell, done[0], len(todo) * timings.STEPS)
+            done[0] += 1
+
+        step()
+        first, *others = source.runs[i]
+        if held is None or held[0] != first.base_key:
+            held = None  # the one before goes first
+            held = (first.base_key, timings.bench(first, doc["setting"]["dtype"], asked.repeats))
+        base = held[1]
+        folders = [first.folder, (others or [first])[0].folder]
+        about = {"run": first.record.run_id, "weights": first.checksum, "bytes": timings.disk_bytes(first.folder),
+                 "base_bytes": base.bytes, "base_load": base.load}  # fmt: skip
+        tokens = doc["setting"]["tokens"]
+        doc["cells"][i] = about | timings.measure(base, folders, tokens=tokens, repeats=asked.repeats, tick=step)
+        doc["cells"][i] |= _about(every, i)
+        keep()
+
+
+def _opened(sweep_dir: str | Path, chosen: Mapping[str, Result]) -> Source:
+    """Up to two runs with weights a cell. Raises `ConfigError` where no cell has one."""
+    from lorabench.training.saved import open_run
+
+    store, source = Store(sweep_dir), Source()
+    for r in chosen.values():
+        why = "no finished run at its chosen rate"
+        for run in r.runs:
+            try:
+                saved = open_run(store.run_dir(run.run_id))
+                saved.weights()
+            except ConfigError as e:
+                why = e.allowed
+                continue
+            found = source.runs.setdefault(r.id, [])
+            found.append(saved)
+            if len(found) == 2:
+                break
+        if r.id not in source.runs:
+            source.left_out[r.id] = why
+    if not source.runs:
+        told = next(iter(source.left_out.values()), "no cell has a finished run")
+        raise ConfigError(
+            "sweep dir", str(sweep_dir), f"a sweep whose finished runs kept what they trained; asked for: {told}"
+        )
+    return source
+
+
+def _setting(every: Mapping[str, Result], source: Source) -> dict[str, Any]:
+    """The conditions that all cells of the file share: machine, torch, threads, types, length of a text.
+
+    The type and attention are those the adapters' runs were evaluated with, for full fine-tuning too.
+    """
+    import torch
+
+    adapters = [s for i, (s, *_) in source.runs.items() if every[i].cell.method != "full"]
+    first = (adapters or [s for s, *_ in source.runs.values()])[0].record.provenance
+    used = [x.resources for r in every.values() for x in r.runs]
+    lengths = [u["tokens"] / u["examples"] for u in used if u.get("tokens") and u.get("examples")]
+    machine = {k: v for k, v in provenance.machine().items() if k != "host"}
+    return {
+        "machine": machine, "threads": torch.get_num_threads(), "torch": str(torch.__version__), "device": "cpu",
+        "dtype": first.get("base_dtype") or "float32", "tokens": round(median(lengths)) if lengths else TOKENS,
+    }  # fmt: skip
+
+
+# -- the file ------------------------------------------------------------------------------------------------------------
+
+
+def _read(path: Path) -> dict[str, Any]:
+    """What was measured before; nothing where the file is missing, torn, or of another version."""
+    try:
+        doc = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return {}
+    return doc if isinstance(doc, dict) and doc.get("schema") == SCHEMA else {}
+
+
+def _kept(
+    old: Mapping[str, Any], every: Mapping[str, Result], chosen: Mapping[str, Result], source: Source, setting: Mapping[str, Any]
+) -> dict[str, Any]:  # fmt: skip
+    """The file to fill: cells that the sweep still has, if they were measured under these conditions: none else compare."""
+    same = old.get("setting") == json.loads(json.dumps(setting))
+    cells = {i: entry | _about(every, i) for i, entry in (old.get("cells", {}) if same else {}).items() if i in every}
+    cells = {i: entry for i, entry in cells.items() if i not in source.left_out}
+    names = {r.name for i, r in every.items() if i not in chosen}
+    left_out = {name: why for name, why in old.get("left_out", {}).items() if name in names}
+    left_out |= {every[i].name: why for i, why in source.left_out.items()}
+    return {"schema": SCHEMA, "setting": dict(setting), "cells": cells, "left_out": left_out}
+
+
+def _about(every: Mapping[str, Result], cell: str) -> dict[str, Any]:
+    """What the records and the manifest say of a cell: this is never measured here."""
+    r = every[cell]
+    return {
+        "order": list(every).index(cell), "name": r.name, "method": r.cell.method, "r": r.cell.r,
+        "trainable": r.cell.trainable, "training_memory": r.timed.get("peak_memory_bytes"),
+    }  # fmt: skip
+
+
+def _known(entry: Mapping[str, Any] | None, saved: SavedRun) -> bool:
+    return entry is not None and entry["weights"] == saved.checksum

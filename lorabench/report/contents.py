@@ -1,0 +1,74 @@
+"""What a report holds beside the comparison, where the sweep has the data for it."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from lorabench.claims import judge as claims
+from lorabench.claims.verdict import Verdict
+from lorabench.report import theme as style
+from lorabench.report.section import Part
+from lorabench.report.sections import alpha_rates, best_rates, conditions, costs, pareto, samples, targets, weights
+from lorabench.report.sections import forgetting as forgetting_faces
+from lorabench.report.sections import style as tone
+from lorabench.report.sections import weights as weights_figures
+from lorabench.report.tables import Column, Row, Table
+from lorabench.report.theme import Drawing, Look
+from lorabench.results import weights as analysis
+from lorabench.results.evidence import Evidence, gather
+from lorabench.results.findings import Findings
+
+
+@dataclass(frozen=True)
+class More:
+    """Parts of the page in their order; every table and drawing of theirs and of claims and weights, by key."""
+
+    parts: tuple[Part, ...]
+    tables: dict[str, Table]
+    drawings: tuple[Drawing, ...]
+
+
+def sections(f: Findings) -> More:
+    """Tables are those that have rows. Raises `ConfigError` for an analysis file that is none."""
+    evidence, looks = gather(f.sweep), style.looks(f.sweep.cells)
+    read, paid = analysis.read(f.sweep.store.root), costs.read(f.sweep.store.root)
+    found = weights.tidy(read) if read else None
+    parts = _parts(f, evidence, looks)
+    made = [t for p in parts for t in p.tables]
+    made += [claimed(claims.judged(evidence)), *([weights.table(found)] if found else [])]
+    made += costs.tables(paid) if paid else []
+    drawn = [d for p in parts for d in p.drawings] + (weights_figures.draw(found, looks) if found else [])
+    return More(parts, {t.key: t for t in made if t.rows}, tuple(drawn))
+
+
+def _parts(f: Findings, e: Evidence, looks: Mapping[str, Look]) -> tuple[Part, ...]:
+    made = (
+        conditions.part(f), alpha_rates.part(e), best_rates.part(e, looks), targets.part(f, e, looks), pareto.part(f, e, looks),
+        forgetting_faces.part(f, e, looks), tone.part(f), samples.part(f),
+    )  # fmt: skip
+    return tuple(p for p in made if p is not None)
+
+
+def claimed(verdicts: list[Verdict]) -> Table:
+    """The claims this sweep speaks to; how many it does not is a note."""
+    columns = (
+        Column("claim", "claim"), Column("status", "here"), Column("number", "number (95 %)"), Column("why", "why"),
+        Column("source", "source"),
+    )  # fmt: skip
+    asked = [v for v in verdicts if v.status != "not applicable"]
+    rows = tuple(Row((v.claim, v.status, claims.shown(v) or "–", _why(v), v.source)) for v in asked)
+    notes = [
+        "Holds: the 90 % interval lies inside what is claimed; contradicted: the 95 % interval lies outside. Claims are judged one by one, without a "
+        "correction for their number."
+    ]  # fmt: skip
+    if len(asked) < len(verdicts):
+        notes.append(
+            f"{len(verdicts) - len(asked)} more claims were made under conditions this sweep does not meet: "
+            "python -m lorabench.claims lists them and says what a sweep would need."
+        )
+    return Table("claims", "Claims of the literature, judged on this sweep", columns, rows, tuple(notes))
+
+
+def _why(v: Verdict) -> str:
+    return f"{v.reason}. To settle it: {v.settle}" if v.settle else v.reason

@@ -1,0 +1,245 @@
+"""How pictures look: one hue a method (Okabe & Ito's colours, safe for colour-blind readers), lighter for smaller ranks."""
+
+from __future__ import annotations
+
+import io
+import re
+import warnings
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from itertools import pairwise
+from typing import Any
+
+import matplotlib as mpl
+import numpy as np
+import seaborn as sns
+from matplotlib.axes import Axes
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.colors import to_hex, to_rgb
+from matplotlib.figure import Figure
+from matplotlib.ticker import FuncFormatter, NullFormatter
+
+from lorabench.results import formatting as formats
+from lorabench.results.sweep import Cell, short
+
+HUES = {
+    "LoRA": "#0072B2",
+    "rsLoRA": "#D55E00",
+    "BitFit": "#009E73",
+    "head only": "#6E6E6E",
+    "full": "#1A1A1A",
+    "DoRA": "#B8588F",
+}
+OTHERS = ("#8C6D00", "#5B4FA2", "#A0522D", "#3E8E9C", "#7A8B1F")
+DASHES: tuple[Any, ...] = ("-", (0, (5, 2)), (0, (1, 1.4)), (0, (6, 2, 1, 2)))
+MARKERS = "osD^vP"
+MOST = 40  # characters of a name inside a picture
+INK, FAINT, GRID = "#222222", "#666666", "#E3E3E3"
+RC = {
+    "font.family": "DejaVu Sans", "font.size": 10.5, "axes.labelsize": 10.5, "axes.titlesize": 11, "xtick.labelsize": 9.5,
+    "ytick.labelsize": 9.5, "axes.edgecolor": FAINT, "axes.labelcolor": INK, "text.color": INK, "xtick.color": FAINT,
+    "ytick.color": FAINT, "xtick.labelcolor": INK, "ytick.labelcolor": INK, "axes.grid": True, "grid.color": GRID, "grid.linewidth": 0.8,
+    "axes.axisbelow": True, "axes.titlelocation": "left", "lines.linewidth": 1.8, "svg.hashsalt": "lorabench", "svg.fonttype": "path",
+    "path.simplify": False, "figure.dpi": 100, "savefig.dpi": 200, "text.parse_math": False, "axes.unicode_minus": True,
+}  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Drawing:
+    """One figure in both formats, with the words that stand for it."""
+
+    key: str
+    title: str
+    caption: str
+    alt: str
+    svg: str
+    png: bytes
+    figure: Figure = field(repr=False, compare=False)  # what both were rendered from, for a notebook
+
+
+@dataclass(frozen=True)
+class Look:
+    colour: str
+    marker: str
+    dashes: Any
+
+
+def looks(cells: Sequence[Cell]) -> dict[str, Look]:
+    """By cell id. Hue: method; lightness: rank (or the order of cells of one rank); dashes and marker: series."""
+    methods = sorted({c.method for c in cells})
+    unknown = [m for m in methods if m not in HUES]
+    hues = {**HUES, **{m: OTHERS[i % len(OTHERS)] for i, m in enumerate(unknown)}}
+    out = {}
+    for method in methods:
+        mine = [c for c in cells if c.method == method]
+        series = list(dict.fromkeys(c.series for c in mine))
+        ladder = len({(c.series, c.r) for c in mine}) > len(series)  # some series has several ranks
+        keys = [(c.r or 0, "") if ladder else (0, c.id) for c in mine]
+        steps = sorted(set(keys)) if ladder else keys
+        shades = _shades(hues[method], len(steps))
+        for c, key in zip(mine, keys, strict=True):
+            i = series.index(c.series)
+            out[c.id] = Look(shades[steps.index(key)], MARKERS[i % len(MARKERS)], DASHES[i % len(DASHES)])
+    return out
+
+
+def hue(cell: Cell, found: Mapping[str, Look]) -> str:
+    """The method's own colour, for what stands for a whole series."""
+    return HUES.get(cell.method, found[cell.id].colour)
+
+
+def _shades(colour: str, n: int) -> list[str]:
+    """Light to dark around one hue."""
+    if n == 1:
+        return [colour]
+    light, dark = sns.light_palette(colour, 10)[5], sns.dark_palette(colour, 10)[2]
+    return [to_hex(c) for c in sns.blend_palette([light, colour, dark], n)]
+
+
+def readable(colour: str) -> str:
+    """The colour, darkened until text in it has a contrast of 4.5 to white (WCAG 2.2, 1.4.3)."""
+    rgb = np.array(to_rgb(colour))
+    while 1.05 / (_luminance(rgb) + 0.05) < 4.5:
+        rgb = rgb * 0.95
+    return str(to_hex(tuple(rgb)))
+
+
+def _luminance(rgb: np.ndarray) -> float:
+    linear = np.where(rgb <= 0.04045, rgb / 12.92, ((rgb + 0.055) / 1.055) ** 2.4)
+    return float(linear @ [0.2126, 0.7152, 0.0722])
+
+
+@contextmanager
+def canvas(width: float, height: float, *, between: float | None = None) -> Iterator[Figure]:
+    """An empty figure, width and height in inches, under the report's settings and no others. between: inches that panels
+    keep free around them."""
+    with mpl.rc_context():
+        mpl.rcdefaults()
+        mpl.rcParams.update(RC)  # type: ignore[arg-type]
+        figure = Figure(figsize=(width, height), layout="constrained")
+        if between is not None:
+            figure.get_layout_engine().set(w_pad=between, h_pad=between)  # type: ignore[union-attr, call-arg]
+        FigureCanvasAgg(figure)
+        yield figure
+
+
+def single(names: Iterable[str]) -> float:
+    """Inches of width for one panel with these names beside it: what a phone shows whole, unless a name is long."""
+    return 5.2 if max(map(len, names), default=0) <= 22 else 6.2
+
+
+def drawing(key: str, title: str, caption: str, alt: str, figure: Figure) -> Drawing:
+    """Render inside `canvas`. No date, no version, no random id: equal figures give equal bytes."""
+    svg, png = io.StringIO(), io.BytesIO()
+    meta = {"Date": None, "Creator": None, "Title": title}
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="Glyph .* missing from font")  # a user's name in another script
+        figure.savefig(svg, format="svg", bbox_inches="tight", pad_inches=0.06, metadata=meta)
+        figure.savefig(png, format="png", bbox_inches="tight", pad_inches=0.06, metadata={"Software": None})
+    return Drawing(key, title, caption, alt, svg.getvalue(), png.getvalue(), figure)
+
+
+def inline(d: Drawing) -> str:
+    """The SVG element for a page: ids made unique to the figure, size left to the page, the alt text inside."""
+    svg = d.svg[d.svg.index("<svg") :]
+    svg = re.sub(r"<metadata>.*?</metadata>", "", svg, flags=re.S)
+    svg = re.sub(r'\bid="([^"]+)"', rf'id="{d.key}-\1"', svg)
+    svg = re.sub(r'(xlink:href="#|url\(#)', rf"\1{d.key}-", svg)
+    head, rest = svg.split(">", 1)
+    box = re.search(r'viewBox="[^"]+"', head)
+    assert box
+    label = f'aria-labelledby="{d.key}-alt"'
+    rest = re.sub(r"<title>.*?</title>", "", rest, flags=re.S)
+    text = d.alt.replace("&", "&amp;").replace("<", "&lt;").replace(">", "&gt;")
+    opening = f'<svg xmlns="http://www.w3.org/2000/svg" xmlns:xlink="http://www.w3.org/1999/xlink" role="img" {label} {box[0]}>'
+    return f'{opening}<title id="{d.key}-alt">{text}</title>{rest.strip()}'
+
+
+# -- parts of pictures ---------------------------------------------------------------------------------------------------
+
+
+def tidy(ax: Axes, *, x: str, y: str, grid: str = "y") -> None:
+    """Axis titles with units, one direction of grid lines, no box."""
+    ax.set_xlabel(x)
+    ax.set_ylabel(y)
+    ax.grid(False)
+    ax.grid(True, axis=grid)  # type: ignore[arg-type]
+    sns.despine(ax=ax)
+
+
+def rank_axis(ax: Axes, ranks: Sequence[int]) -> None:
+    """log2, a tick at every rank that was run."""
+    ax.set_xscale("log", base=2)
+    ax.set_xticks(ranks, [str(r) for r in ranks])
+    ax.xaxis.set_minor_formatter(NullFormatter())
+    ax.minorticks_off()
+
+
+def rate_axis(ax: Axes, rates: Sequence[float], axis: str = "x") -> None:
+    """log10 with a tick at every rate that was tried where their labels have room, else at 1, 2 and 5 of each decade while
+    those are few."""
+    scaled, ticked, limited = (
+        (ax.set_xscale, ax.set_xticks, ax.set_xlim) if axis == "x" else (ax.set_yscale, ax.set_yticks, ax.set_ylim)
+    )
+    scaled("log")
+    low, high = min(rates), max(rates)
+    decades = range(int(np.floor(np.log10(low))), int(np.ceil(np.log10(high))) + 1)
+    steps = (1, 2, 5) if high / low < 300 else (1,)
+    ticks = [s * 10.0**d for d in decades for s in steps if low / 1.5 <= s * 10.0**d <= high * 1.5]
+    tried = sorted(set(rates))
+    wide = (
+        max(len(formats.rate(t)) for t in tried) if axis == "x" else 1
+    )  # a label's share of the axis: its width or height
+    gap = min((np.log(b / a) for a, b in pairwise(tried)), default=1.0) / np.log(high / low * 1.6**2)
+    if gap > 0.03 + 0.028 * wide:
+        ticks = tried
+    ticked(ticks, [formats.rate(t) for t in ticks])
+    ax.minorticks_off()
+    limited(low / 1.6, high * 1.6)
+
+
+def per_metric(ax: Axes, metric: formats.Metric, axis: str = "y") -> None:
+    """Tick labels in the metric's shown unit, all with the same decimals; the data stay in their own."""
+    which = ax.yaxis if axis == "y" else ax.xaxis
+
+    def text(value: float, _: int | None) -> str:
+        shown = (f"{v * metric.scale:.6g}" for v in which.get_majorticklocs())
+        decimals = max((len(t.partition(".")[2]) for t in shown if "e" not in t), default=0)
+        return formats.number(value * metric.scale, decimals)
+
+    which.set_major_formatter(FuncFormatter(text))
+
+
+Label = tuple[float | None, float, str, str]  # x and y in data (x None: the right edge), text, colour
+
+
+def end_labels(ax: Axes, labels: Sequence[Label], *, size: float = 9.5) -> None:
+    """Names at the right edge, moved apart where they would overlap, each tied to its point."""
+    low, high = ax.get_ylim()
+    figure = ax.get_figure(root=True)
+    assert figure is not None
+    inches = ax.get_position().height * figure.get_figheight() * 0.9  # the layout settles later; near enough for a gap
+    gap = size * 1.3 / 72 / inches
+    ordered = sorted(labels, key=lambda label: (label[1], label[2]))
+    wanted = [(y - low) / (high - low) for _, y, _, _ in ordered]
+    for at, (x, y, text, colour) in zip(spread(wanted, gap), ordered, strict=True):
+        xy, coords = ((1.0, y), ax.get_yaxis_transform()) if x is None else ((x, y), ax.transData)
+        ax.annotate(
+            short(text, MOST), xy=xy, xycoords=coords, xytext=(1.04, at), textcoords="axes fraction", color=readable(colour), fontsize=size,
+            va="center", ha="left", annotation_clip=False,
+            arrowprops={"arrowstyle": "-", "color": colour, "lw": 0.9, "ls": (0, (1, 1.6)), "shrinkA": 1, "shrinkB": 4 if x else 0, "relpos": (0, 0.5)},
+        )  # fmt: skip
+
+
+def spread(wanted: Sequence[float], gap: float) -> list[float]:
+    """Positions at least `gap` apart and as near as that allows to ascending `wanted` (pool adjacent violators)."""
+    blocks: list[tuple[float, int]] = []  # (sum of wanted - i * gap, count)
+    for i, y in enumerate(wanted):
+        total, n = y - i * gap, 1
+        while blocks and blocks[-1][0] / blocks[-1][1] > total / n:
+            last = blocks.pop()
+            total, n = total + last[0], n + last[1]
+        blocks.append((total, n))
+    flat = [total / n for total, n in blocks for _ in range(n)]
+    return [y + i * gap for i, y in enumerate(flat)]

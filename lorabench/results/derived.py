@@ -1,0 +1,92 @@
+"""Sweeps without a manifest: cells made of the configs of runs that were launched one by one, or elsewhere."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from typing import Any
+
+from lorabench.store.records import Record
+
+LABELLED = {"method.name", "method.r", "method.alpha", "method.target_modules", "method.use_rslora"}
+METHODS = {
+    "lora": "LoRA", "dora": "DoRA", "loraplus": "LoRA+", "lorafa": "LoRA-FA", "pissa": "PiSSA", "olora": "OLoRA",
+    "vera": "VeRA", "ia3": "IA3", "full": "full", "head": "head only", "bitfit": "BitFit",
+}  # fmt: skip
+TARGETS = {"full": "everything", "head": "head", "bitfit": "biases"}
+
+
+def derived(records: Mapping[str, Record]) -> dict[str, Any]:
+    """Cells from configs: one for each method, r, alpha, targets and value of any other field that differs."""
+    axes, times = _axes([r.config for r in records.values()]), _multiples(records.values())
+    cells: dict[str, dict[str, Any]] = {}
+    for run_id, record in sorted(records.items()):
+        label = _label(record.config, axes)
+        if (kind := _kind(record.config)) in times and label["alpha"] is not None:
+            label["alpha_rule"] = times[kind]
+        parts = [label["method"].lower().replace(" ", "")]
+        parts += [
+            f"{a}{label[k]}" for a, k in (("r", "r"), ("a", "alpha_rule"), ("", "targets")) if label[k] is not None
+        ]
+        name = "-".join([*parts, *(f"{k}={v}" for k, v in sorted(label["extra"].items()))]).replace(" ", "")
+        cell = cells.setdefault(name, {"id": name, "label": label, "runs": {"tune": [], "confirm": []}})
+        cell["runs"]["confirm" if record.role == "confirm" else "tune"].append(run_id)
+    return {"cells": list(cells.values())}
+
+
+def _kind(config: Mapping[str, Any]) -> tuple[str, ...]:
+    method = config["method"]
+    return tuple(plain(method.get(key)) for key in ("name", "target_modules", "use_rslora"))
+
+
+def _multiples(records: Iterable[Record]) -> dict[tuple[str, ...], str]:
+    """The alpha rule by kind of method where alpha is one multiple of r at two ranks or more: `2r`, as one would ask for it."""
+    ranks, ratios = dict[tuple[str, ...], set[float]](), dict[tuple[str, ...], set[float]]()
+    for config in (r.config for r in records):
+        r, alpha = config["method"].get("r"), config["method"].get("alpha")
+        if all(isinstance(x, (int, float)) and x > 0 for x in (r, alpha)):
+            ranks.setdefault(_kind(config), set()).add(r)
+            ratios.setdefault(_kind(config), set()).add(round(alpha / r, 9))
+    return {
+        kind: f"{min(found):g}r" + ("/sqrt(r)" if kind[2] == "True" else "")
+        for kind, found in ratios.items() if len(found) == 1 < len(ranks[kind])
+    }  # fmt: skip
+
+
+def _axes(configs: Sequence[Mapping[str, Any]]) -> list[str]:
+    """Dotted fields, beside those of the label, that have more than one value among the configs that have them."""
+    seen: dict[str, set[str]] = {}
+    for config in configs:
+        for key, value in flatten(config):
+            seen.setdefault(key, set()).add(plain(value))
+    apart = LABELLED | {"seed", "role", "optimizer.lr"}
+    return sorted(key for key, values in seen.items() if len(values) > 1 and key not in apart)
+
+
+def flatten(config: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    for key, value in config.items():
+        if isinstance(value, Mapping) and value:
+            yield from flatten(value, f"{prefix}{key}.")
+        else:
+            yield f"{prefix}{key}", value
+
+
+def _label(config: Mapping[str, Any], axes: Sequence[str]) -> dict[str, Any]:
+    method = config["method"]
+    name, target, alpha = str(method["name"]), method.get("target_modules"), method.get("alpha")
+    shown = "rsLoRA" if method.get("use_rslora") else METHODS.get(name, name)
+    rule = None if alpha is None else plain(alpha) + ("/sqrt(r)" if method.get("use_rslora") else "")
+    flat = dict(flatten(config))
+    return {
+        "method": shown, "r": method.get("r"), "alpha": alpha, "alpha_rule": rule,
+        "targets": plain(target) if target is not None else TARGETS.get(name, ""),
+        "extra": {key: plain(flat[key]) for key in axes if key in flat},
+    }  # fmt: skip
+
+
+def plain(value: Any) -> str:
+    """A setting as text: 16 for 16.0, a+b for a list."""
+    if isinstance(value, (list, tuple)):
+        return "+".join(plain(v) for v in value)
+    if isinstance(value, float) and not isinstance(value, bool):
+        return f"{value:g}"
+    return "none" if value is None else str(value)

@@ -1,0 +1,44 @@
+"""What a metric without a scale of its own is measured in: said by the task (`units`), never assumed."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from typing import TYPE_CHECKING, Any
+
+from lorabench.config.components import component
+from lorabench.config.errors import ConfigError
+from lorabench.results import formatting as formats
+
+if TYPE_CHECKING:
+    from lorabench.results.sweep import Sweep
+
+
+def unit(sweep: Sweep, metric: str) -> str:
+    """As the manifest has it from the task; of an older one, and of runs without, as the tasks of the records say with one
+    voice. Empty where there is none: the loss of `planted` is a ratio."""
+    declared = sweep.manifest.get("units")
+    if declared is not None:
+        return str(declared.get(metric, ""))
+    found = {of_task(r.config.get("task", {})).get(metric, "") for r in sweep.records.values()}
+    return found.pop() if len(found) == 1 else ""
+
+
+def primary(sweep: Sweep, values: Iterable[float | None]) -> formats.Metric:
+    """The way to show the primary metric. values: those to be shown."""
+    largest = max((abs(x) for x in values if x is not None), default=None)
+    name, lower = sweep.metric, sweep.lower_is_better
+    return formats.metric(name, lower_is_better=lower, largest=largest, unit=unit(sweep, name))
+
+
+def loss_axis(sweep: Sweep, split: str) -> str:
+    """`validation loss (nats)`, in what the task measures its loss."""
+    return formats.in_unit(f"{split} loss", unit(sweep, "loss"))
+
+
+def of_task(task: Mapping[str, Any] | None) -> Mapping[str, str]:
+    """`units` of a record's task by its kind. A `local` task's file is not run for the sake of a report: none."""
+    try:
+        units: Mapping[str, str] = getattr(component("task", str((task or {}).get("kind")), None), "units", {})
+    except ConfigError:
+        return {}
+    return units

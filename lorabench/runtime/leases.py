@@ -1,0 +1,276 @@
+"""Who may do what, among launchers that share a directory: a lease is held by one process and ends with it. No torch.
+
+<folder>/<name>/<token>    a lease: a directory that holds one file, named at random, which says who holds it
+
+A directory is renamed onto another only while that one is empty or absent: so one process gets a lease, on a network file
+system too. A dead holder is put out by the name of its own file: what a slow launcher has found out about an old holder
+cannot touch a new one. A holder touches its file every `BEAT` seconds. It is dead when its process is gone, where that can
+be seen from here (same machine, boot and process names), and elsewhere when its file has not changed for `SILENT` seconds
+of the watcher's own steady clock: no two clocks are ever compared.
+"""
+
+from __future__ import annotations
+
+import errno
+import json
+import os
+import platform
+import secrets
+import shutil
+import threading
+import time
+from contextlib import suppress
+from dataclasses import asdict, dataclass
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+from lorabench.config.errors import ExistingWork
+
+BEAT, SILENT = 15.0, 120.0  # seconds; a network file system may hold a touch back for 60
+TAKEN = (errno.ENOTEMPTY, errno.EEXIST)
+
+
+class LeaseLost(Exception):
+    """Another process holds what this one held: it was suspended, or cut off from the file system, for too long."""
+
+
+@dataclass(frozen=True)
+class Holder:
+    """A process: where it runs (machine, its boot, its process names), its number, and when it was started."""
+
+    host: str
+    pid: int
+    place: str = ""
+    start: str = ""
+
+    @classmethod
+    def here(cls) -> Holder:
+        """This process."""
+        return cls(platform.node(), os.getpid(), place(), _start(os.getpid()))
+
+    def __str__(self) -> str:
+        host = "".join(c for c in self.host[:64] if c.isprintable())  # another's file: no control characters of it
+        return f"process {self.pid} on {host}"
+
+    @property
+    def gone(self) -> bool | None:
+        """Whether the process is no more; None where that cannot be seen from here."""
+        if not self.place or self.place != place():
+            return None
+        return _start(self.pid) != self.start
+
+
+@cache
+def place() -> str:
+    """Boot and process namespace of this process: equal ones mean that pids can be compared. Empty: they cannot."""
+    try:
+        boot = Path("/proc/sys/kernel/random/boot_id").read_text(encoding="ascii").strip()
+        return f"{boot} {os.readlink('/proc/self/ns/pid')}"
+    except OSError:
+        return ""
+
+
+def _start(pid: int) -> str:
+    """When a process was started, in ticks since boot; empty for one that is gone or only waits to be buried."""
+    try:
+        fields = Path(f"/proc/{pid}/stat").read_text(encoding="utf-8", errors="replace").rpartition(")")[2].split()
+    except OSError:
+        return ""
+    return "" if fields[0] in "ZX" else fields[19]
+
+
+@dataclass(frozen=True)
+class Held:
+    """A lease that somebody has taken, as it looks from here. since, heard: when it was taken and when its holder last
+    touched it, in seconds since the epoch by the file system's clock; dead: its holder is gone or silent for too long."""
+
+    file: Path
+    who: Holder
+    since: float
+    heard: float
+    dead: bool
+
+
+class Lease:
+    """What this process holds until it releases it or dies; use as a context. `file` is there as long as it is ours."""
+
+    def __init__(self, file: Path) -> None:
+        self.file, self._pid, self._over = file, os.getpid(), threading.Event()
+        threading.Thread(target=self._renew, daemon=True, name=f"lease {file.parent.name}").start()
+
+    def _renew(self) -> None:
+        while not self._over.wait(BEAT):
+            with suppress(OSError):  # the next beat tries again; one that is lost shows when something is written
+                os.utime(self.file, follow_symlinks=False)
+
+    def release(self) -> None:
+        self._over.set()
+        if os.getpid() == self._pid:  # a forked child leaves it to its parent
+            _put_out(self.file)
+
+    def __enter__(self) -> Lease:
+        return self
+
+    def __exit__(self, *args: Any) -> None:
+        self.release()
+
+
+class Leases:
+    """The leases of one folder, which is made when the first is taken. Raises `OSError` where it cannot be written, and
+    `ExistingWork` where something there is a symbolic link or no lease."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self._seen: dict[str, tuple[Any, float]] = {}  # a lease as it last looked, and since when it looks so
+
+    def take(self, name: str, *, again: int = 9) -> Lease | None:
+        """The lease; None while another holds it. again: how often to begin anew where others clean up meanwhile."""
+        path = self._path(name)
+        if self.holder(name) is not None:
+            return None
+        token = secrets.token_hex(8)
+        nest = self.folder / f".{name}.{token}"
+        try:
+            self._fill(nest, token)
+            with suppress(OSError):
+                os.rmdir(path)  # what a holder that was put out has left; some file systems rename onto nothing only
+            os.rename(nest, path)
+        except OSError as e:
+            held = e.errno in TAKEN or (e.errno == errno.EPERM and _holds(path))  # sshfs has no word for "not empty"
+            meanwhile = e.errno in (errno.ENOENT, errno.EPERM)  # another cleaned up, or released it
+            if not held and meanwhile and again:
+                return self.take(name, again=again - 1)
+            if not held and not (path / token).exists():
+                raise
+        finally:
+            shutil.rmtree(nest, ignore_errors=True)
+        if not (path / token).exists():  # asked for by name: a network file system may lose the answer to a rename
+            return None
+        self._clean(name)
+        return Lease(path / token)
+
+    def wait(self, name: str) -> Lease:
+        """The lease, once whoever holds it releases it or dies."""
+        pause = 0.005
+        while (lease := self.take(name)) is None:
+            time.sleep(pause)
+            pause = min(0.25, pause * 1.5)
+        return lease
+
+    def tidy(self, name: str) -> None:
+        """Remove what dead holders have left of a lease that nobody will take any more."""
+        self.holder(name)
+        self._clean(name)
+
+    def holder(self, name: str) -> Holder | None:
+        """Who holds a lease now; a dead holder is put out."""
+        held = self.look(name)
+        if held is not None and held.dead:
+            _put_out(held.file)
+            return None
+        return held.who if held else None
+
+    def look(self, name: str) -> Held | None:
+        """The lease as it is, a dead holder's too; changes nothing. Who cannot be seen from here is taken for dead only by one
+        that has looked for `SILENT` seconds."""
+        found = _look(self._path(name))
+        if found is None:
+            self._seen.pop(name, None)
+            return None
+        file, who, state, taken = found
+        before, since = self._seen.get(name, (None, 0.0))
+        if before != (file, state):
+            since = time.monotonic()
+            self._seen[name] = (file, state), since
+        gone = who.gone
+        dead = bool(gone or (gone is None and time.monotonic() - since > SILENT))
+        return Held(file, who, taken, state[0] / 1e9, dead)
+
+    def _path(self, name: str) -> Path:
+        if name in ("", ".", "..") or "/" in name or "\0" in name:
+            raise ExistingWork("lease", name, "a plain name")
+        refuse_link(self.folder)
+        return self.folder / name
+
+    def _fill(self, nest: Path, token: str) -> None:
+        """Make the directory that is to be the lease."""
+        while True:
+            self.folder.mkdir(0o775, parents=True, exist_ok=True)
+            with suppress(FileNotFoundError):  # the folder went away in between
+                nest.mkdir(0o775)
+                break
+        handle = os.open(nest / token, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW, 0o644)
+        with open(handle, "w", encoding="utf-8") as f:
+            json.dump(asdict(Holder.here()), f)
+
+    def _clean(self, name: str) -> None:
+        """Remove what processes that died in `_fill` have left; a living one whose work goes with it begins anew."""
+        for nest in self.folder.glob(f".{name}.{'[0-9a-f]' * 16}"):
+            with suppress(OSError, ExistingWork):
+                found = _look(nest)
+                if found is None:
+                    os.rmdir(nest)
+                elif found[1].gone or not found[0].stat().st_size:
+                    _put_out(found[0])
+
+
+def _holds(path: Path) -> bool:
+    """Whether a lease's directory has a holder's file in it."""
+    try:
+        return any(path.iterdir())
+    except OSError:
+        return False
+
+
+def check(lease: Path | None) -> None:
+    """Raise `LeaseLost` unless the file of a lease (`Lease.file`) is there still; None: no lease is asked for."""
+    if lease is not None and not lease.exists():
+        raise LeaseLost(f"the lease {lease.parent} was taken over: this process was away for too long")
+
+
+def refuse_link(path: Path, key: str = "path") -> None:
+    """Raise `ExistingWork` for a symbolic link: it would lead reads and writes elsewhere."""
+    if path.is_symlink():
+        raise ExistingWork(key, str(path), f"no symbolic link; this one leads to {os.readlink(path)}")
+
+
+def _look(path: Path) -> tuple[Path, Holder, tuple[int, int], float] | None:
+    """The file in a lease, who wrote it, its state, which changes with every beat, and when the lease was taken; None for one
+    that nobody holds."""
+    try:
+        folder = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW)
+        try:
+            # `.nfs...` is a file that was deleted while someone had it open
+            names = sorted(name for name in os.listdir(folder) if not name.startswith("."))
+            return (*_read(path / names[0], folder), os.fstat(folder).st_mtime) if names else None
+        finally:
+            os.close(folder)
+    except FileNotFoundError:  # nobody's, or released while we looked
+        return None
+    except OSError as e:
+        if e.errno == errno.ESTALE:  # the same, on a network file system
+            return None
+        if e.errno not in (errno.ENOTDIR, errno.ELOOP):
+            raise
+        raise ExistingWork("lease", str(path), "a lease of lorabench; this is a file or a symbolic link") from e
+
+
+def _read(file: Path, folder: int) -> tuple[Path, Holder, tuple[int, int]]:
+    handle = os.open(file.name, os.O_RDONLY | os.O_NOFOLLOW, dir_fd=folder)  # opened: a network file system asks anew
+    with open(handle, "rb") as f:
+        about = os.fstat(handle)
+        try:
+            who = Holder(**json.loads(f.read(4096)))
+            if not (isinstance(who.pid, int) and isinstance(who.host, str)):
+                raise TypeError
+        except (ValueError, TypeError, RecursionError):
+            who = Holder("an unknown machine", 0)
+    return file, who, (about.st_mtime_ns, about.st_ctime_ns)
+
+
+def _put_out(file: Path) -> None:
+    """Take a holder's own file away, and the directory unless it is another's by now."""
+    with suppress(OSError):
+        os.unlink(file)
+        os.rmdir(file.parent)

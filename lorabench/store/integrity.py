@@ -1,0 +1,48 @@
+"""What of a run that has ended is there and cannot be read: it counts as not there, and the run trains again."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable
+from pathlib import Path
+
+from lorabench.config.errors import ExistingWork
+from lorabench.store.records import HISTORY, Store
+
+
+def damaged(store: Store, run_ids: Iterable[str]) -> dict[str, str]:
+    """The runs whose record, history or test results are torn, each with the name of that file.
+
+    Raises `ExistingWork` for a record of another version of lorabench: it is whole, and training again would replace it.
+    """
+    return {i: name for i in run_ids if store.stamp(i) is not None and (name := _torn(store, i))}
+
+
+def _torn(store: Store, run_id: str) -> str | None:
+    if store.read(run_id) is None:
+        _refuse_other_versions(store.run_dir(run_id) / "run.json")
+        return "run.json"
+    try:
+        lines = (store.run_dir(run_id) / HISTORY).read_text(encoding="utf-8").splitlines()
+        rows = json.loads(f"[{','.join(lines)}]")  # at once: a call a line takes longer than all the rest
+        if len(rows) != len(lines) or not all(isinstance(row, dict) for row in rows):
+            return HISTORY
+    except FileNotFoundError:
+        pass  # not torn: deleted, or adopted without one
+    except (ValueError, RecursionError):
+        return HISTORY
+    try:
+        store.arrays(run_id, "test")
+    except ExistingWork:
+        return "test.npz"
+    return None
+
+
+def _refuse_other_versions(path: Path) -> None:
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+    except (ValueError, RecursionError):
+        return
+    schema = found.get("schema", 1) if isinstance(found, dict) else 1
+    if schema != 1:
+        raise ExistingWork("sweep.dir", str(path), f"a record of schema 1; this one has schema {schema!r:.20}")

@@ -1,0 +1,87 @@
+"""What a study declares (`study.*`), held against its task, its cells and the sweep that is there already."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import asdict
+from typing import Any
+
+from lorabench.config.errors import ConfigError, ExistingWork
+from lorabench.config.runs import RunConfig
+from lorabench.config.settings import StudyConfig
+from lorabench.report.declared import scale_at
+from lorabench.store.records import Store
+from lorabench.sweep.packs import Job, cell_id
+
+SAID_ONLY = {"alpha_anchor"}  # keys that change no number: a manifest from before they existed is not held to them
+POST_HOC = {"margin": "python -m lorabench.report {root} --margin {value}"}
+
+
+def check_run(job: Job) -> None:
+    """Raises `ConfigError` for a metric that the run's task does not have, or a rule that pruning would break."""
+    study, names = job.settings.study, metric_names(job.run)
+    for key, value in (("study.metric", study.metric), ("study.selection", study.selection)):
+        if value is not None and value not in names:
+            raise ConfigError(key, value, f"a metric of task {job.run.task.name}: {', '.join(names)}")
+    if job.settings.sweep.prune and study.selection != "loss":
+        raise ConfigError(
+            "sweep.prune",
+            True,
+            f"false where study.selection={study.selection}: pruning ranks rates by validation loss",
+        )
+
+
+def metric_names(run: RunConfig) -> tuple[str, ...]:
+    """What the task says it has; of one that does not say, its primary metric and the loss."""
+    task = run.task
+    return tuple(getattr(task, "metric_names", dict.fromkeys((task.metric, "loss"))))
+
+
+def check_cells(jobs: Sequence[Job]) -> None:
+    """Raises `ConfigError` for a reference or family that is no cell, listed now or before, and for rules that do not meet."""
+    study, manifest = jobs[0].settings.study, Store(jobs[0].settings.sweep.dir).manifest()
+    cells = dict.fromkeys([*(c["id"] for c in manifest.get("cells", ())), *(cell_id(job.label) for job in jobs)])
+    for key, names in (("study.reference", [study.reference]), ("study.family", study.family or [])):
+        for name in names:
+            if name is not None and name not in cells:
+                raise ConfigError(key, name, f"a cell of this sweep: {', '.join(cells)}")
+    if study.family is not None:
+        if study.reference is None:
+            raise ConfigError(
+                "study.reference", None, "a cell: a declared family is compared with a declared reference"
+            )
+        if study.reference in study.family or len(set(study.family)) < len(study.family) or not study.family:
+            raise ConfigError("study.family", study.family, "each cell once, without the reference; null: all")
+    if study.alpha_anchor is not None:
+        _check_anchor(study.alpha_anchor, {str(job.label["alpha_rule"]) for job in jobs if job.label.get("alpha_rule")})
+
+
+def _check_anchor(rank: int, rules: Iterable[str]) -> None:
+    found = {rule: s for rule in sorted(rules) if (s := scale_at(rule, rank)) is not None}
+    if not found:
+        raise ConfigError("study.alpha_anchor", rank, "null: no cell of this sweep has an alpha")
+    if max(found.values()) > min(found.values()) * (1 + 1e-6):
+        said = ", ".join(f"alpha={rule} gives s = {s:.4g}" for rule, s in found.items())
+        raise ConfigError("study.alpha_anchor", rank, f"a rank where the alpha rules give one scale; there {said}")
+
+
+def check_unchanged(manifest: Mapping[str, Any], study: StudyConfig, root: Any) -> None:
+    """Raises `ExistingWork` where the sweep that is there was declared otherwise: what is judged is fixed before it runs."""
+    then, default = manifest.get("study"), asdict(StudyConfig())
+    if not then:
+        return
+    for key, now in asdict(study).items():
+        if key in SAID_ONLY and key not in then:
+            continue
+        before = then.get(key, default[key])
+        if now != before:
+            later = POST_HOC[key].format(root=root, value=now) if key in POST_HOC else ""
+            raise ExistingWork(
+                f"study.{key}", now,
+                f"the sweep in {root} was declared with {_shown(before)} (study {manifest.get('study_hash')}); another sweep.name"
+                + (f", or report it post hoc with {later}" if later else f", or study.{key}={_shown(before)} as declared"),
+            )  # fmt: skip
+
+
+def _shown(value: Any) -> str:
+    return "null" if value is None else str(value)

@@ -1,0 +1,91 @@
+"""What a command would do (`sweep.dry_run=true`): the runs it would train, in which packs, and those that are there already."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from rich.console import Console
+from rich.markup import escape
+from rich.table import Table
+
+from lorabench.config.runs import Pack
+from lorabench.methods.plan import SlicePlan
+from lorabench.results.formatting import plural
+from lorabench.store.integrity import damaged
+from lorabench.store.records import Store
+from lorabench.sweep import declaration
+from lorabench.sweep.memory import estimate
+from lorabench.sweep.packs import Job, new_manifest, packs_of
+from lorabench.sweep.resume import finished_records
+from lorabench.sweep.reuse import would_bring
+from lorabench.training import precision
+from lorabench.training import precision as settled
+from lorabench.training import preparation as prep
+
+
+def dry_run(store: Store, jobs: Sequence[Job], plans: Mapping[str, SlicePlan], console: Console) -> None:
+    """Print it. No weights are loaded, nothing is written; raises what the command itself would."""
+    jobs, settings = list({j.run.run_id: j for j in jobs}.values()), jobs[0].settings
+    declaration.check_unchanged(store.manifest(), settings.study, store.root)
+    runs = [job.run for job in jobs]
+    torn = damaged(store, [run.run_id for run in runs])
+    finished = finished_records(store, settings, [run for run in runs if run.run_id not in torn])
+    brought = would_bring(store, runs, settings.sweep.reuse)
+    auto = brought.precision or settled.settled_precision(store)
+    known, fresh = packs_of(
+        new_manifest(jobs[0]) | store.manifest(), jobs, auto, lambda run: run.run_id in brought.run_ids
+    )
+    todo = {run.run_id for run in runs} - finished.keys() - brought.run_ids
+    left = [Pack(p.id, tuple(r for r in p.runs if r.run_id in todo)) for p in (*known, *fresh)]
+    packs = [pack for pack in left if pack.runs]
+    count = f"{len(todo)} of {len(runs)} runs to train," if len(todo) < len(runs) else plural(len(runs), "run")
+    if packs:
+        title = f"dry run: {count} in {plural(len(packs), 'pack')}"
+        console.print(table(packs, jobs, plans, auto, title=title))
+    else:
+        console.print(f"dry run: {store.root}: nothing to train; nothing was written", soft_wrap=True, markup=False)
+    lines = [plural(len(finished), "run") + f" finished in {store.root}"] if finished else []
+    for line in (*lines, *brought.lines):
+        console.print(line, highlight=False, soft_wrap=True, markup=False)
+
+
+def table(
+    packs: Sequence[Pack], jobs: Sequence[Job], plans: Mapping[str, SlicePlan], auto: str | None, *, title: str
+) -> Table:
+    """Runs, packs, trainable parameters and estimated memory. auto: as in `prepare.resolve`."""
+    made = Table(title=title, caption="memory: an estimate, at full-length batches; nothing was written")
+    for name in ("run", "cell", "lr", "seed", "trainable"):
+        made.add_column(name, justify="left" if name in ("run", "cell") else "right", no_wrap=name != "cell")
+    labels = {j.run.run_id: j.label for j in jobs}
+    for pack in packs:
+        first, info = pack.runs[0], prep.layers(pack.runs[0])
+        size = _estimate(pack, plans, auto)
+        steps = prep.total_steps(first, len(prep.prepare(first).encoded.splits["train"]))
+        made.add_row(f"[bold]{pack.id}[/]", f"[bold]{first.role}, {steps} steps, {size / 2**30:.1f} GiB[/]")
+        for run in pack.runs:
+            name = _cell_name(labels[run.run_id])
+            made.add_row(
+                run.run_id, name, f"{run.optimizer.lr:g}", str(run.seed), f"{plans[run.run_id].trainable(info):,}"
+            )
+        made.add_section()
+    return made
+
+
+def _estimate(pack: Pack, plans: Mapping[str, SlicePlan], auto: str | None) -> int:
+    first = pack.runs[0]
+    resolved, chosen = precision.resolve(first, auto), [plans[i] for i in pack.run_ids]
+    return estimate(
+        prep.layers(first), chosen, first, dtype=resolved.base_dtype, device=resolved.device,
+        part_tokens=resolved.part_tokens,
+    )  # fmt: skip
+
+
+def _cell_name(label: Mapping[str, Any]) -> str:
+    parts = [str(label["method"])] + [
+        f"{k}={label[v]}" for k, v in (("r", "r"), ("alpha", "alpha_rule")) if label.get(v)
+    ]
+    parts += [str(label["targets"])] * bool(label.get("r"))
+    return escape(
+        " ".join(parts + [f"{key.rpartition('.')[2]}={value}" for key, value in sorted(label["extra"].items())])
+    )

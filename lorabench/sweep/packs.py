@@ -1,0 +1,255 @@
+"""What a sweep is asked to do, as data: jobs, cells, packs, and the manifest that holds them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from lorabench import __version__
+from lorabench.config.runs import Pack, RunConfig, Settings, digest
+from lorabench.methods.plan import SlicePlan
+from lorabench.runtime.memory import available
+from lorabench.store.records import Store
+from lorabench.sweep.memory import estimate
+from lorabench.training import precision
+from lorabench.training import precision as settled
+from lorabench.training import preparation as prep
+from lorabench.training.pruning import cell_key, prunable
+
+
+@dataclass(frozen=True)
+class Job:
+    """One listed run: the run, everything else of its config, and what it is called in comparisons."""
+
+    run: RunConfig
+    settings: Settings
+    label: Mapping[str, Any]
+    asked: tuple[str, ...] = ()  # the command line's words for it, but for rate, seed and place (`app.asked`)
+
+
+def label_of(
+    run: RunConfig, *, alpha_rule: str | None = None, extra: Mapping[str, Any] | None = None
+) -> dict[str, Any]:
+    """What a run's cell is called: method, r, alpha and its rule, targets, other axes."""
+    label = dict(run.method.label())
+    alpha = label.get("alpha")
+    rule = alpha_rule if alpha is not None and alpha_rule else None if alpha is None else f"{alpha:g}"
+    return {**label, "alpha_rule": rule, "extra": dict(extra or {})}
+
+
+def cell_id(label: Mapping[str, Any]) -> str:
+    """A readable, stable name of a cell."""
+    parts = [str(label["method"]).lower().replace(" ", "")]
+    for letter, key in (("r", "r"), ("a", "alpha_rule"), ("", "targets")):
+        if label.get(key) is not None:
+            parts.append(f"{letter}{label[key]}")
+    parts += [f"{k}={v}" for k, v in sorted(label["extra"].items())]
+    return "-".join(part.replace(" ", "") for part in parts)
+
+
+MOST = 16  # slices a pack where memory would allow more: a pack is what a kill costs
+SHARE = 0.7  # of the memory there is that a pack may be planned to take: its estimate is good to about a third
+
+
+def plan_packs(
+    runs: Sequence[RunConfig], max_pack: int | None, start: int = 0, *, prune: bool = False, auto: str | None = None
+) -> list[Pack]:
+    """Group runs that can share a base, most alike first: equal method, equal rank (unused rows cost time), then equal seed.
+
+    max_pack: slices a pack at most; None: as many as fit into memory. prune: keep the tuning runs of a cell in one pack,
+    where the rule of `prune` sees all its rates, whatever its size. auto: as in `prepare.resolve`.
+    """
+    groups: dict[str, list[RunConfig]] = {}
+    for run in runs:
+        groups.setdefault(run.pack_key, []).append(run)
+    packs: list[Pack] = []
+    for group in groups.values():
+        group.sort(key=lambda r: (r.method.name, getattr(r.method, "r", 0), r.seed, r.optimizer.lr, r.run_id))
+        most = max_pack or _fitting(group, auto)
+        for units in _fill(_whole_cells(group) if prune else [[run] for run in group], most):
+            cells = any(len(unit) > 1 for unit in units)
+            packs.append(Pack(f"p{start + len(packs)}", tuple(r for unit in units for r in unit), prune=cells))
+    return packs
+
+
+def _fitting(runs: Sequence[RunConfig], auto: str | None) -> int:
+    """How many of these runs, whose largest come last, fit into the memory that is free now; at least 1."""
+    largest, resolved = list(runs[-MOST:]), precision.resolve(runs[0], auto)
+    free, info = SHARE * available(resolved.device), prep.layers(runs[0])
+    plans = [prep.plan(run, info) for run in largest]
+    while len(plans) > 1 and free < estimate(
+        info, plans, runs[0], dtype=resolved.base_dtype, device=resolved.device, part_tokens=resolved.part_tokens
+    ):
+        plans = plans[1:]
+    return len(plans)
+
+
+def _whole_cells(runs: Sequence[RunConfig]) -> list[list[RunConfig]]:
+    """Cells with rates to prune as units, at the place of their first run; each other run is a unit of its own."""
+    cells: dict[str, list[RunConfig]] = {}
+    for run in runs:
+        cells.setdefault(cell_key(run), []).append(run)
+    whole = {run.run_id: cell for cell in cells.values() if prunable(cell) for run in cell}
+    return [whole.get(run.run_id, [run]) for run in runs if whole.get(run.run_id, [run])[0] is run]
+
+
+def _fill(units: Sequence[list[RunConfig]], most: int) -> list[list[list[RunConfig]]]:
+    """Units in their order, as few packs of at most `most` runs as that allows, and those of about one size."""
+
+    def filled(limit: int) -> list[list[list[RunConfig]]]:
+        packs: list[list[list[RunConfig]]] = []
+        held = limit
+        for unit in units:
+            if held + len(unit) > limit:
+                packs.append([])
+                held = 0
+            packs[-1].append(unit)
+            held += len(unit)
+        return packs
+
+    fewest = len(filled(most))
+    return next(packs for limit in range(1, most + 1) if len(packs := filled(limit)) == fewest)
+
+
+def write_cells(
+    store: Store, jobs: Sequence[Job], plans: Mapping[str, SlicePlan], *, only_new: bool, command: Sequence[str] = ()
+) -> None:
+    """Put jobs and the cells they belong to into the manifest. only_new: leave alone what a sweeper declared before.
+
+    command: words that launch all of it again (`app.launched`).
+    """
+    with store.locked():
+        manifest = new_manifest(jobs[0]) | store.manifest()
+        manifest["experiment"] = jobs[0].settings.sweep.experiment or manifest.get("experiment")
+        manifest |= {"command": list(command)} if command else {}
+        cells, known = {c["id"]: c for c in manifest["cells"]}, set(manifest["runs"])
+        # what is no part of a run's identity may be asked otherwise now; a cluster reads it here
+        for job in reversed(jobs):
+            if job.run.run_id in known:
+                manifest["runs"][job.run.run_id]["config"] = job.run.to_dict()
+        for job in jobs:
+            run, name = job.run, cell_id(job.label)
+            if only_new and run.run_id in known:
+                continue
+            trainable = plans[run.run_id].trainable(prep.layers(run))
+            fresh = {"id": name, "label": {**job.label, "trainable": trainable}, "runs": {"tune": [], "confirm": []}}
+            cell = cells.setdefault(name, fresh)
+            if run.run_id not in cell["runs"][run.role]:
+                cell["runs"][run.role].append(run.run_id)
+            entry = {"role": run.role, "lr": run.optimizer.lr, "seed": run.seed, "config": run.to_dict()}
+            entry |= {"asked": list(job.asked)} if job.asked else {}
+            manifest["runs"].setdefault(run.run_id, entry)
+        manifest["cells"] = list(cells.values())
+        store.write_manifest(manifest)
+
+
+def new_manifest(job: Job) -> dict[str, Any]:
+    """The manifest of a sweep that has no cells yet: what its study declares, and the hash of that."""
+    settings, task = job.settings, job.run.task
+    study = asdict(settings.study)
+    return {
+        "schema": 1, "name": settings.sweep.name, "experiment": settings.sweep.experiment, "lorabench": __version__, "study": study,
+        "study_hash": digest(study)[:12], "lower_is_better": sorted(getattr(task, "lower_is_better", ("loss",))),
+        "units": dict(getattr(task, "units", {})), "cells": [], "runs": {}, "packs": [],
+    }  # fmt: skip
+
+
+def planned_packs(store: Store, jobs: Sequence[Job]) -> list[Pack]:
+    """The packs that hold the jobs: those of the manifest where they stand, new ones for what is new."""
+    manifest, auto = store.manifest(), settled.settled_precision(store)
+    known, fresh = packs_of(manifest, jobs, auto, lambda run: _reused(store, run))
+    start = len(manifest["packs"])
+    manifest["packs"] += [_entry(pack, auto, version=1) | {"round": start} for pack in fresh]
+    store.write_manifest(manifest)
+    return known + fresh
+
+
+def packs_of(
+    manifest: Mapping[str, Any], jobs: Sequence[Job], auto: str | None, reused: Callable[[RunConfig], bool]
+) -> tuple[list[Pack], list[Pack]]:
+    """Packs of the manifest that hold jobs, and new ones for the jobs in none of them.
+
+    A pack prunes when it was planned to and `sweep.prune` still asks for it. reused: runs beside which nothing is to train.
+    """
+    sweep, runs = jobs[0].settings.sweep, {j.run.run_id: j.run for j in jobs}
+    known = [
+        # a pack trains with the members it was planned with, whether or not all of them are asked for now
+        Pack(
+            entry["id"],
+            tuple(runs.get(i) or _run_from_manifest(manifest, i) for i in entry["runs"]),
+            prune=sweep.prune and entry.get("prune", False),
+        )
+        for entry in manifest["packs"]
+        if not entry.get("replaced") and any(i in runs for i in entry["runs"])
+    ]
+    planned = {i for p in known for i in p.run_ids}
+    new = [r for i, r in runs.items() if i not in planned]
+    start = len(manifest["packs"])
+    if sweep.prune and new:
+        begun = _begun(manifest)
+        apart = {r.run_id for r in new if cell_key(r) in begun}
+    else:
+        apart = {r.run_id for r in new if reused(r)}
+    fresh = plan_packs([r for r in new if r.run_id not in apart], sweep.max_pack, start, prune=sweep.prune, auto=auto)
+    fresh += plan_packs([r for r in new if r.run_id in apart], sweep.max_pack, start + len(fresh), auto=auto)
+    return known, fresh
+
+
+def beside(store: Store, packs: Sequence[Pack]) -> list[Pack]:
+    """These packs and those that were planned along with any of them, ended ones too: however many of a round are asked for
+    again after a kill, its packs are as many as they were."""
+    manifest, own = store.manifest(), {pack.id.partition(".")[0] for pack in packs}  # halves of a pack are of its round
+    rounds = {e["round"] for e in manifest["packs"] if e["id"] in own and "round" in e}
+    others = [e for e in manifest["packs"] if e.get("round") in rounds and e["id"] not in own]
+    return [*packs, *(Pack(e["id"], (_run_from_manifest(manifest, e["runs"][0]),)) for e in others)]
+
+
+def planned_pack(store: Store, pack_id: str, *, prune: bool) -> Pack:
+    """A pack as the manifest has it: what a job that is told its id trains."""
+    manifest = store.manifest()
+    entry = next(e for e in manifest["packs"] if e["id"] == pack_id)
+    return Pack(pack_id, tuple(_run_from_manifest(manifest, i) for i in entry["runs"]), prune=prune)
+
+
+def _reused(store: Store, run: RunConfig) -> bool:
+    record = store.read(run.run_id)
+    return record is not None and "reused_from" in record.provenance
+
+
+def _begun(manifest: Mapping[str, Any]) -> set[str]:
+    """Keys of the cells that packs of the manifest hold runs of: rates that join such a cell later are not pruned."""
+    planned = {i for entry in manifest["packs"] for i in entry["runs"]}
+    return {cell_key(_run_from_manifest(manifest, i)) for i in planned}
+
+
+def _run_from_manifest(manifest: Mapping[str, Any], run_id: str) -> RunConfig:
+    run = RunConfig.from_dict(manifest["runs"][run_id]["config"])
+    assert run.run_id == run_id, "a manifest's config no longer gives its run_id"
+    return run
+
+
+def replan(store: Store, pack: Pack, parts: Sequence[Pack]) -> None:
+    """Append a new version of the plan in which `parts` stand for `pack`."""
+    with store.locked():
+        manifest = store.manifest()
+        for entry in manifest["packs"]:
+            if entry["id"] == pack.id:
+                entry["replaced"] = [p.id for p in parts]
+        manifest["packs"] += [_entry(part, settled.settled_precision(store), version=2) for part in parts]
+        store.write_manifest(manifest)
+
+
+def parts_of(store: Store, pack: Pack) -> list[Pack]:
+    """The packs that stand for `pack` since a launcher, perhaps another one, planned it anew; none as long as it stands."""
+    entries = {entry["id"]: entry for entry in store.manifest().get("packs", ())}
+    runs = {run.run_id: run for run in pack.runs}
+    replaced = entries.get(pack.id, {}).get("replaced", ())
+    return [Pack(i, tuple(runs[run_id] for run_id in entries[i]["runs"])) for i in replaced]
+
+
+def _entry(pack: Pack, auto: str | None, *, version: int) -> dict[str, Any]:
+    """A pack in the manifest, with what `auto` means for it here."""
+    first = pack.runs[0]
+    entry = {"id": pack.id, "version": version, "role": first.role, "runs": pack.run_ids, "resolved": asdict(precision.resolve(first, auto))}  # fmt: skip
+    return entry | ({"prune": True} if pack.prune else {})

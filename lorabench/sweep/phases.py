@@ -1,0 +1,91 @@
+"""Between the phases of a sweep: what is declared, which rates were chosen, cells timed alone."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Mapping, Sequence
+
+
+from lorabench.config.errors import ConfigError
+from lorabench.config.runs import Settings
+from lorabench.results.selection import Choice, choose
+from lorabench.runtime.files import writing
+from lorabench.store.records import Store
+from lorabench.sweep import declaration
+from lorabench.sweep.execute import check_all
+from lorabench.sweep.packs import Job, cell_id, write_cells
+from lorabench.training.train import measure
+
+
+def declare(jobs: Sequence[Job], command: Sequence[str] = ()) -> None:
+    """Check all jobs, then write the cells they belong to into the manifest, and the command that launched them. A dry run
+    writes nothing."""
+    plans = check_all(jobs)
+    store = Store(jobs[0].settings.sweep.dir)
+    store.check_foreign()
+    if not jobs[0].settings.sweep.dry_run:
+        declaration.check_unchanged(store.manifest(), jobs[0].settings.study, store.root)
+        write_cells(store, jobs, plans, only_new=False, command=command)
+
+
+def chosen_rates(settings: Settings) -> dict[str, float]:
+    """The rate that tuning chose, by cell id; a cell none of whose rates is eligible is left out."""
+    return {name: c.lr for name, c in _choices(settings).items() if c.lr is not None}
+
+
+def outward_rates(
+    settings: Settings, tried: Mapping[str, Collection[float]], most: Mapping[str, int]
+) -> dict[str, float]:
+    """The next rate to train, by cell id, after those tried here: those that were added before and have not ended (by a
+    launcher that was killed, or by another one), or failed and are to be tried again; where there are none one beyond, in
+    cells whose best lies at an end: a round that was cut is ended first, so that rates share packs as they would have.
+    most: rates of a cell."""
+    begun, beyond = dict[str, float](), dict[str, float]()
+    for name, choice in _choices(settings, retry=settings.sweep.retry_failed).items():
+        if name not in tried:
+            continue
+        left = [rate.lr for rate in choice.rates if rate.missing > len(rate.pruned) and rate.lr not in tried[name]]
+        if left:
+            begun[name] = left[0]
+        elif choice.outward is not None and len(choice.rates) < most.get(name, 0):
+            beyond[name] = choice.outward
+    return begun or beyond
+
+
+def _choices(settings: Settings, *, retry: bool = False) -> dict[str, Choice]:
+    """retry: failed runs count as not ended."""
+    store = Store(settings.sweep.dir)
+    return choose(store.manifest(), {r.run_id: r for r in store.records() if not (retry and r.status == "failed")})
+
+
+def measure_cells(settings: Settings, jobs: Sequence[Job]) -> None:
+    """A few steps of each cell alone, for the seconds and the memory that tables show; once a cell; none whose base is cut."""
+    if not settings.sweep.measure_solo or settings.sweep.dry_run:
+        return
+    from lorabench.results.cells import timed_cells
+
+    store = Store(settings.sweep.dir)
+    done = {r.run_id: r for r in store.records() if r.status == "completed"}
+    alone = [job for job in jobs if job.run.run_id in done and job.run.trainer.strategy != "fsdp"]
+    first = {cell_id(job.label): job for job in reversed(alone)}
+    if first.keys() <= timed_cells(store.manifest(), done):
+        store.leases.tidy("solo")  # one who died as all were measured is put out
+        return
+    with writing(store.leases.folder):
+        lease = store.leases.wait("solo")
+    with lease:  # two that measure at a time would measure each other
+        timed = timed_cells(store.manifest(), done)
+        for name in [name for name in first if name not in timed]:
+            found = measure(first[name].run, store)
+            with store.locked():
+                manifest = store.manifest()
+                for cell in manifest["cells"]:
+                    if cell["id"] == name:
+                        cell["solo"] = found
+                store.write_manifest(manifest)
+
+
+def require_fresh(settings: Settings, swept: Collection[int] = ()) -> None:
+    """Confirmation seeds must not have chosen the rate. swept: seeds of tuning runs, where an axis says them."""
+    fresh = settings.sweep.confirm_seeds
+    if shared := sorted({*settings.sweep.tune_seeds, *swept} & set(fresh)):
+        raise ConfigError("sweep.confirm_seeds", fresh, f"fresh seeds: {shared} are tuning seeds too")

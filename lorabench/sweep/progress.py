@@ -1,0 +1,134 @@
+"""What a sweep shows while it runs."""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, SpinnerColumn, TaskID, TextColumn, TimeElapsedColumn
+from rich.progress import Progress as Bars
+
+from lorabench.config.runs import Pack
+from lorabench.results.data_notes import left_out
+from lorabench.store.records import Record
+from lorabench.training import preparation as prep
+
+EVERY = 60.0  # seconds between the lines of a pack where there are no bars
+
+
+class Progress:
+    """Live bars on a terminal; elsewhere a line a pack, and one a minute. Time left comes from the steps done here so far."""
+
+    def __init__(self, console: Console, packs: Sequence[Pack], *, enabled: bool) -> None:
+        self.console, self.packs = console, packs
+        self.live = enabled and console.is_terminal
+        self.verbose = enabled
+        self.bars = Bars(
+            SpinnerColumn(), TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(),
+            TextColumn("{task.fields[left]}"), console=console, transient=True, disable=not self.live,
+        )  # fmt: skip
+        self._start = time.monotonic()
+        self._runs = sum(len(p.runs) for p in packs)
+        self._done = 0.0  # runs' worth of steps
+        self._before = 0.0  # likewise, of packs that go on from a checkpoint: they took no time here
+
+    def __enter__(self) -> Progress:
+        if self.packs:
+            self.bars.start()
+            self._all = self.bars.add_task(f"{self._runs} runs in {len(self.packs)} packs", total=self._runs, left="")
+        return self
+
+    def __exit__(self, *args: Any) -> None:
+        self.bars.stop()
+
+    def step(self, pack: Pack, begun: int = 0) -> Callable[[int, int], None]:
+        """A callback for the steps of one pack. begun: steps that it had done before: it goes on from a checkpoint."""
+        began = time.monotonic()
+        state: dict[str, float] = {"said": began}
+        bar: list[TaskID] = []  # a pack that waits for its job shows none yet
+
+        def heard(step: int, total: int) -> None:
+            task = bar[0] if bar else self.bars.add_task(f"  {pack.id}: {describe(pack)}", total=None, left="")
+            bar[:] = [task]
+            share = len(pack.runs) / total
+            if "last" not in state:
+                state["last"] = begun
+                self._done += state["last"] * share
+                self._before += state["last"] * share
+            self._done += (step - state["last"]) * share
+            state["last"] = step
+            self.bars.update(task, completed=step, total=total)
+            self.bars.update(self._all, completed=round(self._done, 1), left=self._left())
+            if step >= total:
+                self.bars.remove_task(task)
+                if self.verbose and not self.live:
+                    did = f"steps {begun + 1} to {total}" if begun else f"{total} steps"
+                    took = time.monotonic() - began
+                    self.say(f"{pack.id}: {describe(pack)}: {did} in {took:.0f} s{self._left_of_all()}")
+            elif self.verbose and not self.live and time.monotonic() - state["said"] >= EVERY:
+                state["said"] = time.monotonic()
+                self.say(f"{pack.id}: {describe(pack)}: step {step} of {total}{self._left_of_all()}")
+
+        return heard
+
+    def _left_of_all(self) -> str:
+        left = self._left()
+        return f" (all {self._runs} runs: {left})" if left and len(self.packs) > 1 else f", {left}" if left else ""
+
+    def _left(self) -> str:
+        here = self._done - self._before
+        if here <= 0 or self._done >= self._runs - 1e-6:
+            return ""
+        seconds = (time.monotonic() - self._start) / here * (self._runs - self._done)
+        return f"about {seconds / 60:.0f} min left" if seconds > 90 else f"about {seconds:.0f} s left"
+
+    def done(self, records: Sequence[Record]) -> None:
+        for r in records:
+            if r.status in ("failed", "diverged"):
+                self.say(f"{r.status}: {r.run_id}: {r.error}")
+        if dropped := sum(r.status == "pruned" for r in records):
+            self.say(f"pruned: {dropped} of {len(records)} runs of a pack, their rates out of the race in their cells")
+
+    def say(self, text: str) -> None:
+        if self.verbose:
+            self.console.print(text, highlight=False, markup=False)
+
+
+def describe(pack: Pack) -> str:
+    """A pack in a few words: what it holds."""
+    labels = [r.method.label() for r in pack.runs]
+    methods = "/".join(sorted({x["method"] for x in labels}))
+    ranks = sorted({x["r"] for x in labels if x.get("r")})
+    rank = f" r={','.join(map(str, ranks))}" if ranks else ""
+    return f"{pack.runs[0].role} {methods}{rank} x {len(pack.runs)}"
+
+
+@contextmanager
+def announced(text: str, *, after: float = 3.0, console: Console | None = None) -> Iterator[None]:
+    """Say what goes on where it takes longer than `after` seconds: large data sets are read and tokenised for minutes."""
+    timer = threading.Timer(after, (console or Console(stderr=True)).print, (text,), {"highlight": False})
+    timer.daemon = True
+    timer.start()
+    try:
+        yield
+    finally:
+        timer.cancel()
+
+
+_told: set[str] = set()  # a sweep goes through its phases in one process, and says this once
+
+
+def data_notices(jobs: Sequence[Any]) -> list[str]:
+    """What of the jobs' data is left out or cut, each line once a process."""
+    found: dict[str, None] = {}
+    for job in jobs:
+        prepared = prep.prepare(job.run)
+        notes = {**prepared.data.notes, **prepared.encoded.notes}
+        found |= dict.fromkeys(f"{job.run.task.name}: {line}" for line in left_out(notes))
+    new = [line for line in found if line not in _told]
+    _told.update(new)
+    return new

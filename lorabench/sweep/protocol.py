@@ -1,0 +1,93 @@
+"""What a process that trains a pack says to the one that started it: events as they come, then how it ended."""
+
+from __future__ import annotations
+
+import ctypes
+import signal
+import sys
+from collections.abc import Callable, Collection, Mapping
+from dataclasses import asdict
+from typing import Any
+
+from lorabench.config.errors import ExistingWork, Unwritable
+from lorabench.config.runs import Pack, RunConfig
+from lorabench.runtime.leases import LeaseLost
+from lorabench.store.records import Record, Store
+from lorabench.training.distributed import Lost
+from lorabench.training.session import failed
+from lorabench.training.train import Listener, OutOfMemory, SlicesMix
+
+EVENTS = ("step", "start", "rows", "finish")
+Message = tuple[str, Any]  # an event's name or how it ended, and what belongs to it, which pickles
+
+
+def belong_to_parent() -> None:
+    """In the process: Ctrl-C is its parent's to hear, and it ends when its parent does."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    if sys.platform == "linux":
+        ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG
+
+
+def telling(channel: Any) -> Listener:
+    """A listener that puts what it hears into a queue."""
+    return Listener(
+        step=lambda step, total: channel.put(("step", (step, total))),
+        start=lambda run: channel.put(("start", (run.to_dict(),))),
+        rows=lambda run_id, rows: channel.put(("rows", (run_id, rows))),
+        finish=lambda record: channel.put(("finish", (record,))),
+    )
+
+
+def heard(calls: Mapping[str, Callable[..., None]], message: Message) -> None:
+    """Make the call of a listener that a message stands for."""
+    name, args = message
+    calls[name](*((RunConfig.from_dict(args[0]),) if name == "start" else args))
+
+
+def ended(train: Callable[[], list[Record]]) -> Message:
+    """Train; what the caller must know of an error comes back as data."""
+    try:
+        return "records", [asdict(r) for r in train()]
+    except ExistingWork as e:
+        return "drift", (e.key, e.value, e.allowed)
+    except SlicesMix as e:
+        return "mix", (e.layer, e.reason)
+    except OutOfMemory as e:
+        return "memory", (str(e),)
+    except LeaseLost as e:
+        return "lost", (str(e),)
+    except Lost as e:
+        return "gone", (str(e),)
+    except Unwritable as e:
+        return "unwritable", (e.errno, e.strerror, e.filename)
+    except SystemExit as e:
+        return "stopped", (e.code,)
+
+
+ERRORS: dict[str, type[BaseException]] = {
+    "drift": ExistingWork, "mix": SlicesMix, "memory": OutOfMemory, "lost": LeaseLost, "gone": Lost, "unwritable": Unwritable,
+    "stopped": SystemExit,
+}  # fmt: skip
+
+
+def result(message: Message) -> list[Record]:
+    """What `ended` stands for: the records, or the error raised here."""
+    kind, value = message
+    if kind in ERRORS:
+        raise ERRORS[kind](*value)
+    return [Record(**r) for r in value]
+
+
+def died(pack: Pack, store: Store, listener: Listener, keep: Collection[str], why: str) -> list[Record]:
+    """`failed` records for the runs of a pack whose process is gone, those in `keep` left as they are."""
+    error = f"{why}; sweep.retry_failed=true goes on from its last checkpoint"
+    return wrote([failed(run, error, "") for run in pack.runs], store, listener, keep)
+
+
+def wrote(records: list[Record], store: Store, listener: Listener, keep: Collection[str]) -> list[Record]:
+    """Records that a process could not write itself, written and told of."""
+    for record in records:
+        if record.run_id not in keep:
+            store.write(record)
+        listener.finish(record)
+    return records

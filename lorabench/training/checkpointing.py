@@ -1,0 +1,237 @@
+"""A pack in training as data: what a checkpoint holds of it, and back, bit for bit. K slices.
+
+What trains, the optimizer's moments, each slice's state and how far its history goes, no base weights (except where the base
+trains). The schedule and the data follow from the step; dropout is keyed by it. A slice's best weights are left out where
+they are its present ones. What is cut over processes (`shards`) is whole in a checkpoint: the first process gathers it, one
+tensor at a time, and has room for all of it in its memory.
+"""
+
+from __future__ import annotations
+
+import sys
+import time
+from collections.abc import Callable, Collection, Mapping
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from lorabench.adapters import Trainable
+from lorabench.config.errors import ExistingWork
+from lorabench.config.runs import Pack
+from lorabench.runtime import leases, provenance
+from lorabench.runtime.memory import out_of_memory
+from lorabench.store import checkpoints
+from lorabench.store.checkpoints import Content, Unreadable
+from lorabench.store.records import Store
+from lorabench.tasks import probe as probes
+from lorabench.training import distributed as replicas
+from lorabench.training import fsdp as shards
+from lorabench.training import precision as settled
+from lorabench.training import preparation as prep
+from lorabench.training.module import SliceState
+from lorabench.training.optimizer import PackedAdamW
+from lorabench.training.precision import Resolved
+from lorabench.training.session import Session
+
+FIELDS = {
+    "pack", "runs", "prune", "step", "total", "evaluated_at", "slices", "history", "seconds", "peak_memory", "reused", "resumed",
+    "changed", "facts", "cpu",
+}  # fmt: skip
+SETTINGS = ("eval_batch_size", "reuse_trunk", "log_interval")  # no part of a run's identity, yet of its numbers
+EVERY = 180.0  # seconds between checkpoints of a pack that evaluates less often
+SHARE = 0.03  # of the time that checkpoints may take where their interval is not set
+
+
+@dataclass(frozen=True)
+class Begun:
+    """A checkpoint to go on from. changed: {what: [then, now]} that was accepted, over all restarts."""
+
+    tensors: dict[str, Tensor]  # given up by `restore`
+    state: Mapping[str, Any]
+    changed: dict[str, list[Any]] = field(default_factory=dict)
+
+    @property
+    def step(self) -> int:
+        return int(self.state["step"])
+
+    def history(self, run_id: str) -> int:
+        """Bytes of a run's history that belong to this checkpoint."""
+        return int(self.state["history"][run_id] or 0)
+
+
+def facts(pack: Pack, model: str, resolved: Resolved) -> dict[str, Any]:
+    """What a pack's numbers depend on beside its runs. model: the fingerprint of the base's files."""
+    first = pack.runs[0]
+    data = prep.load_data(first.task).fingerprint
+    settings = {name: getattr(first.trainer, name) for name in SETTINGS}
+    return {
+        "code": provenance.code_fingerprint(), **provenance.packages(), "data": data, "model": model, **settings,
+        "user code": prep.user_code(first), "probe": probes.fingerprint(first), "threads": torch.get_num_threads(),
+        "processes": replicas.world(), "base cut": first.trainer.strategy == "fsdp" and replicas.world() > 1, **asdict(resolved),
+    }  # fmt: skip
+
+
+def begun(pack: Pack, store: Store, keep: Collection[str], *, accept_drift: bool) -> Begun | None:
+    """The checkpoint a pack goes on from; None: it starts anew. stderr says which ones were refused and why.
+
+    Raises `ExistingWork` when code, packages, data, model or machine settings are not those it was begun with.
+    """
+    where = checkpoints.folder(store.root, pack.id)
+    found = checkpoints.newest(where, lambda content: _check(content, pack, store, keep))
+    if found is None:
+        return None
+    tensors, state = found
+    first = pack.runs[0]
+    now = facts(pack, prep.model_fingerprint(first), settled.resolve_in(first, store))
+    changed = checkpoints.drift(state["facts"], now)
+    if changed and not accept_drift:
+        differences = ", ".join(f"{name} {then}, here {now}" for name, (then, now) in changed.items())
+        raise ExistingWork(
+            "sweep.dir", str(store.root),
+            f"the pack {pack.id} was begun ({state['step']} of {state['total']} steps) with {differences}; "
+            f"sweep.accept_drift=true goes on nevertheless, without {where} the pack trains anew",
+        )  # fmt: skip
+    cpu = provenance.machine()["cpu"]
+    if state["cpu"] != cpu:
+        print(f"pack {pack.id} goes on on another CPU ({state['cpu']} then, {cpu} now)", file=sys.stderr)
+    return Begun(tensors, state, {**state["changed"], **changed})
+
+
+def _check(content: Content, pack: Pack, store: Store, keep: Collection[str]) -> None:
+    """Raise `Unreadable` for a checkpoint that is not this pack's, or goes further than a history does."""
+    state = content[1]
+    if missing := FIELDS - state.keys():
+        raise Unreadable(f"not as this version writes it: {', '.join(sorted(missing))} missing")
+    if (state.get("pack"), state.get("runs"), state.get("prune")) != (pack.id, pack.run_ids, pack.prune):
+        raise Unreadable("of other runs, or of a sweep that prunes otherwise")
+    for run_id in set(pack.run_ids) - set(keep):
+        size = state["history"].get(run_id)
+        if size is None:
+            raise Unreadable(f"run {run_id} only trained along then")
+        if store.history_size(run_id) < size:
+            raise Unreadable(f"the history of run {run_id} is shorter than it was")
+
+
+def capture(s: Session, peak: int, known: Mapping[str, Any]) -> Content:
+    """A session between two steps. known: the `facts` it began with. Tensors share memory with the model.
+
+    Where what trains is cut over processes all of them must ask, and what the first one gets is the checkpoint.
+    """
+    m = s.module
+    tensors = {"generator/cpu": torch.get_rng_state()}
+    if s.resolved.device == "cuda":
+        tensors["generator/cuda"] = torch.cuda.get_rng_state()
+    moments = m.optimizer_state()
+    for t in s.stack.named_trainables():
+        tensors[f"trained/{t.name}"] = t.parameter
+        tensors |= {f"moment/{key}/{t.name}": value for key, value in moments.get(t.name, {}).items()}
+    slices = []
+    for k, state in enumerate(m.slices):
+        plain = {key: value for key, value in vars(state).items() if key != "best_weights"}
+        present = state.best_weights is not None and state.best_step == m.steps_done == m.evaluated_at
+        if state.best_weights is not None and not present:
+            tensors |= {f"best/{k}/{name}": value for name, value in state.best_weights.items()}
+        slices.append(plain | {"present_is_best": present})
+    tensors = {name: shards.whole(t) for name, t in tensors.items()}
+    history = {i: None if i in s.keep else s.store.sync_history(i) for i in s.pack.run_ids}
+    return tensors, {
+        "schema": 1, "pack": s.pack.id, "runs": s.pack.run_ids, "prune": s.pack.prune, "step": m.steps_done,
+        "total": m.total_steps, "evaluated_at": m.evaluated_at, "slices": slices, "history": history,
+        "seconds": dict(s.seconds), "peak_memory": peak, "reused": getattr(m.reuse, "decided", None), "resumed": s.resumed,
+        "changed": s.changed, "facts": dict(known), "cpu": provenance.machine()["cpu"],
+    }  # fmt: skip
+
+
+def restore(s: Session, begun: Begun) -> None:
+    """Bring a fresh session to where its checkpoint was taken. Raises `Unreadable`, and then the session is of no use."""
+    try:
+        _restore(s, begun)
+    except (KeyError, TypeError, ValueError, RuntimeError) as e:
+        if out_of_memory(e):
+            raise
+        raise Unreadable(f"not as this version writes it ({type(e).__name__}: {e})") from e
+
+
+@torch.no_grad()
+def _restore(s: Session, begun: Begun) -> None:
+    m, state, tensors = s.module, begun.state, begun.tensors
+    trainables = s.stack.named_trainables()
+    for t in trainables:
+        t.parameter.copy_(shards.cut_as(t.parameter, tensors[f"trained/{t.name}"]))
+    m.moments = {t.name: _moments(tensors, t) for t in trainables}  # for the optimizer, when it is made
+    m.steps_done, m.evaluated_at = state["step"], state["evaluated_at"]
+    for k, saved in enumerate(state["slices"]):
+        plain = {key: value for key, value in saved.items() if key != "present_is_best"}
+        now = s.stack.slice_state(k)
+        own = {
+            name: shards.cut_as(t, best).cpu()
+            for name, t in now.items()
+            if (best := tensors.get(f"best/{k}/{name}")) is not None
+        }
+        if saved["present_is_best"]:
+            own = {name: t.cpu().clone() for name, t in now.items()}
+        m.slices[k] = SliceState(**plain, best_weights=own or None)
+    if hasattr(m.reuse, "decided"):
+        m.reuse.decided = state["reused"]
+    s.seconds |= state["seconds"]
+    s.peak_memory, s.resumed, s.changed = state["peak_memory"], [*state["resumed"], state["step"]], begun.changed
+    torch.set_rng_state(tensors["generator/cpu"])
+    if "generator/cuda" in tensors and s.resolved.device == "cuda":
+        torch.cuda.set_rng_state(tensors["generator/cuda"])
+    begun.tensors.clear()
+
+
+def _moments(tensors: Mapping[str, Tensor], of: Trainable) -> dict[str, Tensor]:
+    found = {key: t for key in PackedAdamW.STATE if (t := tensors.get(f"moment/{key}/{of.name}")) is not None}
+    return {key: t if key == "steps" else shards.cut_as(of.parameter, t) for key, t in found.items()}
+
+
+class Saver:
+    """Writes a session's checkpoints when they are due.
+
+    `trainer.checkpoint_interval`: every so many steps; 0: never; null: at evaluations, and where these are rare every
+    three minutes, but never so often that checkpoints take more than 3 % of the time. A tuning pack's last step has none:
+    its records follow at once. peak: bytes now at the peak.
+    """
+
+    cost = 0.0  # seconds the last one took, of whichever pack of this process
+
+    def __init__(self, session: Session, peak: Callable[[], int]) -> None:
+        self.session, self._peak = session, peak
+        self.interval = session.pack.runs[0].trainer.checkpoint_interval
+        self._facts = facts(session.pack, session.base.fingerprint, session.resolved)
+        self._together = any(shards.cut(t.parameter) for t in session.stack.named_trainables())
+        self._last = time.monotonic()
+
+    def peak(self) -> int:
+        """Bytes, over all restarts."""
+        return max(self._peak(), self.session.peak_memory or 0)
+
+    def between_steps(self, *, evaluated: bool) -> None:
+        """To be called when a step, and the evaluation that belongs to it, is done."""
+        m, since = self.session.module, time.monotonic() - self._last
+        if self.interval is None:
+            due = (evaluated or since >= EVERY) and since * SHARE >= Saver.cost
+            due = replicas.gather(due)[0] if self._together else due  # by one clock
+        else:
+            due = self.interval > 0 and m.steps_done % self.interval == 0
+        if due and (m.steps_done < m.total_steps or self.session.pack.runs[0].role == "confirm"):
+            self.save()
+
+    def save(self) -> None:
+        """Write one now, unless they are off. One that cannot be written is said on stderr: training goes on."""
+        if self.interval == 0 or not (replicas.leads() or self._together):
+            return
+        s, start = self.session, time.monotonic()
+        where = checkpoints.folder(s.store.root, s.pack.id)
+        leases.check(s.store.lease)
+        try:
+            content = capture(s, self.peak(), self._facts)
+            if replicas.leads():
+                checkpoints.write(where, s.module.steps_done, *content)
+        except OSError as e:
+            print(f"pack {s.pack.id}: no checkpoint at step {s.module.steps_done}: {e}", file=sys.stderr)
+        self._last = time.monotonic()
+        Saver.cost = self._last - start

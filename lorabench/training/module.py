@@ -1,0 +1,297 @@
+"""The LightningModule: one loss a slice, one optimizer step for all of them. Shapes: K slices, N = K * B rows."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import pytorch_lightning as pl
+import torch
+from torch import Tensor
+
+from lorabench.adapters import Stack
+from lorabench.config.runs import RunConfig
+from lorabench.training import distributed as replicas
+from lorabench.training.batches import Part
+from lorabench.training.optimizer import PackedAdamW, clip_factors, drop_frozen, grad_norms, scale_grads, schedule
+from lorabench.training.pruning import cell_key, pruned, reason
+
+Rows = Callable[[int, list[dict[str, Any]]], None]
+Along = Callable[[Sequence[int]], Mapping[int, Mapping[str, float]]]
+
+
+@dataclass
+class SliceState:
+    """What the training loop knows of one slice."""
+
+    status: str = "running"  # running, stopped (early), diverged, pruned
+    reason: str | None = None
+    best_loss: float = math.inf
+    best_step: int = 0
+    best_weights: dict[str, Tensor] | None = None
+    best_metrics: dict[str, float] = field(default_factory=dict)
+    last_metrics: dict[str, float] = field(default_factory=dict)
+    waited: int = 0  # evaluations since the best one
+    steps: int = 0  # trained so far
+    tokens: int = 0
+    pending: list[dict[str, Any]] = field(default_factory=list)  # history rows not yet handed on
+
+
+class PackModule(pl.LightningModule):
+    """Trains K slices over one base.
+
+    The loss of a slice is sum(loss) / sum(weight) over its whole accumulated batch: gradients of the plain sums are
+    accumulated, then each slice's are divided by its weight. A slice that diverges, stops early or is pruned leaves: it is
+    fed no more, so that the others go faster. prune: whether rates leave a cell early, by the rule of `prune`.
+    """
+
+    automatic_optimization = False
+
+    def __init__(
+        self,
+        model: torch.nn.Module,
+        stack: Stack,
+        task: Any,
+        runs: Sequence[RunConfig],
+        *,
+        total_steps: int,
+        rows: Rows,
+        prune: bool = False,
+    ) -> None:
+        super().__init__()
+        self.model, self.stack, self.task, self.runs = model, stack, task, list(runs)
+        self.total_steps, self.rows = total_steps, rows
+        self.slices = [SliceState() for _ in runs]
+        self.cells = [cell_key(r) for r in runs] if prune else None
+        self.reuse: Callable[[Part], AbstractContextManager[None]] = lambda part: nullcontext()
+        self.along: Along = lambda slices: {}  # what else is measured of these slices at an evaluation
+        self.results: dict[int, dict[str, np.ndarray]] = {}  # per-example test results by slice
+        self._chunks: dict[int, list[dict[str, np.ndarray]]] = {}
+        self.steps_done = 0
+        self.evaluated_at = -1
+        self.packed: PackedAdamW | None = None
+        self.moments: Mapping[str, Mapping[str, Tensor]] = {}  # of a checkpoint, until the optimizer is made
+
+    @property
+    def live(self) -> list[int]:
+        """The slices that still train."""
+        return [k for k, s in enumerate(self.slices) if s.status == "running"]
+
+    @property
+    def kept(self) -> list[int]:
+        """The slices whose weights are a result: neither diverged nor pruned."""
+        return [k for k, s in enumerate(self.slices) if s.status in ("running", "stopped")]
+
+    @property
+    def tokens(self) -> int:
+        """Trained on so far, padding left out, over all slices."""
+        return sum(s.tokens for s in self.slices)
+
+    # -- training ---------------------------------------------------------------------------------------------------
+
+    def configure_optimizers(self) -> dict[str, Any]:  # type: ignore[override]
+        o = self.runs[0].optimizer
+        kinds: dict[tuple[Any, ...], list[torch.nn.Parameter]] = {}
+        for t in self.stack.named_trainables():
+            kinds.setdefault((t.stacked, t.decay, t.rates), []).append(t.parameter)
+        groups = [
+            {"params": params, "stacked": stacked, "decay": decay, "rates": own}
+            for (stacked, decay, own), params in kinds.items()
+        ]
+        rates = [r.optimizer.lr for r in self.runs]
+        decays = [r.optimizer.weight_decay for r in self.runs]
+        optimizer = PackedAdamW(groups, lr=rates, weight_decay=decays, betas=(o.beta1, o.beta2), eps=o.eps)
+        factor = schedule(o.schedule, self.total_steps, o.warmup_ratio)
+        self.packed = self._begin(optimizer)
+        scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, factor, last_epoch=self.steps_done - 1)
+        return {"optimizer": optimizer, "lr_scheduler": scheduler}
+
+    def _begin(self, optimizer: PackedAdamW) -> PackedAdamW:
+        """An optimizer as it stands at `steps_done`: moments of a checkpoint, and slices that have left."""
+        for group in optimizer.param_groups:
+            group["initial_lr"] = group["lr"]  # what a schedule that begins later than step 0 asks for
+        for t in self.stack.named_trainables():
+            for key, value in self.moments.get(t.name, {}).items():
+                like = t.parameter if key != "steps" else torch.zeros(len(self.runs), device=t.parameter.device)
+                optimizer.state[t.parameter][key] = torch.zeros_like(like).copy_(value)
+        self.moments = {}
+        optimizer.freeze(torch.tensor([s.status != "running" for s in self.slices]))
+        return optimizer
+
+    def optimizer_state(self) -> dict[str, Mapping[str, Tensor]]:
+        """The optimizer's tensors by trainable: exp_avg and exp_avg_sq shaped as the trainable, steps [K]."""
+        if self.packed is None:
+            return dict(self.moments)
+        return {t.name: self.packed.state.get(t.parameter, {}) for t in self.stack.named_trainables()}
+
+    def on_fit_start(self) -> None:
+        if len(set(replicas.gather(self.steps_done))) > 1:
+            raise RuntimeError("the processes of this pack do not stand at one step")
+
+    def training_step(self, batch: list[Part], batch_idx: int) -> None:
+        assert self.packed is not None
+        losses, weights, tokens = sums = torch.zeros(3, len(self.runs), dtype=torch.float64)
+        micros = 1 + max((part.micro for part in batch), default=0)
+        self.packed.zero_grad(set_to_none=True)
+        for part in batch:
+            with self.stack.active(part.slices):
+                self._key_dropout(self.steps_done * micros + part.micro, part.batch)
+                with self.reuse(part):
+                    out = self.task.step(self.model, part.batch)
+                loss = out.loss_sum.sum()
+                self.manual_backward(loss if part.counts else 0 * loss)
+            if not part.counts:
+                continue
+            losses[list(part.slices)] += by_slice(out.loss_sum.detach(), part)
+            weights[list(part.slices)] += by_slice(out.weight, part)
+            if "attention_mask" in part.batch:
+                tokens[list(part.slices)] += by_slice(part.batch["attention_mask"].sum(1), part)
+        self._add_up(sums)
+        for k, s in enumerate(self.slices):
+            s.tokens += int(tokens[k])
+        weights[weights == 0] = 1  # slices that have left
+        self._scale_and_freeze(losses / weights, weights)
+        for k in self.live:
+            self.slices[k].steps = self.steps_done + 1
+        rate = self.packed.param_groups[0]["lr"]
+        self.optimizers().step()  # type: ignore[union-attr]
+        self.lr_schedulers().step()  # type: ignore[union-attr]
+        self.steps_done += 1
+        self._log_training(losses / weights, rate)
+        self.trainer.should_stop = not self.live
+
+    def _add_up(self, sums: Tensor) -> None:
+        """Sums [3, K] and gradients over the processes that share this pack's batches."""
+        if replicas.world() > 1:
+            there = sums.to(self.device)
+            replicas.add_up([there])
+            sums.copy_(there.cpu())
+            replicas.add_up_gradients(t.parameter for t in self.stack.named_trainables())
+
+    def _key_dropout(self, step: int, batch: Mapping[str, Tensor]) -> None:
+        self.stack.context.set(seeds=[r.seed for r in self.runs], step=step, examples=batch["example"])
+
+    def _scale_and_freeze(self, losses: Tensor, weights: Tensor) -> None:
+        """Freeze the slices whose loss or gradient is not finite, divide by the weights, clip each slice."""
+        trainables = self.stack.named_trainables()
+        for t in trainables:
+            drop_frozen(t.parameter, t.rates)
+        parameters = [(t.parameter, t.stacked) for t in trainables]
+        norms = grad_norms(parameters, len(self.runs)) / weights
+        for k, s in enumerate(self.slices):
+            if s.status == "running" and not (math.isfinite(losses[k]) and math.isfinite(norms[k])):
+                what = "loss" if not math.isfinite(losses[k]) else "gradient"
+                self._freeze(k, "diverged", f"the {what} was not finite at step {self.steps_done + 1}")
+        factors = clip_factors(norms, self.runs[0].trainer.gradient_clip_val) / weights
+        scale_grads(parameters, factors)
+
+    def _freeze(self, k: int, status: str, why: str) -> None:
+        self.slices[k].status, self.slices[k].reason = status, why
+        mask = torch.zeros(len(self.runs), dtype=torch.bool)
+        mask[k] = True
+        if self.packed is not None:  # else one that is made now knows
+            self.packed.freeze(mask)
+
+    def _log_training(self, losses: Tensor, factor: float) -> None:
+        if self.steps_done % self.runs[0].trainer.log_interval:
+            return
+        for k in self.live:
+            lr = self.runs[k].optimizer.lr * factor
+            self.slices[k].pending.append({"step": self.steps_done, "train/loss": float(losses[k]), "lr": lr})
+
+    # -- evaluation -------------------------------------------------------------------------------------------------
+
+    def _evaluate(self, part: Part) -> None:
+        with self.stack.active(part.slices), self.reuse(part):
+            out = self.task.step(self.model, part.batch)
+        if not part.counts:
+            return
+        columns = {"example": part.batch["example"], **out.rows, "loss_sum": out.loss_sum, "weight": out.weight}
+        for name, column in columns.items():
+            wide = column.detach().float() if column.dtype in (torch.bfloat16, torch.float16) else column.detach()
+            columns[name] = wide.view(len(part.slices), -1).cpu()
+        for i, k in enumerate(part.slices):
+            own = {name: column[i].numpy() for name, column in columns.items()}
+            self._chunks.setdefault(k, []).append(own)
+
+    def _end_evaluation(self) -> dict[int, dict[str, np.ndarray]]:
+        """Per-example results of each slice that was evaluated, in the order of the example's own id."""
+        results = {}
+        everywhere = replicas.gather(self._chunks)
+        for k in sorted({k for chunks in everywhere for k in chunks}):
+            chunks = [c for one in everywhere for c in one.get(k, ())]
+            table = {name: np.concatenate([c[name] for c in chunks]) for name in chunks[0]}
+            order = np.argsort(table["example"], kind="stable")
+            results[k] = {name: column[order] for name, column in table.items()}
+        self._chunks = {}
+        return results
+
+    def on_validation_epoch_start(self) -> None:
+        self._chunks = {}
+
+    def validation_step(self, batch: Part, batch_idx: int) -> None:
+        self._evaluate(batch)
+
+    def on_validation_epoch_end(self) -> None:
+        self.evaluated_at = self.steps_done
+        evaluated = self._end_evaluation()
+        for k, rows in evaluated.items():
+            self._judge(k, self.slices[k], self.task.metrics(rows))
+        self._prune()
+        for k, found in self.along([k for k in evaluated if k in self.kept]).items():
+            self.slices[k].pending[-1] |= found  # the row of this evaluation
+        for k in range(len(self.slices)):
+            self.flush(k)
+
+    def _prune(self) -> None:
+        """Rates that are out of the race within their cell leave the pack."""
+        if self.cells is None:
+            return
+        rates, alive = [r.optimizer.lr for r in self.runs], [k in self.kept for k in range(len(self.runs))]
+        keep_last = self.runs[0].trainer.keep == "last"
+        losses = [s.last_metrics.get("loss", math.nan) if keep_last else s.best_loss for s in self.slices]
+        step, total = self.steps_done, self.total_steps
+        for k in pruned(rates, losses, alive, step=step, total=total, groups=self.cells):
+            if self.slices[k].status == "running":
+                self._freeze(k, "pruned", reason(step, total))
+
+    def _judge(self, k: int, s: SliceState, metrics: dict[str, float]) -> None:
+        """Keep the best weights of a slice; freeze it when it diverged or has waited long enough."""
+        s.pending.append({"step": self.steps_done, **{f"val/{name}": v for name, v in metrics.items()}})
+        s.last_metrics = metrics
+        if not math.isfinite(metrics["loss"]):
+            return self._freeze(k, "diverged", f"the validation loss was not finite at step {self.steps_done}")
+        trainer = self.runs[k].trainer
+        if trainer.keep == "last" or metrics["loss"] < s.best_loss:
+            s.best_metrics, s.best_step = metrics, self.steps_done
+            if trainer.keep == "best":
+                s.best_weights = {n: t.detach().cpu().clone() for n, t in self.stack.slice_state(k).items()}
+        s.waited = 0 if metrics["loss"] < s.best_loss else s.waited + 1
+        s.best_loss = min(s.best_loss, metrics["loss"])
+        if trainer.early_stopping_patience is not None and s.waited >= trainer.early_stopping_patience:
+            self._freeze(k, "stopped", f"no better validation loss for {s.waited} evaluations")
+        return None
+
+    def flush(self, k: int) -> None:
+        """Hand the history rows of slice k on."""
+        if self.slices[k].pending:
+            self.rows(k, self.slices[k].pending)
+            self.slices[k].pending = []
+
+    def on_test_epoch_start(self) -> None:
+        self._chunks = {}
+
+    def test_step(self, batch: Part, batch_idx: int) -> None:
+        self._evaluate(batch)
+
+    def on_test_epoch_end(self) -> None:
+        self.results = self._end_evaluation()
+
+
+def by_slice(rows: Tensor, part: Part) -> Tensor:
+    """[len(slices) * B] -> [len(slices)], summed in float64."""
+    return rows.double().view(len(part.slices), -1).sum(1).cpu()

@@ -1,0 +1,193 @@
+"""What a sweep has settled: the kind of device it trains on, and what `trainer.precision=auto` means in it.
+
+Whoever trains first notes both in the manifest, `"settled": {"device": "cpu", "precision": "bf16"}`. They hold from then on,
+whichever machine goes on: so no sweep compares runs of two precisions because two machines took part in it.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from lorabench.config.errors import ConfigError, ExistingWork
+from lorabench.config.runs import RunConfig
+from lorabench.config.settings import TrainerConfig
+from lorabench.store.records import Store
+from lorabench.training import precision
+
+
+@dataclass(frozen=True)
+class Resolved:
+    """What `auto` became. From a fixed table of device, shape and type, never from a timing."""
+
+    device: str  # cpu, cuda, mps
+    precision: str  # 32, bf16, 64, or one of Lightning's names
+    base_dtype: str  # float32, bfloat16, float64: how the frozen weights are held
+    trainer_precision: str  # what the Trainer is told: it casts nothing, except under autocast
+    attention: str  # eager, sdpa
+    part_tokens: int  # the most padded tokens that go through the base at once, unless one slice's micro-batch is more
+
+
+# Enough for products to run at full speed, and memory does not grow with the pack: benchmarks/README.md has the CPU's
+# measurements. A GPU needs more to be busy; its number is not measured.
+PART_TOKENS = {"cpu": 2048, "mps": 8192, "cuda": 32768}
+
+
+def resolve(run: RunConfig, auto: str | None = None) -> Resolved:
+    """The table behind `trainer.precision=auto` and `model.attention=auto`. auto: what the first means in a sweep that has
+    begun (`settled`), whatever this machine would choose.
+
+    bf16: CUDA devices that have it, CPUs with native bf16 products (AVX512-BF16, AMX); else float32. Frozen bases
+    are held in bf16 with float32 adapters; a base that trains keeps float32 master weights under autocast.
+    Attention: plain products for short sequences on a CPU (there SDPA's backward costs a third of the step), else SDPA.
+    Parts: how many tokens go through the base at once, by device.
+    """
+    device = _device(run.trainer)
+    asked = run.trainer.precision
+    precision = _precision(auto if auto and asked == "auto" else asked, device)
+    full = run.method.name == "full"
+    names = {"32": ("float32", "32-true"), "64": ("float64", "32-true"), "bf16-mixed": ("float32", "bf16-mixed")}
+    dtype, trainer = names.get(precision, ("float32", "bf16-mixed") if full else ("bfloat16", "32-true"))
+    attention = getattr(run.model, "attention", "auto")
+    if attention == "auto":
+        short = (getattr(run.task, "max_length", None) or 10**9) <= 256
+        attention = "eager" if device == "cpu" and short else "sdpa"
+    part = run.trainer.part_tokens or PART_TOKENS[device]
+    return Resolved(device, precision, dtype, trainer, attention, part)
+
+
+def _device(trainer: TrainerConfig) -> str:
+    """The kind of device a pack trains on."""
+    import torch
+
+    device_count(trainer)
+    accelerator = trainer.accelerator
+    if accelerator in ("cuda", "gpu") and not torch.cuda.is_available():
+        raise ConfigError("trainer.accelerator", accelerator, "no such device here; allowed here: auto, cpu")
+    if accelerator not in ("auto", "cpu", "cuda", "gpu", "mps"):
+        raise ConfigError("trainer.accelerator", accelerator, "allowed: auto, cpu, gpu, cuda, mps")
+    if accelerator in ("auto", "cuda", "gpu") and torch.cuda.is_available():
+        return "cuda"
+    return "mps" if accelerator == "mps" else "cpu"
+
+
+def device_count(trainer: TrainerConfig) -> int:
+    """How many devices, and so processes, train one pack, over all its nodes. Raises `ConfigError` for what is not built."""
+    devices = trainer.devices
+    count = len(devices) if isinstance(devices, list) else int(devices) if str(devices).isdecimal() else 0
+    if count < 1:
+        raise ConfigError(
+            "trainer.devices", devices, "a number of devices from 1 on, or a list of their indices such as [0]"
+        )
+    if trainer.strategy not in ("auto", "ddp", "fsdp"):
+        raise ConfigError(
+            "trainer.strategy",
+            trainer.strategy,
+            "allowed: auto, ddp (each device has the pack and its share of a batch), fsdp (and its share of the base)",
+        )
+    world = count * trainer.num_nodes
+    if world > 1 and trainer.batch_size % world:
+        nodes = f" x trainer.num_nodes={trainer.num_nodes}" if trainer.num_nodes > 1 else ""
+        allowed = f"a multiple of trainer.devices={count}{nodes}: each takes its share"
+        raise ConfigError("trainer.batch_size", trainer.batch_size, allowed)
+    return world
+
+
+def check_nodes(asked: int, tasks: int) -> None:
+    """Raise `ConfigError` where a pack's job has another number of tasks than the pack has nodes."""
+    if asked != tasks:
+        raise ConfigError(
+            "trainer.num_nodes", asked,
+            f"{tasks}, the tasks of a pack's job; with hydra/launcher=slurm these are hydra.launcher.nodes x tasks_per_node",
+        )  # fmt: skip
+
+
+def _precision(name: str, device: str) -> str:
+    known = {
+        "32": "32",
+        "32-true": "32",
+        "64": "64",
+        "64-true": "64",
+        "bf16": "bf16",
+        "bf16-true": "bf16",
+        "bf16-mixed": "bf16-mixed",
+    }
+    if name == "auto":
+        return auto_precision(device)
+    if name not in known:
+        why = "; fp16's loss scaling would couple the runs of a pack" if name.startswith("16") else ""
+        raise ConfigError("trainer.precision", name, f"allowed: auto, {', '.join(known)}{why}")
+    return known[name]
+
+
+def auto_precision(device: str) -> str:
+    """What `trainer.precision=auto` is on this machine, by itself."""
+    return "bf16" if fast_bf16(device) else "32"
+
+
+def fast_bf16(device: str) -> bool:
+    """Whether bfloat16 products run natively on this device."""
+    import torch
+
+    if device == "cuda":
+        return torch.cuda.is_bf16_supported(including_emulation=False)
+    probes = ("_is_avx512_bf16_supported", "_is_amx_tile_supported")
+    return device == "cpu" and any(getattr(torch.cpu, p, lambda: False)() for p in probes)
+
+
+def settle(store: Store, run: RunConfig) -> None:
+    """Note what this machine would use, unless runs have begun: then what they have. To be called under `Store.locked`."""
+    manifest, device = store.manifest(), precision.resolve(run).device
+    note = {"device": device, "precision": precision.auto_precision(device)}
+    if store.run_ids():  # a run's folder is made as its training begins
+        note = manifest.get("settled") or _recorded(store, note)
+    if note != manifest.get("settled"):
+        store.write_manifest(manifest | {"settled": note})
+
+
+def _recorded(store: Store, note: dict[str, str]) -> dict[str, str]:
+    """The same, where records say otherwise what most of them say: of a manifest that was lost, or has no note yet."""
+    found: dict[str, Counter[str]] = {name: Counter() for name in note}
+    for record in store.records():
+        automatic = record.config.get("trainer", {}).get("precision") == "auto"
+        for name in ("device", "precision") if automatic else ("device",):
+            if value := record.provenance.get(name):
+                found[name][str(value)] += 1
+    return note | {name: values.most_common(1)[0][0] for name, values in found.items() if values}
+
+
+def heed(store: Store, runs: Sequence[RunConfig], *, accept_drift: bool) -> str | None:
+    """What to tell a user of what the sweep has settled and this machine would not have chosen, in one line.
+
+    Raises `ExistingWork` where the sweep was begun on another kind of device, unless that is accepted.
+    """
+    trainer, note = runs[0].trainer, store.manifest().get("settled", {})
+    device = precision.resolve(runs[0]).device
+    then = note.get("device", device)
+    if device != then and not accept_drift:
+        raise ExistingWork(
+            "trainer.accelerator", trainer.accelerator,
+            f"{then}, on which runs of {store.root} were trained; it is {device} here, and results of two kinds of device "
+            f"would be compared. Go on with {then} (trainer.accelerator={then}, where there is one), or with "
+            f"sweep.accept_drift=true: the report then says which runs differ; another sweep.name trains all anew",
+        )  # fmt: skip
+    own, meant = precision.auto_precision(device), note.get("precision")
+    if meant in (None, own) or all(run.trainer.precision != "auto" for run in runs):
+        return None
+    slow = ", slow here" if meant == "bf16" else ""
+    return (
+        f"{store.root}: trainer.precision=auto is {meant} as in the runs that are there{slow}; this machine's own choice "
+        f"would be {own}, which trainer.precision={own} trains anew under another sweep.name"
+    )
+
+
+def settled_precision(store: Store) -> str | None:
+    """What `trainer.precision=auto` means in a sweep; None: nothing has trained yet."""
+    found: str | None = store.manifest().get("settled", {}).get("precision")
+    return found
+
+
+def resolve_in(run: RunConfig, store: Store) -> Resolved:
+    """What `auto` means for a run of this sweep."""
+    return precision.resolve(run, settled_precision(store))

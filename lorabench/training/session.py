@@ -1,0 +1,192 @@
+"""What a pack in training consists of, and what it leaves: one record a slice, its weights, its test results."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import torch
+
+from lorabench.adapters import Stack
+from lorabench.adapters.files import save_slice
+from lorabench.config.runs import Pack, RunConfig
+from lorabench.methods.plan import SlicePlan
+from lorabench.models.base import Base
+from lorabench.runtime import provenance
+from lorabench.runtime.files import writing
+from lorabench.store.records import Record, Store
+from lorabench.tasks import probe as probes
+from lorabench.training import distributed as replicas
+from lorabench.training.batches import EvalStream, PackStream
+from lorabench.training.module import PackModule
+from lorabench.training.precision import Resolved
+from lorabench.training.preparation import Prepared, user_code
+
+
+@dataclass
+class Session:
+    """The parts of one pack in training.
+
+    keep: run_ids whose record stands already. seconds, peak_memory: over all restarts. resumed: the steps at which the
+    pack went on from a checkpoint; changed: what had changed then, {name: [then, now]}.
+    """
+
+    pack: Pack
+    store: Store
+    prepared: Prepared
+    resolved: Resolved
+    base: Base
+    plans: list[SlicePlan]
+    stack: Stack
+    module: PackModule
+    trainer: Any  # Lightning's
+    progress: Any  # the callback with the clock
+    keep: Collection[str] = ()
+    seconds: dict[str, float] = field(default_factory=lambda: {"train": 0.0, "eval": 0.0})
+    peak_memory: int | None = None
+    resumed: list[int] = field(default_factory=list)
+    changed: dict[str, list[Any]] = field(default_factory=dict)
+    extras: dict[int, dict[str, float]] = field(default_factory=dict)  # metrics of a slice from beside its own task
+    beside_seconds: float | None = None  # what they took
+    base_bytes: list[int] | None = None  # of a base that is cut over processes, what each holds between uses
+
+    def train_stream(self) -> PackStream:
+        """The steps that are left; where several processes train the pack, this one's share of each."""
+        t, encoded = self.pack.runs[0].trainer, self.prepared.encoded
+        return PackStream(
+            encoded.splits["train"], encoded.lengths["train"], [r.seed for r in self.pack.runs],
+            collate=self.module.task.collate, batch_size=t.batch_size, accumulate=t.accumulate_grad_batches,
+            start=self.module.steps_done, total_steps=self.module.total_steps, budget=self.resolved.part_tokens,
+            live=lambda: self.module.live, shares=replicas.place(),
+        )  # fmt: skip
+
+    def eval_stream(self, split: str, live: Callable[[], list[int]], *, dealt: bool = True) -> EvalStream:
+        """All examples of a split, for each live slice; dealt: out to the processes that train the pack."""
+        encoded, rows = self.prepared.encoded, self.pack.runs[0].trainer.eval_batch_size
+        return EvalStream(
+            encoded.splits[split], encoded.lengths[split], live, rows=rows, collate=self.module.task.collate,
+            budget=self.resolved.part_tokens, shares=replicas.place() if dealt else (0, 1),
+        )  # fmt: skip
+
+    def val_stream(self) -> EvalStream:
+        return self.eval_stream("val", lambda: self.module.live)
+
+
+def records_of(s: Session) -> list[Record]:
+    """One record a slice, and beside it what the slice trained and its per-example test results; of a run whose record
+    stands already nothing is written: its files are those that the record speaks of."""
+    records = []
+    for k, (run, state) in enumerate(zip(s.pack.runs, s.module.slices, strict=True)):
+        s.module.flush(k)
+        status = state.status if state.status in ("diverged", "pruned") else "completed"
+        metrics = _metrics(s, k, run, status)
+        if run.trainer.save_weights and status == "completed" and run.run_id not in s.keep:
+            folder = s.store.own_dir(run.run_id) / "adapter"
+            trained, plan = s.stack.exported(k)
+            with writing(folder):
+                save_slice(folder, trained, plan, info=s.base.info, run=run.to_dict(), head=s.prepared.head)
+        error = None if status == "completed" else state.reason
+        records.append(
+            Record(run.run_id, run.role, status, run.to_dict(), metrics, _resources(s, k), _provenance(s, state), error)
+        )
+    return records
+
+
+def _metrics(s: Session, k: int, run: RunConfig, status: str) -> dict[str, Any]:
+    state = s.module.slices[k]
+    found = state.best_metrics if status == "completed" else state.last_metrics
+    metrics: dict[str, Any] = {f"val/{name}": value for name, value in found.items()}
+    metrics |= {"primary": run.task.metric, "best_step": state.best_step}
+    if status == "pruned":
+        metrics["pruned_step"] = state.steps
+    metrics["lower_is_better"] = run.task.metric in getattr(run.task, "lower_is_better", ("loss",))
+    if run.role == "confirm" and status == "completed":
+        rows = s.module.results[k]
+        metrics |= {f"test/{name}": value for name, value in run.task.metrics(rows).items()}
+        if run.run_id not in s.keep:
+            s.store.write_arrays(run.run_id, "test", _kept(rows) | _groups(s, rows["example"]))
+    return metrics | s.extras.get(k, {})
+
+
+def _kept(rows: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
+    """What later statistics need of each example, in small types; `loss` is the loss per unit of weight."""
+    loss = rows["loss_sum"] / np.maximum(rows["weight"], 1e-12)
+    kept = {
+        "example": rows["example"].astype(np.uint64),
+        "loss": loss.astype(np.float32),
+        "weight": rows["weight"].astype(np.float32),
+    }
+    for name, column in rows.items():
+        if name not in ("example", "loss_sum", "weight"):
+            kept[name] = _small(column)
+    return kept
+
+
+def _groups(s: Session, examples: np.ndarray) -> dict[str, np.ndarray]:
+    """Numbers [N] of the groups that test examples belong to; empty where each is alone or the task does not say."""
+    found = {e["example"]: e["group"] for e in s.prepared.encoded.splits["test"] if "group" in e}
+    named = [found.get(i) for i in examples.tolist()]
+    if None in named or len(set(named)) == len(named):
+        return {}
+    return {"group": _small(np.unique(np.asarray(named, dtype=np.uint64), return_inverse=True)[1])}
+
+
+def _small(column: np.ndarray) -> np.ndarray:
+    if column.dtype.kind == "f":
+        return column.astype(np.float32)
+    low, high = (int(column.min()), int(column.max())) if column.size else (0, 0)
+    return column.astype(np.uint8 if low >= 0 and high < 256 else np.int32)
+
+
+def _resources(s: Session, k: int) -> dict[str, Any]:
+    size, run = len(s.pack.runs), s.pack.runs[k]
+    steps, tokens = s.module.slices[k].steps, s.module.slices[k].tokens
+    share = steps / max(1, sum(x.steps for x in s.module.slices))
+    examples = steps * run.trainer.batch_size * run.trainer.accumulate_grad_batches
+    found = {
+        "train_seconds": s.seconds["train"] * share, "eval_seconds": s.seconds["eval"] / size, "pack_seconds": sum(s.seconds.values()),
+        "pack_size": size, "peak_memory_bytes": s.peak_memory, "trainable_parameters": s.plans[k].trainable(s.base.info),
+        "total_parameters": s.base.info.parameters, "steps": steps, "examples": examples,
+        "train_examples": len(s.prepared.encoded.splits["train"]), "val_examples": len(s.prepared.encoded.splits["val"]),
+        "test_examples": len(s.prepared.encoded.splits["test"]),
+    }  # fmt: skip
+    if s.beside_seconds is not None:
+        found["beside_seconds"] = s.beside_seconds / size
+    if tokens:
+        found |= {
+            "tokens": tokens,
+            "tokens_per_second": s.module.tokens / max(s.seconds["train"], 1e-9),
+        }
+    return {key: round(value, 3) if isinstance(value, float) else value for key, value in found.items()}
+
+
+def _provenance(s: Session, state: Any) -> dict[str, Any]:
+    again: dict[str, Any] = {"resumed": s.resumed} if s.resumed else {}
+    again |= {"resumed_with_drift": s.changed} if s.changed else {}
+    return again | {
+        "code": provenance.code_fingerprint(), "git": provenance.git_state(), "packages": provenance.packages(),
+        "machine": provenance.machine(), "device": s.resolved.device, "threads": torch.get_num_threads(),
+        "precision": s.resolved.precision, "base_dtype": s.resolved.base_dtype, "attention": s.resolved.attention,
+        "part_tokens": s.resolved.part_tokens, "reused_blocks": getattr(s.module.reuse, "depth", 0),
+        "data_fingerprint": s.prepared.data.fingerprint, "model_fingerprint": s.base.fingerprint, "model_notes": s.base.notes,
+        "data_notes": {**s.prepared.data.notes, **s.prepared.encoded.notes}, "pack": s.pack.id, "pack_runs": s.pack.run_ids, **_devices(s),
+        "head": {"auto_class": s.prepared.head.auto_class, "label_names": list(s.prepared.head.label_names)},
+        "user_code": user_code(s.pack.runs[0]), "probe_fingerprint": probes.fingerprint(s.pack.runs[0]),
+        "stopped": state.reason if state.status == "stopped" else None,
+    }  # fmt: skip
+
+
+def _devices(s: Session) -> dict[str, Any]:
+    """Where several processes trained the pack."""
+    if replicas.world() == 1:
+        return {}
+    return {"devices": replicas.world(), **({"base_bytes_by_rank": s.base_bytes} if s.base_bytes else {})}
+
+
+def failed(run: RunConfig, error: str, trace: str) -> Record:
+    """The record of a run whose pack raised."""
+    made = provenance.packages(), provenance.machine(), provenance.git_state()
+    where = dict(zip(("packages", "machine", "git"), made, strict=True))
+    return Record(run.run_id, run.role, "failed", run.to_dict(), error=error, provenance={**where, "trace": trace})

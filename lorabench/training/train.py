@@ -1,0 +1,264 @@
+"""train(pack) -> records. One path for one run and for many."""
+
+from __future__ import annotations
+
+import sys
+import time
+import traceback
+from collections.abc import Callable, Collection, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from itertools import pairwise
+from statistics import median
+from typing import Any
+
+import torch
+
+from lorabench.adapters import SlicesMix, inject
+from lorabench.adapters import isolation as probe
+from lorabench.config.errors import Unwritable
+from lorabench.config.runs import Pack, RunConfig
+from lorabench.runtime import signals as stopping
+from lorabench.runtime.leases import LeaseLost
+from lorabench.runtime.memory import PeakMemory, out_of_memory, release, settle
+from lorabench.store import checkpoints
+from lorabench.store.checkpoints import Unreadable
+from lorabench.store.records import Record, Store
+from lorabench.training import distributed as replicas
+from lorabench.training import fsdp as shards
+from lorabench.training import precision as settled
+from lorabench.training import preparation as prep
+from lorabench.training.checkpointing import Begun, Saver, begun, restore
+from lorabench.training.evaluation.measures import Beside
+from lorabench.training.fit import Checkpoints, Progress, fit, make_trainer, quiet
+from lorabench.training.module import PackModule
+from lorabench.training.session import Session, failed, records_of
+from lorabench.training.trunk_cache import Reuse
+
+__all__ = ["Listener", "OutOfMemory", "Pack", "SlicesMix", "measure", "train"]
+
+
+@dataclass
+class Listener:
+    """Who hears of a pack as it trains: the terminal and the mirrors. Never a way for data to come back.
+
+    A pack that goes on from a checkpoint starts its runs again, and their rows go on at the checkpoint's step: rows that
+    were heard before it was cut come a second time, the same. So a mirror drops the steps it has already.
+    """
+
+    step: Callable[[int, int], None] = lambda step, total: None
+    start: Callable[[RunConfig], None] = lambda run: None
+    rows: Callable[[str, list[dict[str, Any]]], None] = lambda run_id, rows: None
+    finish: Callable[[Record], None] = lambda record: None
+
+
+def train(
+    pack: Pack,
+    store: Store,
+    listener: Listener | None = None,
+    *,
+    keep: Collection[str] = (),
+    accept_drift: bool = False,
+) -> list[Record]:
+    """Train a pack, from its last checkpoint if it has one, and write one record a run; a pack that fails leaves `failed`
+    records with the error's text, and its checkpoints for another try.
+
+    keep: run_ids whose record stands already (a pack that was cut while it wrote): trained along; record and history stay.
+    accept_drift: go on from a checkpoint although code, packages, data or model changed; else `ExistingWork` is raised.
+
+    Raises `SlicesMix` when the base cannot be shared between slices, and `OutOfMemory` when the pack does not fit: the
+    caller then trains the runs one by one, or the pack in halves. Neither leaves a record; nor do `LeaseLost`, `Unwritable` and
+    `replicas.Lost`.
+    """
+    settle()  # before anything of the pack is there: what is frozen with it would keep it for good
+    listener = listener or Listener()
+    start = begun(pack, store, keep, accept_drift=accept_drift)
+    leads = replicas.leads()
+    if not leads:
+        keep = pack.run_ids  # another process of the group writes
+    for run in pack.runs:
+        if run.run_id not in keep:
+            store.cut_history(run.run_id, start.history(run.run_id) if start else 0)
+        listener.start(run)
+    records: list[Record] | None = None
+    try:
+        records = _train(pack, store, listener, keep, start)
+    except (LeaseLost, Unwritable):  # no run's fault: nothing is recorded
+        raise
+    except SlicesMix:
+        if leads:
+            checkpoints.remove(store.root, pack.id)
+        raise
+    except Unreadable as e:  # whole, ours, and yet it does not fit
+        print(f"checkpoint of pack {pack.id}: {e}; the pack starts anew", file=sys.stderr)
+        checkpoints.remove(store.root, pack.id)
+        return train(pack, store, listener, keep=keep)
+    except Exception as e:
+        if replicas.broken(e):
+            raise replicas.Lost(f"a process of the pack is gone ({e})") from e
+        if not (out_of_memory(e) and len(pack.runs) > 1):
+            error = "".join(traceback.format_exception(e)[-3:]).strip()
+            records = [failed(run, f"{type(e).__name__}: {e}", error) for run in pack.runs]
+    if records is None:  # raised out here, where the traceback no longer holds the tensors that did not fit
+        release()
+        if leads:
+            checkpoints.remove(store.root, pack.id)  # its halves train anew
+        raise OutOfMemory(f"{pack.id}: {len(pack.runs)} runs at once need more memory than there is")
+    for record in records:
+        if record.run_id not in keep:
+            store.write(record)
+        listener.finish(record)
+    if leads and all(record.status != "failed" for record in records):
+        checkpoints.remove(store.root, pack.id)
+    return records
+
+
+class OutOfMemory(RuntimeError):
+    """A pack of several runs did not fit into memory."""
+
+
+def _train(pack: Pack, store: Store, listener: Listener, keep: Collection[str], start: Begun | None) -> list[Record]:
+    with _opened(pack, store, listener, keep, start.step if start else 0) as session:
+        _probe(session)
+        cut = shards.sharded(session.base.model)
+        if pack.runs[0].trainer.reuse_trunk and not cut:
+            session.module.reuse = Reuse(session)
+        measured = pack.runs[0].role == "confirm" and (replicas.leads() or cut)  # what is cut runs in all or in none
+        beside = Beside(session) if measured else None  # the base as it is, before anything of a checkpoint
+        if start:
+            restore(session, start)
+        with PeakMemory(session.resolved.device) as memory, quiet():
+            saver = Saver(session, memory.peak)
+            session.trainer.callbacks.append(Checkpoints(saver))
+            fit(session, saver)
+            session.peak_memory = saver.peak()
+        if cut:
+            session.base_bytes = shards.bytes_held(session.base.model)
+        if beside:
+            beside.finish()
+        if cut and pack.runs[0].trainer.save_weights:
+            session.stack.own = shards.whole_parameters(session.stack.own)  # for the files
+        return records_of(session) if replicas.leads() else []
+
+
+def measure(run: RunConfig, store: Store, *, steps: int = 10) -> dict[str, Any]:
+    """Seconds, tokens and peak memory of a few training steps of one run alone, the first two left out of the clock.
+
+    The seconds are the median pace, seconds a token, over the tokens: a machine that was busy for a moment does not show.
+    A frozen trunk is served here as it is in training (`reused_blocks`); `trunk_seconds` is what its one pass over the
+    training split takes, which a run alone pays once. Features that other packs have left with the base are no part of the peak.
+    """
+    settle()
+    return _measured(run, store, steps)
+
+
+def _measured(run: RunConfig, store: Store, steps: int) -> dict[str, Any]:
+    trainer = replace(run.trainer, max_steps=steps, eval_interval=steps + 1)
+    marks: list[tuple[float, int]] = []
+    with _opened(Pack("solo", (replace(run, trainer=trainer),)), store, Listener()) as s:
+        listener = Listener(step=lambda step, total: marks.append((time.perf_counter(), s.module.tokens)))
+        s.trainer.callbacks.append(Progress(listener.step, steps, dict(s.seconds)))
+        reuse = Reuse(s, alone=prep.total_steps(run, len(s.prepared.encoded.splits["train"])))
+        if run.trainer.reuse_trunk:
+            s.module.reuse = reuse
+        with PeakMemory(s.resolved.device) as memory, quiet(), stopping.deferred() as s.progress.stopped:
+            s.trainer.fit(s.module, s.train_stream(), s.val_stream())  # never reached: eval_interval
+            peak = memory.peak() - reuse.idle_bytes()
+        reused = {"reused_blocks": reuse.depth, "trunk_seconds": round(reuse.seconds("train"), 4)}
+    counted = list(pairwise(marks[1:]))
+    pace = median((end - start) / max(1, after - before) for (start, before), (end, after) in counted)
+    tokens = marks[-1][1] - marks[1][1]
+    return {
+        "seconds": round(pace * max(1, tokens), 4),
+        "tokens": tokens,
+        "steps": len(counted),
+        "peak_memory_bytes": peak,
+        **reused,
+    }
+
+
+@contextmanager
+def _opened(
+    pack: Pack, store: Store, listener: Listener, keep: Collection[str] = (), start: int = 0
+) -> Iterator[Session]:
+    """A pack ready to train on its base from step `start`; the base comes back as it was, and that is checked."""
+    first = pack.runs[0]
+    prepared, resolved = prep.prepare(first), settled.resolve_in(first, store)
+    base = prep.base(first, prepared.head, resolved)
+    prepared = prep.taught(first, prepared, base)
+    before: int | None = _checksum(base.model)
+    plans = [prep.plan(run, base.info) for run in pack.runs]
+    cut = first.trainer.strategy == "fsdp" and replicas.world() > 1
+    stack = inject(base.model, plans, info=base.info, give_back=not cut)
+    if cut and stack.own:
+        before = None  # it trains and is given up
+    ids = pack.run_ids
+
+    def rows(k: int, new: list[dict[str, Any]]) -> None:
+        if ids[k] not in keep:
+            store.append_history(ids[k], new)
+        listener.rows(ids[k], new)
+
+    try:
+        total = prep.total_steps(first, len(prepared.encoded.splits["train"]))
+        task = BoundTask(first.task, prepared.processor)
+        module = PackModule(base.model, stack, task, pack.runs, total_steps=total, rows=rows, prune=pack.prune)
+        if first.trainer.gradient_checkpointing:
+            base.model.activation_checkpointing_enable({"use_reentrant": False})  # type: ignore[operator]
+        module.train()  # dropout is on; the stack keeps frozen normalisation in eval
+        seconds = {"train": 0.0, "eval": 0.0}
+        progress = Progress(listener.step, total, seconds)
+        trainer = make_trainer(first, resolved, progress, start)
+        if cut:
+            beside = {t.parameter for t in stack.named_trainables() if t.stacked}
+            with quiet():
+                shards.shard(base.model, beside, base.info.num_layers, trainer.strategy)
+            stack.own = dict(base.model.named_parameters()) if stack.own else {}
+        yield Session(
+            pack, store, prepared, resolved, base, plans, stack, module, trainer, progress, keep=keep, seconds=seconds
+        )
+    finally:
+        stack.remove()
+        if first.trainer.gradient_checkpointing:
+            base.model.activation_checkpointing_disable()  # type: ignore[operator]
+        base.model.eval()
+        if cut:
+            prep.forget_base()
+    if before is not None and _checksum(base.model) != before:
+        raise RuntimeError("the frozen base changed during training")
+
+
+class BoundTask:
+    """A task with the processor its collation needs."""
+
+    def __init__(self, task: Any, processor: Any) -> None:
+        self.task, self.processor = task, processor
+        self.step, self.metrics = task.step, task.metrics
+
+    def collate(self, examples: list[dict[str, Any]]) -> dict[str, Any]:
+        return self.task.collate(examples, self.processor)
+
+
+def _probe(s: Session) -> None:
+    """Two rows a slice, no two alike, through the base: refuses one that would let slices see each other."""
+    if len(s.pack.runs) == 1:
+        return
+    examples = s.prepared.encoded.splits["train"]
+    batch = s.module.task.collate([examples[i % len(examples)] for i in range(2 * len(s.pack.runs))])
+    device = next(s.base.model.parameters()).device
+    batch = {name: value.to(device) for name, value in batch.items()}
+    s.stack.context.set(seeds=[r.seed for r in s.pack.runs], step=0, examples=batch["example"])
+    probe(s.base.model, s.stack, lambda: s.module.task.step(s.base.model, batch).loss_sum)
+
+
+def _checksum(model: torch.nn.Module) -> int:
+    """A wrap-around sum over the bits of every parameter and buffer: cheap, and any changed bit shows.
+
+    Shares of parameters that are cut over processes add up to the whole.
+    """
+    kinds = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
+    sums = [0, 0]  # of what is whole here, of what is cut
+    for i, t in enumerate([*model.parameters(), *model.buffers()], 1):
+        own = shards.held(t)
+        sums[own is not t] += int(own.detach().contiguous().view(kinds[t.element_size()]).sum(dtype=torch.int64)) * i
+    return (sums[0] + (sum(replicas.gather(sums[1])) if shards.sharded(model) else 0)) % 2**64
