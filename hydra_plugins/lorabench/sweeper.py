@@ -152,6 +152,6 @@ def _once(jobs: Mapping[tuple[str, ...], Any]) -> list[list[str]]:
 
 
 def _cells(jobs: Mapping[tuple[str, ...], Any], listed: Mapping[tuple[str, ...], Any]) -> dict[str, Any]:
-    from lorabench.sweep.execute import cell_id
+    from lorabench.sweep.packs import cell_id
 
     return {cell_id(job.label): listed[overrides] for overrides, job in jobs.items()}

@@ -14,7 +14,7 @@ from lorabench.config.errors import ConfigError
 from lorabench.launch.app import asked, job, sweep_name
 
 if TYPE_CHECKING:
-    from lorabench.sweep.execute import Job
+    from lorabench.sweep.packs import Job
 
 
 NUMBER = re.compile(r"optimizer\.lr=[-+]?(\d+\.?\d*|\.\d+)(e[-+]?\d+)?|seed=\d+", re.IGNORECASE)

@@ -24,7 +24,7 @@ from lorabench.launch.compose import Composer
 from lorabench.launch.guards import check_arguments, guard_yaml, unreadable
 
 if TYPE_CHECKING:
-    from lorabench.sweep.execute import Job
+    from lorabench.sweep.packs import Job
 
 
 class ListsOnly(Launcher):

@@ -7,7 +7,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from fnmatch import fnmatchcase
 from statistics import fmean
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 
@@ -17,10 +17,6 @@ from lorabench.results.selection import Choice
 from lorabench.results.sweep import Cell, Sweep
 from lorabench.stats import estimates as st
 from lorabench.store.records import Record
-
-if TYPE_CHECKING:
-    from lorabench.results.cells import Result
-
 
 POOL_FROM = 3  # cells; two would gain no degree of freedom
 

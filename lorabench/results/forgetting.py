@@ -7,7 +7,6 @@ from dataclasses import dataclass
 from itertools import pairwise
 from typing import Any, Literal
 
-
 from lorabench.results import formatting as formats
 from lorabench.results import units
 from lorabench.results.cells import Result

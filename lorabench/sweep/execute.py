@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +13,6 @@ from lorabench.config.errors import ConfigError
 from lorabench.config.runs import Pack, RunConfig, Settings
 from lorabench.methods.plan import SlicePlan
 from lorabench.results.formatting import plural
-from lorabench.results.selection import Choice, choose
 from lorabench.runtime.files import writing
 from lorabench.runtime.leases import LeaseLost
 from lorabench.runtime.provenance import code_fingerprint
@@ -23,7 +22,7 @@ from lorabench.store.records import Record, Store
 from lorabench.sweep import declaration
 from lorabench.sweep import reuse as elsewhere
 from lorabench.sweep.dry_run import dry_run
-from lorabench.sweep.packs import Job, beside, cell_id, label_of, parts_of, planned_packs, replan, write_cells
+from lorabench.sweep.packs import Job, beside, parts_of, planned_packs, replan, write_cells
 from lorabench.sweep.progress import Progress, announced, data_notices
 from lorabench.sweep.ranks import train
 from lorabench.sweep.resume import Ended, finished_records, freed, waits_for
@@ -32,7 +31,7 @@ from lorabench.training import precision
 from lorabench.training import precision as settled
 from lorabench.training import preparation as prep
 from lorabench.training.distributed import Lost
-from lorabench.training.train import Listener, OutOfMemory, SlicesMix, measure
+from lorabench.training.train import Listener, OutOfMemory, SlicesMix
 
 Executor = Callable[[Callable[[Pack], list[Record]], Sequence[Pack]], Iterable[list[Record]]]
 

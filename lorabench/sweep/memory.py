@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from typing import Any
 
-
 RUNTIME = 700 * 2**20  # Python, torch, transformers and a data set of some thousand texts, resident
 
 

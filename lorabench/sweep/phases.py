@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Collection, Mapping, Sequence
 
-
 from lorabench.config.errors import ConfigError
 from lorabench.config.runs import Settings
 from lorabench.results.selection import Choice, choose

@@ -14,8 +14,7 @@ from typing import Any
 
 import torch
 
-from lorabench.adapters import SlicesMix, inject
-from lorabench.adapters import isolation as probe
+from lorabench.adapters import SlicesMix, inject, probe
 from lorabench.config.errors import Unwritable
 from lorabench.config.runs import Pack, RunConfig
 from lorabench.runtime import signals as stopping

@@ -12,7 +12,6 @@ from __future__ import annotations
 import time
 from collections.abc import Sequence
 
-
 from lorabench.tasks import probe as probes
 from lorabench.training.evaluation import forgetting, replies, samples
 from lorabench.training.evaluation.style import Style
