@@ -6,7 +6,7 @@
 
 Makespan: wall seconds of `python -m lorabench -m ...`, start-up, report and the wait for W&B at the end in it; what is
 sent in the background after that is waited for before the next arm and counted as `seconds_after`. Offline
-writes W&B's files; online sends to a stand-in server on the loopback device (`tests/wandb_server.py`), which runs in this
+writes W&B's files; online sends to a stand-in server on the loopback device (`tests/fixtures/wandb_server.py`), which runs in this
 process and so takes its share of the same CPU. Bad servers: slow answers each request `--delay` seconds later, down refuses
 connections, refusing answers HTTP 500, absent takes connections and never answers. Arms take turns, in another order each
 repeat; a ratio compares arms of one repeat. Nothing leaves the machine. Run it where nothing else runs.
@@ -49,7 +49,7 @@ def ranks(runs: int) -> int:
 
 def settings(folder: Path, runs: int, steps: int) -> list[str]:
     """Overrides of a sweep of `runs` tiny runs; makes its base and data."""
-    from tiny import make_base, make_data
+    from fixtures.runs import make_base, make_data
 
     base, data = make_base(folder / "base", "bert"), make_data(folder / "data.csv")
     wide = ranks(runs)
@@ -64,7 +64,7 @@ def settings(folder: Path, runs: int, steps: int) -> list[str]:
 @contextmanager
 def served(arm: str, server: Any, delay: float) -> Iterator[str]:
     """The address of this arm's server, which is as the arm says."""
-    from wandb_server import silence
+    from fixtures.wandb_server import silence
 
     server.reset()
     server.delay, server.refuse = delay if arm == "slow" else 0.0, 500 if arm == "refusing" else 0
@@ -82,7 +82,7 @@ def served(arm: str, server: Any, delay: float) -> Iterator[str]:
 
 def run(arm: str, overrides: Sequence[str], folder: Path, server: Any, url: str) -> dict[str, Any]:
     """One sweep in a folder of its own: seconds, CPU seconds of it and its children, and what was mirrored."""
-    from wandb_server import KEY
+    from fixtures.wandb_server import KEY
 
     folder.mkdir(parents=True)
     online = {} if arm in ("none", "offline") else {"WANDB_API_KEY": KEY}
@@ -194,7 +194,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def measure(arms: Sequence[str], args: argparse.Namespace) -> list[dict[str, dict[str, Any]]]:
     """By repeat, what `run` says of each arm."""
-    from wandb_server import WandbServer
+    from fixtures.wandb_server import WandbServer
 
     repeats: list[dict[str, dict[str, Any]]] = []
     with tempfile.TemporaryDirectory() as made, WandbServer() as server:

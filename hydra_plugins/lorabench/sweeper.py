@@ -97,13 +97,13 @@ class GridSweeper(Sweeper):
         always: Sequence[str],
     ) -> list[Any]:
         """Tune one more rate outward in every cell whose best lies at an end, until none does; jobs grow by what was added."""
-        from lorabench.sweep import execute as sweep
+        from lorabench.sweep.packs import cell_id
 
         assert self.config is not None and self.launcher is not None
         returned: list[Any] = []
         rates: dict[str, set[float]] = {}
         for job in jobs.values():
-            rates.setdefault(sweep.cell_id(job.label), set()).add(job.run.optimizer.lr)
+            rates.setdefault(cell_id(job.label), set()).add(job.run.optimizer.lr)
         most = {name: len(tried) + EXTENSIONS for name, tried in rates.items()}
         while True:
             outward = {n: lr for n, lr in phases.outward_rates(settings, rates, most).items() if n in cells}

@@ -15,7 +15,6 @@ if TYPE_CHECKING:
     from lorabench.analyze.deltas import Bases, Opened
     from lorabench.analyze.scope import Asked, Comparison, Source
     from lorabench.results.cells import Result
-from lorabench.results import cells as result_cells
 
 FILE = Path("analysis", "weights.json")
 
@@ -35,6 +34,7 @@ def analyze(
     for a directory without finished runs or saved weights, unknown cells or layers, and bases that changed.
     """
     from lorabench.analyze import scope
+    from lorabench.results import cells as result_cells
     from lorabench.results.cells import results
     from lorabench.results.sweep import load
 

@@ -174,9 +174,9 @@ class Search:
         seeds, best = self.settings.sweep.confirm_seeds, self._best()
         if not seeds or best is None or self.settings.sweep.role != "tune":
             return []
-        from lorabench.sweep import execute as sweep
+        from lorabench.sweep.packs import cell_id
 
-        lr = phases.chosen_rates(self.settings).get(sweep.cell_id(best.jobs[0].label))
+        lr = phases.chosen_rates(self.settings).get(cell_id(best.jobs[0].label))
         if lr is None:
             return []
         base = [o for o in best.overrides[0] if o.split("=", 1)[0] not in (RATE, SEED)]

@@ -10,14 +10,14 @@ from lorabench.results.selection import Choice, choose
 from lorabench.runtime.files import writing
 from lorabench.store.records import Store
 from lorabench.sweep import declaration
-from lorabench.sweep.execute import check_all
 from lorabench.sweep.packs import Job, cell_id, write_cells
-from lorabench.training.train import measure
 
 
 def declare(jobs: Sequence[Job], command: Sequence[str] = ()) -> None:
     """Check all jobs, then write the cells they belong to into the manifest, and the command that launched them. A dry run
     writes nothing."""
+    from lorabench.sweep.execute import check_all
+
     plans = check_all(jobs)
     store = Store(jobs[0].settings.sweep.dir)
     store.check_foreign()
@@ -58,6 +58,8 @@ def _choices(settings: Settings, *, retry: bool = False) -> dict[str, Choice]:
 
 def measure_cells(settings: Settings, jobs: Sequence[Job]) -> None:
     """A few steps of each cell alone, for the seconds and the memory that tables show; once a cell; none whose base is cut."""
+    from lorabench.training.train import measure
+
     if not settings.sweep.measure_solo or settings.sweep.dry_run:
         return
     from lorabench.results.cells import timed_cells

@@ -14,8 +14,8 @@ import numpy as np
 import pytest
 from launches import CONTEXT, Launcher
 
+from fixtures.runs import make_base, make_data
 from lorabench.store.records import Store
-from tiny import make_base, make_data
 
 SWEEP = [
     "-m", "method.r=1,4", "optimizer.lr=1e-3,2e-2", "sweep.confirm_seeds=[7]", "sweep.name=s", "sweep.max_pack=1",

@@ -13,10 +13,10 @@ from pathlib import Path
 
 import pytest
 
+from fixtures.runs import make_base, make_data
 from lorabench.clusters import job
 from lorabench.store import checkpoints
 from lorabench.store.records import Store
-from tiny import make_base, make_data
 
 pytest.importorskip("submitit", reason="submitit is not installed: pip install 'lorabench[slurm]'")
 HERE = Path(__file__).resolve().parent

@@ -21,7 +21,6 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-import lorabench
 from lorabench.config.settings import TrackerConfig
 from lorabench.runtime import signals as stopping
 from lorabench.runtime.files import atomic_write
@@ -76,7 +75,7 @@ class WandbTracker:
             "dir": str(store.root.resolve()), "sweep": sweep, **where, "mode": found, "artifacts": settings.artifacts,
             "agent": asdict(agent) if agent else None, "opening": 0.0 if agent else OPENING,
         }  # fmt: skip
-        home = str(Path(lorabench.__file__).resolve().parent.parent)
+        home = str(Path(__file__).resolve().parents[3])
         paths = [home, *filter(None, [os.environ.get("PYTHONPATH")])]
         self.process = subprocess.Popen(
             [sys.executable, "-m", "lorabench.trackers.wandb.mirror", json.dumps(given)], text=True,
