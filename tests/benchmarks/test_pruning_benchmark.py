@@ -9,8 +9,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from test_pruning import cell
 
+from fixtures.jobs import cell
 from lorabench.config.runs import RunConfig
 from lorabench.store.records import Record, Store
 

@@ -121,7 +121,7 @@ def test_a_field_added_later_keeps_old_ids_at_its_default():
 
 LOCAL = """
 from dataclasses import dataclass
-from lorabench.schema import knob
+from lorabench.config.fields import knob
 
 @dataclass(frozen=True)
 class Config:

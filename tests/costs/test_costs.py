@@ -300,5 +300,5 @@ class TestTable:
             costs.read(tmp_path)
 
     def test_reading_needs_no_torch(self) -> None:
-        code = "import sys, lorabench.report.costs\nassert 'torch' not in sys.modules"
+        code = "import sys, lorabench.report.sections.costs\nassert 'torch' not in sys.modules"
         subprocess.run([sys.executable, "-c", code], check=True, timeout=60)

@@ -141,7 +141,7 @@ def test_what_is_no_sweep(tmp_path: Path, capsys: pytest.CaptureFixture[str], ma
 HOLD = """
 import sys, time
 from pathlib import Path
-from lorabench.leases import Leases
+from lorabench.runtime.leases import Leases
 with Leases(Path(sys.argv[1])).take("p1"):
     print("held", flush=True)
     time.sleep(600)

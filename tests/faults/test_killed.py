@@ -60,7 +60,7 @@ def test_killed_between_a_packs_last_record_and_its_lease(fault, launcher, undis
     """SIGKILL between the last record and the lease"""
     root = tmp_path / "0/sweeps/s"
     shutil.copytree(undisturbed, root)
-    code = f"import os; from pathlib import Path; from lorabench.leases import Leases; Leases(Path({str(root / 'locks')!r})).take('p0'); os._exit(9)"
+    code = f"import os; from pathlib import Path; from lorabench.runtime.leases import Leases; Leases(Path({str(root / 'locks')!r})).take('p0'); os._exit(9)"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 9 and list(
         (root / "locks/p0").iterdir()
     )
@@ -94,9 +94,9 @@ def test_random_stops(fault, launcher, undisturbed, tmp_path, stops):
 
 
 OUTSIDE = {
-    "preparation": "lorabench.prepare:load_data:1",
-    "loading the second pack's base": "lorabench.prepare:base:2",
-    "the second pack's records": "lorabench.train:records_of:2",
+    "preparation": "lorabench.training.preparation:load_data:1",
+    "loading the second pack's base": "lorabench.training.preparation:base:2",
+    "the second pack's records": "lorabench.training.train:records_of:2",
     "the report": "lorabench.report:render:1",
 }
 

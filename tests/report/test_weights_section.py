@@ -259,7 +259,7 @@ class TestFigures:
 
 
 def test_rows_and_pictures_need_no_torch() -> None:
-    code = "import sys, lorabench.report.weights, lorabench.report.weights_figures, lorabench.report.analysis\nassert 'torch' not in sys.modules"
+    code = "import sys, lorabench.report.sections.weights, lorabench.results.weights\nassert 'torch' not in sys.modules"
     subprocess.run([sys.executable, "-c", code], check=True, timeout=60)
 
 

@@ -13,7 +13,7 @@ from lorabench.runtime import signals as stopping
 
 START = """
 import os, signal, time
-from lorabench import stopping
+from lorabench.runtime import signals as stopping
 stopping.install()
 
 def told():
@@ -46,7 +46,7 @@ WHERE = {
 
 WATCHED = """
 import os, signal, sys, time
-from lorabench import stopping
+from lorabench.runtime import signals as stopping
 signal.signal(signal.SIGTERM, lambda *_: print("a handler"))
 signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
 stopping.watch(lambda: (print("leave", flush=True), os._exit(7)))

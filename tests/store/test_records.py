@@ -145,7 +145,7 @@ def test_frame_has_one_dotted_row_a_record():
 def test_the_lock_holds_between_processes_and_dies_with_its_holder(tmp_path):
     code = """
     import os, sys
-    from lorabench.records import Store
+    from lorabench.store.records import Store
     with Store(sys.argv[1]).locked():
         print("held", flush=True)
         sys.stdin.readline()

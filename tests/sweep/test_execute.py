@@ -277,7 +277,7 @@ def test_changed_data_under_the_same_runs_is_refused(cli, tiny, tmp_path):
 
 OWN = """
 from dataclasses import dataclass
-from lorabench.schema import knob
+from lorabench.config.fields import knob
 from lorabench.tasks.text_classification import Config as Base
 
 @dataclass(frozen=True)

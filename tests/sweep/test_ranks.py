@@ -11,12 +11,10 @@ from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
 import torch
-from safetensors.numpy import load_file
-from test_resume import left
 
+from fixtures.packs import assert_same, numbers, remains, two_slices
 from fixtures.runs import make_base, make_data, make_run
 from lorabench.config.errors import ConfigError
 from lorabench.config.runs import Pack
@@ -34,18 +32,11 @@ def parts(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
     return make_base(root / "base", "bert", dropout=0.1), make_data(root / "data.csv", rows=149)
 
 
-def runs(parts: tuple[Path, Path], devices: int, **changes: Any) -> tuple[Any, ...]:
-    """Two slices of different rank, rate and seed, dropout on; 101 examples: of the last batch one process gets none."""
-    settings = {"model.dropout": 0.1, "trainer.devices": devices, "trainer.max_steps": 30, **changes}
-    slices: list[dict[str, Any]] = [{"method.r": 2}, {"method.r": 4, "optimizer.lr": 2e-3, "seed": 1}]
-    return tuple(make_run(*parts, role="confirm", **settings, **one) for one in slices)
-
-
 @pytest.fixture(scope="module")
 def alone(parts: tuple[Path, Path], tmp_path_factory: pytest.TempPathFactory) -> tuple[Store, list[Record]]:
     """What one process makes of them."""
     store = Store(tmp_path_factory.mktemp("alone"))
-    return store, train(Pack("p0", runs(parts, 1)), store)
+    return store, train(Pack("p0", two_slices(parts, 1)), store)
 
 
 @pytest.fixture(scope="module")
@@ -54,27 +45,11 @@ def together(
 ) -> tuple[Store, list[Record], list[int]]:
     """What two processes make of them, and the steps that were told of."""
     store, heard = Store(tmp_path_factory.mktemp("together")), list[int]()
-    return store, train(Pack("p0", runs(parts, 2)), store, Listener(step=lambda step, total: heard.append(step))), heard
-
-
-def numbers(record: Record) -> dict[str, Any]:
-    return {k: v for k, v in record.metrics.items() if isinstance(v, (int, float))}
-
-
-def same(a: Store, b: Store, one: Record, two: Record) -> None:
-    """Metrics, history, test results and weights to 1e-10 (float64; sums in another order)."""
-    assert (one.run_id, one.status) == (two.run_id, "completed"), two.error
-    assert numbers(one) == pytest.approx(numbers(two), rel=1e-10, abs=1e-12)
-    for x, y in zip(a.history(one.run_id), b.history(two.run_id), strict=True):
-        assert x == pytest.approx(y, rel=1e-10, abs=1e-12)
-    x, y = a.arrays(one.run_id, "test"), b.arrays(two.run_id, "test")
-    assert x and y
-    assert all(np.allclose(x[name], y[name], rtol=1e-6) for name in x)
-    first, second = (load_file(next(s.run_dir(one.run_id).glob("adapter/*.safetensors"))) for s in (a, b))
-    assert first and all(np.allclose(first[name], second[name], rtol=1e-9, atol=1e-12) for name in first)
-    assert {k: one.resources[k] for k in ("tokens", "steps", "examples")} == {
-        k: two.resources[k] for k in ("tokens", "steps", "examples")
-    }
+    return (
+        store,
+        train(Pack("p0", two_slices(parts, 2)), store, Listener(step=lambda step, total: heard.append(step))),
+        heard,
+    )
 
 
 @pytest.mark.parametrize("strategy", ["ddp", "fsdp"])
@@ -84,9 +59,9 @@ def test_two_processes_give_the_numbers_of_one(
     shared, two, heard = together
     if strategy == "fsdp":
         shared = Store(tmp_path / "shared")
-        two = train(Pack("p0", runs(parts, 2, **{"trainer.strategy": strategy})), shared)
+        two = train(Pack("p0", two_slices(parts, 2, **{"trainer.strategy": strategy})), shared)
     for x, y in zip(alone[1], two, strict=True):
-        same(alone[0], shared, x, y)
+        assert_same(alone[0], shared, x, y)
         assert y.provenance["devices"] == 2
         held, base = y.provenance.get("base_bytes_by_rank"), 8 * y.resources["total_parameters"]  # float64
         if strategy == "fsdp":
@@ -168,7 +143,7 @@ def test_sigterm_ends_all_of_them_at_one_step_with_a_checkpoint(
 ) -> None:
     """First the launcher alone is told, then the second process alone; there is no other checkpoint."""
     settings = {"trainer.checkpoint_interval": 1000, "trainer.strategy": strategy}
-    pack, store, reached = Pack("p0", runs(parts, 2, **settings)), Store(tmp_path), list[int]()
+    pack, store, reached = Pack("p0", two_slices(parts, 2, **settings)), Store(tmp_path), list[int]()
     for at in stops:
 
         def tell(step: int, total: int, at: int = at) -> None:
@@ -183,7 +158,7 @@ def test_sigterm_ends_all_of_them_at_one_step_with_a_checkpoint(
     records = train(pack, store)
     assert records[0].provenance["resumed"] == reached
     if strategy == "ddp":
-        assert left(store, pack) == left(together[0], pack)
+        assert remains(store, pack) == remains(together[0], pack)
 
 
 @pytest.mark.slow
@@ -191,7 +166,7 @@ def test_sigterm_before_they_train_ends_them_at_once(parts: tuple[Path, Path], t
     store = Store(tmp_path)
     tell = Listener(start=lambda run: os.kill(os.getpid(), signal.SIGTERM))
     with pytest.raises(SystemExit) as e:
-        train(Pack("p0", runs(parts, 2)), store, tell)
+        train(Pack("p0", two_slices(parts, 2)), store, tell)
     assert (e.value.code, multiprocessing.active_children()) == (143, [])
     assert not store.records() and checkpoints.reached(store.root, "p0") is None
 
@@ -200,7 +175,7 @@ TROUBLED = """
 import os, signal, time
 from dataclasses import dataclass
 import torch
-from lorabench.schema import knob
+from lorabench.config.fields import knob
 from lorabench.tasks.text_classification import Config as Base
 
 calls = []
@@ -308,7 +283,7 @@ def test_a_base_that_trains_is_cut_too(parts: tuple[Path, Path], tmp_path: Path)
     packs = [(make_run(*parts, role="confirm", **settings, **more),) for more in ({}, cut)]
     stores = Store(tmp_path / "alone"), Store(tmp_path / "cut")
     (one,), (two,) = (train(Pack("p0", pack), store) for pack, store in zip(packs, stores, strict=True))
-    same(*stores, one, two)
+    assert_same(*stores, one, two)
     assert one.metrics["best_step"] < 12
     half = 8 * two.resources["total_parameters"] / 2  # float64
     assert two.provenance["base_bytes_by_rank"] == pytest.approx([half, half], rel=0.01)

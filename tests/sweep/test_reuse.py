@@ -18,7 +18,7 @@ from lorabench.slim import slim
 from lorabench.store.records import Record, Store
 from lorabench.sweep.packs import Job, label_of, planned_packs
 from lorabench.sweep.reuse import bring, would_bring
-from lorabench.training import precision as settled
+from lorabench.training import precision
 from lorabench.training import preparation as prep
 
 Cli = Callable[..., tuple[int, str]]
@@ -100,9 +100,9 @@ def test_a_dry_run_shows_what_is_there_and_writes_nothing(sweep: Cli) -> None:
 
 
 def test_runs_made_under_other_conditions_are_left(sweep: Cli, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(prep, "fast_bf16", lambda device: True)
+    monkeypatch.setattr(precision, "fast_bf16", lambda device: True)
     assert sweep("bf16", "method.r=2")[0] == 0
-    monkeypatch.setattr(prep, "fast_bf16", lambda device: False)
+    monkeypatch.setattr(precision, "fast_bf16", lambda device: False)
     assert sweep("mixed", "method.r=4")[0] == 0
     code, said = sweep("mixed", "method.r=2,4", "sweep.reuse=[sweeps/bf16]")
     assert code == 0
@@ -185,8 +185,8 @@ def test_a_note_from_before_any_run_does_not_outlive_what_is_taken(places: tuple
     note = {"settled": {"device": "cpu", "precision": "32"}}
     store.write_manifest({"schema": 1, "cells": [], "runs": {}, "packs": [], **note})
     assert list(bring(store, [run], [made(tmp_path / "bf16", run, "bf16")]))
-    settled.settle(store, run)
-    assert settled.settled_precision(store) == "bf16"
+    precision.settle(store, run)
+    assert precision.settled_precision(store) == "bf16"
 
 
 def test_what_would_be_taken_is_what_is_taken(places: tuple[Path, Path], tmp_path: Path) -> None:

@@ -65,7 +65,7 @@ def test_making_one_imports_no_client(sweep_dir: Path) -> None:
     code = """
 import sys
 from pathlib import Path
-from lorabench.settings import TrackerConfig
+from lorabench.config.settings import TrackerConfig
 from lorabench.trackers import make_tracker
 for kind in ("wandb", "tensorboard", "csv"):
     make_tracker(TrackerConfig(name=kind), sweep="s", sweep_dir=Path("nowhere")).close()

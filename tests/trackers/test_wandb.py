@@ -490,8 +490,8 @@ def test_a_sync_waits_for_what_still_sends(
     server: WandbServer, store: Store, capsys: pytest.CaptureFixture[str]
 ) -> None:
     finished(store, *RUNS)
-    code = f"""import time; from pathlib import Path; from lorabench.records import Store
-from lorabench.trackers.wandb_begun import SENDING
+    code = f"""import time; from pathlib import Path; from lorabench.store.records import Store
+from lorabench.trackers.wandb.state import SENDING
 lease = Store(Path({str(store.root)!r})).leases.take(SENDING)
 print("on", flush=True)
 time.sleep(1)"""
@@ -952,7 +952,7 @@ def test_looking_for_a_key_starts_no_process_of_wandb(monkeypatch: pytest.Monkey
         monkeypatch.setenv(name, value)
     for name in ("WANDB_API_KEY", "WANDB_BASE_URL"):
         monkeypatch.delenv(name, raising=False)
-    code = "from lorabench.trackers.wandb_api import api_key; print(api_key(), flush=True); input()"
+    code = "from lorabench.trackers.wandb.api import api_key; print(api_key(), flush=True); input()"
     asked = [sys.executable, "-c", code]
     with subprocess.Popen(asked, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as process:
         assert process.stdin and process.stdout

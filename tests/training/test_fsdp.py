@@ -15,9 +15,9 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
-from test_ranks import numbers, runs, same
 from torch.distributed.tensor import DTensor
 
+from fixtures.packs import assert_same, numbers, two_slices
 from fixtures.runs import WORDS, make_base, make_data, make_decoder, make_run
 from lorabench.config.runs import Pack, RunConfig
 from lorabench.store import checkpoints
@@ -82,10 +82,10 @@ def test_every_kind_of_run_is_that_of_one_process(
     parts, settings = (places["bert"], places["data"]), {"trainer.max_steps": 20, "model.dropout": 0.1, **changes}
     packs = [(make_run(*parts, role="confirm", **settings, **more),) for more in ({}, CUT)]
     if "method.name" not in changes:
-        packs = [runs(parts, 1, **changes), runs(parts, 2, **changes, **{"trainer.strategy": "fsdp"})]
+        packs = [two_slices(parts, 1, **changes), two_slices(parts, 2, **changes, **{"trainer.strategy": "fsdp"})]
     a, b, one, two = both(packs, tmp_path)
     for x, y in zip(one, two, strict=True):
-        same(a, b, x, y)
+        assert_same(a, b, x, y)
 
 
 def test_a_process_may_hold_nothing_of_a_small_tensor(places: dict[str, Path], tmp_path: Path) -> None:
@@ -98,7 +98,7 @@ def test_a_process_may_hold_nothing_of_a_small_tensor(places: dict[str, Path], t
     ]
     stores = Store(tmp_path / "alone"), Store(tmp_path / "cut")
     (one,), (two,) = (train(Pack("p0", pack), store) for pack, store in zip(packs, stores, strict=True))
-    same(*stores, one, two)
+    assert_same(*stores, one, two)
     assert len(set(two.provenance["base_bytes_by_rank"])) > 1
 
 
@@ -151,7 +151,7 @@ def test_a_killed_pack_goes_on_as_if_it_had_not_been(places: dict[str, Path], tm
             os.kill(multiprocessing.active_children()[-1].pid or 0, signal.SIGKILL)
 
     parts, settings = (places["bert"], places["data"]), {"trainer.checkpoint_interval": 5, "trainer.strategy": "fsdp"}
-    pack = Pack("p0", runs(parts, 2, **settings))
+    pack = Pack("p0", two_slices(parts, 2, **settings))
     stores = Store(tmp_path / "undisturbed"), Store(tmp_path / "killed")
     one = train(pack, stores[0])
     with pytest.raises(replicas.Lost):
@@ -200,7 +200,7 @@ def test_a_killed_pack_whose_base_trains_goes_on_as_if_it_had_not_been(places: d
 def test_each_process_holds_half_of_the_base_in_memory(places: dict[str, Path], tmp_path: Path, method: str) -> None:
     """Of all float64 storages there are after a forward and a backward pass, those of parameters given up included; of a
     base that trains these are, after two steps, its weights, gradients and two moments."""
-    pack = runs((places["bert"], places["data"]), 2, **{"trainer.strategy": "fsdp"})
+    pack = two_slices((places["bert"], places["data"]), 2, **{"trainer.strategy": "fsdp"})
     if method == "full":
         steps = {"trainer.max_steps": 2, "trainer.eval_interval": 3}
         pack = (make_run(places["bert"], places["data"], **{"method.name": "full", **CUT, **steps}),)

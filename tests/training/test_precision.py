@@ -14,7 +14,7 @@ from lorabench.report.cautions import warnings
 from lorabench.results.findings import find
 from lorabench.results.sweep import load
 from lorabench.store.records import Store
-from lorabench.training import preparation as prep
+from lorabench.training import precision
 from lorabench.training.precision import settle
 
 Cli = Callable[..., tuple[int, str]]
@@ -43,7 +43,7 @@ def machine(monkeypatch: pytest.MonkeyPatch) -> Callable[[bool], None]:
     """Make this machine one with or without native bf16 products."""
 
     def become(native: bool) -> None:
-        monkeypatch.setattr(prep, "fast_bf16", lambda device: native)
+        monkeypatch.setattr(precision, "fast_bf16", lambda device: native)
 
     return become
 

