@@ -14,7 +14,7 @@ from transformers import (
 
 from fixtures.bases import BASES, LABELS, bert, conv, losses, plan, repeat, spec, token_batch
 from lorabench.adapters import SlicesMix, inject
-from lorabench.adapters import isolation as probe
+from lorabench.adapters import probe
 from lorabench.methods.plan import SlicePlan
 from lorabench.models.base import inventory
 

@@ -227,7 +227,7 @@ class TestCommandLine:
         assert not file(sweep).parent.exists()
 
     def test_help_imports_nothing_heavy(self) -> None:
-        code = "import sys, lorabench.costs as face\ntry: face.main(['--help'])\nexcept SystemExit: pass\n"
+        code = "import sys, lorabench.costs.__main__ as face\ntry: face.main(['--help'])\nexcept SystemExit: pass\n"
         code += (
             "print('heavy' if {'torch', 'transformers', 'omegaconf', 'rich', 'scipy'} & set(sys.modules) else 'light')"
         )

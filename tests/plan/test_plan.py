@@ -280,7 +280,7 @@ def test_no_more_devices_count_than_there_are_packs(monkeypatch: pytest.MonkeyPa
     from lorabench.plan import study
     from lorabench.sweep import workers
 
-    monkeypatch.setattr(study.prep, "resolve", lambda run: SimpleNamespace(device="cuda"))
+    monkeypatch.setattr(study.precision, "resolve", lambda run: SimpleNamespace(device="cuda"))
     monkeypatch.setattr(workers.torch.cuda, "device_count", lambda: 8)
     monkeypatch.setattr(study, "plan_packs", lambda runs, most, *, prune: ["a pack"] * -(-len(runs) // (most or 16)))
     runs: Any = [SimpleNamespace(role="tune")] * 30

@@ -160,8 +160,8 @@ def test_against_counting_and_cells_do_not_know_each_other(seed: int) -> None:
     for c, pairs in enumerate(cells):
         mine = [i for i in found if order[i][0] == c]
         want = oracle(*pairs)
-        assert {rates[i] for i in mine} == {lr for lr, a in zip(cell[0], cell[2]) if a and lr in want}
-        assert len(mine) == sum(a and lr in want for lr, a in zip(cell[0], cell[2])), "all seeds of a rate at once"
+        assert {rates[i] for i in mine} == {lr for lr, a in zip(pairs[0], pairs[2]) if a and lr in want}
+        assert len(mine) == sum(a and lr in want for lr, a in zip(pairs[0], pairs[2])), "all seeds of a rate at once"
 
 
 def test_the_reason_names_the_step() -> None:
