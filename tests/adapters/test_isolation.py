@@ -13,8 +13,7 @@ from transformers import (
 )
 
 from fixtures.bases import BASES, LABELS, bert, conv, losses, plan, repeat, spec, token_batch
-from lorabench.adapters import SlicesMix, inject
-from lorabench.adapters import probe
+from lorabench.adapters import SlicesMix, inject, probe
 from lorabench.methods.plan import SlicePlan
 from lorabench.models.base import inventory
 
