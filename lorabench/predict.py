@@ -59,7 +59,7 @@ def predict(saved: SavedRun, texts: Sequence[str], *, max_new_tokens: int = 48) 
     kinds: dict[str, Callable[..., Iterator[Any]]]
     kinds = {"AutoModelForSequenceClassification": _classify, "AutoModelForCausalLM": _reply}
     answer = kinds.get(saved.head.auto_class)
-    if answer is None or not hasattr(saved.run.task, "encode_text"):
+    if answer is None or not saved.run.task.reads_text:
         raise ConfigError(
             "run", str(saved.path), f"a run that classifies text or writes it; this one is {saved.head.auto_class}"
         )
@@ -85,7 +85,7 @@ def predict(saved: SavedRun, texts: Sequence[str], *, max_new_tokens: int = 48) 
 
 def _paired(saved: SavedRun) -> bool:
     """Whether an example is two texts."""
-    return bool(getattr(saved.run.task, "paired", False))
+    return saved.run.task.paired
 
 
 def _classify(saved: SavedRun, base: Base, texts: Sequence[str], _: int) -> Iterator[list[tuple[str, float]]]:

@@ -20,6 +20,7 @@ from lorabench.adapters.dropout import drops
 from lorabench.adapters.layers import Wrapped
 from lorabench.adapters.stack import Stack
 
+TokenMask = Callable[[Mapping[str, Tensor]], Tensor | None]  # of a batch [N, T]; None: its examples are no tokens
 MOST_BYTES = 2**30  # of one split's outputs; a larger split is computed anew each time
 
 
@@ -51,8 +52,8 @@ class _Stop(Exception):
 class Trunk:
     """The first `depth` blocks of a model; made by `find_trunk`. `serving`: their output for the rows at hand, if known."""
 
-    def __init__(self, model: nn.Module, stack: Stack, blocks: Sequence[nn.Module]) -> None:
-        self.model, self.stack, self.blocks = model, stack, tuple(blocks)
+    def __init__(self, model: nn.Module, stack: Stack, blocks: Sequence[nn.Module], token_mask: TokenMask) -> None:
+        self.model, self.stack, self.blocks, self._token_mask = model, stack, tuple(blocks), token_mask
         self.serving: Tensor | None = None
         self._tuple = False
         for block in self.blocks[:-1]:
@@ -62,6 +63,12 @@ class Trunk:
     @property
     def depth(self) -> int:
         return len(self.blocks)
+
+    def mask(self, batch: Mapping[str, Tensor]) -> Tensor:
+        """Which positions [N, T] of a batch are tokens and no padding."""
+        mask = self._token_mask(batch)
+        assert mask is not None, "find_trunk takes batches of tokens only"
+        return mask
 
     def _stand_in(self, block: nn.Module, answer: Callable[[Tensor, Tensor], Tensor]) -> None:
         """While features are served a block hands on what it is given, the last one what is served."""
@@ -111,7 +118,7 @@ class Trunk:
         total, start = 0, time.perf_counter()
         for batch in batches:
             hidden = self.output(lambda: run(batch))  # noqa: B023
-            own = batch["attention_mask"].sum(1).tolist()
+            own = self.mask(batch).sum(1).tolist()
             if flat is None:
                 flat = hidden.new_empty(tokens, hidden.shape[2])
             if total + sum(own) > len(flat):  # a task that adds tokens as it collates
@@ -129,7 +136,7 @@ class Trunk:
         if features is None:
             yield
             return
-        self.serving = features.batch(batch["example"].tolist(), batch["attention_mask"].shape[1])
+        self.serving = features.batch(batch["example"].tolist(), self.mask(batch).shape[1])
         try:
             yield
         finally:
@@ -137,9 +144,15 @@ class Trunk:
 
 
 def find_trunk(
-    model: nn.Module, stack: Stack, layers: int, forward: Callable[[], Tensor], batch: Mapping[str, Tensor], *,
+    model: nn.Module,
+    stack: Stack,
+    layers: int,
+    forward: Callable[[], Tensor],
+    batch: Mapping[str, Tensor],
+    *,
+    token_mask: TokenMask,
     tried: bool = False,
-) -> Trunk | None:  # fmt: skip
+) -> Trunk | None:
     """The trunk of a base with its stack on, or None where there is none to speak of or reuse would not be exact.
 
     layers: how many blocks the base has. forward: per-example losses [N] of `batch`, of one slice's rows. Reuse is tried
@@ -147,12 +160,12 @@ def find_trunk(
     states (relative positions handed on from block to block, a sum over all layers) is found out. tried: it was, well.
     """
     blocks = _blocks(model, layers)
-    if stack.own or not blocks or "attention_mask" not in batch or drops(model):
+    if stack.own or not blocks or token_mask(batch) is None or drops(model):
         return None
     depth = next((i for i, block in enumerate(blocks) if _trains(block)), len(blocks))
     if depth == 0:
         return None
-    trunk = Trunk(model, stack, blocks[:depth])
+    trunk = Trunk(model, stack, blocks[:depth], token_mask)
     if tried:
         trunk.output(forward)  # its kind of output is looked at there
         return trunk
@@ -173,7 +186,7 @@ def _exact(trunk: Trunk, forward: Callable[[], Tensor], batch: Mapping[str, Tens
     finally:
         for hook in hooks:
             hook.remove()
-    if before or hidden.dim() != 3 or hidden.shape[:2] != batch["attention_mask"].shape:
+    if before or hidden.dim() != 3 or hidden.shape[:2] != trunk.mask(batch).shape:
         return False
     training = trunk.model.training
     trunk.model.eval()  # adapters' own dropout is keyed by the rows of the whole part

@@ -57,4 +57,8 @@ def _local(section: str, file: str | None) -> type:
     config = getattr(sys.modules[name], "Config", None)
     if not dataclasses.is_dataclass(config) or not isinstance(config, type):
         raise ConfigError(f"{section}.file", file, "the file must define a dataclass named Config")
+    if section == "task":
+        config = importlib.import_module("lorabench.tasks.text_task").with_defaults(config)
+    if missing := sorted(getattr(config, "__abstractmethods__", ())):
+        raise ConfigError(f"{section}.file", file, f"its Config must define {', '.join(missing)}")
     return config

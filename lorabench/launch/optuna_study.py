@@ -80,7 +80,7 @@ class Search:
 
     def _opened(self) -> Any:
         optuna.logging.set_verbosity(optuna.logging.WARNING)
-        lower = self.run.task.metric in getattr(self.run.task, "lower_is_better", ("loss",))
+        lower = self.run.task.metric in self.run.task.lower_is_better
         name = self.options["sampler"]
         if name not in self.SAMPLERS:
             raise ConfigError("hydra.sweeper.sampler", name, f"allowed: {', '.join(self.SAMPLERS)}")

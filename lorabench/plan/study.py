@@ -125,8 +125,8 @@ def count(jobs: Sequence[Job]) -> Study:
         raise ConfigError("experiment", settings.sweep.experiment, f"at least two cells to compare; it has {len(runs)}")
     task = jobs[0].run.task
     name = settings.study.metric or task.metric
-    lower = name in getattr(task, "lower_is_better", ("loss",))
-    unit = getattr(task, "units", {}).get(name, "")
+    lower = name in task.lower_is_better
+    unit = task.units.get(name, "")
     unique = {job.run.run_id: job.run for job in jobs}
     cells = tuple(_cell(name, own) for name, own in by_cell.items())
     return Study(settings, formats.metric(name, lower_is_better=lower, unit=unit), cells, tuple(unique.values()))
@@ -134,7 +134,7 @@ def count(jobs: Sequence[Job]) -> Study:
 
 def _data(run: RunConfig) -> float:
     """Training examples as asked for; null: all there are."""
-    asked = getattr(run.task, "train_examples", None)
+    asked = run.task.train_examples
     return math.inf if asked is None else float(asked)
 
 

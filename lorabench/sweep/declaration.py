@@ -7,7 +7,6 @@ from dataclasses import asdict
 from typing import Any
 
 from lorabench.config.errors import ConfigError, ExistingWork
-from lorabench.config.runs import RunConfig
 from lorabench.config.settings import StudyConfig
 from lorabench.report.declared import scale_at
 from lorabench.store.records import Store
@@ -19,7 +18,7 @@ POST_HOC = {"margin": "python -m lorabench.report {root} --margin {value}"}
 
 def check_run(job: Job) -> None:
     """Raises `ConfigError` for a metric that the run's task does not have, or a rule that pruning would break."""
-    study, names = job.settings.study, metric_names(job.run)
+    study, names = job.settings.study, job.run.task.metric_names
     for key, value in (("study.metric", study.metric), ("study.selection", study.selection)):
         if value is not None and value not in names:
             raise ConfigError(key, value, f"a metric of task {job.run.task.name}: {', '.join(names)}")
@@ -29,12 +28,6 @@ def check_run(job: Job) -> None:
             True,
             f"false where study.selection={study.selection}: pruning ranks rates by validation loss",
         )
-
-
-def metric_names(run: RunConfig) -> tuple[str, ...]:
-    """What the task says it has; of one that does not say, its primary metric and the loss."""
-    task = run.task
-    return tuple(getattr(task, "metric_names", dict.fromkeys((task.metric, "loss"))))
 
 
 def check_cells(jobs: Sequence[Job]) -> None:

@@ -20,7 +20,7 @@ def estimate(info: Any, plans: Any, run: Any, *, dtype: str, device: str, part_t
     `RUNTIME` are fitted to the reference records, whose measured peaks a test holds against this.
     """
     size = {"float32": 4, "bfloat16": 2, "float64": 8}[dtype]
-    tokens = getattr(run.task, "max_length", None) or 256
+    tokens = run.task.longest or 256
     own = run.trainer.batch_size * tokens
     rows = min(len(plans) * own, max(part_tokens, own)) / tokens
     layers = [x for x in info.layers if x.kind in ("Linear", "Conv1D", "Conv2d")]

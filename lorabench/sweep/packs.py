@@ -150,8 +150,8 @@ def new_manifest(job: Job) -> dict[str, Any]:
     study = asdict(settings.study)
     return {
         "schema": 1, "name": settings.sweep.name, "experiment": settings.sweep.experiment, "lorabench": __version__, "study": study,
-        "study_hash": digest(study)[:12], "lower_is_better": sorted(getattr(task, "lower_is_better", ("loss",))),
-        "units": dict(getattr(task, "units", {})), "cells": [], "runs": {}, "packs": [],
+        "study_hash": digest(study)[:12], "lower_is_better": sorted(task.lower_is_better),
+        "units": dict(task.units), "cells": [], "runs": {}, "packs": [],
     }  # fmt: skip
 
 

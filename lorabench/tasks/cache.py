@@ -28,7 +28,7 @@ import numpy as np
 from lorabench.config.runs import digest
 from lorabench.runtime.files import atomic_write, cache_root
 from lorabench.runtime.provenance import code_fingerprint
-from lorabench.tasks.contract import Encoded, TaskData
+from lorabench.tasks.contract import Encoded, Task, TaskData
 
 LIMIT = 2 * 2**30  # bytes; beyond them the entries longest unused go
 ARRAYS, NOTES = "arrays.npz", "notes.json"
@@ -37,15 +37,22 @@ KEY = re.compile(r"[0-9a-f]{64}")
 TOKENIZER = re.compile(r"(token|vocab|merges|chat_template).*|.*\.(json|txt|model|jinja|spm|codes)")
 
 
-def encoded(task: Any, model: Any, data: TaskData, processor: Any) -> Encoded:
-    """What `task.encode(data, processor)` gives, from the cache where it is there; else it is made and kept."""
+def encode_cached(task: Task, model: Any, data: TaskData, processor: Any) -> Encoded:
+    """Return what `task.encode(data, processor)` gives, read from the cache if it is there, else encoded and kept."""
     entry = _entry(task, model, data, processor)
     found = _read(entry) if entry else None
     if found is None:
-        found = task.encode(data, processor)
+        found = _encode(task, data, processor)
         if entry:
             _write(entry, found)
     return found
+
+
+def _encode(task: Task, data: TaskData, processor: Any) -> Encoded:
+    """Encode the data, and ask the task for the work units of each example where `encode` did not count them."""
+    made = task.encode(data, processor)
+    lengths = {name: [task.work_units(e) for e in examples] for name, examples in made.splits.items()}
+    return made if made.lengths else dataclasses.replace(made, lengths=lengths)
 
 
 def _entry(task: Any, model: Any, data: TaskData, processor: Any) -> Path | None:

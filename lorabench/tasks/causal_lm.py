@@ -16,6 +16,7 @@ from lorabench.config.fields import knob
 from lorabench.models.base import HeadSpec
 from lorabench.tasks import encoding, files, metrics, sources, split
 from lorabench.tasks.contract import Encoded, Row, StepOutput, TaskData
+from lorabench.tasks.text_task import TextTask
 from lorabench.tasks.token_loss import IGNORE, token_losses
 
 if TYPE_CHECKING:
@@ -26,7 +27,7 @@ SECTION = 8  # blocks a section of plain text: what stays together when text is 
 
 
 @dataclass(frozen=True)
-class Config:
+class Config(TextTask):
     """Causal language modelling on chit-chat replies, on news, on plain text, or on a table of texts or of prompts and
     responses."""
 
@@ -83,9 +84,8 @@ class Config:
             raise ConfigError(
                 f"{key}.test_fraction", self.test_fraction, "with val_fraction it must leave rows to train on"
             )
-        if self.probe_along and not self.probe:
-            raise ConfigError(f"{key}.probe_along", True, f"false without {key}.probe")
-        if self.style_prompts and (self.style_prompts < FEWEST or not self.pairs):
+        super().validate(key)
+        if self.style_prompts and (self.style_prompts < FEWEST or not self.has_replies):
             allowed = f"0, or at least {FEWEST} on prompts with responses"
             raise ConfigError(f"{key}.style_prompts", self.style_prompts, allowed)
         metrics.check_metrics(self.metric, self.OWN, self.extra_metrics, key)
@@ -99,20 +99,20 @@ class Config:
         return metrics.lower_is_better(self.extra_metrics, "task.extra_metrics")
 
     @property
-    def pairs(self) -> bool:
+    def has_replies(self) -> bool:
         """Whether examples are prompts with responses."""
         return self.source == "chitchat" or self.source == "file" and self.prompt_column is not None
 
     @property
     def _blocks(self) -> bool:
-        return not self.pairs and self.unit == "block"
+        return not self.has_replies and self.unit == "block"
 
     # -- data -------------------------------------------------------------------------------------------------------
 
     def load(self) -> TaskData:
         """Rows {"prompt", "response"} or {"text"}, with "group" and "example", by split: a dialogue, a paragraph or a
         section of text lies in one split only. Raises `ConfigError` for any fault of the data."""
-        fields = ("prompt", "response") if self.pairs else ("text",)
+        fields = ("prompt", "response") if self.has_replies else ("text",)
         rows = self._rows()
         total = len(rows)
         rows = [r for r in rows if all(r[f].strip() for f in fields)]
@@ -139,7 +139,9 @@ class Config:
             texts = files.read_texts(self.file, "task.file")
             size = SECTION * self.max_length * 4 if self.unit == "block" else 0
             return [{"text": part, "group": ""} for text in texts.values() for part in sections(text, size)]
-        columns = {"prompt_column": self.prompt_column, "response_column": self.response_column} if self.pairs else {}
+        columns = (
+            {"prompt_column": self.prompt_column, "response_column": self.response_column} if self.has_replies else {}
+        )
         columns = columns or {"text_column": self.text_column}
         columns |= {"group_column": self.group_column} if self.group_column else {}
         table = files.read_table(self.file, {k: v for k, v in columns.items() if v is not None}, "task.file")
@@ -157,12 +159,12 @@ class Config:
         encoding.check_length(self.max_length, processor)
         splits, notes = {}, {}
         for name, rows in data.splits.items():
-            made = self._encode_pairs(rows, processor) if self.pairs else self._encode_texts(rows, processor)
+            made = self._encode_pairs(rows, processor) if self.has_replies else self._encode_texts(rows, processor)
             notes[name] = encoding.truncation(np.asarray([e.pop("full") for e in made]), self.max_length)
             splits[name] = [e for e in made if len(e["input_ids"]) > max(e["start"], 1)]
         if self._blocks:
             splits = split.limit(splits, self)
-        split.none_empty(splits, self)
+        split.check_not_empty(splits, self)
         lengths = {name: [len(e["input_ids"]) for e in examples] for name, examples in splits.items()}
         return Encoded(splits, lengths, {"truncation": notes})
 
@@ -175,7 +177,7 @@ class Config:
 
     def _group(self, row: Row) -> str:
         """What lies in one split, and counts as one draw of the test set: a dialogue, the answers to one prompt, a text."""
-        group: str = row["group"] or split.plain_key(row["prompt" if self.pairs else "text"])
+        group: str = row["group"] or split.plain_key(row["prompt" if self.has_replies else "text"])
         return group
 
     def _ids(self, row: Row) -> dict[str, int]:
@@ -228,10 +230,10 @@ class Config:
         reply = whole[len(prompt) :] if whole.startswith(prompt) else row["response"] + end
         return reply[: reply.rindex(end) + len(end)] if end and end in reply else reply
 
-    def encode_text(self, text: str, processor: Any) -> dict[str, Any]:
+    def encode_text(self, text: str, processor: Any, pair: str | None = None) -> dict[str, Any]:
         """One prompt to reply to (plain text as it is), nothing of it counted in a loss."""
-        prompt = self.prompt_text(text, processor) if self.pairs else text
-        ids = processor(prompt, add_special_tokens=not self.pairs, verbose=False)["input_ids"]
+        prompt = self.prompt_text(text, processor) if self.has_replies else text
+        ids = processor(prompt, add_special_tokens=not self.has_replies, verbose=False)["input_ids"]
         return {"input_ids": np.asarray(ids, dtype=np.int32), "start": len(ids), "example": split.content_hash(text)}
 
     def collate(self, examples: Sequence[dict[str, Any]], processor: Any) -> dict[str, Tensor]:

@@ -11,12 +11,13 @@ from lorabench.config.errors import ConfigError
 from lorabench.config.fields import knob
 from lorabench.tasks import encoding, files, sources, split
 from lorabench.tasks.contract import SPLITS, Encoded, Row, TaskData
+from lorabench.tasks.text_task import TextTask
 
 MOST_LABELS = 1000
 
 
 @dataclass(frozen=True)
-class LabelledTexts:
+class LabelledTexts(TextTask):
     """Where rows come from, how many, and how they are split."""
 
     kind: str = knob("labelled_texts", help="the task's module")
@@ -53,8 +54,7 @@ class LabelledTexts:
             )
         if self.source == "glue" and self.subset not in sources.GLUE:
             raise ConfigError(f"{key}.subset", self.subset, f"allowed: {', '.join(sources.GLUE)}")
-        if self.probe_along and not self.probe:
-            raise ConfigError(f"{key}.probe_along", True, f"false without {key}.probe")
+        super().validate(key)
         if self.val_fraction + self.test_fraction >= 1:
             raise ConfigError(
                 f"{key}.test_fraction", self.test_fraction, "with val_fraction it must leave rows to train on"

@@ -13,11 +13,11 @@ from typing import Any
 from lorabench.config.errors import ConfigError
 from lorabench.config.runs import RunConfig, digest
 from lorabench.models.base import HeadSpec
-from lorabench.tasks import cache as encoded_cache
+from lorabench.tasks.cache import encode_cached
+from lorabench.tasks.contract import Task
 
 LM, CLASSES = "AutoModelForCausalLM", "AutoModelForSequenceClassification"
 METRICS = {LM: "loss", CLASSES: "accuracy"}
-WHERE = ("kind", "source", "subset", "file", "text_column", "label_column", "prompt_column", "response_column")
 FEWEST = 10  # held-out examples that a number is made of
 
 
@@ -26,7 +26,7 @@ class Probe:
     """key: of all that its numbers depend on beside the base in use. splits: at most `task.probe_examples` of each."""
 
     key: str
-    task: Any
+    task: Task
     processor: Any
     metric: str  # loss (nats a token) or accuracy
     splits: dict[str, list[dict[str, Any]]]  # "test", and where there is a classifier to fit "train"
@@ -43,7 +43,7 @@ def of(run: RunConfig, head: HeadSpec) -> Probe | None:
     Raises `ConfigError`, with keys under `task.probe`, for a fault of its data, for the run's own task, and for a task
     that says nothing of this base.
     """
-    task = getattr(run.task, "probe", None)
+    task = run.task.probe
     if task is None:
         return None
     parts = [dataclasses.asdict(task), dataclasses.asdict(run.model), _most(run), head.auto_class]
@@ -60,7 +60,7 @@ def of(run: RunConfig, head: HeadSpec) -> Probe | None:
 
 def fingerprint(run: RunConfig) -> str | None:
     """Of the data of a run's probe; None where it has none."""
-    task = getattr(run.task, "probe", None)
+    task = run.task.probe
     if task is None:
         return None
     key = digest(dataclasses.asdict(task))
@@ -70,11 +70,11 @@ def fingerprint(run: RunConfig) -> str | None:
 
 
 def _most(run: RunConfig) -> int:
-    return int(getattr(run.task, "probe_examples", 1000))
+    return run.task.probe_examples
 
 
 def _read(key: str, run: RunConfig, task: Any, head: HeadSpec) -> Probe:
-    if _where(task) == _where(run.task):
+    if task.data_source == run.task.data_source:
         raise ConfigError("task.probe", task.name, "another task than the one that is trained on")
     data = task.load()
     _fingerprints[digest(dataclasses.asdict(task))] = data.fingerprint
@@ -86,7 +86,7 @@ def _read(key: str, run: RunConfig, task: Any, head: HeadSpec) -> Probe:
             "task.probe", task.name, "a task of text classification: what trains on this task predicts no next tokens"
         )
     processor = run.model.processor()
-    encoded = encoded_cache.encoded(task, run.model, data, processor)
+    encoded = encode_cached(task, run.model, data, processor)
     needed = ("test",) if wanted == LM else ("train", "test")
     splits = {name: encoded.splits[name][: _most(run)] for name in needed}
     if wanted == CLASSES and any("label" not in e for examples in splits.values() for e in examples):
@@ -97,8 +97,3 @@ def _read(key: str, run: RunConfig, task: Any, head: HeadSpec) -> Probe:
         )
     lengths = {name: encoded.lengths[name][: len(examples)] for name, examples in splits.items()}
     return Probe(key, task, processor, METRICS[wanted], splits, lengths)
-
-
-def _where(task: Any) -> list[Any]:
-    """What a task reads, whatever part of it."""
-    return [getattr(task, name, None) for name in WHERE]

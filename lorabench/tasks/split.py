@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 from lorabench.config.errors import ConfigError
-from lorabench.tasks.contract import SPLITS, Row
+from lorabench.tasks.contract import SPLITS, Row, Task
 
 WORDLESS = re.compile(r"[\W_]+")
 TWEET = re.compile(r"(?:https?://|www\.)\S+|(?<!\w)@\w+|^\W*rt\b(?=\s*@)")
@@ -111,24 +111,25 @@ def take(rows: Sequence[Any], n: int | None, key: str) -> list[Any]:
     return list(rows[:n])
 
 
-def limit(splits: dict[str, list[Any]], task: Any) -> dict[str, list[Any]]:
-    """Splits cut to the task's `train_examples`, `val_examples` and `test_examples`; none may be empty. Raises
-    `ConfigError`."""
-    none_empty(splits, task)
-    return {
-        name: take(rows, getattr(task, f"{name}_examples"), f"task.{name}_examples") for name, rows in splits.items()
-    }
+def limit(splits: dict[str, list[Any]], task: Task) -> dict[str, list[Any]]:
+    """Cut splits to `train_examples`, `val_examples` and `test_examples`. Raises `ConfigError` where one is empty."""
+    check_not_empty(splits, task)
+    sizes = {"train": task.train_examples, "val": task.val_examples, "test": task.test_examples}
+    return {name: take(rows, sizes[name], f"task.{name}_examples") for name, rows in splits.items()}
 
 
-def none_empty(splits: dict[str, list[Any]], task: Any) -> None:
+def check_not_empty(splits: dict[str, list[Any]], task: Task) -> None:
     """Raise `ConfigError` where a split has no examples."""
+    settings = {
+        "train": ("train_examples", task.train_examples),
+        "val": ("val_fraction", task.val_fraction),
+        "test": ("test_fraction", task.test_fraction),
+    }
     sizes = ", ".join(f"{name} {len(rows)}" for name, rows in splits.items())
     for name, rows in splits.items():
         if not rows:
-            key = f"{name}_examples" if name == "train" else f"{name}_fraction"
-            raise ConfigError(
-                f"task.{key}", getattr(task, key), f"no examples are left for {name} ({sizes}): more rows are needed"
-            )
+            key, value = settings[name]
+            raise ConfigError(f"task.{key}", value, f"no examples are left for {name} ({sizes}): more rows are needed")
 
 
 def fingerprint(splits: dict[str, list[Row]]) -> str:

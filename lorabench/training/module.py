@@ -148,8 +148,9 @@ class PackModule(pl.LightningModule):
                 continue
             losses[list(part.slices)] += by_slice(out.loss_sum.detach(), part)
             weights[list(part.slices)] += by_slice(out.weight, part)
-            if "attention_mask" in part.batch:
-                tokens[list(part.slices)] += by_slice(part.batch["attention_mask"].sum(1), part)
+            mask = self.task.token_mask(part.batch)
+            if mask is not None:
+                tokens[list(part.slices)] += by_slice(mask.sum(1), part)
         self._add_up(sums)
         for k, s in enumerate(self.slices):
             s.tokens += int(tokens[k])

@@ -51,7 +51,7 @@ def resolve(run: RunConfig, auto: str | None = None) -> Resolved:
     dtype, trainer = names.get(precision, ("float32", "bf16-mixed") if full else ("bfloat16", "32-true"))
     attention = getattr(run.model, "attention", "auto")
     if attention == "auto":
-        short = (getattr(run.task, "max_length", None) or 10**9) <= 256
+        short = run.task.longest is not None and run.task.longest <= 256
         attention = "eager" if device == "cpu" and short else "sdpa"
     part = run.trainer.part_tokens or PART_TOKENS[device]
     return Resolved(device, precision, dtype, trainer, attention, part)

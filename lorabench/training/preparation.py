@@ -17,9 +17,9 @@ from lorabench.config.errors import ConfigError
 from lorabench.config.runs import RunConfig, digest
 from lorabench.methods.plan import SlicePlan
 from lorabench.models.base import Base, BaseInfo, HeadSpec
-from lorabench.tasks import cache as encoded_cache
 from lorabench.tasks import probe as probes
-from lorabench.tasks.encoding import check_positions
+from lorabench.tasks.cache import encode_cached
+from lorabench.tasks.contract import Encoded, Task, TaskData
 from lorabench.training.batches import steps_per_epoch
 from lorabench.training.precision import Resolved, resolve
 
@@ -28,14 +28,14 @@ from lorabench.training.precision import Resolved, resolve
 class Prepared:
     """A task's data for one base: raw, encoded, and what the task asks of the base."""
 
-    data: Any
-    encoded: Any
+    data: TaskData
+    encoded: Encoded
     processor: Any
     head: HeadSpec
     info: BaseInfo
 
 
-_data: dict[str, Any] = {}
+_data: dict[str, TaskData] = {}
 
 
 _prepared: dict[str, Prepared] = {}
@@ -54,7 +54,7 @@ def _key(*parts: Any) -> str:
     return digest([dataclasses.asdict(p) if dataclasses.is_dataclass(p) else p for p in parts])  # type: ignore[arg-type]
 
 
-def load_data(task: Any) -> Any:
+def load_data(task: Task) -> TaskData:
     key = _key(task)
     if key not in _data:
         _data[key] = task.load()
@@ -68,8 +68,8 @@ def prepare(run: RunConfig) -> Prepared:
         data = load_data(run.task)
         head = run.task.head(data)
         processor = run.model.processor()
-        encoded = encoded_cache.encoded(run.task, run.model, data, processor)
-        check_positions(encoded.lengths, layers(run), getattr(run.task, "max_length", None))
+        encoded = encode_cached(run.task, run.model, data, processor)
+        run.task.check_base(encoded, layers(run))
         _prepared[key] = Prepared(data, encoded, processor, head, layers(run))
     return _prepared[key]
 
@@ -124,7 +124,7 @@ def check(run: RunConfig) -> SlicePlan:
     resolve(run)
     prepared = prepare(run)
     probes.of(run, prepared.head)
-    prompts, held = getattr(run.task, "style_prompts", 0), len(prepared.encoded.splits["test"])
+    prompts, held = run.task.style_prompts, len(prepared.encoded.splits["test"])
     if prompts > held:
         raise ConfigError("task.style_prompts", prompts, f"at most {held}, the pairs held out for testing")
     return plan(run, layers(run))
@@ -146,13 +146,12 @@ def forget_base() -> None:
 
 def taught(run: RunConfig, prepared: Prepared, base: Base) -> Prepared:
     """The same with targets that the base itself gives, for tasks that `teach`; once a task and base."""
-    teach = getattr(run.task, "teach", None)
-    if teach is None:
+    if not run.task.is_taught:
         return prepared
     key = _key(run.task, run.model, str(next(base.model.parameters()).dtype))
     if key not in _taught:
         _taught.clear()
-        encoded = teach(
+        encoded = run.task.teach(
             copy.deepcopy(base.model).float(), prepared.encoded, lambda e: run.task.collate(e, prepared.processor)
         )
         _taught[key] = replace(prepared, encoded=encoded)
@@ -161,9 +160,9 @@ def taught(run: RunConfig, prepared: Prepared, base: Base) -> Prepared:
 
 def user_code(run: RunConfig) -> str | None:
     """SHA-256 prefix over the Python files of the user's own that a run names; None where it names none."""
-    parts = (run.task, run.model, getattr(run.task, "probe", None))
+    parts = (run.task, run.model, run.task.probe)
     named = [s.file for s in parts if s is not None and getattr(s, "kind", None) == "local"]
-    named += [spec.rpartition(":")[0] for spec in getattr(run.task, "extra_metrics", ())]
+    named += [spec.rpartition(":")[0] for spec in run.task.extra_metrics]
     if not named:
         return None
     return hashlib.sha256(b"".join(Path(f).expanduser().read_bytes() for f in named)).hexdigest()[:16]

@@ -101,7 +101,7 @@ def _metrics(s: Session, k: int, run: RunConfig, status: str) -> dict[str, Any]:
     metrics |= {"primary": run.task.metric, "best_step": state.best_step}
     if status == "pruned":
         metrics["pruned_step"] = state.steps
-    metrics["lower_is_better"] = run.task.metric in getattr(run.task, "lower_is_better", ("loss",))
+    metrics["lower_is_better"] = run.task.metric in run.task.lower_is_better
     if run.role == "confirm" and status == "completed":
         rows = s.module.results[k]
         metrics |= {f"test/{name}": value for name, value in run.task.metrics(rows).items()}

@@ -23,6 +23,7 @@ from lorabench.runtime.memory import PeakMemory, out_of_memory, release, settle
 from lorabench.store import checkpoints
 from lorabench.store.checkpoints import Unreadable
 from lorabench.store.records import Record, Store
+from lorabench.tasks.contract import Example, Task
 from lorabench.training import distributed as replicas
 from lorabench.training import fsdp as shards
 from lorabench.training import precision as settled
@@ -230,11 +231,11 @@ def _opened(
 class BoundTask:
     """A task with the processor its collation needs."""
 
-    def __init__(self, task: Any, processor: Any) -> None:
+    def __init__(self, task: Task, processor: Any) -> None:
         self.task, self.processor = task, processor
-        self.step, self.metrics = task.step, task.metrics
+        self.step, self.metrics, self.token_mask = task.step, task.metrics, task.token_mask
 
-    def collate(self, examples: list[dict[str, Any]]) -> dict[str, Any]:
+    def collate(self, examples: list[Example]) -> dict[str, Any]:
         return self.task.collate(examples, self.processor)
 
 

@@ -66,7 +66,7 @@ class Reuse:
         own = {name: column[:rows] for name, column in part.batch.items()}
         return find_trunk(
             s.base.model, s.stack, s.base.info.num_layers, lambda: s.module.task.step(s.base.model, own).loss_sum, own,
-            tried=self.decided is not None,
+            token_mask=s.module.task.token_mask, tried=self.decided is not None,
         )  # fmt: skip
 
     def _key(self, split: str) -> tuple[str, ...]:

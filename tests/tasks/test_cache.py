@@ -96,7 +96,7 @@ def test_what_is_read_equals_what_was_encoded(
 ) -> None:
     task = make_task(kind, tmp_path)
     data, counted = task.load(), Counted(task, monkeypatch)
-    made, read = (ec.encoded(task, MODEL, data, processor) for _ in range(2))
+    made, read = (ec.encode_cached(task, MODEL, data, processor) for _ in range(2))
     assert counted.calls == 1
     assert all(made.splits.values())
     assert made is not read
@@ -167,7 +167,7 @@ def test_code_of_the_users_own_and_processors_without_files_are_not_cached(
     ):
         other = load_tokenizer(tiny.minilm_folder())
         other.name_or_path = name
-        ec.encoded(of, model, data, other)
+        ec.encode_cached(of, model, data, other)
     assert counted.calls == 4
     assert not root.exists()
 
@@ -192,11 +192,11 @@ def test_what_is_torn_or_foreign_is_made_again(
 ) -> None:
     task = make_task("pairs", tmp_path)
     data, counted = task.load(), Counted(task, monkeypatch)
-    made = ec.encoded(task, MODEL, data, processor)
+    made = ec.encode_cached(task, MODEL, data, processor)
     (entry,) = root.iterdir()
     damage(entry)
-    same(made, ec.encoded(task, MODEL, data, processor))
-    same(made, ec.encoded(task, MODEL, data, processor))
+    same(made, ec.encode_cached(task, MODEL, data, processor))
+    same(made, ec.encode_cached(task, MODEL, data, processor))
     assert counted.calls == 2  # the second wrote it anew
 
 
@@ -213,7 +213,7 @@ def test_a_folder_that_cannot_be_written_means_no_cache(
         monkeypatch.setattr(os, "fsync" if how == "disk full" else "replace", fail)
     task = make_task("pairs", tmp_path)
     data, counted = task.load(), Counted(task, monkeypatch)
-    same(*(ec.encoded(task, MODEL, data, processor) for _ in range(2)))
+    same(*(ec.encode_cached(task, MODEL, data, processor) for _ in range(2)))
     assert counted.calls == 2
     assert not list(root.glob("*/*"))
 
@@ -225,9 +225,9 @@ def test_a_cache_that_may_only_be_read_is_read(tmp_path: Path, processor: Any, m
     def fail(*_: Any) -> None:
         raise PermissionError
 
-    made = ec.encoded(task, MODEL, data, processor)
+    made = ec.encode_cached(task, MODEL, data, processor)
     monkeypatch.setattr(os, "utime", fail)
-    same(made, ec.encoded(task, MODEL, data, processor))
+    same(made, ec.encode_cached(task, MODEL, data, processor))
     assert counted.calls == 1
 
 

@@ -25,11 +25,11 @@ class Beside:
         start, self.session, run = time.perf_counter(), session, session.pack.runs[0]
         self.probe = probes.of(run, session.prepared.head)
         self.known = forgetting.plain(session, self.probe) if self.probe else 0.0
-        prompts = getattr(run.task, "style_prompts", 0)
+        prompts = run.task.style_prompts
         self.style = Style(session, prompts) if prompts else None
         self.samples = samples.before(session)
         session.beside_seconds = time.perf_counter() - start
-        if getattr(run.task, "probe_along", False):
+        if run.task.probe_along:
             session.module.along = self.along
 
     def along(self, slices: Sequence[int]) -> dict[int, dict[str, float]]:

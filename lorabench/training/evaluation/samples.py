@@ -64,7 +64,7 @@ def write(s: Session, samples: Samples) -> None:
 
 def chats(s: Session) -> bool:
     """Whether the task answers prompts."""
-    return bool(getattr(s.pack.runs[0].task, "pairs", False))
+    return s.pack.runs[0].task.has_replies
 
 
 def _text(row: dict[str, Any]) -> str:
