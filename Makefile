@@ -14,7 +14,7 @@ PIP := $(PY) -m pip install -qq --disable-pip-version-check --constraint constra
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help install sweep report test test-all check format clean
+.PHONY: help install sweep report test test-all check docs format clean
 
 help: ## Show this list
 	@echo "Usage: make <target>"
@@ -63,10 +63,15 @@ check: $(STAMP) ## Lint, format and types
 	@$(PY) -m ruff format --check --output-format concise . || { echo "make format puts this right" >&2; exit 1; }
 	@$(PY) -m mypy lorabench hydra_plugins
 
+docs: $(STAMP) ## Build the pages of docs/ as a site, in docs/_build/html; a warning is an error
+	@$(PY) docs/write_settings.py
+	@$(PY) -m sphinx -W --keep-going -q -b html docs docs/_build/html
+	@echo "docs: docs/_build/html/index.html"
+
 format: $(STAMP) ## Put format and imports right
 	@$(PY) -m ruff check --fix --quiet . || true
 	@$(PY) -m ruff format .
 
 clean: ## Remove caches and built packages; keeps .venv, sweeps and reports
-	@rm -rf dist build outputs multirun .pytest_cache .mypy_cache .ruff_cache .coverage *.egg-info
+	@rm -rf dist build docs/_build outputs multirun .pytest_cache .mypy_cache .ruff_cache .coverage *.egg-info
 	@find . -path ./$(VENV) -prune -o -type d -name __pycache__ -exec rm -rf {} +
