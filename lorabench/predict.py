@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from rich.table import Table
     from torch import Tensor
 
-    from lorabench.models.base import Base
+    from lorabench.config.contracts.model import Base
     from lorabench.training.saved import SavedRun
 
 BATCH = 32

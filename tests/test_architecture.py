@@ -100,7 +100,7 @@ def _walk(node: ast.AST, *, top: bool, typing: bool) -> Iterator[Import]:
 
 
 def _file(dotted: str) -> str:
-    """`lorabench.methods.plan.SlicePlan` is an import of the file `lorabench.methods.plan`."""
+    """`lorabench.config.contracts.method.SlicePlan` is an import of the file `lorabench.config.contracts.method`."""
     return dotted if dotted in modules() or "." not in dotted else dotted.rsplit(".", 1)[0]
 
 

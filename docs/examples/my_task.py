@@ -10,13 +10,14 @@ from typing import ClassVar
 
 import numpy as np
 
-from lorabench.models.base import HeadSpec
+from lorabench.config.contracts.model import HeadSpec
+from lorabench.config.contracts.task import Encoded, StepOutput, TaskData
 from lorabench.tasks import encoding, files, metrics, split
-from lorabench.tasks.contract import Encoded, StepOutput, TaskData
+from lorabench.tasks.text_task import TextTask
 
 
 @dataclass(frozen=True)
-class Config:
+class Config(TextTask):
     data: str  # fields without a default must be given
     file: str  # this file
     kind: str = "local"

@@ -21,9 +21,9 @@ from lorabench.adapters.files import PLAN, load_slice, read_peft
 from lorabench.adapters.inject import inject
 from lorabench.adapters.layers import LAYERS
 from lorabench.adapters.stack import Stack
+from lorabench.config.contracts.method import SlicePlan
+from lorabench.config.contracts.model import BaseInfo
 from lorabench.config.errors import ConfigError
-from lorabench.methods.plan import SlicePlan
-from lorabench.models.base import BaseInfo
 
 
 @dataclass(frozen=True)

@@ -25,9 +25,9 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from lorabench.adapters.peft import OF_KIND, TASK_TYPES, PeftAdapter, from_peft, representable, to_peft
+from lorabench.config.contracts.method import AdapterSpec, SlicePlan
+from lorabench.config.contracts.model import BaseInfo, HeadSpec
 from lorabench.config.errors import ConfigError
-from lorabench.methods.plan import AdapterSpec, SlicePlan
-from lorabench.models.base import BaseInfo, HeadSpec
 from lorabench.runtime.files import aside, written_whole
 
 PEFT_CONFIG, PEFT_TENSORS = "adapter_config.json", "adapter_model.safetensors"

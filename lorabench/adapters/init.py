@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lorabench.methods.plan import AdapterSpec
+from lorabench.config.contracts.method import AdapterSpec
 
 
 def key(seed: int, name: str, what: str) -> int:

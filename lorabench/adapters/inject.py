@@ -14,8 +14,8 @@ from lorabench.adapters.layers import Wrapped
 from lorabench.adapters.modules import StackedBias, StackedModule
 from lorabench.adapters.stack import Stack
 from lorabench.adapters.variants import layer_class
-from lorabench.methods.plan import SlicePlan
-from lorabench.models.base import BaseInfo
+from lorabench.config.contracts.method import SlicePlan
+from lorabench.config.contracts.model import BaseInfo
 
 _RUNNING = nn.modules.batchnorm._NormBase  # batch and instance normalisation with running statistics
 

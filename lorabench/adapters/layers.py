@@ -19,8 +19,8 @@ from lorabench.adapters import init as draw
 from lorabench.adapters.context import Context
 from lorabench.adapters.dropout import keyed_dropout
 from lorabench.adapters.product import AdaptedProduct
-from lorabench.methods.plan import AdapterSpec
-from lorabench.models.base import LayerInfo
+from lorabench.config.contracts.method import AdapterSpec
+from lorabench.config.contracts.model import LayerInfo
 
 
 class Own(NamedTuple):

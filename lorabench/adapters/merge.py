@@ -15,8 +15,8 @@ from torch import Tensor, nn
 
 from lorabench.adapters.init import projection
 from lorabench.adapters.peft import OF_KIND
+from lorabench.config.contracts.method import AdapterSpec, SlicePlan
 from lorabench.config.errors import ConfigError
-from lorabench.methods.plan import AdapterSpec, SlicePlan
 
 CHUNK = 2**22  # weights computed at once: float64 copies stay small beside the base
 

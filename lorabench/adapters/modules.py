@@ -15,8 +15,8 @@ from torch.utils._pytree import tree_map
 
 from lorabench.adapters.context import Context
 from lorabench.adapters.layers import Own, Wrapped
+from lorabench.config.contracts.model import BIASED, CHANNELS_FIRST
 from lorabench.config.errors import ConfigError
-from lorabench.models.base import BIASED, CHANNELS_FIRST
 
 
 class StackedModule(Wrapped):

@@ -17,9 +17,9 @@ import torch
 from torch import Tensor
 
 from lorabench.adapters.init import projection
+from lorabench.config.contracts.method import AdapterSpec, SlicePlan
+from lorabench.config.contracts.model import BaseInfo, LayerInfo
 from lorabench.config.errors import ConfigError
-from lorabench.methods.plan import AdapterSpec, SlicePlan
-from lorabench.models.base import BaseInfo, LayerInfo
 
 PREFIX = "base_model.model."
 

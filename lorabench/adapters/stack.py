@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from lorabench.adapters.context import Context
 from lorabench.adapters.layers import Wrapped
-from lorabench.methods.plan import SlicePlan
+from lorabench.config.contracts.method import SlicePlan
 
 
 @dataclass(frozen=True)

@@ -19,8 +19,8 @@ from lorabench.adapters import init as draw
 from lorabench.adapters.context import Context
 from lorabench.adapters.layers import LAYERS, Own, StackedAdapter, StackedLinear, Wrapped
 from lorabench.adapters.product import AdaptedProduct, SharedProduct
-from lorabench.methods.plan import AdapterSpec
-from lorabench.models.base import LayerInfo
+from lorabench.config.contracts.method import AdapterSpec
+from lorabench.config.contracts.model import LayerInfo
 
 FROM_WEIGHT = ("pissa", "olora")  # starts that are parts of the weight itself
 

@@ -19,10 +19,10 @@ from lorabench.adapters.peft import OF_KIND
 from lorabench.analyze import spectra
 from lorabench.analyze.spectra import SVD
 from lorabench.analyze.updates import Trained
+from lorabench.config.contracts.method import SlicePlan
+from lorabench.config.contracts.model import BaseInfo
 from lorabench.config.errors import ConfigError
-from lorabench.methods.plan import SlicePlan
 from lorabench.methods.targets import within
-from lorabench.models.base import BaseInfo
 from lorabench.training.saved import SavedRun, open_run
 
 SPECTRUM = 64  # leading singular values kept of a layer

@@ -20,7 +20,7 @@ from torch import Tensor
 from lorabench.adapters.init import Projections, projection
 from lorabench.analyze import spectra
 from lorabench.analyze.spectra import SVD
-from lorabench.methods.plan import AdapterSpec
+from lorabench.config.contracts.method import AdapterSpec
 
 FACTORED = ("lora", "vera")  # kinds whose dW is a product of two factors
 RANKED = ("lora", "dora", "vera")  # kinds that have an r

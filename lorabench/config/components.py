@@ -8,10 +8,16 @@ import importlib
 import importlib.util
 import pkgutil
 import sys
+import types
 from pathlib import Path
 from types import ModuleType
+from typing import Any
 
+from lorabench.config.contracts.component import Component
 from lorabench.config.errors import ConfigError
+
+# What a user's own dataclass that inherits no contract is taken for: a task of such a file reads tokens.
+DEFAULTS = {"model": ("lorabench.config.contracts.model", "Model"), "task": ("lorabench.tasks.text_task", "TextTask")}
 
 
 def available(section: str) -> list[str]:
@@ -26,18 +32,18 @@ def _defines_config(package: ModuleType, name: str) -> bool:
     return source.is_file() and "class Config" in source.read_text(encoding="utf-8")
 
 
-def component(section: str, name: str, file: str | None) -> type:
+def component(section: str, name: str, file: str | None) -> type[Component]:
     """The `Config` dataclass behind a selector. `local` reads a Python file the user names: it runs that file."""
     key = f"{section}.{'name' if section == 'method' else 'kind'}"
     if name == "local" and section != "method":
         return _local(section, file)
     if name not in available(section):
         raise ConfigError(key, name, f"allowed: {', '.join(available(section))}")
-    config: type = importlib.import_module(f"lorabench.{section}s.{name}").Config
+    config: type[Component] = importlib.import_module(f"lorabench.{section}s.{name}").Config
     return config
 
 
-def _local(section: str, file: str | None) -> type:
+def _local(section: str, file: str | None) -> type[Component]:
     if not file:
         raise ConfigError(f"{section}.file", file, f"the Python file that holds your {section}'s `Config` dataclass")
     path = Path(file).expanduser().resolve()
@@ -54,11 +60,29 @@ def _local(section: str, file: str | None) -> type:
         except Exception as e:
             del sys.modules[name]
             raise ConfigError(f"{section}.file", file, f"the file does not import: {type(e).__name__}: {e}") from e
-    config = getattr(sys.modules[name], "Config", None)
+    config: Any = getattr(sys.modules[name], "Config", None)
     if not dataclasses.is_dataclass(config) or not isinstance(config, type):
         raise ConfigError(f"{section}.file", file, "the file must define a dataclass named Config")
-    if section == "task":
-        config = importlib.import_module("lorabench.tasks.text_task").with_defaults(config)
-    if missing := sorted(getattr(config, "__abstractmethods__", ())):
+    config = _with_contract(section, config)
+    if missing := sorted(config.__abstractmethods__):
         raise ConfigError(f"{section}.file", file, f"its Config must define {', '.join(missing)}")
+    config.local_file = str(path)
     return config
+
+
+def _with_contract(section: str, config: type) -> Any:
+    """Return a user's dataclass itself where it inherits the contract, else a subclass with the contract's defaults.
+
+    A class that inherits nothing is not asked for its methods: one that is missing raises where it is called.
+    """
+    if issubclass(config, Component):
+        return config
+    module, name = sys.modules[config.__module__], "ConfigWithDefaults"
+    if not hasattr(module, name):
+        path, contract = DEFAULTS[section]
+        bases = (config, getattr(importlib.import_module(path), contract))
+        names = {"__module__": config.__module__, "__doc__": config.__doc__}
+        adopted: Any = types.new_class(name, bases, exec_body=lambda space: space.update(names))
+        adopted.__abstractmethods__ = frozenset()
+        setattr(module, name, adopted)  # where pickle looks for it
+    return getattr(module, name)

@@ -19,6 +19,9 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from lorabench.config.components import available, component
+from lorabench.config.contracts.method import Method
+from lorabench.config.contracts.model import Model
+from lorabench.config.contracts.task import Task
 from lorabench.config.errors import ConfigError
 from lorabench.config.fields import check_ranges, field_dict
 from lorabench.config.settings import (
@@ -35,9 +38,9 @@ from lorabench.config.settings import (
 class RunConfig:
     """One run. `model`, `task` and `method` are the `Config` dataclasses of their own files."""
 
-    model: Any
-    task: Any
-    method: Any
+    model: Model
+    task: Task
+    method: Method
     optimizer: OptimizerConfig
     trainer: TrainerConfig
     seed: int
@@ -123,9 +126,9 @@ def parse_run(cfg: DictConfig, *, role: str) -> RunConfig:
 PROBE = "the settings of another task; task@task.probe=<name> takes those of conf/task/<name>.yaml"
 
 
-def _probed(task: Any) -> Any:
+def _probed(task: Task) -> Task:
     """The task with its probe, so far a mapping, as the `Config` of that kind; errors have keys under `task.probe`."""
-    asked = getattr(task, "probe", None)
+    asked: Any = task.probe
     if asked is None:
         return task
     if not isinstance(asked, Mapping):
@@ -135,10 +138,10 @@ def _probed(task: Any) -> Any:
         kind = component("task", _name(cfg, "task.probe", "kind"), _file(cfg, "task.probe"))
     except ConfigError as e:
         raise ConfigError(f"task.probe.{e.key.rpartition('.')[2]}", e.value, e.allowed) from e
-    probe = _section(kind, cfg, "task.probe")
-    if getattr(probe, "probe", None) is not None:
+    probe: Task = _section(kind, cfg, "task.probe")
+    if probe.probe is not None:
         raise ConfigError("task.probe.probe", "(a task)", "null: a probe has none of its own")
-    return dataclasses.replace(task, probe=probe)
+    return task.replace(probe=probe)
 
 
 def _seed(cfg: DictConfig) -> int:

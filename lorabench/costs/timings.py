@@ -22,9 +22,9 @@ from lorabench.adapters import inject
 from lorabench.adapters.bank import Bank
 from lorabench.adapters.files import load_slice
 from lorabench.adapters.merge import merge
+from lorabench.config.contracts.method import SlicePlan
+from lorabench.config.contracts.model import BaseInfo
 from lorabench.config.errors import ConfigError
-from lorabench.methods.plan import SlicePlan
-from lorabench.models.base import BaseInfo
 from lorabench.models.folder import weight_files
 from lorabench.training.saved import SavedRun
 

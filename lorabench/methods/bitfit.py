@@ -5,15 +5,15 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
+from lorabench.config.contracts.method import Method, SlicePlan
+from lorabench.config.contracts.model import BIASED, BaseInfo
 from lorabench.config.errors import ConfigError
 from lorabench.config.fields import knob
-from lorabench.methods.plan import SlicePlan
 from lorabench.methods.targets import whole_modules, within
-from lorabench.models.base import BIASED, BaseInfo
 
 
 @dataclass(frozen=True)
-class Config:
+class Config(Method):
     """All biases of the base."""
 
     name: str = knob("bitfit", help="method")

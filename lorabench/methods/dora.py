@@ -5,10 +5,10 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from typing import Any, ClassVar
 
+from lorabench.config.contracts.method import AdapterSpec
+from lorabench.config.contracts.model import LayerInfo
 from lorabench.config.fields import knob
 from lorabench.methods.low_rank import LowRank, linear_only
-from lorabench.methods.plan import AdapterSpec
-from lorabench.models.base import LayerInfo
 
 
 @dataclass(frozen=True)

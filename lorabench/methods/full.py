@@ -5,13 +5,13 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
+from lorabench.config.contracts.method import Method, SlicePlan
+from lorabench.config.contracts.model import BaseInfo
 from lorabench.config.fields import knob
-from lorabench.methods.plan import SlicePlan
-from lorabench.models.base import BaseInfo
 
 
 @dataclass(frozen=True)
-class Config:
+class Config(Method):
     """Every parameter trains."""
 
     name: str = knob("full", help="method")

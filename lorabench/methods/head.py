@@ -5,15 +5,15 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
+from lorabench.config.contracts.method import Method, SlicePlan
+from lorabench.config.contracts.model import BaseInfo
 from lorabench.config.errors import ConfigError
 from lorabench.config.fields import knob
-from lorabench.methods.plan import SlicePlan
 from lorabench.methods.targets import whole_modules
-from lorabench.models.base import BaseInfo
 
 
 @dataclass(frozen=True)
-class Config:
+class Config(Method):
     """The new head, and what modules_to_save names."""
 
     name: str = knob("head", help="method")

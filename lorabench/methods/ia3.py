@@ -5,16 +5,16 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
+from lorabench.config.contracts.method import AdapterSpec, Method, SlicePlan
+from lorabench.config.contracts.model import BaseInfo
 from lorabench.config.errors import ConfigError
 from lorabench.config.fields import knob
 from lorabench.methods.low_rank import check_targets, linear_only
-from lorabench.methods.plan import AdapterSpec, SlicePlan
 from lorabench.methods.targets import resolve, whole_modules
-from lorabench.models.base import BaseInfo
 
 
 @dataclass(frozen=True)
-class Config:
+class Config(Method):
     """One vector a targeted linear layer: on its output, or on its input for `feedforward_modules`."""
 
     name: str = knob("ia3", help="method")

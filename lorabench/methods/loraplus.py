@@ -5,10 +5,10 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from typing import Any, ClassVar
 
+from lorabench.config.contracts.method import AdapterSpec, SlicePlan
+from lorabench.config.contracts.model import BaseInfo, LayerInfo
 from lorabench.config.fields import knob
 from lorabench.methods.low_rank import LowRank, drawn_only
-from lorabench.methods.plan import AdapterSpec, SlicePlan
-from lorabench.models.base import BaseInfo, LayerInfo
 
 
 @dataclass(frozen=True)

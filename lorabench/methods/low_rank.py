@@ -7,17 +7,17 @@ import re
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
+from lorabench.config.contracts.method import AdapterSpec, Method, SlicePlan
+from lorabench.config.contracts.model import BaseInfo, LayerInfo
 from lorabench.config.errors import ConfigError
 from lorabench.config.fields import knob
-from lorabench.methods.plan import AdapterSpec, SlicePlan
 from lorabench.methods.targets import pattern_value, resolve, whole_modules
-from lorabench.models.base import BaseInfo, LayerInfo
 
 _RULE = re.compile(r"(?P<times>\d*\.?\d*)\s*\*?\s*r")
 
 
 @dataclass(frozen=True)
-class LowRank:
+class LowRank(Method):
     """One adapter on every targeted layer, and the head if the task brings a new one."""
 
     name: str = knob("lora", help="method")

@@ -6,8 +6,8 @@ import re
 from collections.abc import Iterable, Sequence
 from typing import Any
 
+from lorabench.config.contracts.model import ADAPTABLE, BaseInfo, LayerInfo
 from lorabench.config.errors import ConfigError
-from lorabench.models.base import ADAPTABLE, BaseInfo, LayerInfo
 
 KEY = "method.target_modules"
 ALL_LINEAR = "all-linear"

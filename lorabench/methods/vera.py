@@ -5,15 +5,15 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
+from lorabench.config.contracts.method import AdapterSpec, Method, SlicePlan
+from lorabench.config.contracts.model import BaseInfo
 from lorabench.config.fields import knob
 from lorabench.methods.low_rank import check_targets, linear_only
-from lorabench.methods.plan import AdapterSpec, SlicePlan
 from lorabench.methods.targets import resolve, whole_modules
-from lorabench.models.base import BaseInfo
 
 
 @dataclass(frozen=True)
-class Config:
+class Config(Method):
     """W' = W + diag(b) B diag(d) A on linear layers."""
 
     name: str = knob("vera", help="method")

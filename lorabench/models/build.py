@@ -9,9 +9,10 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from lorabench.config.contracts.model import Base, BaseInfo, HeadSpec
 from lorabench.config.errors import ConfigError
 from lorabench.models import folder as files
-from lorabench.models.base import Base, BaseInfo, HeadSpec, inventory
+from lorabench.models.inventory import inventory
 
 ATTENTION = ("auto", "eager", "sdpa")
 HEADS = ("classifier", "score")  # what a classifier's last layer is called; trained always, as in PEFT

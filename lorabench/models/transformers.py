@@ -6,14 +6,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from lorabench.config.contracts.model import Base, BaseInfo, HeadSpec, Model
 from lorabench.config.errors import ConfigError
 from lorabench.config.fields import knob
 from lorabench.models import build, folder
-from lorabench.models.base import Base, BaseInfo, HeadSpec
 
 
 @dataclass(frozen=True)
-class Config:
+class Config(Model):
     """A base by its files. Only safetensors weights are read and no code of a model's own is run."""
 
     source: str = knob(help="package:<module>/<folder>, a local folder, or a hub id")

@@ -9,8 +9,8 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
+from lorabench.config.contracts.method import SlicePlan
 from lorabench.config.runs import Pack
-from lorabench.methods.plan import SlicePlan
 from lorabench.results.formatting import plural
 from lorabench.store.integrity import damaged
 from lorabench.store.records import Store

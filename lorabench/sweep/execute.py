@@ -9,9 +9,9 @@ from typing import Any
 
 from rich.console import Console
 
+from lorabench.config.contracts.method import SlicePlan
 from lorabench.config.errors import ConfigError
 from lorabench.config.runs import Pack, RunConfig, Settings
-from lorabench.methods.plan import SlicePlan
 from lorabench.results.formatting import plural
 from lorabench.runtime.files import writing
 from lorabench.runtime.leases import LeaseLost

@@ -7,8 +7,8 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from lorabench import __version__
+from lorabench.config.contracts.method import SlicePlan
 from lorabench.config.runs import Pack, RunConfig, Settings, digest
-from lorabench.methods.plan import SlicePlan
 from lorabench.runtime.memory import available
 from lorabench.store.records import Store
 from lorabench.sweep.memory import estimate

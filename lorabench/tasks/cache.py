@@ -25,10 +25,10 @@ from typing import Any
 
 import numpy as np
 
+from lorabench.config.contracts.task import Encoded, Task, TaskData
 from lorabench.config.runs import digest
 from lorabench.runtime.files import atomic_write, cache_root
 from lorabench.runtime.provenance import code_fingerprint
-from lorabench.tasks.contract import Encoded, Task, TaskData
 
 LIMIT = 2 * 2**30  # bytes; beyond them the entries longest unused go
 ARRAYS, NOTES = "arrays.npz", "notes.json"

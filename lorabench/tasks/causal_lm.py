@@ -11,11 +11,11 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 import numpy as np
 
+from lorabench.config.contracts.model import HeadSpec
+from lorabench.config.contracts.task import Encoded, Row, StepOutput, TaskData
 from lorabench.config.errors import ConfigError
 from lorabench.config.fields import knob
-from lorabench.models.base import HeadSpec
 from lorabench.tasks import encoding, files, metrics, sources, split
-from lorabench.tasks.contract import Encoded, Row, StepOutput, TaskData
 from lorabench.tasks.text_task import TextTask
 from lorabench.tasks.token_loss import IGNORE, token_losses
 

@@ -7,8 +7,8 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from lorabench.config.contracts.model import BaseInfo
 from lorabench.config.errors import ConfigError
-from lorabench.models.base import BaseInfo
 
 if TYPE_CHECKING:
     from torch import Tensor, nn

@@ -7,10 +7,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from lorabench.config.contracts.task import SPLITS, Encoded, Row, TaskData
 from lorabench.config.errors import ConfigError
 from lorabench.config.fields import knob
 from lorabench.tasks import encoding, files, sources, split
-from lorabench.tasks.contract import SPLITS, Encoded, Row, TaskData
 from lorabench.tasks.text_task import TextTask
 
 MOST_LABELS = 1000

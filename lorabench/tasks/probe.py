@@ -10,11 +10,11 @@ import dataclasses
 from dataclasses import dataclass
 from typing import Any
 
+from lorabench.config.contracts.model import HeadSpec
+from lorabench.config.contracts.task import Task
 from lorabench.config.errors import ConfigError
 from lorabench.config.runs import RunConfig, digest
-from lorabench.models.base import HeadSpec
 from lorabench.tasks.cache import encode_cached
-from lorabench.tasks.contract import Task
 
 LM, CLASSES = "AutoModelForCausalLM", "AutoModelForSequenceClassification"
 METRICS = {LM: "loss", CLASSES: "accuracy"}

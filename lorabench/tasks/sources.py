@@ -9,8 +9,8 @@ import os
 from pathlib import Path
 from typing import Any
 
+from lorabench.config.contracts.task import Row
 from lorabench.config.errors import ConfigError
-from lorabench.tasks.contract import Row
 
 KEY = "task.source"
 PACKAGES = {  # module -> the distribution that carries it

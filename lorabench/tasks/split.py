@@ -8,8 +8,8 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
+from lorabench.config.contracts.task import SPLITS, Row, Task
 from lorabench.config.errors import ConfigError
-from lorabench.tasks.contract import SPLITS, Row, Task
 
 WORDLESS = re.compile(r"[\W_]+")
 TWEET = re.compile(r"(?:https?://|www\.)\S+|(?<!\w)@\w+|^\W*rt\b(?=\s*@)")

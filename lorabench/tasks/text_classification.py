@@ -9,11 +9,11 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 import numpy as np
 
+from lorabench.config.contracts.model import HeadSpec
+from lorabench.config.contracts.task import Encoded, StepOutput, TaskData
 from lorabench.config.errors import ConfigError
 from lorabench.config.fields import knob
-from lorabench.models.base import HeadSpec
 from lorabench.tasks import encoding, metrics, split
-from lorabench.tasks.contract import Encoded, StepOutput, TaskData
 from lorabench.tasks.labelled_texts import LabelledTexts
 
 if TYPE_CHECKING:

@@ -13,13 +13,13 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from lorabench.config.contracts.method import SlicePlan
+from lorabench.config.contracts.model import Base, BaseInfo, HeadSpec
+from lorabench.config.contracts.task import Encoded, Task, TaskData
 from lorabench.config.errors import ConfigError
 from lorabench.config.runs import RunConfig, digest
-from lorabench.methods.plan import SlicePlan
-from lorabench.models.base import Base, BaseInfo, HeadSpec
 from lorabench.tasks import probe as probes
 from lorabench.tasks.cache import encode_cached
-from lorabench.tasks.contract import Encoded, Task, TaskData
 from lorabench.training.batches import steps_per_epoch
 from lorabench.training.precision import Resolved, resolve
 
@@ -104,9 +104,10 @@ def matched_rank(run: RunConfig) -> int:
     Raises `ConfigError` where none comes within 5 %, and for ranks the layers cannot have.
     """
     wanted, info = run.method.match_parameters, layers(run)
+    assert wanted is not None
 
     def adapters(r: int) -> int:
-        made = plan(replace(run, method=replace(run.method, r=r, match_parameters=None)), info)
+        made = plan(replace(run, method=run.method.replace(r=r, match_parameters=None)), info)
         known = info.by_name
         return sum(spec.trainable(known[name]) for name, spec in made.adapters.items())
 
@@ -161,7 +162,7 @@ def taught(run: RunConfig, prepared: Prepared, base: Base) -> Prepared:
 def user_code(run: RunConfig) -> str | None:
     """SHA-256 prefix over the Python files of the user's own that a run names; None where it names none."""
     parts = (run.task, run.model, run.task.probe)
-    named = [s.file for s in parts if s is not None and getattr(s, "kind", None) == "local"]
+    named = [part.local_file for part in parts if part is not None and part.local_file]
     named += [spec.rpartition(":")[0] for spec in run.task.extra_metrics]
     if not named:
         return None

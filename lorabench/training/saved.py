@@ -13,15 +13,15 @@ from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from lorabench.config.contracts.model import Base, HeadSpec
 from lorabench.config.errors import ConfigError
 from lorabench.config.runs import RunConfig, digest
-from lorabench.models.base import Base, HeadSpec
 from lorabench.store.records import Record
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from lorabench.methods.plan import SlicePlan
+    from lorabench.config.contracts.method import SlicePlan
 
 ALLOWED = "a run's directory, <sweep>/runs/<run_id>"
 
@@ -68,12 +68,12 @@ class SavedRun:
         Raises `ConfigError` where the base's files are gone or are no longer the ones it was trained on.
         """
         model = self.run.model
-        if not dropout and hasattr(model, "dropout"):
-            model = dataclasses.replace(model, dropout=None)
+        if not dropout and model.dropout is not None:
+            model = model.replace(dropout=None)
         base: Base = model.load(self.head, dtype=dtype, attention=self.record.provenance.get("attention", "eager"))
         trained_on = self.record.provenance.get("model_fingerprint")
         if trained_on and base.fingerprint != trained_on:
-            source = getattr(model, "source", model.kind)
+            source = model.source or model.kind
             raise ConfigError(
                 "model.source", source, f"the files this run was trained on; these differ (run {self.record.run_id})"
             )

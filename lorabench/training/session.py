@@ -11,9 +11,9 @@ import torch
 
 from lorabench.adapters import Stack
 from lorabench.adapters.files import save_slice
+from lorabench.config.contracts.method import SlicePlan
+from lorabench.config.contracts.model import Base
 from lorabench.config.runs import Pack, RunConfig
-from lorabench.methods.plan import SlicePlan
-from lorabench.models.base import Base
 from lorabench.runtime import provenance
 from lorabench.runtime.files import writing
 from lorabench.store.records import Record, Store

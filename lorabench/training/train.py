@@ -15,6 +15,7 @@ from typing import Any
 import torch
 
 from lorabench.adapters import SlicesMix, inject, probe
+from lorabench.config.contracts.task import Example, Task
 from lorabench.config.errors import Unwritable
 from lorabench.config.runs import Pack, RunConfig
 from lorabench.runtime import signals as stopping
@@ -23,7 +24,6 @@ from lorabench.runtime.memory import PeakMemory, out_of_memory, release, settle
 from lorabench.store import checkpoints
 from lorabench.store.checkpoints import Unreadable
 from lorabench.store.records import Record, Store
-from lorabench.tasks.contract import Example, Task
 from lorabench.training import distributed as replicas
 from lorabench.training import fsdp as shards
 from lorabench.training import precision as settled

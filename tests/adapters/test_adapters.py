@@ -10,9 +10,10 @@ from torch import nn
 
 from fixtures.bases import BASES, bert, conv, gpt2, gradients, losses, plan, repeat, shake, spec, token_batch
 from lorabench.adapters import SlicesMix, inject
+from lorabench.config.contracts.method import SlicePlan
+from lorabench.config.contracts.model import BaseInfo, LayerInfo
 from lorabench.config.errors import ConfigError
-from lorabench.methods.plan import SlicePlan
-from lorabench.models.base import BaseInfo, LayerInfo, inventory
+from lorabench.models.inventory import inventory
 
 MIXED = {
     "bert": [(2, ["query", "value"]), (0, []), (5, ["query", "dense", "word_embeddings"]), (3, ["intermediate.dense"])],

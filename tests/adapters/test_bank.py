@@ -14,8 +14,8 @@ from fixtures.adapters import IDS, base, info_of, logits, make_plan, random_stat
 from lorabench.adapters.bank import Bank
 from lorabench.adapters.files import save_slice
 from lorabench.adapters.merge import merge
+from lorabench.config.contracts.method import SlicePlan
 from lorabench.config.errors import ConfigError
-from lorabench.methods.plan import SlicePlan
 
 
 def slices(kind: str, model: nn.Module) -> dict[str, tuple[dict[str, Tensor], SlicePlan]]:

@@ -10,9 +10,9 @@ from transformers import T5Config, T5ForConditionalGeneration, WhisperConfig, Wh
 from fixtures.bases import BASES, bert, losses, plan, token_batch
 from lorabench.adapters import Context, SlicesMix, inject
 from lorabench.adapters.dropout import keyed_dropout
+from lorabench.config.contracts.method import SlicePlan
 from lorabench.config.errors import ConfigError
-from lorabench.methods.plan import SlicePlan
-from lorabench.models.base import inventory
+from lorabench.models.inventory import inventory
 
 
 def context(seeds=(0,), examples=(1, 2, 3), step=0) -> Context:

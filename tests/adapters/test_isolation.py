@@ -14,8 +14,8 @@ from transformers import (
 
 from fixtures.bases import BASES, LABELS, bert, conv, losses, plan, repeat, spec, token_batch
 from lorabench.adapters import SlicesMix, inject, probe
-from lorabench.methods.plan import SlicePlan
-from lorabench.models.base import inventory
+from lorabench.config.contracts.method import SlicePlan
+from lorabench.models.inventory import inventory
 
 ENDS = {"bert": ["query", "dense"], "gpt2": ["c_attn", "c_fc", "wte"], "llama": ["q_proj", "up_proj"]}
 

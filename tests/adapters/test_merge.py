@@ -14,8 +14,8 @@ from fixtures.adapters import base, head_of, info_of, logits, make_plan, random_
 from lorabench.adapters import inject
 from lorabench.adapters.merge import merge
 from lorabench.analyze.updates import Trained
+from lorabench.config.contracts.method import AdapterSpec, SlicePlan
 from lorabench.config.errors import ConfigError
-from lorabench.methods.plan import AdapterSpec, SlicePlan
 
 ENDS = {
     "bert": ["query", "value", "word_embeddings", "output.dense"],

@@ -19,9 +19,9 @@ from fixtures.runs import minilm_folder
 from lorabench.adapters.files import load_slice, read_peft, save_slice
 from lorabench.adapters.merge import merge
 from lorabench.adapters.peft import to_peft
+from lorabench.config.contracts.method import SlicePlan
+from lorabench.config.contracts.model import HeadSpec
 from lorabench.config.errors import ConfigError
-from lorabench.methods.plan import SlicePlan
-from lorabench.models.base import HeadSpec
 
 HEADS = {
     "bert": HeadSpec("AutoModelForSequenceClassification", ("a", "b", "c")),

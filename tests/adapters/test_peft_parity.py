@@ -14,8 +14,8 @@ from torch import Tensor, nn
 
 from fixtures.bases import BASES, conv, losses, plan, repeat, spec, token_batch
 from lorabench.adapters import inject
+from lorabench.config.contracts.method import SlicePlan
 from lorabench.methods.lora import Config
-from lorabench.methods.plan import SlicePlan
 
 R, ALPHA = 4, 16
 

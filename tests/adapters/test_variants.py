@@ -22,10 +22,10 @@ from lorabench.adapters import Stack, inject
 from lorabench.adapters.files import load_slice, save_slice
 from lorabench.adapters.merge import merge
 from lorabench.adapters.product import AdaptedProduct, SharedProduct
+from lorabench.config.contracts.method import SlicePlan
+from lorabench.config.contracts.model import BaseInfo
 from lorabench.config.errors import ConfigError
 from lorabench.config.runs import component
-from lorabench.methods.plan import SlicePlan
-from lorabench.models.base import BaseInfo
 from lorabench.training.module import PackModule
 
 STEPS, RATE = 20, 3e-3

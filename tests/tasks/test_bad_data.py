@@ -11,9 +11,9 @@ import pytest
 from omegaconf import OmegaConf
 
 from fixtures.runs import minilm_folder
+from lorabench.config.contracts.model import BaseInfo, LayerInfo
 from lorabench.config.errors import ConfigError
 from lorabench.config.runs import _section
-from lorabench.models.base import BaseInfo, LayerInfo
 from lorabench.models.build import load_tokenizer
 from lorabench.tasks import files
 from lorabench.tasks.causal_lm import Config as LanguageModelling

@@ -14,10 +14,10 @@ import numpy as np
 import pytest
 
 from fixtures import runs as tiny
+from lorabench.config.contracts.task import Encoded, TaskData
 from lorabench.models.build import load_tokenizer
 from lorabench.tasks import cache as ec
 from lorabench.tasks.causal_lm import Config as LanguageModelling
-from lorabench.tasks.contract import Encoded, TaskData
 from lorabench.tasks.text_classification import Config as Classification
 from lorabench.training import preparation as prepare
 

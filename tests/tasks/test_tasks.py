@@ -16,15 +16,15 @@ from omegaconf import OmegaConf
 from torch.nn import functional as F
 
 from fixtures import runs as tiny
+from lorabench.config.contracts.model import HeadSpec
+from lorabench.config.contracts.task import TaskData
 from lorabench.config.fields import check_ranges
 from lorabench.config.runs import component
-from lorabench.models.base import HeadSpec
 from lorabench.models.build import load_tokenizer
 from lorabench.models.transformers import Config as Model
 from lorabench.tasks import encoding, sources, split
 from lorabench.tasks.causal_lm import Config as LanguageModelling
 from lorabench.tasks.causal_lm import sections
-from lorabench.tasks.contract import TaskData
 from lorabench.tasks.labelled_texts import label_order
 from lorabench.tasks.text_classification import Config as Classification
 

@@ -1,11 +1,15 @@
-"""What one slice of a pack trains: the answer of a method to a base. Torch-free, so a dry run can count."""
+"""What a method makes of a base: the plan of one slice of a pack, torch-free, so that a dry run can count; and the class every method's
+`Config` inherits."""
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from typing import Any, ClassVar
 
-from lorabench.models.base import BaseInfo, LayerInfo
+from lorabench.config.contracts.component import Component, attribute
+from lorabench.config.contracts.model import BaseInfo, LayerInfo
 
 
 @dataclass(frozen=True)
@@ -57,3 +61,45 @@ class SlicePlan:
 
 def _inside(name: str, modules: tuple[str, ...]) -> bool:
     return any(name == m or name.startswith(m + ".") for m in modules)
+
+
+@dataclass(frozen=True)
+class Method(Component, ABC):
+    """What trains, as a run names it. One file `methods/<name>.py` each, with a frozen dataclass `Config` that inherits this.
+
+    Fields of the dataclass are the settings under `method.`.
+    """
+
+    pack_group: ClassVar[str | None] = None
+    """Runs of one group may train as slices of one pack. None: a run has its base to itself."""
+
+    @attribute
+    def name(self) -> str:
+        """Name of the module that defines the method."""
+        raise NotImplementedError
+
+    @attribute
+    def r(self) -> int:
+        """Rank of the adapters. 0: the method has no rank."""
+        return 0
+
+    @attribute
+    def init(self) -> str | None:
+        """How the adapters' matrices start. None: nothing is drawn, or there is one way only."""
+        return None
+
+    @attribute
+    def match_parameters(self) -> int | None:
+        """Number of parameters that the adapters are to train, from which the rank is chosen. None: the rank is given."""
+        return None
+
+    @abstractmethod
+    def plan(self, base: BaseInfo, *, seed: int) -> SlicePlan:
+        """Return what one slice trains on this base. Raises `ConfigError` with a key under `method.`.
+
+        seed: of the run; adapters are drawn from it when the plan is injected.
+        """
+
+    @abstractmethod
+    def label(self) -> dict[str, Any]:
+        """Return how tables name the cell: `method` (display name), `r`, `alpha` (None where there is none), `targets`."""

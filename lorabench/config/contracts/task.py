@@ -12,13 +12,14 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, ClassVar
 
+from lorabench.config.contracts.component import Component, attribute
 from lorabench.config.errors import ConfigError
 
 if TYPE_CHECKING:
     import numpy as np
     from torch import Tensor, nn
 
-    from lorabench.models.base import BaseInfo, HeadSpec
+    from lorabench.config.contracts.model import BaseInfo, HeadSpec
 
 SPLITS = ("train", "val", "test")
 Row = dict[str, Any]  # one raw example: "example" (its id) and the fields of its kind
@@ -68,28 +69,45 @@ class StepOutput:
     rows: dict[str, Tensor]  # [N] each: what `metrics` needs of every example
 
 
-class Task(ABC):
+@dataclass(frozen=True)
+class Task(Component, ABC):
     """The contract of a task. Subclasses are frozen dataclasses named `Config`; their fields are the task's settings.
 
     Attributes below are plain defaults and no settings. A subclass that declares a field of the same name makes it one.
     """
 
-    kind: str  # the module of `lorabench.tasks`, or "local"
-    name: str  # what tables call the task
-    metric: str  # the primary metric; higher is better unless it is in `lower_is_better`
-    file: str | None  # of kind "local": the Python file that holds the class
+    units: ClassVar[Mapping[str, str]] = {}
+    """Metric to its unit in a report, such as {"loss": "nats"}. A metric without one is shown without a unit."""
 
-    units: ClassVar[Mapping[str, str]] = {}  # metric -> its unit in a report, such as {"loss": "nats"}
-    extra_metrics: Sequence[str] = ()  # metrics of the user's own: my_metrics.py:function
-    train_examples: int | None = None  # how many examples of a split are used; None: all
-    val_examples: int | None = None
-    test_examples: int | None = None
-    val_fraction: float = 0.1  # share of the examples validated on, where the data has no such split
-    test_fraction: float = 0.2  # share tested on, where the data has no such split
-    probe: Any = None  # another `Task`, measured before and after training: what was forgotten
-    probe_examples: int = 1000  # of the probe: held-out examples at most, and as many to fit a classifier on
-    probe_along: bool = False  # whether the probe is measured at each evaluation of a confirmation run, too
-    style_prompts: int = 0  # held-out prompts replied to before and after training; 0: none
+    @attribute
+    def kind(self) -> str:
+        """The module of `lorabench.tasks` that defines the task, or `local`."""
+        raise NotImplementedError
+
+    @attribute
+    def name(self) -> str:
+        """What tables call the task."""
+        raise NotImplementedError
+
+    @attribute
+    def probe(self) -> Task | None:
+        """Another task, measured before and after training to see what was forgotten."""
+        return None
+
+    @attribute
+    def probe_examples(self) -> int:
+        """Held-out examples of the probe at most, and as many to fit a classifier on."""
+        return 1000
+
+    @attribute
+    def probe_along(self) -> bool:
+        """Whether the probe is measured at each evaluation of a confirmation run, too."""
+        return False
+
+    @attribute
+    def style_prompts(self) -> int:
+        """Held-out prompts replied to before and after training. 0: none."""
+        return 0
 
     def validate(self, key: str) -> None:
         """Check settings against each other. key: the section's dotted name, such as "task". Raises `ConfigError`."""
@@ -98,27 +116,62 @@ class Task(ABC):
 
     # -- metrics ----------------------------------------------------------------------------------------------------
 
-    @property
+    @attribute
+    def metric(self) -> str:
+        """The primary metric. Higher is better unless it is in `lower_is_better`."""
+        raise NotImplementedError
+
+    @attribute
     def metric_names(self) -> Sequence[str]:
         """Names that `study.metric` and `study.selection` may take."""
         return tuple(dict.fromkeys((self.metric, "loss")))
 
-    @property
+    @attribute
     def lower_is_better(self) -> Sequence[str]:
         """Names of the metrics of which less is better."""
         return ("loss",)
 
+    @attribute
+    def extra_metrics(self) -> Sequence[str]:
+        """Metrics of the user's own, as `my_metrics.py:function`."""
+        return ()
+
     # -- data -------------------------------------------------------------------------------------------------------
+
+    @attribute
+    def train_examples(self) -> int | None:
+        """Examples to train on. None: all."""
+        return None
+
+    @attribute
+    def val_examples(self) -> int | None:
+        """Examples to validate on. None: all."""
+        return None
+
+    @attribute
+    def test_examples(self) -> int | None:
+        """Examples to test on. None: all."""
+        return None
+
+    @attribute
+    def val_fraction(self) -> float:
+        """Share of the examples validated on, where the data has no such split."""
+        return 0.1
+
+    @attribute
+    def test_fraction(self) -> float:
+        """Share of the examples tested on, where the data has no such split."""
+        return 0.2
 
     @abstractmethod
     def load(self) -> TaskData:
         """Read, de-duplicate and split the data, without torch. Raises `ConfigError` for every fault of the data."""
         raise NotImplementedError
 
-    @property
+    @attribute
     def data_source(self) -> Mapping[str, Any]:
         """The settings that say which data is read. Two tasks with equal ones read the same data."""
-        names = [f.name for f in dataclasses.fields(self)]  # type: ignore[arg-type]
+        names = [f.name for f in dataclasses.fields(self)]
         return {name: getattr(self, name) for name in DATA_SETTINGS if name in names}
 
     @abstractmethod
@@ -135,17 +188,17 @@ class Task(ABC):
         """Encode one text without a label, for `lorabench.predict`. pair: the second text where `paired`."""
         raise NotImplementedError
 
-    @property
+    @attribute
     def paired(self) -> bool:
         """Whether an example is two texts."""
         return False
 
-    @property
+    @attribute
     def has_replies(self) -> bool:
         """Whether an example is a prompt with the reply to it."""
         return False
 
-    @property
+    @attribute
     def reads_text(self) -> bool:
         """Whether the task has an `encode_text` of its own, so that a trained run can answer a text."""
         return type(self).encode_text is not Task.encode_text
@@ -156,7 +209,7 @@ class Task(ABC):
 
     # -- work units: what the base computes on, such as tokens, patches or pixels ------------------------------------
 
-    @property
+    @attribute
     def longest(self) -> int | None:
         """The most work units an example can have, or None where that is not known.
 
@@ -201,7 +254,7 @@ class Task(ABC):
         """Return the examples with targets that the base itself gives. model: a float32 copy, the task's to change."""
         raise NotImplementedError
 
-    @property
+    @attribute
     def is_taught(self) -> bool:
         """Whether the task has a `teach` of its own."""
         return type(self).teach is not Task.teach

@@ -1,13 +1,16 @@
-"""What a base is: its layers by name, known before any weight is loaded. Torch only inside functions.
+"""What a base is: its layers by name, known before any weight is loaded, and the class every base's `Config` inherits.
 
 Shape letters: K slices, B batch, T tokens, I in, O out, R rank, N examples of a batch (N = K * B in a pack).
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from abc import ABC, abstractmethod
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
+
+from lorabench.config.contracts.component import Component, attribute
 
 if TYPE_CHECKING:
     from torch import nn
@@ -72,52 +75,53 @@ class Base:
     features: dict[Any, Any] = field(default_factory=dict)  # outputs of its frozen blocks, kept from pack to pack
 
 
-def inventory(model: nn.Module, *, head: Sequence[str] = (), output: Sequence[str] = ()) -> BaseInfo:
-    """The layers of a model, which may be on the meta device.
+@dataclass(frozen=True)
+class Model(Component, ABC):
+    """A base as a run names it. One file `models/<kind>.py` each, with a frozen dataclass `Config` that inherits this.
 
-    head: modules without pretrained weights. output: the output embedding; both by dotted name.
+    Fields of the dataclass are the settings under `model.`. Every method may raise `ConfigError` with a key under `model.`.
     """
-    config = getattr(model, "config", None)
-    layers = tuple(info for name, module in model.named_modules() if (info := _layer_info(name, module)))
-    return BaseInfo(
-        layers=layers,
-        head=tuple(head),
-        output=tuple(output),
-        parameters=sum(p.numel() for p in model.parameters()),  # torch yields a tied parameter once
-        hidden_size=int(getattr(config, "hidden_size", 0) or 0),
-        num_layers=int(getattr(config, "num_hidden_layers", 0) or 0),
-    )
 
+    @attribute
+    def kind(self) -> str:
+        """Name of the module that defines the base, or `local`."""
+        raise NotImplementedError
 
-def _layer_info(name: str, module: nn.Module) -> LayerInfo | None:
-    own = {key: p for key, p in module._parameters.items() if p is not None}
-    if not own:
+    @attribute
+    def name(self) -> str:
+        """What tables call the base."""
+        raise NotImplementedError
+
+    @attribute
+    def source(self) -> str:
+        """Where the weights come from: a folder, a hub id, `package:...`. Empty: the code makes them."""
+        return ""
+
+    @attribute
+    def dropout(self) -> float | None:
+        """Probability of every dropout of the base. None: the base's own."""
         return None
-    kind, sizes = _shape(module)
-    bias = own.pop("bias", None)
-    return LayerInfo(
-        name=name, kind=kind, **sizes, weight_numel=sum(p.numel() for p in own.values()),
-        bias_numel=0 if bias is None else bias.numel(),
-    )  # fmt: skip
 
+    @attribute
+    def attention(self) -> str:
+        """Implementation of attention: `eager`, `sdpa`, or `auto` for a choice by device and length."""
+        return "auto"
 
-def _shape(module: nn.Module) -> tuple[str, dict[str, int]]:
-    """Kind and sizes. A subclass of Linear or Embedding whose caller or forward needs more than the layer itself does
-    (MultiheadAttention's out_proj, position tables that compute their own indices) goes by its class: not adaptable."""
-    from torch import nn
+    @abstractmethod
+    def info(self, head: HeadSpec) -> BaseInfo:
+        """Return the layers with the head that a task asks for. Reads no weights: the model is on the meta device."""
 
-    kind = type(module).__name__
-    weight = module._parameters.get("weight")
-    if kind == "Conv1D" and weight is not None and weight.dim() == 2:
-        # transformers.pytorch_utils.Conv1D: weight [I, O]
-        return kind, {"in_features": weight.shape[0], "out_features": weight.shape[1]}
-    if isinstance(module, nn.Linear) and kind != "NonDynamicallyQuantizableLinear":
-        return "Linear", {"in_features": module.in_features, "out_features": module.out_features}
-    plain = type(module).forward is nn.Embedding.forward or hasattr(module, "embed_scale")
-    if isinstance(module, nn.Embedding) and plain:
-        return "Embedding", {"in_features": module.num_embeddings, "out_features": module.embedding_dim}
-    if isinstance(module, nn.Conv2d) and module.padding_mode == "zeros":
-        kernel = module.kernel_size[0] * module.kernel_size[1]
-        sizes = {"in_features": module.in_channels, "out_features": module.out_channels}
-        return "Conv2d", sizes | {"groups": module.groups, "kernel": kernel}
-    return kind, {"in_features": 0, "out_features": 0}
+    @abstractmethod
+    def processor(self) -> Any:
+        """Return what turns raw examples into tensors: a tokenizer, an image or audio processor. Tasks alone look inside."""
+
+    @abstractmethod
+    def load(self, head: HeadSpec, *, dtype: str, attention: str) -> Base:
+        """Return the base with its weights: in eval mode, every parameter frozen, the same weights at every call.
+
+        dtype: `float32`, `bfloat16` or `float64`. attention: `eager` or `sdpa`.
+        """
+
+    @abstractmethod
+    def fingerprint(self) -> str:
+        """Return a hash that changes whenever the weights or the processor do."""

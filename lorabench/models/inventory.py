@@ -1,0 +1,62 @@
+"""The layers of a loaded model, or of one on the meta device, by name."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+from lorabench.config.contracts.model import BaseInfo, LayerInfo
+
+if TYPE_CHECKING:
+    from torch import nn
+
+
+def inventory(model: nn.Module, *, head: Sequence[str] = (), output: Sequence[str] = ()) -> BaseInfo:
+    """The layers of a model, which may be on the meta device.
+
+    head: modules without pretrained weights. output: the output embedding; both by dotted name.
+    """
+    config = getattr(model, "config", None)
+    layers = tuple(info for name, module in model.named_modules() if (info := _layer_info(name, module)))
+    return BaseInfo(
+        layers=layers,
+        head=tuple(head),
+        output=tuple(output),
+        parameters=sum(p.numel() for p in model.parameters()),  # torch yields a tied parameter once
+        hidden_size=int(getattr(config, "hidden_size", 0) or 0),
+        num_layers=int(getattr(config, "num_hidden_layers", 0) or 0),
+    )
+
+
+def _layer_info(name: str, module: nn.Module) -> LayerInfo | None:
+    own = {key: p for key, p in module._parameters.items() if p is not None}
+    if not own:
+        return None
+    kind, sizes = _shape(module)
+    bias = own.pop("bias", None)
+    return LayerInfo(
+        name=name, kind=kind, **sizes, weight_numel=sum(p.numel() for p in own.values()),
+        bias_numel=0 if bias is None else bias.numel(),
+    )  # fmt: skip
+
+
+def _shape(module: nn.Module) -> tuple[str, dict[str, int]]:
+    """Kind and sizes. A subclass of Linear or Embedding whose caller or forward needs more than the layer itself does
+    (MultiheadAttention's out_proj, position tables that compute their own indices) goes by its class: not adaptable."""
+    from torch import nn
+
+    kind = type(module).__name__
+    weight = module._parameters.get("weight")
+    if kind == "Conv1D" and weight is not None and weight.dim() == 2:
+        # transformers.pytorch_utils.Conv1D: weight [I, O]
+        return kind, {"in_features": weight.shape[0], "out_features": weight.shape[1]}
+    if isinstance(module, nn.Linear) and kind != "NonDynamicallyQuantizableLinear":
+        return "Linear", {"in_features": module.in_features, "out_features": module.out_features}
+    plain = type(module).forward is nn.Embedding.forward or hasattr(module, "embed_scale")
+    if isinstance(module, nn.Embedding) and plain:
+        return "Embedding", {"in_features": module.num_embeddings, "out_features": module.embedding_dim}
+    if isinstance(module, nn.Conv2d) and module.padding_mode == "zeros":
+        kernel = module.kernel_size[0] * module.kernel_size[1]
+        sizes = {"in_features": module.in_channels, "out_features": module.out_channels}
+        return "Conv2d", sizes | {"groups": module.groups, "kernel": kernel}
+    return kind, {"in_features": 0, "out_features": 0}
