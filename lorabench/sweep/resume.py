@@ -10,7 +10,7 @@ from lorabench.config.errors import ExistingWork
 from lorabench.config.runs import Pack, RunConfig, Settings
 from lorabench.store.records import Record, Store
 from lorabench.sweep.progress import Progress
-from lorabench.tasks import probe as probes
+from lorabench.tasks.probe import probe_fingerprint
 from lorabench.training import preparation as prep
 
 
@@ -37,7 +37,7 @@ def check_drift(record: Record, run: RunConfig) -> None:
     now = (
         ("task", "data", "data_fingerprint", prep.load_data(run.task).fingerprint),
         ("model", "model", "model_fingerprint", prep.model_fingerprint(run)),
-        ("task.probe", "probe's data", "probe_fingerprint", probes.fingerprint(run)),
+        ("task.probe", "probe's data", "probe_fingerprint", probe_fingerprint(run)),
         ("task.file", "Python", "user_code", prep.user_code(run)),
     )
     for key, what, name, value in now:

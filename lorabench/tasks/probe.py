@@ -1,7 +1,7 @@
-"""The data that forgetting is measured on: `task.probe`, another task, read and encoded for a run's base.
+"""The data that forgetting is measured on: `task.probe`, another task, encoded for a run's base.
 
-A task of language modelling is measured by its loss, one of classification by what a linear classifier makes of the
-base's frozen features (`forgetting`). Read and encoded once a probe and base.
+A task of language modelling is scored by its loss, one of classification by the accuracy of a linear classifier on the
+base's frozen features (`lorabench.training.evaluation.forgetting`).
 """
 
 from __future__ import annotations
@@ -16,14 +16,17 @@ from lorabench.config.errors import ConfigError
 from lorabench.config.runs import RunConfig, digest
 from lorabench.tasks.cache import encode_cached
 
-LM, CLASSES = "AutoModelForCausalLM", "AutoModelForSequenceClassification"
-METRICS = {LM: "loss", CLASSES: "accuracy"}
-FEWEST = 10  # held-out examples that a number is made of
+CAUSAL_LM, CLASSIFICATION = "AutoModelForCausalLM", "AutoModelForSequenceClassification"
+METRICS = {CAUSAL_LM: "loss", CLASSIFICATION: "accuracy"}
+MIN_TEST_EXAMPLES = 10
 
 
 @dataclass(frozen=True)
-class Probe:
-    """key: of all that its numbers depend on beside the base in use. splits: at most `task.probe_examples` of each."""
+class ProbeData:
+    """A probe's examples for one base.
+
+    key: a hash of all that a score depends on beside the weights. splits: at most `task.probe_examples` examples of each.
+    """
 
     key: str
     task: Task
@@ -33,20 +36,20 @@ class Probe:
     lengths: dict[str, list[int]]
 
 
-_probes: dict[str, Probe] = {}
+_probes: dict[str, ProbeData] = {}
 _fingerprints: dict[str, str] = {}
 
 
-def of(run: RunConfig, head: HeadSpec) -> Probe | None:
-    """The probe of a run whose own task asks for `head`; None where it has none.
+def load_probe(run: RunConfig, head: HeadSpec) -> ProbeData | None:
+    """Read and encode the probe of a run, once for each probe and base in a process. None where the run has none.
 
-    Raises `ConfigError`, with keys under `task.probe`, for a fault of its data, for the run's own task, and for a task
-    that says nothing of this base.
+    head: what the run's own task asks of the base. Raises `ConfigError`, with keys under `task.probe`, for a fault of the
+    probe's data, for a probe that is the run's own task, and for one that this base cannot be scored on.
     """
     task = run.task.probe
     if task is None:
         return None
-    parts = [dataclasses.asdict(task), dataclasses.asdict(run.model), _most(run), head.auto_class]
+    parts = [dataclasses.asdict(task), dataclasses.asdict(run.model), run.task.probe_examples, head.auto_class]
     key = digest(parts)
     if key not in _probes:
         try:
@@ -58,8 +61,8 @@ def of(run: RunConfig, head: HeadSpec) -> Probe | None:
     return _probes[key]
 
 
-def fingerprint(run: RunConfig) -> str | None:
-    """Of the data of a run's probe; None where it has none."""
+def probe_fingerprint(run: RunConfig) -> str | None:
+    """Return the fingerprint of the data of a run's probe; None where it has none."""
     task = run.task.probe
     if task is None:
         return None
@@ -69,31 +72,27 @@ def fingerprint(run: RunConfig) -> str | None:
     return _fingerprints[key]
 
 
-def _most(run: RunConfig) -> int:
-    return run.task.probe_examples
-
-
-def _read(key: str, run: RunConfig, task: Any, head: HeadSpec) -> Probe:
+def _read(key: str, run: RunConfig, task: Task, head: HeadSpec) -> ProbeData:
     if task.data_source == run.task.data_source:
         raise ConfigError("task.probe", task.name, "another task than the one that is trained on")
     data = task.load()
     _fingerprints[digest(dataclasses.asdict(task))] = data.fingerprint
-    wanted = task.head(data).auto_class
-    if wanted not in METRICS:
+    asked = task.head(data).auto_class
+    if asked not in METRICS:
         raise ConfigError("task.probe", task.name, "a task of language modelling or of text classification")
-    if wanted == LM and head.auto_class != LM:
+    if asked == CAUSAL_LM and head.auto_class != CAUSAL_LM:
         raise ConfigError(
             "task.probe", task.name, "a task of text classification: what trains on this task predicts no next tokens"
         )
     processor = run.model.processor()
     encoded = encode_cached(task, run.model, data, processor)
-    needed = ("test",) if wanted == LM else ("train", "test")
-    splits = {name: encoded.splits[name][: _most(run)] for name in needed}
-    if wanted == CLASSES and any("label" not in e for examples in splits.values() for e in examples):
+    needed = ("test",) if asked == CAUSAL_LM else ("train", "test")
+    splits = {name: encoded.splits[name][: run.task.probe_examples] for name in needed}
+    if asked == CLASSIFICATION and any("label" not in e for examples in splits.values() for e in examples):
         raise ConfigError("task.probe", task.name, "a task whose examples hold one label each")
-    if len(splits["test"]) < FEWEST:
+    if len(splits["test"]) < MIN_TEST_EXAMPLES:
         raise ConfigError(
-            "task.probe", task.name, f"at least {FEWEST} examples to test on; it has {len(splits['test'])}"
+            "task.probe", task.name, f"at least {MIN_TEST_EXAMPLES} examples to test on; it has {len(splits['test'])}"
         )
     lengths = {name: encoded.lengths[name][: len(examples)] for name, examples in splits.items()}
-    return Probe(key, task, processor, METRICS[wanted], splits, lengths)
+    return ProbeData(key, task, processor, METRICS[asked], splits, lengths)

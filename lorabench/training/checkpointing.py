@@ -25,7 +25,7 @@ from lorabench.runtime.memory import out_of_memory
 from lorabench.store import checkpoints
 from lorabench.store.checkpoints import Content, Unreadable
 from lorabench.store.records import Store
-from lorabench.tasks import probe as probes
+from lorabench.tasks.probe import probe_fingerprint
 from lorabench.training import distributed as replicas
 from lorabench.training import fsdp as shards
 from lorabench.training import precision as settled
@@ -68,7 +68,7 @@ def facts(pack: Pack, model: str, resolved: Resolved) -> dict[str, Any]:
     settings = {name: getattr(first.trainer, name) for name in SETTINGS}
     return {
         "code": provenance.code_fingerprint(), **provenance.packages(), "data": data, "model": model, **settings,
-        "user code": prep.user_code(first), "probe": probes.fingerprint(first), "threads": torch.get_num_threads(),
+        "user code": prep.user_code(first), "probe": probe_fingerprint(first), "threads": torch.get_num_threads(),
         "processes": replicas.world(), "base cut": first.trainer.strategy == "fsdp" and replicas.world() > 1, **asdict(resolved),
     }  # fmt: skip
 

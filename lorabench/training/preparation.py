@@ -18,8 +18,8 @@ from lorabench.config.contracts.model import Base, BaseInfo, HeadSpec
 from lorabench.config.contracts.task import Encoded, Task, TaskData
 from lorabench.config.errors import ConfigError
 from lorabench.config.runs import RunConfig, digest
-from lorabench.tasks import probe as probes
 from lorabench.tasks.cache import encode_cached
+from lorabench.tasks.probe import load_probe
 from lorabench.training.batches import steps_per_epoch
 from lorabench.training.precision import Resolved, resolve
 
@@ -124,7 +124,7 @@ def check(run: RunConfig) -> SlicePlan:
     """Raise `ConfigError` for anything that would stop this run, before anything is written."""
     resolve(run)
     prepared = prepare(run)
-    probes.of(run, prepared.head)
+    load_probe(run, prepared.head)
     prompts, held = run.task.style_prompts, len(prepared.encoded.splits["test"])
     if prompts > held:
         raise ConfigError("task.style_prompts", prompts, f"at most {held}, the pairs held out for testing")

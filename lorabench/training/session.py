@@ -17,7 +17,7 @@ from lorabench.config.runs import Pack, RunConfig
 from lorabench.runtime import provenance
 from lorabench.runtime.files import writing
 from lorabench.store.records import Record, Store
-from lorabench.tasks import probe as probes
+from lorabench.tasks.probe import probe_fingerprint
 from lorabench.training import distributed as replicas
 from lorabench.training.batches import EvalStream, PackStream
 from lorabench.training.module import PackModule
@@ -173,7 +173,7 @@ def _provenance(s: Session, state: Any) -> dict[str, Any]:
         "data_fingerprint": s.prepared.data.fingerprint, "model_fingerprint": s.base.fingerprint, "model_notes": s.base.notes,
         "data_notes": {**s.prepared.data.notes, **s.prepared.encoded.notes}, "pack": s.pack.id, "pack_runs": s.pack.run_ids, **_devices(s),
         "head": {"auto_class": s.prepared.head.auto_class, "label_names": list(s.prepared.head.label_names)},
-        "user_code": user_code(s.pack.runs[0]), "probe_fingerprint": probes.fingerprint(s.pack.runs[0]),
+        "user_code": user_code(s.pack.runs[0]), "probe_fingerprint": probe_fingerprint(s.pack.runs[0]),
         "stopped": state.reason if state.status == "stopped" else None,
     }  # fmt: skip
 

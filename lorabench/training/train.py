@@ -29,7 +29,7 @@ from lorabench.training import fsdp as shards
 from lorabench.training import precision as settled
 from lorabench.training import preparation as prep
 from lorabench.training.checkpointing import Begun, Saver, begun, restore
-from lorabench.training.evaluation.measures import Beside
+from lorabench.training.evaluation.measures import AuxiliaryMeasures
 from lorabench.training.fit import Checkpoints, Progress, fit, make_trainer, quiet
 from lorabench.training.module import PackModule
 from lorabench.training.session import Session, failed, records_of
@@ -124,7 +124,9 @@ def _train(pack: Pack, store: Store, listener: Listener, keep: Collection[str], 
         if pack.runs[0].trainer.reuse_trunk and not cut:
             session.module.reuse = Reuse(session)
         measured = pack.runs[0].role == "confirm" and (replicas.leads() or cut)  # what is cut runs in all or in none
-        beside = Beside(session) if measured else None  # the base as it is, before anything of a checkpoint
+        auxiliary = (
+            AuxiliaryMeasures(session) if measured else None
+        )  # the base as it is, before anything of a checkpoint
         if start:
             restore(session, start)
         with PeakMemory(session.resolved.device) as memory, quiet():
@@ -134,8 +136,8 @@ def _train(pack: Pack, store: Store, listener: Listener, keep: Collection[str], 
             session.peak_memory = saver.peak()
         if cut:
             session.base_bytes = shards.bytes_held(session.base.model)
-        if beside:
-            beside.finish()
+        if auxiliary:
+            auxiliary.measure_trained()
         if cut and pack.runs[0].trainer.save_weights:
             session.stack.own = shards.whole_parameters(session.stack.own)  # for the files
         return records_of(session) if replicas.leads() else []

@@ -27,7 +27,6 @@ from lorabench.runtime import provenance
 from lorabench.store import checkpoints
 from lorabench.store.records import Store
 from lorabench.sweep.workers import Workers
-from lorabench.tasks import probe as probes
 from lorabench.training import distributed as replicas
 from lorabench.training.module import PackModule
 from lorabench.training.train import Listener, OutOfMemory, measure, train
@@ -522,7 +521,7 @@ def test_what_else_a_number_depends_on_is_held_against_a_checkpoint(
     store = Store(tmp_path)
     pack, _ = interrupted(places, store)
     monkeypatch.setattr(replicas, "_place", (0, 2))
-    monkeypatch.setattr(probes, "fingerprint", lambda run: "changed")
+    monkeypatch.setattr("lorabench.training.checkpointing.probe_fingerprint", lambda run: "changed")
     with pytest.raises(ExistingWork, match="probe None, here changed, processes 1, here 2"):
         train(pack, store)
 

@@ -1,8 +1,8 @@
-"""What a base knows of another task, plain and with each slice of a pack: the numbers of `task.probe`.
+"""How well a base, or each slice of a pack, does on another task: the scores of `task.probe`.
 
-Language modelling: nats a token on the probe's held-out texts. Classification: accuracy on its held-out texts of a linear
-classifier fitted on frozen features, the mean hidden state of the body; the run's own head is left out.
-Shape letters: K slices, B examples, H hidden.
+A probe of language modelling is scored by nats a token on its test split. One of classification is scored by the test
+accuracy of a linear classifier fitted on frozen features, the mean hidden state of the body without the run's own head.
+Shape letters: K slices, N examples, H hidden.
 """
 
 from __future__ import annotations
@@ -16,58 +16,71 @@ import torch
 
 from lorabench.config.errors import ConfigError
 from lorabench.config.runs import digest
-from lorabench.stats import logistic as regression
+from lorabench.stats import logistic
 from lorabench.tasks.encoding import mean_state
-from lorabench.tasks.probe import Probe
+from lorabench.tasks.probe import ProbeData
 from lorabench.training import fsdp as shards
 from lorabench.training.batches import EvalStream
 from lorabench.training.session import Session
 
-_plain: dict[str, float] = {}
+_base_scores: dict[str, float] = {}
 
 
 @contextmanager
-def evaluating(s: Session) -> Iterator[torch.device]:
-    """The pack's base as its trainer evaluates it: on the device it gives, without dropout, gradients, in its precision."""
+def evaluation_mode(s: Session) -> Iterator[torch.device]:
+    """Set the base up as the trainer evaluates it, and put it back afterwards. Yields the device.
+
+    Inside there is no dropout and no gradient, and autocast is on where training uses it.
+    """
     device, mode = s.trainer.strategy.root_device, s.base.model.training
     home = next(s.base.model.parameters()).device
     s.base.model.to(device).eval()
     try:
-        lower = torch.autocast(
-            device.type, dtype=torch.bfloat16, enabled=autocast(s),
+        autocast = torch.autocast(
+            device.type,
+            dtype=torch.bfloat16,
+            enabled=uses_autocast(s),
             cache_enabled=not shards.sharded(s.base.model),  # it would keep each weight that is gathered
-        )  # fmt: skip
-        with torch.no_grad(), lower:
+        )
+        with torch.no_grad(), autocast:
             yield device
     finally:
         s.base.model.to(home).train(mode)
 
 
-def autocast(s: Session) -> bool:
+def uses_autocast(s: Session) -> bool:
+    """Whether the pack trains float32 weights under bf16 autocast."""
     return s.resolved.trainer_precision == "bf16-mixed"
 
 
 def base_key(s: Session, *about: Any) -> str:
-    """Of the plain base in the types it is used in, for what is computed once a base."""
-    return digest([s.base.fingerprint, s.prepared.head.auto_class, s.resolved.base_dtype, s.resolved.attention,
-                   s.resolved.device, autocast(s), *about])  # fmt: skip
+    """Return a key of the untrained base in the types it is used in, and of `about`: for results computed once."""
+    r = s.resolved
+    base = [s.base.fingerprint, s.prepared.head.auto_class, r.base_dtype, r.attention, r.device, uses_autocast(s)]
+    return digest([*base, *about])
 
 
-def plain(s: Session, probe: Probe) -> float:
-    """The number of the base alone, before it trains; computed once a base and probe."""
+def base_score(s: Session, probe: ProbeData) -> float:
+    """Score the base alone. Call it before the base trains; computed once for each base and probe in a process."""
     key = base_key(s, probe.key)
-    if key not in _plain:
-        (_plain[key],) = measured(s, probe, [])
-    return _plain[key]
+    if key not in _base_scores:
+        (_base_scores[key],) = score(s, probe, [])
+    return _base_scores[key]
 
 
-def measured(s: Session, probe: Probe, slices: Sequence[int]) -> list[float]:
-    """The number of each of these slices, all in one pass; [] gives that of the base alone."""
-    with evaluating(s) as device, s.stack.active(slices):
-        return (_losses if probe.metric == "loss" else _accuracies)(s, probe, slices, device)
+def score(s: Session, probe: ProbeData, slices: Sequence[int]) -> list[float]:
+    """Score each of these slices, all in one pass, or the base alone where `slices` is empty.
+
+    Raises `ConfigError` where the probe needs features and the base gives no hidden states.
+    """
+    with evaluation_mode(s) as device, s.stack.active(slices):
+        if probe.metric == "loss":
+            return _losses(s, probe, slices, device)
+        return _accuracies(s, probe, slices, device)
 
 
-def _losses(s: Session, probe: Probe, slices: Sequence[int], device: torch.device) -> list[float]:
+def _losses(s: Session, probe: ProbeData, slices: Sequence[int], device: torch.device) -> list[float]:
+    """Return nats a token of each slice on the probe's test split."""
     sums = np.zeros((max(1, len(slices)), 2))
     for part in _stream(s, probe, "test", slices):
         out = probe.task.step(s.base.model, {name: column.to(device) for name, column in part.batch.items()})
@@ -76,15 +89,16 @@ def _losses(s: Session, probe: Probe, slices: Sequence[int], device: torch.devic
     return [float(loss / weight) for loss, weight in sums]
 
 
-def _accuracies(s: Session, probe: Probe, slices: Sequence[int], device: torch.device) -> list[float]:
+def _accuracies(s: Session, probe: ProbeData, slices: Sequence[int], device: torch.device) -> list[float]:
+    """Return the test accuracy of each slice's own linear classifier."""
     (x, y), (x_test, y_test) = (_features(s, probe, split, slices, device) for split in ("train", "test"))
-    return [regression.held_out_accuracy(a, y, b, y_test) for a, b in zip(x, x_test, strict=True)]
+    return [logistic.held_out_accuracy(a, y, b, y_test) for a, b in zip(x, x_test, strict=True)]
 
 
 def _features(
-    s: Session, probe: Probe, split: str, slices: Sequence[int], device: torch.device
+    s: Session, probe: ProbeData, split: str, slices: Sequence[int], device: torch.device
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Features [K, N, H] in float64 and labels [N]."""
+    """Return mean hidden states [K, N, H] in float64 and labels [N] of one split."""
     body: Any = getattr(s.base.model, "base_model", s.base.model)
     stream, states = _stream(s, probe, split, slices), []
     for part in stream:
@@ -98,9 +112,13 @@ def _features(
     return np.concatenate(states, axis=1), labels[stream.order]
 
 
-def _stream(s: Session, probe: Probe, split: str, slices: Sequence[int]) -> EvalStream:
-    """Parts of K * B rows, slice-major."""
+def _stream(s: Session, probe: ProbeData, split: str, slices: Sequence[int]) -> EvalStream:
+    """Return one split of the probe in parts of K * N rows, slice-major."""
     return EvalStream(
-        probe.splits[split], probe.lengths[split], lambda: list(slices) or [0], rows=s.pack.runs[0].trainer.eval_batch_size,
-        collate=lambda examples: probe.task.collate(examples, probe.processor), budget=s.resolved.part_tokens,
-    )  # fmt: skip
+        probe.splits[split],
+        probe.lengths[split],
+        lambda: list(slices) or [0],
+        rows=s.pack.runs[0].trainer.eval_batch_size,
+        collate=lambda examples: probe.task.collate(examples, probe.processor),
+        budget=s.resolved.part_tokens,
+    )

@@ -1,7 +1,7 @@
-"""A few held-out examples of a text task, with what the model said before training and what each slice says after.
+"""A few test examples of a text task, with the answer of the model before training and that of each slice after.
 
 <run dir>/samples.json: at most 8 of {"prompt" or "text", "expected", "before", "after"}, all strings; the same examples
-for every run on the same test split. Replies where prompts are answered, label names where texts are classified.
+for every run on the same test split. Answers are replies to prompts, or label names where texts are classified.
 """
 
 from __future__ import annotations
@@ -12,79 +12,87 @@ from typing import Any
 
 import torch
 
+from lorabench.config.contracts.task import Row
 from lorabench.runtime.files import atomic_write
 from lorabench.store.records import dump_json
-from lorabench.tasks.probe import CLASSES
+from lorabench.tasks.probe import CLASSIFICATION
 from lorabench.training import distributed as replicas
 from lorabench.training.evaluation import replies
-from lorabench.training.evaluation.forgetting import evaluating
+from lorabench.training.evaluation.forgetting import evaluation_mode
 from lorabench.training.session import Session
 
-FILE = "samples.json"
-MOST = 8
+SAMPLES_FILE = "samples.json"
+MAX_SAMPLES = 8
 
 
 @dataclass(frozen=True)
 class Samples:
-    """Examples as they are shown, encoded, and what was said to them before training, by slice."""
+    """Examples to show.
+
+    items: what a reader sees of each. encoded: what the model reads. before: answers before training, by slice.
+    """
 
     items: list[dict[str, str]]
     encoded: list[dict[str, Any]]
     before: list[list[str]]
 
 
-def before(s: Session) -> Samples | None:
-    """Those of the smallest content hash, answered before training; None for tasks that neither reply nor classify."""
-    rows = {r["example"]: r for r in s.prepared.data.splits["test"]}
-    encoded = sorted(s.prepared.encoded.splits["test"], key=lambda e: e["example"])[:MOST]
-    found = [rows.get(e["example"]) for e in encoded]
-    if chats(s):
-        items = [{"prompt": row["prompt"], "expected": row["response"]} for row in found if row]
-    elif s.prepared.head.auto_class == CLASSES and all(row and {"text", "label"} <= row.keys() for row in found):
-        items = [{"text": _text(row), "expected": str(row["label"])} for row in found if row]
-    else:
+def answer_before(session: Session) -> Samples | None:
+    """Choose the examples of the smallest content hash and answer them. None for tasks without replies or labels.
+
+    Call it before the base trains.
+    """
+    rows = {r["example"]: r for r in session.prepared.data.splits["test"]}
+    encoded = sorted(session.prepared.encoded.splits["test"], key=lambda e: e["example"])[:MAX_SAMPLES]
+    shown = [rows[e["example"]] for e in encoded if e["example"] in rows]
+    if _has_replies(session):
+        items = [{"prompt": row["prompt"], "expected": row["response"]} for row in shown]
+        prompts = [replies.prompt_tokens(e) for e in encoded]
+        return Samples(items, encoded, [replies.base_replies(session, prompts)] * len(session.pack.runs))
+    complete = len(shown) == len(encoded) and all({"text", "label"} <= row.keys() for row in shown)
+    if session.prepared.head.auto_class != CLASSIFICATION or not complete:
         return None
-    said = _said(s, encoded, None)
-    return Samples(items, encoded, said) if said else None
+    items = [{"text": _shown_text(row), "expected": str(row["label"])} for row in shown]
+    before = _predicted_labels(session, encoded, range(len(session.pack.runs)))
+    return Samples(items, encoded, before) if before else None
 
 
-def write(s: Session, samples: Samples) -> None:
-    """One file a slice whose weights are a result, unless its record stands already."""
-    kept = s.module.kept
-    after = _said(s, samples.encoded, kept) or []
+def write(session: Session, samples: Samples) -> None:
+    """Answer the examples with each slice whose weights are a result, and write its file.
+
+    Nothing is written of a run whose record is there already. Collective: where the base is sharded, every rank calls it.
+    """
+    kept = session.module.kept
+    if _has_replies(session):
+        prompts = [replies.prompt_tokens(e) for e in samples.encoded]
+        after = replies.generate(session, prompts, kept)
+    else:
+        after = _predicted_labels(session, samples.encoded, kept)
     if not replicas.leads():
         return
-    for k, own in zip(kept, after, strict=True):
-        if (run_id := s.pack.runs[k].run_id) in s.keep:
+    for k, answers in zip(kept, after, strict=True):
+        run_id = session.pack.runs[k].run_id
+        if run_id in session.keep:
             continue
-        triples = zip(samples.items, samples.before[k], own, strict=True)
-        made = [{**item, "before": then, "after": now} for item, then, now in triples]
-        atomic_write(s.store.own_dir(run_id) / FILE, dump_json(made))
+        columns = zip(samples.items, samples.before[k], answers, strict=True)
+        shown = [{**item, "before": before, "after": answer} for item, before, answer in columns]
+        atomic_write(session.store.own_dir(run_id) / SAMPLES_FILE, dump_json(shown))
 
 
-def chats(s: Session) -> bool:
-    """Whether the task answers prompts."""
-    return s.pack.runs[0].task.has_replies
+def _has_replies(session: Session) -> bool:
+    return session.pack.runs[0].task.has_replies
 
 
-def _text(row: dict[str, Any]) -> str:
+def _shown_text(row: Row) -> str:
     return f"{row['text']}\n{row['pair']}" if row.get("pair") else str(row["text"])
 
 
-def _said(s: Session, encoded: Sequence[dict[str, Any]], slices: Sequence[int] | None) -> list[list[str]] | None:
-    """By slice; None: before training, of all slices: as one, where it is the base that answers."""
-    if chats(s):
-        prompts = [replies.prompt_of(e) for e in encoded]
-        if slices is None:
-            return [replies.of_base(s, prompts)] * len(s.pack.runs)
-        return replies.written(s, prompts, slices)
-    own = list(range(len(s.pack.runs))) if slices is None else list(slices)
-    if not own:
+def _predicted_labels(session: Session, encoded: Sequence[dict[str, Any]], slices: Sequence[int]) -> list[list[str]]:
+    """Return the label name of each example by slice; empty where the task predicts no labels."""
+    batch = session.module.task.collate(list(encoded) * len(slices))
+    with evaluation_mode(session) as device, session.stack.active(list(slices)):
+        out = session.module.task.step(session.base.model, {name: t.to(device) for name, t in batch.items()})
+    names, predicted = session.prepared.head.label_names, out.rows.get("prediction")
+    if predicted is None or predicted.dtype not in (torch.int64, torch.int32) or not names:
         return []
-    batch = s.module.task.collate(list(encoded) * len(own))
-    with evaluating(s) as device, s.stack.active(own):
-        out = s.module.task.step(s.base.model, {name: column.to(device) for name, column in batch.items()})
-    names, said = s.prepared.head.label_names, out.rows.get("prediction")
-    if said is None or said.dtype not in (torch.int64, torch.int32) or not names:
-        return None
-    return [[names[i] for i in row] for row in said.view(len(own), -1).tolist()]
+    return [[names[i] for i in row] for row in predicted.view(len(slices), -1).tolist()]

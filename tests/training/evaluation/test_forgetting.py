@@ -13,10 +13,10 @@ from lorabench.config.errors import ConfigError, ExistingWork
 from lorabench.config.runs import RunConfig
 from lorabench.store.records import Store
 from lorabench.sweep.resume import check_drift
-from lorabench.tasks import probe as probes
+from lorabench.tasks.probe import load_probe
 from lorabench.training import preparation as prepare
 from lorabench.training.evaluation import forgetting
-from lorabench.training.evaluation.measures import Beside
+from lorabench.training.evaluation.measures import AuxiliaryMeasures
 from lorabench.training.train import Listener, Pack, _opened, train
 
 
@@ -71,7 +71,7 @@ def label_run(places, kind="bert", **changes) -> RunConfig:
 
 def reference_loss(model, run) -> float:
     """Mean token loss over the probe's test split, one text at a time."""
-    probe = probes.of(run, prepare.prepare(run).head)
+    probe = load_probe(run, prepare.prepare(run).head)
     total, tokens = 0.0, 0
     with torch.no_grad():
         for e in probe.splits["test"]:
@@ -97,7 +97,7 @@ def test_the_loss_before_is_the_bases_own(places, tmp_path, kind):
     assert record.metrics["probe/plain/before"] == pytest.approx(
         reference_loss(load_lm(places[kind]), run), abs=tolerance
     )
-    assert record.metrics["probe/plain/examples"] == len(probes.of(run, prepare.prepare(run).head).splits["test"])
+    assert record.metrics["probe/plain/examples"] == len(load_probe(run, prepare.prepare(run).head).splits["test"])
     assert record.metrics["probe/plain/loss"] != record.metrics["probe/plain/before"]
     assert record.resources["beside_seconds"] > 0
 
@@ -118,7 +118,7 @@ def test_the_accuracy_before_is_that_of_a_linear_classifier_on_the_bases_states(
 
     run = label_run(places)
     (record,) = train(Pack("p0", (run,)), Store(tmp_path))
-    probe = probes.of(run, prepare.prepare(run).head)
+    probe = load_probe(run, prepare.prepare(run).head)
     model = AutoModel.from_pretrained(places["bert"], dtype=torch.float64, attn_implementation="eager").eval()
     x, y = {}, {}
     with torch.no_grad():
@@ -161,11 +161,9 @@ def test_features_of_a_pack_are_those_of_its_runs_alone(places, tmp_path, kind):
 def test_what_has_not_trained_has_forgotten_nothing(places, tmp_path, method):
     run = lm_run(places, "llama", **{"method.name": method})
     with _opened(Pack("p0", (run,)), Store(tmp_path), Listener()) as s:
-        probe = probes.of(run, s.prepared.head)
-        before = forgetting.plain(s, probe)
-        assert forgetting.measured(s, probe, [0]) == (
-            [before] if method in ("lora", "pissa") else pytest.approx([before])
-        )
+        probe = load_probe(run, s.prepared.head)
+        before = forgetting.base_score(s, probe)
+        assert forgetting.score(s, probe, [0]) == ([before] if method in ("lora", "pissa") else pytest.approx([before]))
         assert s.base.model.training, "the pack trains on as it was"
 
 
@@ -183,12 +181,10 @@ def test_a_decoder_can_be_probed_by_classification_too(places, tmp_path):
 
 
 def test_the_base_is_measured_once(places, tmp_path, monkeypatch):
-    monkeypatch.setattr(forgetting, "_plain", {})
+    monkeypatch.setattr(forgetting, "_base_scores", {})
     asked = []
-    measured = forgetting.measured
-    monkeypatch.setattr(
-        forgetting, "measured", lambda s, p, slices: asked.append(list(slices)) or measured(s, p, slices)
-    )
+    score = forgetting.score
+    monkeypatch.setattr(forgetting, "score", lambda s, p, slices: asked.append(list(slices)) or score(s, p, slices))
     for seed in (0, 1):
         train(Pack(f"p{seed}", (lm_run(places, seed=seed),)), Store(tmp_path))
     assert asked == [[], [0], [0]]
@@ -225,7 +221,7 @@ def test_tuning_runs_are_not_probed(places, tmp_path):
 def test_fewer_examples_of_the_probe(places):
     run = lm_run(places, **{"task.probe_examples": 20})
     run = RunConfig.from_dict({**run.to_dict(), "task": {**run.to_dict()["task"], "probe_examples": 20}})
-    few, many = (probes.of(r, prepare.prepare(r).head).splits["test"] for r in (run, lm_run(places)))
+    few, many = (load_probe(r, prepare.prepare(r).head).splits["test"] for r in (run, lm_run(places)))
     assert len(few) == 20 < len(many)
     assert [e["example"] for e in few] == [e["example"] for e in many[:20]]
 
@@ -295,8 +291,8 @@ def test_a_probe_by_the_name_of_its_file(cli, places):
     assert os.listdir() == []
 
 
-def test_beside_asks_nothing_of_runs_that_ask_for_nothing(places, tmp_path):
+def test_nothing_is_measured_where_the_task_asks_for_nothing(places, tmp_path):
     run = make_run(places["gpt2"], places["data"], role="confirm", task=lm(places["text"]))
     with _opened(Pack("p0", (run,)), Store(tmp_path), Listener()) as s:
-        beside = Beside(s)
-        assert (beside.probe, beside.style, beside.samples) == (None, None, None)
+        measures = AuxiliaryMeasures(s)
+        assert (measures.probe, measures.style, measures.samples) == (None, None, None)

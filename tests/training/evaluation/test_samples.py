@@ -11,7 +11,7 @@ from lorabench.store.records import Store
 from lorabench.tasks.causal_lm import Config as LanguageModelling
 from lorabench.training import preparation as prepare
 from lorabench.training.evaluation import replies
-from lorabench.training.evaluation import style as tone
+from lorabench.training.evaluation.style import split_in_halves
 from lorabench.training.train import Listener, Pack, _opened, train
 
 
@@ -49,12 +49,12 @@ def test_replies_are_those_of_transformers_one_at_a_time(places, tmp_path):
         places["llama"], dtype=torch.float64, attn_implementation="eager"
     ).eval()
     with _opened(Pack("p0", (run,)), Store(tmp_path), Listener()) as s:
-        prompts = [replies.prompt_of(e) for e in s.prepared.encoded.splits["test"][:9]]
-        ours = replies.of_base(s, prompts)
+        prompts = [replies.prompt_tokens(e) for e in s.prepared.encoded.splits["test"][:9]]
+        ours = replies.base_replies(s, prompts)
         assert s.base.model.training
     for prompt, said in zip(prompts, ours, strict=True):
         ids = torch.as_tensor(prompt, dtype=torch.int64)[None]
-        for _ in range(replies.NEW_TOKENS):  # greedy, by hand, without a cache
+        for _ in range(replies.MAX_NEW_TOKENS):  # greedy, by hand, without a cache
             with torch.no_grad():
                 chosen = model(input_ids=ids).logits[0, -1].argmax()
             ids = torch.cat([ids, chosen.view(1, 1)], dim=1)
@@ -90,7 +90,7 @@ def test_a_pack_says_what_its_runs_say_alone(places, tmp_path):
         <= together[1].metrics["style/moved_high"]
     )
     assert together[1].metrics["style/real"] > 0.5 > together[1].metrics["style/base"]
-    halves = tone.halves([r["group"] for r in prepare.load_data(runs[0].task).splits["test"]][:40])
+    halves = split_in_halves([r["group"] for r in prepare.load_data(runs[0].task).splits["test"]][:40])
     assert together[1].metrics["style/examples"] == len(halves[1])
 
 

@@ -4,9 +4,8 @@ import numpy as np
 import pytest
 from sklearn.linear_model import LogisticRegression
 
-from lorabench.stats import logistic as regression
-from lorabench.training.evaluation import style as tone
-from lorabench.training.evaluation.style import groups_of
+from lorabench.stats import logistic
+from lorabench.training.evaluation.style import fit_classifier, groups_of, realness, split_in_halves, style_shift
 
 
 @pytest.mark.parametrize(("classes", "c"), [(3, 0.5), (2, 1.0)], ids=["several", "two"])
@@ -15,10 +14,10 @@ def test_the_regression_is_scikit_learns(classes, c):
     rng = np.random.default_rng(1)
     x = rng.normal(size=(200, 6))
     y = (x @ rng.normal(size=(6, classes)) + rng.normal(size=(200, classes))).argmax(1)
-    ours = regression.fit(x, y, classes, l2=2.0)
+    ours = logistic.fit(x, y, classes, l2=2.0)
     theirs = LogisticRegression(C=c, tol=1e-10, max_iter=5000).fit(x, y)
-    np.testing.assert_allclose(regression.probabilities(ours, x), theirs.predict_proba(x), atol=2e-4)
-    said = regression.held_out_accuracy(x[:150], y[:150], x[150:], y[150:])
+    np.testing.assert_allclose(logistic.probabilities(ours, x), theirs.predict_proba(x), atol=2e-4)
+    said = logistic.held_out_accuracy(x[:150], y[:150], x[150:], y[150:])
     scaled = (x - x[:150].mean(0)) / x[:150].std(0)
     reference = LogisticRegression(C=1.0 if classes > 2 else 2.0, max_iter=5000).fit(scaled[:150], y[:150])
     assert said == reference.score(scaled[150:], y[150:])
@@ -27,7 +26,7 @@ def test_the_regression_is_scikit_learns(classes, c):
 def test_a_feature_that_never_varies_is_no_fault():
     x = np.column_stack([np.ones(40), np.tile([0.0, 1.0], 20)])
     y = np.tile([0, 1], 20)
-    assert regression.held_out_accuracy(x[:20], y[:20], x[20:], y[20:]) == 1.0
+    assert logistic.held_out_accuracy(x[:20], y[:20], x[20:], y[20:]) == 1.0
 
 
 NOUNS = "cat dog tree house river stone bird lamp road sea".split()
@@ -43,18 +42,18 @@ def texts(style: str, seed: int, n: int) -> list[str]:
 def test_base_replies_have_moved_nowhere_and_real_ones_all_the_way():
     real, base = texts("casual", 1, 60), texts("formal", 2, 60)
     groups = [str(i // 2) for i in range(60)]
-    learn, score = tone.halves(groups)
-    classifier = tone.learned([real[i] for i in learn], [base[i] for i in learn])
-    of_real, of_base = (tone.realness(classifier, [own[i] for i in score]) for own in (real, base))
+    learn, score = split_in_halves(groups)
+    classifier = fit_classifier([real[i] for i in learn], [base[i] for i in learn])
+    of_real, of_base = (realness(classifier, [own[i] for i in score]) for own in (real, base))
     own = [groups[i] for i in score]
     assert of_real.mean() > 0.8 and of_base.mean() < 0.2
-    assert tone.moved(of_real, of_base, of_base, own) == (0.0, 0.0, 0.0)
-    assert tone.moved(of_real, of_base, of_real, own) == (1.0, 1.0, 1.0)
-    others = tone.realness(classifier, texts("casual", 3, len(score)))
-    fraction, low, high = tone.moved(of_real, of_base, others, own)
+    assert style_shift(of_real, of_base, of_base, own) == (0.0, 0.0, 0.0)
+    assert style_shift(of_real, of_base, of_real, own) == (1.0, 1.0, 1.0)
+    others = realness(classifier, texts("casual", 3, len(score)))
+    fraction, low, high = style_shift(of_real, of_base, others, own)
     assert fraction == pytest.approx(1, abs=0.05) and low <= fraction <= high
     half = np.where(np.arange(len(score)) % 2, others, of_base)
-    fraction, low, high = tone.moved(of_real, of_base, half, own)
+    fraction, low, high = style_shift(of_real, of_base, half, own)
     assert fraction == pytest.approx(0.5, abs=0.1) and low < fraction < high
 
 
@@ -63,7 +62,7 @@ def test_the_interval_is_that_of_a_ratio_of_cluster_sums():
     rng = np.random.default_rng(4)
     real, base = rng.normal(0.9, 0.05, 2000), rng.normal(0.1, 0.05, 2000)
     adapted = base + 0.4 + np.repeat(rng.normal(0, 0.1, 400), 5)
-    fraction, low, high = tone.moved(real, base, adapted, [str(i // 5) for i in range(2000)])
+    fraction, low, high = style_shift(real, base, adapted, [str(i // 5) for i in range(2000)])
     sums = np.column_stack([adapted - base, real - base]).reshape(400, 5, 2).sum(1)
     ratio = sums[:, 0].sum() / sums[:, 1].sum()
     half = 1.96 * (sums[:, 0] - ratio * sums[:, 1]).std(ddof=1) * np.sqrt(400) / sums[:, 1].sum()
@@ -73,14 +72,14 @@ def test_the_interval_is_that_of_a_ratio_of_cluster_sums():
 
 def test_where_styles_cannot_be_told_apart_nothing_has_moved():
     real, base = texts("casual", 1, 60), texts("casual", 2, 60)
-    classifier = tone.learned(real[:30], base[:30])
-    a, b = tone.realness(classifier, real[30:]), tone.realness(classifier, base[30:])
-    assert tone.moved(a, b, b, [str(i) for i in range(30)]) is None
+    classifier = fit_classifier(real[:30], base[:30])
+    a, b = realness(classifier, real[30:]), realness(classifier, base[30:])
+    assert style_shift(a, b, b, [str(i) for i in range(30)]) is None
 
 
 def test_dialogues_stay_whole():
     groups = ["a"] * 7 + ["b"] * 3 + ["c"] * 2 + ["d", "e"]
-    first, second = tone.halves(groups)
+    first, second = split_in_halves(groups)
     assert sorted(first + second) == list(range(14)) and len(first) == len(second) == 7
     assert not {groups[i] for i in first} & {groups[i] for i in second}
 
