@@ -75,15 +75,11 @@ class Config(TextTask):
 
     def validate(self, key: str) -> None:
         if self.source in ("text", "file") and not self.file:
-            kinds = files.PLAIN if self.source == "text" else files.TABLES
+            kinds = files.TEXT_SUFFIXES if self.source == "text" else files.TABLE_SUFFIXES
             raise ConfigError(f"{key}.file", self.file, f"a file to read ({', '.join(kinds)})")
         if (self.prompt_column is None) != (self.response_column is None):
             missing = "prompt_column" if self.prompt_column is None else "response_column"
             raise ConfigError(f"{key}.{missing}", None, "prompt_column and response_column go together")
-        if self.val_fraction + self.test_fraction >= 1:
-            raise ConfigError(
-                f"{key}.test_fraction", self.test_fraction, "with val_fraction it must leave rows to train on"
-            )
         super().validate(key)
         if self.style_prompts and (self.style_prompts < FEWEST or not self.has_replies):
             allowed = f"0, or at least {FEWEST} on prompts with responses"
@@ -156,11 +152,11 @@ class Config(TextTask):
 
     def encode(self, data: TaskData, processor: Any) -> Encoded:
         """Examples {"input_ids", "start", "example", "group"} by split; `start` is the first token that counts in the loss."""
-        encoding.check_length(self.max_length, processor)
+        encoding.check_max_length(self.max_length, processor)
         splits, notes = {}, {}
         for name, rows in data.splits.items():
             made = self._encode_pairs(rows, processor) if self.has_replies else self._encode_texts(rows, processor)
-            notes[name] = encoding.truncation(np.asarray([e.pop("full") for e in made]), self.max_length)
+            notes[name] = encoding.truncation_notes(np.asarray([e.pop("full") for e in made]), self.max_length)
             splits[name] = [e for e in made if len(e["input_ids"]) > max(e["start"], 1)]
         if self._blocks:
             splits = split.limit(splits, self)
@@ -212,7 +208,7 @@ class Config(TextTask):
         """What the base reads before its reply: the tokenizer's chat template, or the text and a line break, after the
         token that the tokenizer begins a text with, if it has one."""
         if not getattr(processor, "chat_template", None):
-            return f"{encoding.opening(processor)}{text}\n"
+            return f"{encoding.begin_token(processor)}{text}\n"
         rendered: str = processor.apply_chat_template(self._messages(text), tokenize=False, add_generation_prompt=True)
         return rendered
 

@@ -1,4 +1,4 @@
-"""Texts to compact token ids, and examples to padded batches. Shape letters: N examples, T tokens."""
+"""Texts to compact token ids, and examples to padded batches. Shape letters: N examples, T tokens, H hidden."""
 
 from __future__ import annotations
 
@@ -14,32 +14,35 @@ if TYPE_CHECKING:
     from torch import Tensor, nn
 
 
-def check_length(max_length: int, processor: Any, key: str = "task.max_length") -> None:
-    """Raise `ConfigError` when examples may become longer than what the base was made for."""
+POSITION_EMBEDDINGS = ("position_embeddings", "wpe")  # how names of absolute position embeddings end
+
+
+def check_max_length(max_length: int, processor: Any, key: str = "task.max_length") -> None:
+    """Raise `ConfigError` where the tokenizer says that the base takes fewer tokens than `max_length`."""
     limit = getattr(processor, "model_max_length", None)
     if limit is not None and max_length > limit:
         raise ConfigError(key, max_length, f"at most {limit}, the longest input of this base")
 
 
-POSITIONS = ("position_embeddings", "wpe")  # what embeddings of absolute positions are called
-
-
 def check_positions(lengths: Mapping[str, Sequence[int]], info: BaseInfo, max_length: int | None) -> None:
-    """Raise `ConfigError` where an example (lengths: in tokens, by split) is longer than the base has absolute positions,
-    whatever its tokenizer says: a token beyond them has none."""
-    tables = [x.in_features for x in info.layers if x.kind == "Embedding" and x.name.endswith(POSITIONS)]
-    longest = max((max(found) for found in lengths.values() if len(found)), default=0)
-    if tables and longest > min(tables):
-        allowed = f"at most {min(tables)}, the positions this base has; the longest example has {longest} tokens"
+    """Raise `ConfigError` where an example has more tokens than the base has absolute positions.
+
+    lengths: tokens of each example, by split. The tokenizer's own limit may be missing or wrong; the positions are not.
+    """
+    positions = [x.in_features for x in info.layers if x.kind == "Embedding" and x.name.endswith(POSITION_EMBEDDINGS)]
+    longest = max((max(split) for split in lengths.values() if len(split)), default=0)
+    if positions and longest > min(positions):
+        allowed = f"at most {min(positions)}, the positions this base has; the longest example has {longest} tokens"
         raise ConfigError("task.max_length", max_length, allowed)
 
 
 def tokenize(
     processor: Any, texts: Sequence[str], pairs: Sequence[str] | None, max_length: int, *, special: bool = True
 ) -> tuple[list[dict[str, Any]], np.ndarray]:
-    """Token ids (int32 [T]) and, where the base reads them, segment ids (int8 [T]) of each text or pair of texts.
+    """Tokenize each text, or pair of texts, and cut it at `max_length` tokens.
 
-    Also the length each would have had without the cut at `max_length`.
+    special: whether the tokenizer adds its begin and end tokens. Returns one dict an example, "input_ids" (int32 [T]) and,
+    where the base reads segments, "token_type_ids" (int8 [T]); and the lengths [N] before the cut.
     """
     if not texts:
         return [], np.zeros(0, dtype=np.int64)
@@ -47,38 +50,39 @@ def tokenize(
     options = {"add_special_tokens": special, "return_attention_mask": False, "verbose": False}
     whole = processor(*inputs, **options)
     lengths = np.fromiter(map(len, whole["input_ids"]), dtype=np.int64, count=len(texts))
-    out = [_pack(whole, i) for i in range(len(texts))]
+    out = [_compact(whole, i) for i in range(len(texts))]
     long = np.flatnonzero(lengths > max_length).tolist()
-    if long:  # tokenized again by the tokenizer's own rule of cutting: it keeps the end token and the pair's halves
+    if long:  # the tokenizer's own rule of cutting keeps the end token and both halves of a pair
         again = tuple([column[i] for i in long] for column in inputs)
         cut = processor(*again, truncation=True, max_length=max_length, **options)
         for j, i in enumerate(long):
-            out[i] = _pack(cut, j)
+            out[i] = _compact(cut, j)
     return out, lengths
 
 
-def opening(processor: Any) -> str:
-    """The begin token, where a tokenizer puts it before every text of its own accord; else nothing."""
+def _compact(batch: Any, i: int) -> dict[str, Any]:
+    """Return example i of a tokenizer's output as arrays of small integers."""
+    example: dict[str, Any] = {"input_ids": np.asarray(batch["input_ids"][i], dtype=np.int32)}
+    if "token_type_ids" in batch:
+        example["token_type_ids"] = np.asarray(batch["token_type_ids"][i], dtype=np.int8)
+    return example
+
+
+def begin_token(processor: Any) -> str:
+    """Return the token that a tokenizer puts before every text by itself, or an empty text where it does not."""
     bos = getattr(processor, "bos_token", None)
     starts = bos is not None and processor("", verbose=False)["input_ids"][:1] == [processor.bos_token_id]
     return str(bos) if starts else ""
 
 
-def _pack(batch: Any, i: int) -> dict[str, Any]:
-    made: dict[str, Any] = {"input_ids": np.asarray(batch["input_ids"][i], dtype=np.int32)}
-    if "token_type_ids" in batch:
-        made["token_type_ids"] = np.asarray(batch["token_type_ids"][i], dtype=np.int8)
-    return made
-
-
-def truncation(lengths: np.ndarray, max_length: int) -> dict[str, Any]:
-    """How many examples were cut, for the notes."""
+def truncation_notes(lengths: np.ndarray, max_length: int) -> dict[str, Any]:
+    """Count the examples that were cut. lengths: tokens [N] before the cut."""
     n = int((lengths > max_length).sum())
     return {"truncated": n, "truncated_share": round(n / max(1, len(lengths)), 4), "max_length": max_length}
 
 
 def pad(columns: Sequence[np.ndarray], value: int) -> Tensor:
-    """Arrays [T_i] as one int64 tensor [N, T], padded on the right to the longest."""
+    """Stack arrays [T_i] into one int64 tensor [N, T], padded on the right with `value` to the longest."""
     import torch
 
     out = np.full((len(columns), max(len(c) for c in columns)), value, dtype=np.int64)
@@ -88,7 +92,7 @@ def pad(columns: Sequence[np.ndarray], value: int) -> Tensor:
 
 
 def collate_tokens(examples: Sequence[dict[str, Any]], processor: Any) -> dict[str, Tensor]:
-    """`input_ids`, `attention_mask`, where there are any `token_type_ids` [N, T], and `example` [N]."""
+    """Stack examples into `input_ids`, `attention_mask`, `token_type_ids` where there are any [N, T], and `example` [N]."""
     import torch
 
     batch = {"input_ids": pad([e["input_ids"] for e in examples], processor.pad_token_id)}
@@ -101,12 +105,12 @@ def collate_tokens(examples: Sequence[dict[str, Any]], processor: Any) -> dict[s
 
 
 def model_inputs(batch: dict[str, Tensor]) -> dict[str, Tensor]:
-    """What of a batch the base itself takes."""
+    """Return the tensors of a batch that a text model's forward pass takes."""
     return {name: batch[name] for name in ("input_ids", "attention_mask", "token_type_ids") if name in batch}
 
 
 def mean_state(model: nn.Module, batch: dict[str, Tensor]) -> Tensor:
-    """Mean over an example's own tokens of the last hidden state, [N, H], in float32 or wider."""
+    """Return the mean last hidden state over the tokens of each example, padding left out: [N, H], float32 or float64."""
     hidden = model(**model_inputs(batch)).last_hidden_state
     hidden = hidden if hidden.dtype.itemsize == 8 else hidden.float()
     mask = batch["attention_mask"].unsqueeze(2).to(hidden.dtype)

@@ -1,4 +1,4 @@
-"""Rows out of a user's own files: csv, tsv, json, jsonl, parquet and plain text, always UTF-8."""
+"""Columns and texts of a user's own files: csv, tsv, json, jsonl, parquet and plain text, always UTF-8."""
 
 from __future__ import annotations
 
@@ -13,48 +13,48 @@ from typing import Any
 
 from lorabench.config.errors import ConfigError
 
-TABLES = (".csv", ".tsv", ".json", ".jsonl", ".ndjson", ".parquet")
-PLAIN = (".txt", ".text", ".md")
-SEPARATORS = {".csv": ",;\t|", ".tsv": "\t,;|"}  # the first that the head of the table has
+TABLE_SUFFIXES = (".csv", ".tsv", ".json", ".jsonl", ".ndjson", ".parquet")
+TEXT_SUFFIXES = (".txt", ".text", ".md")
+SEPARATORS = {".csv": ",;\t|", ".tsv": "\t,;|"}  # the first that occurs in the header line is taken
 _NAMELESS = re.compile(r"Unnamed: \d+")  # pandas' name for a column without one
 
 
 def read_table(file: str, columns: Mapping[str, str], key: str) -> dict[str, list[str]]:
-    """Columns of a table, each value as text ("" where there is none).
+    """Read columns of a table, each value as text, "" where there is none. Returns setting -> values.
 
-    columns: setting -> column, e.g. {"text_column": "text"}; the answer is setting -> values. Spaces around a name in the
-    file's head do not count. key: the setting that named the file. Raises `ConfigError`.
+    columns: setting -> column, such as {"text_column": "text"}; spaces around a name in the header do not count.
+    key: the setting that named the file. Raises `ConfigError`.
     """
     path = _existing(file, key)
-    if path.suffix.lower() not in TABLES:
-        raise ConfigError(key, file, f"a kind of file that is not read here; allowed: {', '.join(TABLES)}")
+    if path.suffix.lower() not in TABLE_SUFFIXES:
+        raise ConfigError(key, file, f"a kind of file that is not read here; allowed: {', '.join(TABLE_SUFFIXES)}")
     table = _parse(path, file, key)
     if not any(table.values()):
         raise ConfigError(key, file, "the file has no rows")
-    bare = {name.strip(): name for name in reversed(table)}
-    found = {setting: column if column in table else bare.get(column.strip()) for setting, column in columns.items()}
-    for setting, name in found.items():
+    stripped = {name.strip(): name for name in reversed(table)}
+    names_of = {s: column if column in table else stripped.get(column.strip()) for s, column in columns.items()}
+    for setting, name in names_of.items():
         if name is None:
             names = ", ".join(n.strip() for n in table if not _NAMELESS.fullmatch(n))
             raise ConfigError(
                 f"{key.rpartition('.')[0]}.{setting}", columns[setting], f"no such column in {file}; allowed: {names}"
             )
     where = key.rpartition(".")[0]
-    return {s: _texts(table[str(name)], f"{where}.{s}", columns[s], file) for s, name in found.items()}
+    return {s: _texts(table[str(name)], f"{where}.{s}", columns[s], file) for s, name in names_of.items()}
 
 
 def read_texts(file: str, key: str) -> dict[str, str]:
-    """Plain texts by name: one file, or every text file of a folder and below. Raises `ConfigError`."""
+    """Read plain texts by name: one file, or every text file of a folder and below. Raises `ConfigError`."""
     root = Path(file).expanduser()
     if root.is_dir():
-        paths = sorted(p for p in root.rglob("*") if p.suffix.lower() in PLAIN and p.is_file())
+        paths = sorted(p for p in root.rglob("*") if p.suffix.lower() in TEXT_SUFFIXES and p.is_file())
         if not paths:
-            raise ConfigError(key, file, f"no text files in this folder; allowed: {', '.join(PLAIN)}")
+            raise ConfigError(key, file, f"no text files in this folder; allowed: {', '.join(TEXT_SUFFIXES)}")
         return {str(p.relative_to(root)): decode(p, key) for p in paths}
     path = _existing(file, key)
-    if path.suffix.lower() not in PLAIN:
-        allowed = f"a kind of file that is not read here; allowed: {', '.join(PLAIN)}, or a folder of them"
-        if path.suffix.lower() in TABLES:
+    if path.suffix.lower() not in TEXT_SUFFIXES:
+        allowed = f"a kind of file that is not read here; allowed: {', '.join(TEXT_SUFFIXES)}, or a folder of them"
+        if path.suffix.lower() in TABLE_SUFFIXES:
             source = key.rpartition(".")[0] + ".source=file"
             allowed += f"; a table is read with {source}, and its text_column or prompt_column and response_column"
         raise ConfigError(key, file, allowed)
@@ -62,7 +62,7 @@ def read_texts(file: str, key: str) -> dict[str, str]:
 
 
 def decode(path: Path, key: str) -> str:
-    """A file's text. Raises `ConfigError` that says where it stops being UTF-8."""
+    """Read a file's text. Raises `ConfigError` that says where it stops being UTF-8."""
     raw = path.read_bytes()
     try:
         return raw.decode("utf-8-sig")
@@ -75,6 +75,7 @@ def decode(path: Path, key: str) -> str:
 
 
 def _existing(file: str, key: str) -> Path:
+    """Return the path of a file that is there and not empty. Raises `ConfigError`."""
     path = Path(file).expanduser()
     if not path.is_file():
         raise ConfigError(key, file, "a folder; name a file in it" if path.is_dir() else "no such file")
@@ -84,7 +85,7 @@ def _existing(file: str, key: str) -> Path:
 
 
 def _parse(path: Path, file: str, key: str) -> dict[str, list[Any]]:
-    """Columns by name. Raises `ConfigError` for what is torn or of another shape."""
+    """Parse a table into columns by name. Raises `ConfigError` where it is torn or no table."""
     suffix = path.suffix.lower()
     text = "" if suffix == ".parquet" else decode(path, key)
     try:
@@ -94,21 +95,24 @@ def _parse(path: Path, file: str, key: str) -> dict[str, list[Any]]:
             table = pd.read_parquet(path).astype(object)  # pandas' own types mark a missing value by their own NA
             return {str(name): column.where(column.notna(), None).tolist() for name, column in table.items()}
         if suffix in SEPARATORS:
-            return _separated(text, _separator(text, SEPARATORS[suffix]))
-        return _objects(json.loads(text) if suffix == ".json" else _lines(text))
+            return _parse_separated(text, _separator(text, SEPARATORS[suffix]))
+        return _columns_of(json.loads(text) if suffix == ".json" else _parse_lines(text))
     except Exception as e:  # pandas and pyarrow raise many kinds of errors for a torn or foreign file
         reason = (str(e).splitlines() or [type(e).__name__])[0]
         raise ConfigError(key, file, f"cannot be read as {suffix[1:]}: {reason}") from e
 
 
 def _separator(text: str, known: str) -> str:
-    """The first of `known` outside quotes in the first line, as spreadsheets write `;` where the comma is decimal."""
+    """Return the first of `known` that stands outside quotes in the first line.
+
+    Spreadsheets write `;` where the comma is decimal.
+    """
     head = re.sub(r'"[^"]*"', "", text.lstrip().partition("\n")[0])
     return next((s for s in known if s in head), known[0])
 
 
-def _separated(text: str, separator: str) -> dict[str, list[Any]]:
-    """Every value stays the text it is: "NA", "007" and "1.0" too."""
+def _parse_separated(text: str, separator: str) -> dict[str, list[Any]]:
+    """Parse separated values. Every value stays the text it is: "NA", "007" and "1.0" too."""
     import pandas as pd
 
     with warnings.catch_warnings():
@@ -121,7 +125,8 @@ def _separated(text: str, separator: str) -> dict[str, list[Any]]:
     return {str(name): column.tolist() for name, column in table.items()}
 
 
-def _lines(text: str) -> list[Any]:
+def _parse_lines(text: str) -> list[Any]:
+    """Parse one JSON value a line. Raises `ValueError` that names the line."""
     out = []
     for number, line in enumerate(text.split("\n"), 1):  # a text may hold other line breaks, such as U+2028
         if line.strip():
@@ -132,8 +137,8 @@ def _lines(text: str) -> list[Any]:
     return out
 
 
-def _objects(rows: Any) -> dict[str, list[Any]]:
-    """A list of objects by column; an object may lack some."""
+def _columns_of(rows: Any) -> dict[str, list[Any]]:
+    """Return a list of objects by column; None where an object lacks one."""
     if not isinstance(rows, list) or not all(isinstance(r, dict) for r in rows):
         raise ValueError("a list of objects is wanted, one a row")
     names = dict.fromkeys(str(name) for r in rows for name in r)
@@ -141,7 +146,7 @@ def _objects(rows: Any) -> dict[str, list[Any]]:
 
 
 def _texts(column: list[Any], key: str, name: str, file: str) -> list[str]:
-    """Cells as text. Raises `ConfigError` where one holds more than a text or a number, as messages of a chat do."""
+    """Return cells as text. Raises `ConfigError` where one holds more than a text or a number, as messages of a chat do."""
     for number, value in enumerate(column, 1):
         if isinstance(value, (list, tuple, dict, set, bytes)) or getattr(value, "shape", None):
             kind = type(value).__name__
@@ -150,7 +155,7 @@ def _texts(column: list[Any], key: str, name: str, file: str) -> list[str]:
 
 
 def _text(value: Any) -> str:
-    """A cell as text: nothing for a missing one (None, NaN), 1 for 1.0."""
+    """Return a cell as text: "" for a missing one (None, NaN), "1" for 1.0."""
     if value is None or isinstance(value, float) and value != value:
         return ""
     if isinstance(value, float) and value.is_integer():

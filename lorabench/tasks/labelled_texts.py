@@ -50,15 +50,11 @@ class LabelledTexts(TextTask):
     def validate(self, key: str) -> None:
         if self.source == "file" and not self.file:
             raise ConfigError(
-                f"{key}.file", self.file, f"a file with a text and a label column ({', '.join(files.TABLES)})"
+                f"{key}.file", self.file, f"a file with a text and a label column ({', '.join(files.TABLE_SUFFIXES)})"
             )
         if self.source == "glue" and self.subset not in sources.GLUE:
             raise ConfigError(f"{key}.subset", self.subset, f"allowed: {', '.join(sources.GLUE)}")
         super().validate(key)
-        if self.val_fraction + self.test_fraction >= 1:
-            raise ConfigError(
-                f"{key}.test_fraction", self.test_fraction, "with val_fraction it must leave rows to train on"
-            )
 
     @property
     def paired(self) -> bool:
@@ -137,7 +133,7 @@ class LabelledTexts(TextTask):
 
     def encode(self, data: TaskData, processor: Any) -> Encoded:
         """Examples {"input_ids", "token_type_ids"?, "example", "group"} by split."""
-        encoding.check_length(self.max_length, processor)
+        encoding.check_max_length(self.max_length, processor)
         splits, lengths, notes = {}, {}, {}
         for name, rows in data.splits.items():
             pairs = [r["pair"] for r in rows] if rows and "pair" in rows[0] else None
@@ -147,7 +143,7 @@ class LabelledTexts(TextTask):
                 for made, row in zip(tokens, rows, strict=True)
             ]
             lengths[name] = [len(t["input_ids"]) for t in tokens]
-            notes[name] = encoding.truncation(full, self.max_length)
+            notes[name] = encoding.truncation_notes(full, self.max_length)
         return Encoded(splits, lengths, {"truncation": notes})
 
 

@@ -20,49 +20,49 @@ LOWER_IS_BETTER = ("loss", "perplexity")
 
 
 def mean_loss(rows: Rows) -> float:
-    """sum(loss_sum) / sum(weight), in float64."""
+    """Return sum(loss_sum) / sum(weight), in float64."""
     return float(rows["loss_sum"].sum(dtype=np.float64) / rows["weight"].sum(dtype=np.float64))
 
 
 def perplexity(loss: float) -> float:
-    """exp(loss); infinite where that overflows."""
+    """Return exp(loss); infinite where that overflows."""
     return math.exp(loss) if loss < 700 else math.inf
 
 
 def accuracy(label: np.ndarray, prediction: np.ndarray) -> float:
-    """Share of equal entries of two [N] arrays."""
+    """Return the share of equal entries of two [N] arrays."""
     return float(np.mean(label == prediction))
 
 
 def confusion(label: np.ndarray, prediction: np.ndarray) -> np.ndarray:
-    """[C, C] counts over the classes that occur; rows are labels."""
+    """Count pairs of label (rows) and prediction (columns): [C, C] over the classes that occur in either."""
     classes, codes = np.unique(np.concatenate([label, prediction]), return_inverse=True)
     n = len(classes)
-    true, said = codes[: len(label)], codes[len(label) :]
-    return np.bincount(true * n + said, minlength=n * n).reshape(n, n)
+    labels, predictions = codes[: len(label)], codes[len(label) :]
+    return np.bincount(labels * n + predictions, minlength=n * n).reshape(n, n)
 
 
 def macro_f1(label: np.ndarray, prediction: np.ndarray) -> float:
-    """Unweighted mean of the classes' F1 over the classes that occur; a class never met nor said has none."""
+    """Return the unweighted mean F1 over the classes that occur as a label or a prediction."""
     table = confusion(label, prediction)
     hits = np.diag(table)
     return float(np.mean(2 * hits / (table.sum(0) + table.sum(1))))
 
 
 def mcc(label: np.ndarray, prediction: np.ndarray) -> float:
-    """Matthews correlation for any number of classes (Gorodkin 2004, R_K); 0 where it is undefined."""
+    """Return Matthews correlation for any number of classes (Gorodkin 2004, R_K); 0 where it is undefined."""
     table = confusion(label, prediction).astype(np.float64)
-    said, true, n = table.sum(0), table.sum(1), table.sum()
-    above = np.trace(table) * n - said @ true
-    below = (n**2 - said @ said) * (n**2 - true @ true)
-    return float(above / math.sqrt(below)) if below > 0 else 0.0
+    predicted, true, n = table.sum(0), table.sum(1), table.sum()
+    covariance = np.trace(table) * n - predicted @ true
+    variances = (n**2 - predicted @ predicted) * (n**2 - true @ true)
+    return float(covariance / math.sqrt(variances)) if variances > 0 else 0.0
 
 
 def load_metric(spec: str, key: str) -> tuple[str, Metric]:
-    """A user's own metric, `my_metrics.py:function`: its name and the function. Runs that file.
+    """Load a user's own metric, `my_metrics.py:function`. Runs that file; returns the function's name and the function.
 
-    The function takes the rows ({name: [N] array}) and returns a number; an attribute `lower_is_better = True` on it
-    turns the comparison round. Raises `ConfigError`.
+    The function takes the rows ({name: [N] array}) and returns a number. An attribute `lower_is_better = True` on it says
+    that less is better. Raises `ConfigError`.
     """
     file, _, name = spec.rpartition(":")
     path = Path(file).expanduser().resolve()
@@ -70,21 +70,22 @@ def load_metric(spec: str, key: str) -> tuple[str, Metric]:
         raise ConfigError(key, spec, "a Python file and a function in it, such as my_metrics.py:function")
     if path.suffix != ".py" or not path.is_file():
         raise ConfigError(key, spec, f"no such .py file: {file}")
-    function = getattr(_module(path, key, spec), name, None)
+    function = getattr(_import_file(path, key, spec), name, None)
     if not callable(function):
         raise ConfigError(key, spec, f"{file} defines no function named {name}")
     return name, function
 
 
-def _module(path: Path, key: str, spec: str) -> Any:
+def _import_file(path: Path, key: str, spec: str) -> Any:
+    """Import a user's file, once for each content of it. Raises `ConfigError` where it does not import."""
     digest = hashlib.sha256(str(path).encode() + path.read_bytes()).hexdigest()[:16]
     name = f"lorabench_metric_{digest}"
     if name not in sys.modules:
-        found = importlib.util.spec_from_file_location(name, path)
-        assert found and found.loader
-        sys.modules[name] = module = importlib.util.module_from_spec(found)
+        module_spec = importlib.util.spec_from_file_location(name, path)
+        assert module_spec and module_spec.loader
+        sys.modules[name] = module = importlib.util.module_from_spec(module_spec)
         try:
-            found.loader.exec_module(module)
+            module_spec.loader.exec_module(module)
         except Exception as e:
             del sys.modules[name]
             raise ConfigError(key, spec, f"the file does not import: {type(e).__name__}: {e}") from e
@@ -92,7 +93,7 @@ def _module(path: Path, key: str, spec: str) -> Any:
 
 
 def extra(specs: Sequence[str], rows: Rows, key: str) -> dict[str, float]:
-    """The user's own metrics of these rows. Raises `ConfigError` when one fails or returns no number."""
+    """Compute the user's own metrics of these rows. Raises `ConfigError` where one fails or returns no number."""
     out = {}
     for spec in specs:
         name, function = load_metric(spec, key)
@@ -114,11 +115,11 @@ def check_metrics(metric: str, own: Sequence[str], specs: Sequence[str], key: st
 
 
 def names(own: Sequence[str], specs: Sequence[str], key: str) -> tuple[str, ...]:
-    """Names of all metrics: the task's own, then the user's."""
+    """Return the names of all metrics: the task's own, then the user's."""
     return (*own, *(load_metric(spec, key)[0] for spec in specs))
 
 
 def lower_is_better(specs: Sequence[str], key: str) -> tuple[str, ...]:
-    """Names of the metrics of which less is better, the user's included."""
+    """Return the names of the metrics of which less is better, the user's included."""
     loaded = (load_metric(spec, key) for spec in specs)
     return LOWER_IS_BETTER + tuple(name for name, function in loaded if getattr(function, "lower_is_better", False))

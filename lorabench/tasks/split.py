@@ -1,4 +1,4 @@
-"""Which rows are trained on, validated and tested: decided by their content, never by their order or a generator."""
+"""Which rows train, validate and test. Their content decides, never their order or a random generator."""
 
 from __future__ import annotations
 
@@ -11,40 +11,43 @@ from typing import Any
 from lorabench.config.contracts.task import SPLITS, Row, Task
 from lorabench.config.errors import ConfigError
 
-WORDLESS = re.compile(r"[\W_]+")
-TWEET = re.compile(r"(?:https?://|www\.)\S+|(?<!\w)@\w+|^\W*rt\b(?=\s*@)")
-CUT_ADDRESS, QUOTED = re.compile(r" h(?:t(?:t(?:ps?)?)?)?$"), re.compile(r"\brt\b\W*@\w+")
-NEAR = 50  # characters that tell near-duplicate tweets from others
-TOP = 2**63
+NON_WORD = re.compile(r"[\W_]+")
+ADDRESS_OR_NAME = re.compile(r"(?:https?://|www\.)\S+|(?<!\w)@\w+|^\W*rt\b(?=\s*@)")  # a leading RT, too
+CUT_ADDRESS = re.compile(r" h(?:t(?:t(?:ps?)?)?)?$")  # what is left of an address at the end of a cut tweet
+RETWEET_OF = re.compile(r"\brt\b\W*@\w+")
+GROUP_CHARACTERS = 50  # near-duplicate tweets share this many at their beginning
+HASH_RANGE = 2**63
 
 
 def content_hash(*parts: str) -> int:
-    """A number below 2**63 that depends on the texts alone (SHA-256)."""
+    """Return a number below 2**63 that depends on the texts alone (SHA-256)."""
     data = b"\x1f".join(p.encode("utf-8", "surrogatepass") for p in parts)
     return int.from_bytes(hashlib.sha256(data).digest()[:8], "big") >> 1
 
 
 def plain_key(text: str) -> str:
-    """What two texts must share to be duplicates: everything but case and white space."""
+    """Return the text without case and surplus white space; texts with equal keys are duplicates."""
     return " ".join(text.casefold().split())
 
 
 def tweet_key(text: str) -> str:
-    """As `plain_key`, also without addresses (cut ones too), @names, a leading RT and punctuation: a retweet equals its
-    original."""
-    words = WORDLESS.sub(" ", TWEET.sub(" ", text.casefold())).strip()
+    """Return a tweet without case, punctuation, addresses, @names and a leading RT: a retweet equals its original.
+
+    Addresses that were cut at the end of a tweet go, too. A tweet with nothing else keeps its `plain_key`.
+    """
+    words = NON_WORD.sub(" ", ADDRESS_OR_NAME.sub(" ", text.casefold())).strip()
     return CUT_ADDRESS.sub("", words) or plain_key(text)
 
 
 def tweet_group(text: str) -> str:
-    """What near-duplicates share: the first words of the tweet, or of the tweet it quotes (RT @name ...)."""
-    *_, quoted = QUOTED.split(text.casefold())
+    """Return the first words of a tweet, or of the tweet it quotes (RT @name ...). Near-duplicates share them."""
+    *_, quoted = RETWEET_OF.split(text.casefold())
     quoted = tweet_key(quoted)
-    return (quoted if len(quoted) >= NEAR else tweet_key(text))[:NEAR]
+    return (quoted if len(quoted) >= GROUP_CHARACTERS else tweet_key(text))[:GROUP_CHARACTERS]
 
 
 def identify(rows: Iterable[Row], fields: Sequence[str]) -> list[Row]:
-    """Give each row its id `example`: the hash of its fields; equal rows are told apart by their number."""
+    """Return the rows with their id, "example": a hash of `fields`, and of a number where rows are equal."""
     seen: Counter[int] = Counter()
     out = []
     for row in rows:
@@ -56,10 +59,10 @@ def identify(rows: Iterable[Row], fields: Sequence[str]) -> list[Row]:
 
 
 def deduplicate(rows: Sequence[Row], key: Callable[[Row], str]) -> tuple[list[Row], dict[str, int]]:
-    """One row of each group of equal `key`: of its commonest label, and of those the one of the smallest id.
+    """Keep one row of each group of equal `key`: one of the commonest label, and of those the one of the smallest id.
 
-    Rows of an official validation or test split all stay, so that results remain comparable with published ones;
-    rows to train on that equal one of them go.
+    Rows of an official validation or test split all stay, so that results remain comparable with published ones. A row
+    to train on that equals one of them is removed. Returns the rows and counts for the notes.
     """
     groups: dict[str, list[Row]] = {}
     for row in rows:
@@ -82,10 +85,10 @@ def deduplicate(rows: Sequence[Row], key: Callable[[Row], str]) -> tuple[list[Ro
 def split_rows(
     rows: Sequence[Row], group: Callable[[Row], str], *, val_fraction: float, test_fraction: float
 ) -> dict[str, list[Row]]:
-    """Rows by split. A row's own "split" holds; where it has none the hash of its group decides, so that a group never
-    falls apart, a row keeps its split when others come or go, and no order matters. Each split is sorted by id hash.
+    """Return rows by split, each sorted by a hash of the ids.
 
-    Where some rows are marked as a split (an official test), the others are not sent there.
+    A row that names its "split" goes there. For the others the hash of their group decides: a group is never divided, and a
+    row keeps its split when others come or go. A split that some rows name gets no others.
     """
     marked = {row.get("split") for row in rows}
     test = 0.0 if "test" in marked else test_fraction
@@ -94,10 +97,10 @@ def split_rows(
     for row in rows:
         split = row.get("split")
         if split in (None, "train"):
-            u = content_hash("split", group(row)) / TOP
+            u = content_hash("split", group(row)) / HASH_RANGE
             split = "test" if u < test else "val" if u < test + val else "train"
         out[split].append(row)
-    return {name: sorted(found, key=_order) for name, found in out.items()}
+    return {name: sorted(members, key=_order) for name, members in out.items()}
 
 
 def _order(row: Row) -> tuple[int, int]:
@@ -105,7 +108,10 @@ def _order(row: Row) -> tuple[int, int]:
 
 
 def take(rows: Sequence[Any], n: int | None, key: str) -> list[Any]:
-    """The first `n` by hash: a smaller subset lies inside a larger one. Raises `ConfigError` when there are fewer."""
+    """Return the first n rows, so that a smaller subset lies inside a larger one; None: all.
+
+    key: the setting that n comes from. Raises `ConfigError` where there are fewer.
+    """
     if n is not None and n > len(rows):
         raise ConfigError(key, n, f"at most {len(rows)}, as many as there are; null takes all")
     return list(rows[:n])
@@ -133,7 +139,7 @@ def check_not_empty(splits: dict[str, list[Any]], task: Task) -> None:
 
 
 def fingerprint(splits: dict[str, list[Row]]) -> str:
-    """SHA-256 over the ids of every split, whatever the order of the rows."""
+    """Return the SHA-256 of the ids of every split. It does not depend on the order of the rows."""
     total = hashlib.sha256()
     for name, rows in sorted(splits.items()):
         total.update(name.encode())

@@ -372,7 +372,7 @@ def lm_batch(pairs_file: str, tokenizer: Any, n: int = 6) -> tuple[LanguageModel
 def test_language_modelling_loss_equals_transformers(
     pairs_file: str, chat_tokenizer: Any, decoder: Any, chunk: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("lorabench.tasks.token_loss.CHUNK", chunk)
+    monkeypatch.setattr("lorabench.tasks.token_loss.MAX_CHUNK_LOGITS", chunk)
     task, batch = lm_batch(pairs_file, chat_tokenizer)
     model = decoder.model.requires_grad_(True)
     model.zero_grad()

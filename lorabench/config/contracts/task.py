@@ -111,6 +111,9 @@ class Task(Component, ABC):
 
     def validate(self, key: str) -> None:
         """Check settings against each other. key: the section's dotted name, such as "task". Raises `ConfigError`."""
+        if self.val_fraction + self.test_fraction >= 1:
+            allowed = "with val_fraction it must leave rows to train on"
+            raise ConfigError(f"{key}.test_fraction", self.test_fraction, allowed)
         if self.probe_along and not self.probe:
             raise ConfigError(f"{key}.probe_along", True, f"false without {key}.probe")
 
