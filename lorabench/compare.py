@@ -8,9 +8,11 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from lorabench.config.errors import ConfigError
+from lorabench.runtime.command import command
 from lorabench.runtime.files import atomic_write
 
 
+@command
 def main(argv: Sequence[str] | None = None) -> int:
     """Exit 0: compared; 1: shown, but the sweeps are not comparable; 2: bad input, nothing written."""
     parser = argparse.ArgumentParser(
@@ -28,15 +30,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     from lorabench.report.compare import compare
     from lorabench.results.sweep import load
 
-    try:
-        made = compare(load(args.a), load(args.b))
-        if args.out is not None:
-            if args.out.is_dir():
-                raise ConfigError("--out", str(args.out), "a file; this is a directory")
-            atomic_write(args.out, faces.markdown(made))
-    except (ConfigError, OSError) as e:
-        print(f"error: {e}", file=sys.stderr)
-        return 2
+    made = compare(load(args.a), load(args.b))
+    if args.out is not None:
+        if args.out.is_dir():
+            raise ConfigError("--out", str(args.out), "a file; this is a directory")
+        atomic_write(args.out, faces.markdown(made))
     console = Console()
     for part in faces.terminal(made):
         console.print(part)

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from lorabench.config.errors import ConfigError
+from lorabench.runtime.command import command
 from lorabench.runtime.files import check_free, written_whole
 
 if TYPE_CHECKING:
@@ -165,16 +166,12 @@ def _flat(value: Mapping[str, Any], prefix: str = "") -> list[tuple[str, Any]]:
     return rows
 
 
-def main(argv: Sequence[str] | None = None) -> int:
+@command
+def main(argv: Sequence[str] | None = None) -> None:
     """Exit 0: written; 2: bad input, nothing written."""
     args = parser().parse_args(argv)
-    try:
-        for line in export(args.run, args.out, merged=args.merged, dtype=args.dtype):
-            print(line)
-    except (ConfigError, OSError) as e:
-        print(f"error: {e}", file=sys.stderr)
-        return 2
-    return 0
+    for line in export(args.run, args.out, merged=args.merged, dtype=args.dtype):
+        print(line)
 
 
 if __name__ == "__main__":

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from lorabench.config.errors import ConfigError
+from lorabench.runtime.command import command
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -165,24 +166,20 @@ def _texts(arguments: Sequence[str]) -> list[str]:
     return texts
 
 
-def main(argv: Sequence[str] | None = None) -> int:
+@command
+def main(argv: Sequence[str] | None = None) -> None:
     """Exit 0: answered; 2: bad input."""
     args = parser().parse_args(argv)
-    try:
-        for name in ("top", "max_new_tokens"):
-            if getattr(args, name) < 1:
-                raise ConfigError("--" + name.replace("_", "-"), getattr(args, name), "at least 1")
-        from lorabench.training.saved import open_run
+    for name in ("top", "max_new_tokens"):
+        if getattr(args, name) < 1:
+            raise ConfigError("--" + name.replace("_", "-"), getattr(args, name), "at least 1")
+    from lorabench.training.saved import open_run
 
-        saved = open_run(args.run)
-        answers = predict(saved, _texts(args.text), max_new_tokens=args.max_new_tokens)
-    except (ConfigError, OSError) as e:
-        print(f"error: {e}", file=sys.stderr)
-        return 2
+    saved = open_run(args.run)
+    answers = predict(saved, _texts(args.text), max_new_tokens=args.max_new_tokens)
     from rich.console import Console
 
     Console().print(table(saved, answers, top=args.top))
-    return 0
 
 
 if __name__ == "__main__":

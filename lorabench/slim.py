@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from lorabench.config.errors import ConfigError
+from lorabench.runtime.command import command
 from lorabench.runtime.files import check_free, written_whole
 from lorabench.store import arrays as columns
 from lorabench.store.integrity import damaged
@@ -87,15 +88,11 @@ def _thin(rows: Sequence[Mapping[str, Any]], every: int) -> str:
     return "".join(json.dumps(row) + "\n" for row in kept)
 
 
-def main(argv: Sequence[str] | None = None) -> int:
+@command
+def main(argv: Sequence[str] | None = None) -> None:
     """Exit code 0; 2 for bad input."""
     args = parser().parse_args(argv)
-    try:
-        print(slim(args.sweep, args.out, every=args.every))
-    except ConfigError as e:
-        print(f"error: {e}", file=sys.stderr)
-        return 2
-    return 0
+    print(slim(args.sweep, args.out, every=args.every))
 
 
 if __name__ == "__main__":

@@ -13,6 +13,7 @@ from typing import Any
 
 from lorabench.clusters import job as jobs
 from lorabench.config.errors import ConfigError
+from lorabench.runtime.command import command
 from lorabench.runtime.leases import Held
 from lorabench.store import checkpoints
 from lorabench.store.records import Record, Store
@@ -229,16 +230,11 @@ def parser() -> argparse.ArgumentParser:
     return p
 
 
+@command
 def main(argv: Sequence[str] | None = None) -> int:
     """Exit code 0; 1 where runs failed; 2 for bad input."""
     args = parser().parse_args(argv)
-    try:
-        found = _watch(args.sweep) if args.live else read(args.sweep)
-    except (ConfigError, OSError) as e:
-        print(f"error: {e}", file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
-        return 130
+    found = _watch(args.sweep) if args.live else read(args.sweep)
     if not args.live:
         print("\n".join(lines(found)))
     return 1 if found.failed else 0

@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from lorabench.config.errors import ConfigError
+from lorabench.runtime.command import command
 from lorabench.store.records import Record, Store
 from lorabench.trackers.wandb import report as wandb_report
 from lorabench.trackers.wandb import runs as wb
@@ -110,23 +111,20 @@ def _bar(total: int) -> Iterator[Any]:
         yield lambda: bars.advance(task)
 
 
-def main(argv: Sequence[str] | None = None) -> int:
+@command
+def main(argv: Sequence[str] | None = None) -> int | None:
     """Exit code 0: all is at W&B; 1: something did not arrive; 2: bad input, no key, or a server that does not answer."""
     args = parser().parse_args(argv)
     for key, value in wb.QUIET.items():
         os.environ.setdefault(key, value)
-    try:
-        to = target(args.sweep, project=args.project, entity=args.entity, artifacts=args.artifacts)
-        assert to.server is not None
-        if not args.dry_run:
-            _wait_for_mirror(to)
-        where = f"{to.server.url}, {to.server.entity()}/{to.project}"
-        records = to.store.records()
-        tables = _tables(args.sweep)
-        found = lacks(to, records, tables["verdicts"])
-    except (ConfigError, OSError) as e:
-        print(f"error: {e}", file=sys.stderr)
-        return 2
+    to = target(args.sweep, project=args.project, entity=args.entity, artifacts=args.artifacts)
+    assert to.server is not None
+    if not args.dry_run:
+        _wait_for_mirror(to)
+    where = f"{to.server.url}, {to.server.entity()}/{to.project}"
+    records = to.store.records()
+    tables = _tables(args.sweep)
+    found = lacks(to, records, tables["verdicts"])
     todo = [lack for lack in found if not lack.nothing]
     report = args.report or Path("reports", to.sweep)
     print(f"{to.sweep} at {where}: {_counted(found)}")

@@ -18,6 +18,7 @@ import numpy as np
 
 from lorabench.adopt.sources import check_share, from_folders, from_table
 from lorabench.config.errors import ConfigError
+from lorabench.runtime.command import command
 from lorabench.store.records import Store
 
 COLUMNS = ("correct", "loss", "weight", "label", "prediction")
@@ -172,15 +173,11 @@ def _finite(name: str, text: str) -> float:
     return value
 
 
-def main(argv: Sequence[str] | None = None) -> int:
+@command
+def main(argv: Sequence[str] | None = None) -> None:
     """Exit code 0, or 2 with one line for bad input and nothing written."""
     args = parser().parse_args(argv)
-    try:
-        print(attach(args) if args.attach else adopt(args))
-    except (ConfigError, OSError) as e:
-        print(f"error: {e}", file=sys.stderr)
-        return 2
-    return 0
+    print(attach(args) if args.attach else adopt(args))
 
 
 if __name__ == "__main__":

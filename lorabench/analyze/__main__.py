@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from lorabench.config.errors import ConfigError
+from lorabench.runtime.command import command
 
 if TYPE_CHECKING:
     pass
@@ -39,7 +39,8 @@ def parser() -> argparse.ArgumentParser:
 # -- the face ------------------------------------------------------------------------------------------------------------
 
 
-def main(argv: Sequence[str] | None = None) -> int:
+@command
+def main(argv: Sequence[str] | None = None) -> None:
     """Exit 0: written; 2: bad input."""
     args = parser().parse_args(argv)
     from rich.console import Console
@@ -51,16 +52,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     from lorabench.results import weights as analysis
 
     asked, console = Asked(tuple(args.cells), tuple(args.layers), args.intruders), Console(stderr=True)
-    try:
-        with Progress(console=console, transient=True, disable=not console.is_terminal) as bar:
-            task = bar.add_task("layers", total=None)
-            doc = analyze(args.sweep, asked, lambda done, total: bar.update(task, completed=done, total=total))
-    except (ConfigError, OSError) as e:
-        print(f"error: {e}", file=sys.stderr)
-        return 2
+    with Progress(console=console, transient=True, disable=not console.is_terminal) as bar:
+        task = bar.add_task("layers", total=None)
+        doc = analyze(args.sweep, asked, lambda done, total: bar.update(task, completed=done, total=total))
     Console().print(faces.rich_table(weights.table(weights.tidy(analysis.parse(doc)))))
     print(f"analysis: {args.sweep / FILE}")
-    return 0
 
 
 if __name__ == "__main__":

@@ -8,11 +8,13 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from lorabench.config.errors import ConfigError
+from lorabench.runtime.command import command
 from lorabench.runtime.files import atomic_write
 from lorabench.store.records import dump_json
 
 
-def main(argv: Sequence[str] | None = None) -> int:
+@command
+def main(argv: Sequence[str] | None = None) -> None:
     """Exit 0: judged, whatever the verdicts; 2: bad input, nothing written."""
     parser = argparse.ArgumentParser(
         prog="python -m lorabench.claims",
@@ -27,18 +29,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     from lorabench.claims.judge import judge, rows, table
     from lorabench.results.sweep import load
 
-    try:
-        sweep = load(args.sweep)
-        verdicts = judge(sweep)
-        if args.json is not None:
-            if args.json.is_dir():
-                raise ConfigError("--json", str(args.json), "a file; this is a directory")
-            atomic_write(args.json, dump_json({"sweep": sweep.name, "claims": rows(verdicts)}))
-    except (ConfigError, OSError) as e:
-        print(f"error: {e}", file=sys.stderr)
-        return 2
+    sweep = load(args.sweep)
+    verdicts = judge(sweep)
+    if args.json is not None:
+        if args.json.is_dir():
+            raise ConfigError("--json", str(args.json), "a file; this is a directory")
+        atomic_write(args.json, dump_json({"sweep": sweep.name, "claims": rows(verdicts)}))
     Console().print(table(sweep.name, verdicts))
-    return 0
 
 
 if __name__ == "__main__":

@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from lorabench.config.errors import ConfigError
+from lorabench.runtime.command import command
 
 if TYPE_CHECKING:
     pass
@@ -42,7 +42,8 @@ def parser() -> argparse.ArgumentParser:
 # -- the face ------------------------------------------------------------------------------------------------------------
 
 
-def main(argv: Sequence[str] | None = None) -> int:
+@command
+def main(argv: Sequence[str] | None = None) -> None:
     """Exit 0: written; 2: bad input."""
     args = parser().parse_args(argv)
     from rich.console import Console
@@ -52,21 +53,16 @@ def main(argv: Sequence[str] | None = None) -> int:
     from lorabench.report.sections import costs as face
 
     asked, console = Asked(tuple(args.cells), args.repeats, args.again), Console(stderr=True)
-    try:
-        with Progress(console=console, transient=True, disable=not console.is_terminal) as bar:
-            task = bar.add_task("costs", total=None)
+    with Progress(console=console, transient=True, disable=not console.is_terminal) as bar:
+        task = bar.add_task("costs", total=None)
 
-            def tick(cell: str, done: int, total: int) -> None:
-                bar.update(task, description=cell, completed=done, total=total)
+        def tick(cell: str, done: int, total: int) -> None:
+            bar.update(task, description=cell, completed=done, total=total)
 
-            doc = costs(args.sweep, asked, tick)
-    except (ConfigError, OSError) as e:
-        print(f"error: {e}", file=sys.stderr)
-        return 2
+        doc = costs(args.sweep, asked, tick)
     for made in face.tables(face.parse(doc)):
         Console().print(faces.rich_table(made))
     print(f"costs: {args.sweep / FILE}")
-    return 0
 
 
 if __name__ == "__main__":

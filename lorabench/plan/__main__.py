@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from lorabench.config.errors import ConfigError
+from lorabench.runtime.command import command
 
 if TYPE_CHECKING:
     from lorabench.launch.listing import Listing
@@ -246,24 +247,20 @@ def _joined(values: Iterable[Any]) -> str:
     return ", ".join(sorted(map(str, values)))
 
 
-def main(argv: Sequence[str] | None = None) -> int:
+@command
+def main(argv: Sequence[str] | None = None) -> None:
     """Exit 0: printed; 2: bad input, nothing written."""
     args = parser().parse_intermixed_args(argv)
     os.environ.setdefault("GOMP_SPINCOUNT", "10000")  # as for the sweep itself (`__main__`): it is what is timed
-    try:
-        found = plan(args)
-        if args.json:
-            from lorabench.runtime.files import atomic_write
-            from lorabench.store.records import dump_json
+    found = plan(args)
+    if args.json:
+        from lorabench.runtime.files import atomic_write
+        from lorabench.store.records import dump_json
 
-            atomic_write(args.json, dump_json(found))
-    except (ConfigError, OSError) as e:
-        print(f"error: {e}", file=sys.stderr)
-        return 2
+        atomic_write(args.json, dump_json(found))
     from lorabench.plan.table import show
 
     show(found)
-    return 0
 
 
 if __name__ == "__main__":

@@ -8,9 +8,11 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from lorabench.config.errors import ConfigError
+from lorabench.runtime.command import command
 
 
-def main(argv: Sequence[str] | None = None) -> int:
+@command
+def main(argv: Sequence[str] | None = None) -> None:
     """Exit code 0, or 2 with one line for bad input."""
     parser = argparse.ArgumentParser(
         prog="python -m lorabench.report",
@@ -32,24 +34,17 @@ def main(argv: Sequence[str] | None = None) -> int:
     from lorabench.report import render
     from lorabench.results.sweep import Other
 
-    try:
-        if args.lower_is_better and args.metric is None:
-            raise ConfigError(
-                "--lower-is-better", True, "with --metric: of the declared metric the study's task says it"
-            )
-        other = None if args.metric is None else Other(args.metric, args.lower_is_better)
-        declared = args.margin is None and other is None
-        name = args.sweep.resolve().name + ("" if declared else "-post-hoc")  # never over the declared report
-        out = args.out or Path("reports", name)
-        made = render(args.sweep, out, title=args.title, margin=args.margin, metric=other)
-    except (ConfigError, OSError) as e:
-        print(f"error: {e}", file=sys.stderr)
-        return 2
+    if args.lower_is_better and args.metric is None:
+        raise ConfigError("--lower-is-better", True, "with --metric: of the declared metric the study's task says it")
+    other = None if args.metric is None else Other(args.metric, args.lower_is_better)
+    declared = args.margin is None and other is None
+    name = args.sweep.resolve().name + ("" if declared else "-post-hoc")  # never over the declared report
+    out = args.out or Path("reports", name)
+    made = render(args.sweep, out, title=args.title, margin=args.margin, metric=other)
     print(made.lead)
     for warning in made.warnings:
         print(f"- {warning}")
     print(f"report: {made.out / 'report.html'}")
-    return 0
 
 
 if __name__ == "__main__":

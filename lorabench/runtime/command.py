@@ -1,0 +1,37 @@
+"""The frame of a command: what its errors print, and with which exit code it ends."""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Callable, Sequence
+from functools import wraps
+
+from lorabench.config.errors import ConfigError
+
+Main = Callable[[Sequence[str] | None], int | None]
+
+
+def command(main: Main) -> Callable[..., int]:
+    """Turn a command's `main(argv)` into one that returns an exit code instead of raising.
+
+    0, or what `main` returns; 2 for bad input and files that cannot be read or written, with one line on stderr that starts
+    with `error:`; 130 for Ctrl-C. Where nobody reads the output any more, it is 1 and nothing is said.
+    """
+
+    @wraps(main)
+    def run(argv: Sequence[str] | None = None) -> int:
+        try:
+            return main(argv) or 0
+        except BrokenPipeError:
+            os.dup2(
+                os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno()
+            )  # else the interpreter's last flush says it again
+            return 1
+        except (ConfigError, OSError) as e:
+            print(f"error: {e}", file=sys.stderr)
+            return 2
+        except KeyboardInterrupt:
+            return 130
+
+    return run
