@@ -16,7 +16,8 @@ import pytest
 from fixtures import runs as tiny
 from lorabench.config.contracts.task import Encoded, TaskData
 from lorabench.models.build import load_tokenizer
-from lorabench.tasks import cache as ec
+from lorabench.tasks import cache
+from lorabench.tasks.cache import encode_cached
 from lorabench.tasks.causal_lm import Config as LanguageModelling
 from lorabench.tasks.text_classification import Config as Classification
 from lorabench.training import preparation as prepare
@@ -96,7 +97,7 @@ def test_what_is_read_equals_what_was_encoded(
 ) -> None:
     task = make_task(kind, tmp_path)
     data, counted = task.load(), Counted(task, monkeypatch)
-    made, read = (ec.encode_cached(task, MODEL, data, processor) for _ in range(2))
+    made, read = (encode_cached(task, MODEL, data, processor) for _ in range(2))
     assert counted.calls == 1
     assert all(made.splits.values())
     assert made is not read
@@ -113,11 +114,13 @@ def test_every_process_but_the_first_reads(tmp_path: Path, root: Path, monkeypat
     prepare._prepared.clear()  # as in another process
     same(made, prepare.prepare(run).encoded)
     assert counted.calls == 1
-    assert [sorted(f.name for f in entry.iterdir()) for entry in root.iterdir()] == [[ec.ARRAYS, ec.NOTES]]
+    assert [sorted(f.name for f in entry.iterdir()) for entry in root.iterdir()] == [
+        [cache.ARRAYS_FILE, cache.NOTES_FILE]
+    ]
 
 
 def test_the_key_covers_what_examples_depend_on(
-    tmp_path: Path, processor: Any, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, root: Path, processor: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     task = make_task("single", tmp_path)
     data = task.load()
@@ -125,32 +128,29 @@ def test_the_key_covers_what_examples_depend_on(
     processor.save_pretrained(folder)
     (folder / "model.safetensors").write_bytes(b"weights")
 
-    def key(task: Any = task, data: TaskData = data) -> Path | None:
-        return ec._entry(task, MODEL, data, load_tokenizer(folder))
+    def entries(task: Any = task, data: TaskData = data) -> int:
+        """How many entries there are once these examples are cached."""
+        encode_cached(task, MODEL, data, load_tokenizer(folder))
+        return len(list(root.iterdir()))
 
-    first = key()
-    found = {
-        first,
-        key(task=dataclasses.replace(task, max_length=11)),
-        key(data=dataclasses.replace(data, fingerprint="another")),
-        key(data=dataclasses.replace(data, label_names=("z", "y", "x"))),
-    }
+    assert entries() == 1
+    assert entries(task=dataclasses.replace(task, max_length=11)) == 2
+    assert entries(data=dataclasses.replace(data, fingerprint="another")) == 3
+    assert entries(data=dataclasses.replace(data, label_names=("z", "y", "x"))) == 4
     (folder / "model.safetensors").write_bytes(b"other weights")
-    assert key() == first  # weights do not count
+    assert entries() == 4, "weights do not count"
     (folder / "chat_template.jinja").write_text("{{ strftime_now('%d') }}")
-    found.add(key())
-    monkeypatch.setattr(ec, "date", SimpleNamespace(today=lambda: SimpleNamespace(isoformat=lambda: "another day")))
-    found.add(key())
+    assert entries() == 5
+    monkeypatch.setattr(cache, "date", SimpleNamespace(today=lambda: SimpleNamespace(isoformat=lambda: "another day")))
+    assert entries() == 6
     tokens = json.loads((folder / "tokenizer.json").read_text())
     tokens["normalizer"] = None
     (folder / "tokenizer.json").write_text(json.dumps(tokens))
-    found.add(key())
-    monkeypatch.setattr(ec, "code_fingerprint", lambda: "another")
-    found.add(key())
-    monkeypatch.setattr(ec.metadata, "version", lambda name: "another")
-    found.add(key())
-    assert len(found) == 9
-    assert None not in found
+    assert entries() == 7
+    monkeypatch.setattr(cache, "code_fingerprint", lambda: "another")
+    assert entries() == 8
+    monkeypatch.setattr(cache.metadata, "version", lambda name: "another")
+    assert entries() == 9
 
 
 def test_code_of_the_users_own_and_processors_without_files_are_not_cached(
@@ -167,7 +167,7 @@ def test_code_of_the_users_own_and_processors_without_files_are_not_cached(
     ):
         other = load_tokenizer(tiny.minilm_folder())
         other.name_or_path = name
-        ec.encode_cached(of, model, data, other)
+        encode_cached(of, model, data, other)
     assert counted.calls == 4
     assert not root.exists()
 
@@ -175,16 +175,16 @@ def test_code_of_the_users_own_and_processors_without_files_are_not_cached(
 @pytest.mark.parametrize(
     "damage",
     [
-        lambda e: (e / ec.ARRAYS).write_bytes((e / ec.ARRAYS).read_bytes()[:-50]),
-        lambda e: (e / ec.ARRAYS).write_bytes(b""),
-        lambda e: (e / ec.ARRAYS).unlink(),
-        lambda e: np.savez(e / ec.ARRAYS, np.arange(3)),  # whole, but another's
-        lambda e: (e / ec.NOTES).write_text((e / ec.NOTES).read_text()[:-50]),
-        lambda e: (e / ec.NOTES).write_bytes(b"\xff\x00"),
-        lambda e: (e / ec.NOTES).write_text("[]"),
-        lambda e: (e / ec.NOTES).write_text((e / ec.NOTES).read_text().replace(e.name, "0" * 64)),
-        lambda e: (e / ec.NOTES).write_text((e / ec.NOTES).read_text().replace('"input_ids", ', "")),
-        lambda e: (e / ec.NOTES).unlink(),
+        lambda e: (e / cache.ARRAYS_FILE).write_bytes((e / cache.ARRAYS_FILE).read_bytes()[:-50]),
+        lambda e: (e / cache.ARRAYS_FILE).write_bytes(b""),
+        lambda e: (e / cache.ARRAYS_FILE).unlink(),
+        lambda e: np.savez(e / cache.ARRAYS_FILE, np.arange(3)),  # whole, but another's
+        lambda e: (e / cache.NOTES_FILE).write_text((e / cache.NOTES_FILE).read_text()[:-50]),
+        lambda e: (e / cache.NOTES_FILE).write_bytes(b"\xff\x00"),
+        lambda e: (e / cache.NOTES_FILE).write_text("[]"),
+        lambda e: (e / cache.NOTES_FILE).write_text((e / cache.NOTES_FILE).read_text().replace(e.name, "0" * 64)),
+        lambda e: (e / cache.NOTES_FILE).write_text((e / cache.NOTES_FILE).read_text().replace('"input_ids", ', "")),
+        lambda e: (e / cache.NOTES_FILE).unlink(),
     ],
 )
 def test_what_is_torn_or_foreign_is_made_again(
@@ -192,11 +192,11 @@ def test_what_is_torn_or_foreign_is_made_again(
 ) -> None:
     task = make_task("pairs", tmp_path)
     data, counted = task.load(), Counted(task, monkeypatch)
-    made = ec.encode_cached(task, MODEL, data, processor)
+    made = encode_cached(task, MODEL, data, processor)
     (entry,) = root.iterdir()
     damage(entry)
-    same(made, ec.encode_cached(task, MODEL, data, processor))
-    same(made, ec.encode_cached(task, MODEL, data, processor))
+    same(made, encode_cached(task, MODEL, data, processor))
+    same(made, encode_cached(task, MODEL, data, processor))
     assert counted.calls == 2  # the second wrote it anew
 
 
@@ -213,7 +213,7 @@ def test_a_folder_that_cannot_be_written_means_no_cache(
         monkeypatch.setattr(os, "fsync" if how == "disk full" else "replace", fail)
     task = make_task("pairs", tmp_path)
     data, counted = task.load(), Counted(task, monkeypatch)
-    same(*(ec.encode_cached(task, MODEL, data, processor) for _ in range(2)))
+    same(*(encode_cached(task, MODEL, data, processor) for _ in range(2)))
     assert counted.calls == 2
     assert not list(root.glob("*/*"))
 
@@ -225,9 +225,9 @@ def test_a_cache_that_may_only_be_read_is_read(tmp_path: Path, processor: Any, m
     def fail(*_: Any) -> None:
         raise PermissionError
 
-    made = ec.encode_cached(task, MODEL, data, processor)
+    made = encode_cached(task, MODEL, data, processor)
     monkeypatch.setattr(os, "utime", fail)
-    same(made, ec.encode_cached(task, MODEL, data, processor))
+    same(made, encode_cached(task, MODEL, data, processor))
     assert counted.calls == 1
 
 
@@ -238,12 +238,34 @@ EDGES = [
 ]  # fmt: skip
 
 
-def test_edges_come_back(root: Path) -> None:
-    made = Encoded({"train": EDGES, "val": [], "odd / name": EDGES[:1]}, {"val": [], "train": [0, 3]}, {"a": None})
-    ec._write(root / ("0" * 64), made)
-    read = ec._read(root / ("0" * 64))
-    assert read is not None
-    same(made, read)
+class Given(Classification):
+    """A task whose examples are given. calls: how often it was asked for them."""
+
+    def __init__(self, encoded: Encoded) -> None:
+        super().__init__(file="rows.csv")
+        self.given, self.calls = encoded, 0
+
+    def encode(self, data: TaskData, processor: Any) -> Encoded:
+        self.calls += 1
+        return self.given
+
+    def cached(self, processor: Any, fingerprint: str = "") -> Encoded:
+        """The examples, through the cache; each fingerprint has an entry of its own."""
+        return encode_cached(self, MODEL, TaskData({}, fingerprint), processor)
+
+
+def test_edges_come_back(processor: Any) -> None:
+    splits = {"train": EDGES, "val": [], "odd / name": EDGES[:1]}
+    task = Given(Encoded(splits, {"val": [], "train": [0, 3]}, {"a": None}))
+    for _ in range(2):
+        same(task.given, task.cached(processor))
+    assert task.calls == 1
+
+
+def test_lengths_that_are_left_out_are_the_tasks_work_units(processor: Any) -> None:
+    task = Given(Encoded({"train": [{"input_ids": IDS}, {"input_ids": IDS[:1]}], "val": []}))
+    assert task.cached(processor).lengths == task.cached(processor).lengths == {"train": [3, 1], "val": []}
+    assert task.calls == 1
 
 
 @pytest.mark.parametrize(
@@ -264,54 +286,68 @@ def test_edges_come_back(root: Path) -> None:
         [{}],
     ],
 )
-def test_examples_that_would_not_come_back_as_they_are_are_not_kept(examples: list[dict[str, Any]], root: Path) -> None:
-    ec._write(root / ("0" * 64), Encoded({"train": examples}, {"train": [1]}))
+def test_examples_that_would_not_come_back_as_they_are_are_not_kept(
+    examples: list[dict[str, Any]], root: Path, processor: Any
+) -> None:
+    Given(Encoded({"train": examples}, {"train": [1]})).cached(processor)
     assert not root.exists()
 
 
 @pytest.mark.parametrize("notes", [{"a": (1, 2)}, {"a": {1: 2}}, {"a": float("nan")}, {"a": {1}}])
-def test_notes_that_are_no_json_are_not_kept(notes: dict[str, Any], root: Path) -> None:
-    ec._write(root / ("0" * 64), Encoded({"train": EDGES}, {"train": [0, 3]}, notes))
+def test_notes_that_are_no_json_are_not_kept(notes: dict[str, Any], root: Path, processor: Any) -> None:
+    Given(Encoded({"train": EDGES}, {"train": [0, 3]}, notes)).cached(processor)
     assert not root.exists()
 
 
-def test_the_entries_longest_unused_go(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    made = Encoded({"train": EDGES}, {"train": [0, 3]})
-    names = [letter * 64 for letter in "abcd"]
-    for age, name in enumerate(names[:3]):
-        ec._write(root / name, made)
-        os.utime(root / name, (1000 + age, 1000 + age))
+def test_the_entries_longest_unused_go(root: Path, processor: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    task = Given(Encoded({"train": EDGES}, {"train": [0, 3]}))
+    entries: dict[str, Path] = {}
+
+    def use(name: str) -> None:
+        before = set(root.glob("*"))
+        task.cached(processor, name)
+        for new in set(root.iterdir()) - before:
+            entries[name] = new
+
+    for age, name in enumerate("abc"):
+        use(name)
+        os.utime(entries[name], (1000 + age, 1000 + age))
     foreign = root / "somebody's"
     foreign.mkdir()
     (foreign / "file").write_bytes(bytes(10_000))
-    size = sum(f.stat().st_size for f in (root / names[0]).iterdir())
-    monkeypatch.setattr(ec, "LIMIT", 3 * size + 10)
-    assert ec._read(root / names[0]) is not None  # used: now the youngest
-    ec._write(root / names[3], made)
-    assert sorted(p.name for p in root.iterdir()) == sorted([names[0], names[2], names[3], foreign.name])
-    monkeypatch.setattr(ec, "LIMIT", 100)
-    ec._write(root / names[1], made)  # more than the limit by itself: neither kept, nor do others go for it
+    size = sum(f.stat().st_size for f in entries["a"].iterdir())
+    monkeypatch.setattr(cache, "MAX_BYTES", 3 * size + 10)
+    use("a")  # read: now the youngest
+    assert task.calls == 3
+    use("d")
+    assert set(root.iterdir()) == {entries["a"], entries["c"], entries["d"], foreign}
+    monkeypatch.setattr(cache, "MAX_BYTES", 100)
+    task.cached(processor, "b")  # more than the limit by itself: neither kept, nor do others go for it
     assert len(list(root.iterdir())) == 4
 
 
-def _hammer(entry: Path, answers: Any) -> None:
-    made = Encoded({"train": EDGES * 200}, {"train": [0, 3] * 200})
-    good = True
+def _damage_and_ask(task: Given, processor: Any, root: Path, answers: Any) -> None:
+    whole = True
     for _ in range(20):
-        ec._write(entry, made)
-        read = ec._read(entry)
-        good &= read is not None and len(read.splits["train"]) == 400
-    answers.put(good)
+        whole &= len(task.cached(processor).splits["train"]) == 400
+        for entry in root.iterdir():
+            (entry / cache.NOTES_FILE).unlink(missing_ok=True)
+    answers.put(whole)
 
 
-def test_processes_that_write_one_key_all_end_well(root: Path) -> None:
+def test_processes_that_write_one_key_all_end_well(root: Path, processor: Any) -> None:
     context = multiprocessing.get_context("fork")
     answers = context.Queue()
-    entry = root / ("0" * 64)
-    processes = [context.Process(target=_hammer, args=(entry, answers)) for _ in range(3)]
+    task = Given(Encoded({"train": EDGES * 200}, {"train": [0, 3] * 200}))
+    arguments = (task, processor, root, answers)
+    processes = [context.Process(target=_damage_and_ask, args=arguments) for _ in range(3)]
     for p in processes:
         p.start()
     assert [answers.get(timeout=60) for _ in processes] == [True] * 3
     for p in processes:
         p.join()
-    assert sorted(f.name for f in entry.iterdir()) == [ec.ARRAYS, ec.NOTES]
+    for _ in range(2):
+        same(task.given, task.cached(processor))
+    assert task.calls == 1
+    (entry,) = root.iterdir()
+    assert sorted(f.name for f in entry.iterdir()) == [cache.ARRAYS_FILE, cache.NOTES_FILE]
