@@ -1,4 +1,4 @@
-"""Mirrors of the records: W&B, TensorBoard, CSV. Never the truth, never a reason for a run to fail."""
+"""Trackers mirror the records in other tools: W&B, TensorBoard, CSV. The records stay the truth, and no tracker fails a run."""
 
 from __future__ import annotations
 
@@ -13,9 +13,9 @@ __all__ = ["Mirror", "Tracker", "make_tracker"]
 
 
 def make_tracker(settings: TrackerConfig, *, sweep: str, sweep_dir: Path) -> Mirror | None:
-    """The mirror a config asks for, safe to call from training; None for `none`.
+    """Return the mirror that the settings ask for, or None for `tracker=none`.
 
-    `tracker.name` is the module here whose `build` makes it; nothing of it is imported before the first run starts.
+    `settings.name` is a module of this package. It is imported, and its `build` called, when the first run starts.
     """
     if settings.name == "none":
         return None

@@ -1,102 +1,137 @@
-"""What a mirror of the records is: it hears of each run as it starts, moves and ends, and gives nothing back."""
+"""What a tracker is, and `Mirror`, which stands between a tracker and training."""
 
 from __future__ import annotations
 
 import sys
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 from lorabench.store.records import Record
 
-Row = Mapping[str, Any]  # {"step": 10, "train/loss": 0.9, "lr": 0.001}
+Row = Mapping[str, Any]  # one row of a history: {"step": 10, "train/loss": 0.9, "lr": 0.001}
 
 
-class Tracker(Protocol):
-    """Several runs may be live at once: a pack has K. Each method may raise; `Mirror` stands between it and training.
+class Tracker(ABC):
+    """A mirror of the records in another tool. It hears of each run as it starts, moves and ends.
 
-    A tracker may also have `report(report_dir, tables)`: it then hears of the sweep's report once that is rendered.
+    A pack trains K runs at once, so several are live at the same time. Every method may raise: `Mirror` reports the error
+    and goes on without the tracker.
+
+    To add a tracker `mlflow`, write three things:
+
+    1. `lorabench/trackers/mlflow.py`, which imports its client inside functions only::
+
+        def build(settings: TrackerConfig, *, sweep: str, sweep_dir: Path) -> Tracker:
+            return MlflowTracker(Store(sweep_dir))
+
+        class MlflowTracker(Tracker):
+            ...  # start, log, finish, close, and report where the tool can show one
+
+    2. `conf/tracker/mlflow.yaml` with `name: mlflow`.
+    3. `mlflow` among the choices of `TrackerConfig.name` in `lorabench/config/settings.py`.
     """
 
-    def start(self, run_id: str, config: Mapping[str, Any], *, method: str, tags: list[str]) -> None: ...
+    @abstractmethod
+    def start(self, run_id: str, config: Mapping[str, Any], *, method: str, tags: list[str]) -> None:
+        """Begin a run. A run that has begun before starts its history again.
 
-    def log(self, run_id: str, row: Row) -> None: ...
+        config: the run's settings, nested as in its record. method: its name, such as "lora". tags: model, task, role.
+        """
 
-    def finish(self, run_id: str, record: Record) -> None: ...
+    @abstractmethod
+    def log(self, run_id: str, row: Row) -> None:
+        """Take one row of the history of a run that is live. Several rows may have the same step."""
 
-    def close(self) -> None: ...
+    @abstractmethod
+    def finish(self, run_id: str, record: Record) -> None:
+        """End a run whose record has been written, whatever its status."""
+
+    def report(self, report_dir: Path, tables: Mapping[str, Any]) -> None:
+        """Show the sweep's report; by default nothing is shown.
+
+        report_dir: the rendered report. tables: what `lorabench.report.summary.mirrored` returns.
+        """
+
+    def close(self) -> None:
+        """Let go of what is open: a phase of the sweep has ended, or was stopped. Runs without a record were stopped."""
 
 
 class Mirror:
-    """A tracker that cannot fail a run: its first error is reported, and it is off for that run from then on.
+    """A tracker that cannot fail a run. After its first error it is off for that run; the first error is printed.
 
-    The tracker is built at the first run, so that a missing package is an error of the mirror, too. history: a run's rows on
-    disk. Of a run that goes on from a checkpoint those were heard by a process that is gone; they are told first, and once.
+    build: makes the tracker when the first run starts, so that a missing package is an error of the mirror too.
+    history: a run's rows on disk. A run that goes on from a checkpoint has rows that an earlier process logged; the
+    tracker gets them first, and each row once.
     """
 
     def __init__(
         self, name: str, build: Callable[[], Tracker], history: Callable[[str], Sequence[Row]] = lambda run_id: ()
     ) -> None:
         self.name, self.build, self.history = name, build, history
-        self.told: dict[str, set[tuple[Any, ...]]] = {}
         self.tracker: Tracker | None = None
         self.live: set[str] = set()
-        self.lost: set[str] = set()
+        self.failed: set[str] = set()
+        self.from_disk: dict[str, set[tuple[Any, ...]]] = {}  # keys of the rows that came from disk, by run
 
     def start(self, run_id: str, config: Mapping[str, Any], *, method: str, tags: list[str]) -> None:
-        def begin() -> None:
-            self.tracker = self.tracker or self.build()
-            self.tracker.start(run_id, config, method=method, tags=tags)
-            rows = self.history(run_id)
-            self.told[run_id] = {_which(row) for row in rows}
-            for row in rows:
-                self.tracker.log(run_id, row)
+        """Begin a run, and log the rows that it has on disk. A run that starts again gets another chance."""
 
-        self.lost.discard(run_id)  # a run that starts again gets another chance
+        def begin() -> None:
+            tracker = self._built()
+            tracker.start(run_id, config, method=method, tags=tags)
+            rows = self.history(run_id)
+            self.from_disk[run_id] = {_row_key(row) for row in rows}
+            for row in rows:
+                tracker.log(run_id, row)
+
+        self.failed.discard(run_id)
         self.live.add(run_id)
         self._try(run_id, begin)
 
     def log(self, run_id: str, row: Row) -> None:
-        if run_id in self.live and self.tracker and _which(row) not in self.told.get(run_id, ()):
+        """Log a row, unless the run is off or its row came from disk."""
+        if run_id in self.live and self.tracker and _row_key(row) not in self.from_disk.get(run_id, ()):
             self._try(run_id, self.tracker.log, run_id, row)
 
     def finish(self, run_id: str, record: Record) -> None:
+        """End a run, unless it is off."""
         if run_id in self.live and self.tracker:
             self._try(run_id, self.tracker.finish, run_id, record)
         self.live.discard(run_id)
-        self.told.pop(run_id, None)
+        self.from_disk.pop(run_id, None)
 
     def report(self, report_dir: Path, tables: Mapping[str, Any]) -> None:
-        """The sweep's rendered report and `report.mirrored`; trackers without such a method hear nothing."""
-
-        def show() -> None:
-            self.tracker = self.tracker or self.build()
-            if hasattr(self.tracker, "report"):
-                self.tracker.report(report_dir, tables)
-
-        self._try("report", show)
+        """Show the sweep's report where the tracker can."""
+        self._try("report", lambda: self._built().report(report_dir, tables))
 
     def close(self) -> None:
+        """Close the tracker, and print for how many runs it was off."""
         if self.tracker is not None:
             self._try("close", self.tracker.close)
         self.live.clear()
-        if len(self.lost) > 1:
-            self._say(f"off for {len(self.lost)} runs in all")
+        if len(self.failed) > 1:
+            self._print(f"off for {len(self.failed)} runs in all")
+
+    def _built(self) -> Tracker:
+        self.tracker = self.tracker or self.build()
+        return self.tracker
 
     def _try(self, run_id: str, call: Callable[..., None], *args: Any) -> None:
         try:
             call(*args)
         except Exception as e:
             self.live.discard(run_id)
-            if not self.lost:  # said once: a server that is down would say the same for every run
+            if not self.failed:  # a server that is down would give the same error for every run
                 text = f"{type(e).__name__}: {' '.join(str(e).split())}; the records are complete without it"
-                self._say(text if run_id in ("close", "report") else f"off for run {run_id}: {text}")
-            self.lost.add(run_id)
+                self._print(text if run_id in ("close", "report") else f"off for run {run_id}: {text}")
+            self.failed.add(run_id)
 
-    def _say(self, text: str) -> None:
+    def _print(self, text: str) -> None:
         print(f"tracker {self.name}: {text}", file=sys.stderr)
 
 
-def _which(row: Row) -> tuple[Any, ...]:
-    """What tells a row of a history from the others: its step, and what was measured there."""
+def _row_key(row: Row) -> tuple[Any, ...]:
+    """Return what identifies a row within its history: its step and the names that were measured there."""
     return (row.get("step"), *sorted(row))

@@ -9,15 +9,16 @@ from typing import Any
 
 from lorabench.config.settings import TrackerConfig
 from lorabench.store.records import Record, Store
-from lorabench.trackers.contract import Row
+from lorabench.trackers.contract import Row, Tracker
 
 
 def build(settings: TrackerConfig, *, sweep: str, sweep_dir: Path) -> CsvTracker:
+    """Return a tracker that writes into the run directories."""
     return CsvTracker(Store(sweep_dir))
 
 
-class CsvTracker:
-    """A column a metric, `step` first, a line a history row. A row with a new metric rewrites the file, wider."""
+class CsvTracker(Tracker):
+    """Writes a column for each metric, `step` first, and a line for each row. A new metric rewrites the file, wider."""
 
     def __init__(self, store: Store) -> None:
         self.store = store

@@ -9,13 +9,14 @@ from typing import TYPE_CHECKING, Any
 
 from lorabench.config.settings import TrackerConfig
 from lorabench.store.records import Record, Store, dump_json
-from lorabench.trackers.contract import Row
+from lorabench.trackers.contract import Row, Tracker
 
 if TYPE_CHECKING:
     from torch.utils.tensorboard import SummaryWriter
 
 
 def build(settings: TrackerConfig, *, sweep: str, sweep_dir: Path) -> TensorBoardTracker:
+    """Return a tracker that writes into the run directories. Raises `ImportError` without the tensorboard package."""
     try:
         import tensorboard  # noqa: F401
     except ImportError as e:
@@ -23,8 +24,8 @@ def build(settings: TrackerConfig, *, sweep: str, sweep_dir: Path) -> TensorBoar
     return TensorBoardTracker(Store(sweep_dir))
 
 
-class TensorBoardTracker:
-    """Scalars by step, the config as text, and at the end the record's metrics against it in the HPARAMS tab."""
+class TensorBoardTracker(Tracker):
+    """Writes scalars by step, the config as text, and at the end config and metrics for the HPARAMS tab."""
 
     def __init__(self, store: Store) -> None:
         self.store = store
@@ -35,10 +36,10 @@ class TensorBoardTracker:
         from torch.utils.tensorboard import SummaryWriter
 
         folder = self.store.run_dir(run_id) / "tensorboard"
-        if begun := self.writers.pop(run_id, None):  # its pack starts again in this process
-            begun.close()
+        if unfinished := self.writers.pop(run_id, None):  # its pack starts again in this process
+            unfinished.close()
         if folder.is_dir():
-            shutil.rmtree(folder)  # a run that starts again starts its history again
+            shutil.rmtree(folder)
         self.writers[run_id] = writer = SummaryWriter(str(folder))
         self.config[run_id] = _flat({**config, "tags": ", ".join(tags)})
         writer.add_text("config", "\n".join("    " + line for line in dump_json(config).splitlines()), 0)
@@ -66,7 +67,7 @@ class TensorBoardTracker:
 
 
 def _flat(value: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    """Dotted keys and plain values: what the HPARAMS tab takes."""
+    """Return dotted keys with plain values, as the HPARAMS tab takes them."""
     out: dict[str, Any] = {}
     for key, inner in value.items():
         if isinstance(inner, Mapping):

@@ -16,9 +16,9 @@ import pytest
 from lorabench.config.settings import TrackerConfig
 from lorabench.store.records import Record, Store
 from lorabench.trackers import make_tracker
-from lorabench.trackers.contract import Mirror
+from lorabench.trackers.contract import Mirror, Tracker
 from lorabench.trackers.wandb.runs import name, wandb_id
-from lorabench.trackers.wandb.tracker import mode
+from lorabench.trackers.wandb.tracker import WandbTracker, mode
 
 RUNS = ("0123456789ab", "ba9876543210", "aaaabbbbcccc")
 CONFIG: dict[str, Any] = {"method": {"name": "lora", "r": 8, "alpha": 16.0}, "optimizer": {"lr": 1e-3}, "seed": 3}
@@ -50,10 +50,10 @@ def mirror(kind: str, sweep_dir: Path, runs: tuple[str, ...] = RUNS) -> None:
         store.write(record(run_id))
         tracker.finish(run_id, record(run_id))
     tracker.close()
-    if hasattr(tracker.tracker, "leave"):
+    if isinstance(tracker.tracker, WandbTracker):
         with pytest.MonkeyPatch.context() as m:
             for name, value in {"MOST": 90.0, "SHARE": math.inf}.items():  # the machine may do other things, too
-                m.setattr(f"lorabench.trackers.wandb.{name}", value)
+                m.setattr(f"lorabench.trackers.wandb.tracker.{name}", value)
             tracker.tracker.leave()
 
 
@@ -208,7 +208,7 @@ def test_wandb_is_offline_without_a_key(monkeypatch: pytest.MonkeyPatch, tmp_pat
     assert mode("auto") == "online"
 
 
-class Broken:
+class Broken(Tracker):
     """A tracker that breaks at a given call for a given run."""
 
     def __init__(self, at: str, run_id: str = RUNS[0]) -> None:

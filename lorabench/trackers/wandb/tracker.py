@@ -25,7 +25,7 @@ from lorabench.config.settings import TrackerConfig
 from lorabench.runtime import signals as stopping
 from lorabench.runtime.files import atomic_write
 from lorabench.store.records import Record, Store, dump_json
-from lorabench.trackers.contract import Row
+from lorabench.trackers.contract import Row, Tracker
 from lorabench.trackers.wandb.api import api_key
 from lorabench.trackers.wandb.runs import environment, method, tags
 from lorabench.trackers.wandb.state import Agent, begun, left_behind, note_agent
@@ -54,7 +54,7 @@ def build(settings: TrackerConfig, *, sweep: str, sweep_dir: Path) -> WandbTrack
     return _running[key]
 
 
-class WandbTracker:
+class WandbTracker(Tracker):
     """Tells the mirror's process which runs start and end. Offline, W&B's files lie in `<run dir>/wandb`.
 
     `close` waits for nothing: what is left is sent while the sweep goes on to its next phase or its report, and `leave`,
