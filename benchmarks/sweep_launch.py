@@ -71,7 +71,7 @@ def launch(name: str, arguments: Sequence[str], *, folder: Path, device: str) ->
         child = watch = None
         start = time.perf_counter()
         try:
-            with stopping.put_off(signal.SIGTERM):  # inside `Popen` it would leave a child that nobody knows
+            with stopping.delay_signal(signal.SIGTERM):  # inside `Popen` it would leave a child that nobody knows
                 child = subprocess.Popen(
                     command, cwd=folder, env=env, stdin=subprocess.DEVNULL, stdout=out, stderr=subprocess.STDOUT
                 )

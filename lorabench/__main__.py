@@ -31,8 +31,8 @@ def main() -> None:
     except (KeyboardInterrupt, SystemExit) as e:
         _leave(130 if isinstance(e, KeyboardInterrupt) else e.code)
     except Exception as e:
-        if stopping.asked():  # a parser that SIGTERM broke off may raise something of its own over it
-            _leave(stopping.CODE)
+        if stopping.is_stopping():  # a parser that SIGTERM broke off may raise something of its own over it
+            _leave(stopping.EXIT_CODE)
         if isinstance(e, (ConfigError, HydraException, OmegaConfBaseException, yaml.YAMLError)):
             said = (
                 unreadable(e.override, e.message) if isinstance(e, OverrideParseException) else unknown_setting(str(e))
@@ -49,7 +49,7 @@ def main() -> None:
 
 
 def _leave(code: Any) -> NoReturn:
-    if code in (130, stopping.CODE):
+    if code in (130, stopping.EXIT_CODE):
         print("stopped; the same command goes on from here", file=sys.stderr)
     sys.exit(code)
 

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from lorabench.config.errors import ConfigError
 from lorabench.runtime.command import command
-from lorabench.runtime.files import check_free, written_whole
+from lorabench.runtime.files import atomic_folder, check_empty
 
 if TYPE_CHECKING:
     from lorabench.training.saved import SavedRun
@@ -44,7 +44,7 @@ def export(run_dir: Path, out: Path, *, merged: bool = False, dtype: str | None 
     """
     from lorabench.training.saved import open_run
 
-    check_free(out, "--out")
+    check_empty(out, "--out")
     if dtype and not merged:
         raise ConfigError("--dtype", dtype, "with --merged only; an adapter keeps the type it was trained in")
     saved = open_run(run_dir)
@@ -59,7 +59,7 @@ def _peft(saved: SavedRun, out: Path) -> list[str]:
     if not representable(plan):
         raise ConfigError("method.name", saved.run.method.name, "PEFT's format holds LoRA adapters only; add --merged")
     info, processor = saved.run.model.info(saved.head), saved.run.model.processor()
-    with written_whole(out.resolve()) as tmp:
+    with atomic_folder(out.resolve()) as tmp:
         write_peft(tmp, state, plan, info=info, run=saved.run.to_dict(), head=saved.head)
         processor.save_pretrained(tmp)
         (tmp / "README.md").write_text(card(saved, merged=False, notes=[]), encoding="utf-8")
@@ -84,7 +84,7 @@ def _merged(saved: SavedRun, out: Path, dtype: str) -> list[str]:
         base.model.to(getattr(torch, dtype))
         notes.append(f"then rounded to {dtype}: {BITS[dtype]} significant bits a weight")
     model: Any = base.model
-    with written_whole(out.resolve()) as tmp:
+    with atomic_folder(out.resolve()) as tmp:
         with quiet():  # no progress bar for a copy
             model.save_pretrained(tmp)
         base.processor.save_pretrained(tmp)

@@ -17,9 +17,9 @@ from typing import Any
 
 from lorabench.config.errors import ConfigError
 from lorabench.runtime.command import command
-from lorabench.runtime.files import check_free, written_whole
+from lorabench.runtime.files import atomic_folder, check_empty
 from lorabench.store import arrays as columns
-from lorabench.store.integrity import damaged
+from lorabench.store.integrity import damaged_files
 from lorabench.store.records import HISTORY, MANIFEST, Store
 
 RUN = ("run.json", HISTORY, "samples.json")
@@ -50,15 +50,15 @@ def slim(sweep: Path, out: Path, *, every: int = 1) -> str:
         raise ConfigError("--every", every, "a number of steps, at least 1")
     if not (sweep / MANIFEST).is_file():
         raise ConfigError("sweep", str(sweep), f"a sweep's directory; there is no {MANIFEST} in this one")
-    check_free(out, "out")
+    check_empty(out, "out")
     if out.resolve().is_relative_to(sweep.resolve()):
         raise ConfigError("out", str(out), "a folder outside the sweep")
     store = Store(sweep)
     store.check_foreign()
     ids = [i for i in store.run_ids() if store.stamp(i) is not None]
-    for run_id, name in damaged(store, ids).items():
+    for run_id, name in damaged_files(store, ids).items():
         raise ConfigError("sweep", str(store.run_dir(run_id) / name), "whole files; this one cannot be read")
-    with written_whole(out.resolve()) as made:
+    with atomic_folder(out.resolve()) as made:
         _copy(store, ids, made, every)
     size = sum(path.stat().st_size for path in out.rglob("*") if path.is_file())
     return f"{out}: {len(ids)} runs, {size / 2**20:.1f} MiB"
@@ -75,10 +75,10 @@ def _copy(store: Store, ids: Sequence[str], made: Path, every: int) -> None:
             else:
                 shutil.copyfile(source, target)
     tests = {run_id: found for run_id in ids if (found := store.arrays(run_id, "test"))}
-    if shared := columns.repeated(tests.values()):
-        (made / columns.SHARED).write_bytes(columns.packed(shared))
+    if shared := columns.shared_columns(tests.values()):
+        (made / columns.SHARED_FILE).write_bytes(columns.pack(shared))
     for run_id, found in tests.items():
-        (made / "runs" / run_id / "test.npz").write_bytes(columns.packed(columns.slim(found, shared)))
+        (made / "runs" / run_id / "test.npz").write_bytes(columns.pack(columns.slim_columns(found, shared)))
 
 
 def _thin(rows: Sequence[Mapping[str, Any]], every: int) -> str:

@@ -129,7 +129,7 @@ def _hands(store: Store, manifest: dict[str, Any], ended: set[str]) -> dict[str,
     for pack in manifest["packs"]:
         left = [i for i in pack["runs"] if i in found]
         if left and not pack.get("replaced"):
-            newest = checkpoints.listed(checkpoints.folder(store.root, pack["id"]))[:1]
+            newest = checkpoints.list_checkpoints(checkpoints.pack_folder(store.root, pack["id"]))[:1]
             held, job = store.leases.look(pack["id"]), working.get(pack["id"])
             hands = Hands(pack["id"], newest[0] if newest else None, held, job)
             found |= dict.fromkeys(left, hands)

@@ -28,7 +28,7 @@ from lorabench.adapters.peft import OF_KIND, TASK_TYPES, PeftAdapter, from_peft,
 from lorabench.config.contracts.method import AdapterSpec, SlicePlan
 from lorabench.config.contracts.model import BaseInfo, HeadSpec
 from lorabench.config.errors import ConfigError
-from lorabench.runtime.files import aside, written_whole
+from lorabench.runtime.files import aside_path, atomic_folder
 
 PEFT_CONFIG, PEFT_TENSORS = "adapter_config.json", "adapter_model.safetensors"
 WEIGHTS, PLAN = "weights.safetensors", "plan.json"
@@ -45,7 +45,7 @@ def save_slice(
     folder = Path(folder)
     for stale in folder.parent.glob(f".{folder.name}.*.tmp"):  # of a process that was killed while it wrote
         shutil.rmtree(stale, ignore_errors=True)
-    with written_whole(folder) as tmp:
+    with atomic_folder(folder) as tmp:
         tied: dict[str, str] = {}
         if representable(plan):
             write_peft(tmp, state, plan, info=info, run=run, head=head)
@@ -117,8 +117,8 @@ def read_tensors(path: Path) -> dict[str, Tensor]:
 def _existing(folder: Path) -> Path:
     if folder.is_dir():
         return folder
-    if aside(folder).is_dir():
-        return aside(folder)
+    if aside_path(folder).is_dir():
+        return aside_path(folder)
     raise ConfigError("adapter", str(folder), "an existing folder with trained weights")
 
 

@@ -16,7 +16,7 @@ from lorabench.clusters.engines import Busy, Death, Engine, engine
 from lorabench.clusters.notice import PREEMPTED, TIME_LIMIT
 from lorabench.clusters.watch import Watch
 from lorabench.config.runs import Pack
-from lorabench.runtime.signals import in_order
+from lorabench.runtime.signals import map_in_order
 from lorabench.store import checkpoints
 from lorabench.store.records import Record, Store
 from lorabench.training.session import failed
@@ -66,7 +66,7 @@ class JobCrew:
     def map(self, one: Callable[[Pack], list[Record]], packs: Sequence[Pack]) -> Iterator[list[Record]]:
         with ThreadPoolExecutor(max(1, min(len(packs), THREADS))) as threads:
             try:
-                yield from in_order(threads, one, packs)
+                yield from map_in_order(threads, one, packs)
             except BaseException:
                 self._stop.set()  # nobody waits any more; jobs that were submitted go on
                 threads.shutdown(wait=False, cancel_futures=True)
@@ -167,7 +167,7 @@ class JobCrew:
         self._refused = False
         for watch, job in zip(fresh, ids, strict=True):
             watch.job, watch.tries, watch.missed = job, watch.tries + 1, 0
-            step = checkpoints.reached(store.root, watch.pack.id) or 0
+            step = checkpoints.last_step(store.root, watch.pack.id) or 0
             jobs.note(store, watch.pack.id, engine=self.name, job=job, tries=watch.tries, step=step)
             self._watched.append(watch)
         self.say(f"{store.root.name}: {len(fresh)} packs submitted, {self.name} job {_named(w.job for w in fresh)}")
@@ -204,7 +204,7 @@ class JobCrew:
         watch.store.leases.tidy(watch.pack.id)  # it may have held the pack
         cause = death.cause or jobs.left(watch.store, watch.pack.id, str(watch.job))
         begun = jobs.entry(watch.store, watch.pack.id).get("step", 0)
-        step, why = checkpoints.reached(watch.store.root, watch.pack.id) or 0, death.reason
+        step, why = checkpoints.last_step(watch.store.root, watch.pack.id) or 0, death.reason
         if cause == TIME_LIMIT:
             why += f"; hydra.launcher.timeout_min is its limit, it went from step {begun} to {step}"
         if cause == PREEMPTED or step > begun:

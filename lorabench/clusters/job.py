@@ -102,7 +102,7 @@ class PackJob:
 
         env = submitit.JobEnvironment()
         store, me = Store(self.root), env.job_id
-        begun = checkpoints.reached(store.root, self.pack_id) or 0
+        begun = checkpoints.last_step(store.root, self.pack_id) or 0
         with Notice() as notice:
             try:
                 if not self._is_mine(store, me):
@@ -122,7 +122,7 @@ class PackJob:
         """Say why, and ask for the next start: always after a preemption, after a time-out if it got further than before."""
         if entry(store, self.pack_id).get("job") == env.job_id:
             atomic_write(_path(store, self.pack_id, ".left.json"), dump_json({"job": env.job_id, "why": why}))
-        further = (checkpoints.reached(store.root, self.pack_id) or 0) > begun
+        further = (checkpoints.last_step(store.root, self.pack_id) or 0) > begun
         if why == PREEMPTED or (why == TIME_LIMIT and further):
             requeue(env)
 

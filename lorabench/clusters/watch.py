@@ -9,7 +9,7 @@ from typing import Any
 
 from lorabench.config.errors import ExistingWork
 from lorabench.config.runs import Pack
-from lorabench.store.integrity import damaged
+from lorabench.store.integrity import damaged_files
 from lorabench.store.records import Record, Store
 from lorabench.training import preparation as prep
 from lorabench.training.train import Listener, OutOfMemory, SlicesMix
@@ -48,7 +48,7 @@ def again(watch: Watch) -> list[str]:
     cannot be read."""
     read = {i: watch.store.read(i) for i in watch.pack.run_ids if i not in watch.keep}
     found = {i: record for i, record in read.items() if record}
-    torn = damaged(watch.store, found)
+    torn = damaged_files(watch.store, found)
     return [i for i, record in found.items() if i in torn or record.status in ("failed", "pruned")]
 
 

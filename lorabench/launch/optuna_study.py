@@ -20,7 +20,7 @@ from optuna.trial import TrialState
 from lorabench.config.errors import ConfigError, ExistingWork
 from lorabench.launch.compose import Composer, tune_seeds
 from lorabench.launch.optuna_space import space
-from lorabench.runtime.files import writing
+from lorabench.runtime.files import name_unwritable
 from lorabench.runtime.leases import Leases
 from lorabench.store.records import Record, Store
 from lorabench.sweep import phases
@@ -200,7 +200,7 @@ class Search:
 def _journal(store: Store) -> optuna.storages.JournalStorage:
     """The study's journal; its last line goes where the disk was full, or the power gone, before it was whole."""
     path, lock = store.root / "optuna" / "journal", _Lock(store.leases)
-    with writing(path):
+    with name_unwritable(path):
         path.parent.mkdir(parents=True, exist_ok=True)
         backend = JournalFileBackend(str(path), lock)
         with get_lock_file(lock), open(path, "r+b") as f:

@@ -11,7 +11,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from lorabench.config.errors import ConfigError, ExistingWork
-from lorabench.runtime.files import writing
+from lorabench.runtime.files import name_unwritable
 from lorabench.runtime.leases import Leases
 
 OURS = {"report.md", "report.html", "runs.csv", "figures", "tables"}
@@ -44,7 +44,7 @@ def alone(out: Path) -> Iterator[None]:
     out = out.resolve()
     leases = Leases(out.parent / ".locks")
     try:
-        with writing(out):
+        with name_unwritable(out):
             lease = leases.wait(out.name)
         with lease:
             _clear_up(out)
@@ -73,7 +73,7 @@ def replace(out: Path, files: Mapping[str, str | bytes]) -> None:
     out = out.resolve()
     token = secrets.token_hex(4)
     fresh, old = out.with_name(f".{out.name}.{token}.new"), out.with_name(f".{out.name}.{token}.old")
-    with writing(out):
+    with name_unwritable(out):
         try:
             for name, content in files.items():
                 path = fresh / name

@@ -12,7 +12,11 @@ from pathlib import Path
 
 from lorabench.config.errors import ConfigError, Unwritable
 
-UNKNOWN = (errno.EINVAL, errno.EBADF, errno.ENOTSUP)  # what a file system says to a call that it does not know
+UNKNOWN_CALL_ERRORS = (
+    errno.EINVAL,
+    errno.EBADF,
+    errno.ENOTSUP,
+)  # what a file system says to a call that it does not know
 
 
 def sync(path: Path) -> None:
@@ -22,7 +26,7 @@ def sync(path: Path) -> None:
     try:
         os.fsync(handle)
     except OSError as e:
-        if e.errno not in UNKNOWN or not path.is_dir():
+        if e.errno not in UNKNOWN_CALL_ERRORS or not path.is_dir():
             raise
     finally:
         os.close(handle)
@@ -32,7 +36,7 @@ def atomic_write(path: Path, data: str | bytes) -> None:
     """Write to a temporary name beside `path`, fsync, rename, fsync the folder: the old file is there or the new one."""
     tmp = path.with_name(f".{path.name}.{secrets.token_hex(4)}.tmp")
     raw = data.encode() if isinstance(data, str) else data
-    with writing(path):
+    with name_unwritable(path):
         path.parent.mkdir(parents=True, exist_ok=True)
         try:
             with open(tmp, "xb") as f:
@@ -46,7 +50,7 @@ def atomic_write(path: Path, data: str | bytes) -> None:
 
 
 @contextmanager
-def written_whole(folder: Path) -> Iterator[Path]:
+def atomic_folder(folder: Path) -> Iterator[Path]:
     """A temporary folder beside `folder` that takes its place, fsynced, when the block ends well; else it is removed.
 
     An existing folder steps aside as `.<name>.old` for the instant between two renames; whoever reads such folders looks there too.
@@ -68,7 +72,7 @@ def written_whole(folder: Path) -> Iterator[Path]:
 
 
 def _swap(tmp: Path, folder: Path) -> None:
-    old = aside(folder)
+    old = aside_path(folder)
     if folder.exists():
         shutil.rmtree(old, ignore_errors=True)
         os.rename(folder, old)
@@ -77,18 +81,18 @@ def _swap(tmp: Path, folder: Path) -> None:
     shutil.rmtree(old, ignore_errors=True)
 
 
-def aside(folder: Path) -> Path:
+def aside_path(folder: Path) -> Path:
     return folder.with_name(f".{folder.name}.old")
 
 
-def check_free(folder: Path, key: str) -> None:
+def check_empty(folder: Path, key: str) -> None:
     """Raise `ConfigError` for a folder to write that holds something already."""
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise ConfigError(key, str(folder), "a folder that does not exist yet, or an empty one")
 
 
 @contextmanager
-def writing(path: Path) -> Iterator[None]:
+def name_unwritable(path: Path) -> Iterator[None]:
     """What the system says against a write becomes `Unwritable`, with the path."""
     try:
         yield

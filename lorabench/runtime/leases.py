@@ -27,8 +27,8 @@ from typing import Any
 
 from lorabench.config.errors import ExistingWork
 
-BEAT, SILENT = 15.0, 120.0  # seconds; a network file system may hold a touch back for 60
-TAKEN = (errno.ENOTEMPTY, errno.EEXIST)
+BEAT_SECONDS, SILENT_SECONDS = 15.0, 120.0  # seconds; a network file system may hold a touch back for 60
+TAKEN_ERRORS = (errno.ENOTEMPTY, errno.EEXIST)
 
 
 class LeaseLost(Exception):
@@ -100,7 +100,7 @@ class Lease:
         threading.Thread(target=self._renew, daemon=True, name=f"lease {file.parent.name}").start()
 
     def _renew(self) -> None:
-        while not self._over.wait(BEAT):
+        while not self._over.wait(BEAT_SECONDS):
             with suppress(OSError):  # the next beat tries again; one that is lost shows when something is written
                 os.utime(self.file, follow_symlinks=False)
 
@@ -137,7 +137,9 @@ class Leases:
                 os.rmdir(path)  # what a holder that was put out has left; some file systems rename onto nothing only
             os.rename(nest, path)
         except OSError as e:
-            held = e.errno in TAKEN or (e.errno == errno.EPERM and _holds(path))  # sshfs has no word for "not empty"
+            held = e.errno in TAKEN_ERRORS or (
+                e.errno == errno.EPERM and _holds(path)
+            )  # sshfs has no word for "not empty"
             meanwhile = e.errno in (errno.ENOENT, errno.EPERM)  # another cleaned up, or released it
             if not held and meanwhile and again:
                 return self.take(name, again=again - 1)
@@ -184,7 +186,7 @@ class Leases:
             since = time.monotonic()
             self._seen[name] = (file, state), since
         gone = who.gone
-        dead = bool(gone or (gone is None and time.monotonic() - since > SILENT))
+        dead = bool(gone or (gone is None and time.monotonic() - since > SILENT_SECONDS))
         return Held(file, who, taken, state[0] / 1e9, dead)
 
     def _path(self, name: str) -> Path:
@@ -223,7 +225,7 @@ def _holds(path: Path) -> bool:
         return False
 
 
-def check(lease: Path | None) -> None:
+def check_held(lease: Path | None) -> None:
     """Raise `LeaseLost` unless the file of a lease (`Lease.file`) is there still; None: no lease is asked for."""
     if lease is not None and not lease.exists():
         raise LeaseLost(f"the lease {lease.parent} was taken over: this process was away for too long")

@@ -26,7 +26,7 @@ class PeakMemory:
         self.device = device
 
     def __enter__(self) -> PeakMemory:
-        release()
+        release_memory()
         if self.device == "cuda":
             import torch
 
@@ -54,26 +54,26 @@ class PeakMemory:
         return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * scale
 
 
-def settle() -> None:
+def freeze_heap() -> None:
     """Once a process, when all is imported: what stands now is left out of later collections, each of which otherwise looks
     through half a million objects of torch and transformers, .2 s a pack. To be called before anything of a pack is there: a
     frame that is frozen, or a cell of its, keeps what it comes to refer to."""
     if not gc.get_freeze_count():
-        with stopping.put_off(signal.SIGINT):
+        with stopping.delay_signal(signal.SIGINT):
             gc.collect()  # what is garbage already would stay for good
         gc.freeze()
 
 
-def release() -> None:
+def release_memory() -> None:
     """Give freed memory back to the system, which glibc puts off: a peak is then this stretch's own."""
-    with stopping.put_off(signal.SIGINT):  # inside a finalizer it would be lost
+    with stopping.delay_signal(signal.SIGINT):  # inside a finalizer it would be lost
         gc.collect()
     trim = getattr(ctypes.CDLL(None), "malloc_trim", None) if sys.platform == "linux" else None
     if trim is not None:
         trim(0)
 
 
-def out_of_memory(error: BaseException) -> bool:
+def is_out_of_memory(error: BaseException) -> bool:
     """Whether an allocation failed: torch's own error on a GPU; on a CPU a RuntimeError that only its text tells apart."""
     texts = ("out of memory", "can't allocate memory", "not enough memory")
     if isinstance(error, MemoryError):
@@ -81,7 +81,7 @@ def out_of_memory(error: BaseException) -> bool:
     return isinstance(error, RuntimeError) and any(text in str(error).lower() for text in texts)
 
 
-def available(device: str) -> int:
+def available_memory(device: str) -> int:
     """Bytes a new pack may count on: free on the device with CUDA, else what the system says it can hand out."""
     if device == "cuda":
         import torch

@@ -16,8 +16,8 @@ from typing import Any, TypeVar
 T = TypeVar("T")
 R = TypeVar("R")
 
-CODE = 143  # as a shell says it: 128 + SIGTERM
-AGAIN = 2.0  # seconds in which further signals are the same one, told twice
+EXIT_CODE = 143  # as a shell says it: 128 + SIGTERM
+SAME_SIGNAL_SECONDS = 2.0  # seconds in which further signals are the same one, told twice
 _told = [float("-inf")]  # when the last one came, by the steady clock
 _hooks: list[Callable[[Any], Any]] = []  # what hears of other exceptions that nobody can catch
 _deferred: list[list[bool]] = []  # what is noted wherever it is deferred now
@@ -38,14 +38,14 @@ def install() -> None:
 
 def _stop(*signal_and_frame: Any) -> None:
     before, _told[0] = _told[0], time.monotonic()
-    if _told[0] - before > AGAIN:
-        raise SystemExit(CODE)
+    if _told[0] - before > SAME_SIGNAL_SECONDS:
+        raise SystemExit(EXIT_CODE)
 
 
 def _ignored(what: Any) -> None:
     """Python drops what is raised in a finaliser (`__del__`), where signals come often: told once more, a moment later."""
-    if isinstance(what.exc_value, SystemExit) and asked():
-        _told[0] = time.monotonic() - 2 * AGAIN
+    if isinstance(what.exc_value, SystemExit) and is_stopping():
+        _told[0] = time.monotonic() - 2 * SAME_SIGNAL_SECONDS
         again = Timer(0.05, os.kill, (os.getpid(), signal.SIGTERM))
         again.daemon = True
         again.start()
@@ -53,13 +53,13 @@ def _ignored(what: Any) -> None:
         _hooks[0](what)
 
 
-def asked() -> bool:
+def is_stopping() -> bool:
     """Whether this process is on its way out: nothing may take long any more."""
     return _told[0] > float("-inf")
 
 
 @contextmanager
-def deferred() -> Iterator[Callable[[], bool]]:
+def defer_stop() -> Iterator[Callable[[], bool]]:
     """Inside, SIGTERM is only noted, and whoever trains asks (what is given here) and ends where its state is whole. It is
     raised as `SystemExit(143)` at the latest at the end, in place of whatever else is raised there."""
     if current_thread() is not main_thread():  # signals are the main thread's
@@ -80,10 +80,10 @@ def deferred() -> Iterator[Callable[[], bool]]:
         _deferred.remove(noted)
         signal.signal(signal.SIGTERM, before)
         if noted:
-            raise SystemExit(CODE)
+            raise SystemExit(EXIT_CODE)
 
 
-def watch(leave: Callable[[], Any]) -> None:
+def watch_for_sigterm(leave: Callable[[], Any]) -> None:
     """For a process in whose threads SIGTERM is blocked, so that no handler runs in the middle of what it does together with
     others: a thread waits for it. Where it is deferred it is noted as ever, elsewhere that thread calls `leave`."""
 
@@ -98,7 +98,7 @@ def watch(leave: Callable[[], Any]) -> None:
 
 
 @contextmanager
-def put_off(number: int) -> Iterator[None]:
+def delay_signal(number: int) -> Iterator[None]:
     """A signal that comes inside is heard when the block is done. A signal mask would not do, being one thread's alone: where
     another thread takes the signal, Python still handles it in the main one; and a child inherits it."""
     if current_thread() is not main_thread():
@@ -114,7 +114,7 @@ def put_off(number: int) -> Iterator[None]:
             signal.raise_signal(number)
 
 
-def in_order(threads: Executor, one: Callable[[T], R], items: Iterable[T]) -> Iterator[R]:
+def map_in_order(threads: Executor, one: Callable[[T], R], items: Iterable[T]) -> Iterator[R]:
     """As `threads.map(one, items)`, for a main thread that signals are to reach: one that arrives just before a wait without
     an end would be heard only after it, so this one waits in pieces. What has not begun is cancelled when nobody asks on."""
     results = [threads.submit(one, item) for item in items]

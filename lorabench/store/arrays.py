@@ -14,12 +14,12 @@ from pathlib import Path
 
 import numpy as np
 
-SHARED = "shared.npz"
-NAMES = "columns"  # of a slim file: "example=<digest>" where it is shared, else "loss=", in their order
+SHARED_FILE = "shared.npz"
+NAMES_COLUMN = "columns"  # of a slim file: "example=<digest>" where it is shared, else "loss=", in their order
 Columns = Mapping[str, np.ndarray]
 
 
-def packed(columns: Columns) -> bytes:
+def pack(columns: Columns) -> bytes:
     raw = io.BytesIO()
     np.savez_compressed(raw, **columns)  # type: ignore[arg-type]
     return raw.getvalue()
@@ -29,15 +29,15 @@ def read(path: Path, root: Path) -> dict[str, np.ndarray]:
     """All columns of a run's file. root: the sweep's directory. Raises `FileNotFoundError`, and a dozen kinds for what is torn."""
     with open(path, "rb") as f, np.load(f, allow_pickle=False) as data:
         found = {key: data[key] for key in data.files}
-    if NAMES not in found:
+    if NAMES_COLUMN not in found:
         return found
-    names = [str(name).partition("=")[::2] for name in found.pop(NAMES)]
-    if not (root / SHARED).is_file():  # not FileNotFoundError: the run has results
-        raise ValueError(f"no {SHARED}")
-    with open(root / SHARED, "rb") as f, np.load(f, allow_pickle=False) as data:
+    names = [str(name).partition("=")[::2] for name in found.pop(NAMES_COLUMN)]
+    if not (root / SHARED_FILE).is_file():  # not FileNotFoundError: the run has results
+        raise ValueError(f"no {SHARED_FILE}")
+    with open(root / SHARED_FILE, "rb") as f, np.load(f, allow_pickle=False) as data:
         shared = {key: data[key] for _, key in names if key}
     if any(digest(column) != key for key, column in shared.items()):
-        raise ValueError(f"{SHARED} holds other columns")
+        raise ValueError(f"{SHARED_FILE} holds other columns")
     return {name: shared[key] if key else found[name] for name, key in names}
 
 
@@ -46,7 +46,7 @@ def digest(column: np.ndarray) -> str:
     return hashlib.sha256(about + np.ascontiguousarray(column).tobytes()).hexdigest()[:16]
 
 
-def repeated(files: Iterable[Columns]) -> dict[str, np.ndarray]:
+def shared_columns(files: Iterable[Columns]) -> dict[str, np.ndarray]:
     """By digest, the columns that more than one of the files hold."""
     times: Counter[str] = Counter()
     held: dict[str, np.ndarray] = {}
@@ -57,9 +57,9 @@ def repeated(files: Iterable[Columns]) -> dict[str, np.ndarray]:
     return {key: column for key, column in held.items() if times[key] > 1}
 
 
-def slim(columns: Columns, shared: Columns) -> dict[str, np.ndarray]:
+def slim_columns(columns: Columns, shared: Columns) -> dict[str, np.ndarray]:
     """A run's file that names what is shared instead of holding it; as it is where nothing is."""
     keys = {name: key if (key := digest(column)) in shared else "" for name, column in columns.items()}
     own = {name: column for name, column in columns.items() if not keys[name]}
-    named = {NAMES: np.array([f"{name}={key}" for name, key in keys.items()])} if any(keys.values()) else {}
+    named = {NAMES_COLUMN: np.array([f"{name}={key}" for name, key in keys.items()])} if any(keys.values()) else {}
     return {**named, **own}

@@ -25,8 +25,8 @@ from lorabench.runtime.files import sync
 if TYPE_CHECKING:
     from torch import Tensor
 
-KEEP = 2
-NAME = re.compile(r"(\d{8,})-([0-9a-f]{64})\.safetensors")
+KEPT_CHECKPOINTS = 2
+FILE_NAME = re.compile(r"(\d{8,})-([0-9a-f]{64})\.safetensors")
 PACK_ID = re.compile(r"\w[\w.-]*", re.ASCII)
 DTYPES = {
     "float64": "F64", "float32": "F32", "bfloat16": "BF16", "float16": "F16",
@@ -40,7 +40,7 @@ class Unreadable(ValueError):
     """A checkpoint that cannot be gone on from; its text says why."""
 
 
-def folder(root: Path, pack_id: str) -> Path:
+def pack_folder(root: Path, pack_id: str) -> Path:
     """Where a pack's checkpoints are. Raises `ExistingWork` for an id that is no plain name: a manifest of no sweep."""
     if not PACK_ID.fullmatch(pack_id):
         raise ExistingWork("sweep.dir", str(root), f"a manifest whose packs have plain names, not {pack_id!r}")
@@ -49,22 +49,22 @@ def folder(root: Path, pack_id: str) -> Path:
 
 def step_of(path: Path) -> int:
     """The step a checkpoint was written at, from its name."""
-    found = NAME.fullmatch(path.name)
+    found = FILE_NAME.fullmatch(path.name)
     assert found
     return int(found[1])
 
 
-def listed(where: Path) -> list[Path]:
+def list_checkpoints(where: Path) -> list[Path]:
     """A pack's checkpoints by their names, the newest first."""
     try:
-        return sorted((p for p in where.iterdir() if NAME.fullmatch(p.name)), key=step_of, reverse=True)
+        return sorted((p for p in where.iterdir() if FILE_NAME.fullmatch(p.name)), key=step_of, reverse=True)
     except (FileNotFoundError, NotADirectoryError):
         return []
 
 
-def reached(root: Path, pack_id: str) -> int | None:
+def last_step(root: Path, pack_id: str) -> int | None:
     """The step a pack would go on from, by the name of its newest checkpoint; None: it has none."""
-    return next(map(step_of, listed(folder(root, pack_id))), None)
+    return next(map(step_of, list_checkpoints(pack_folder(root, pack_id))), None)
 
 
 def write(where: Path, step: int, tensors: Mapping[str, Tensor], state: Mapping[str, Any]) -> Path:
@@ -88,8 +88,10 @@ def write(where: Path, step: int, tensors: Mapping[str, Tensor], state: Mapping[
         tmp.unlink(missing_ok=True)
     for own in (where, where.parent, where.parent.parent):
         sync(own)
-    rest = [p for p in listed(where) if p != path]
-    for old in [p for p in rest if step_of(p) == step] + [p for p in rest if step_of(p) != step][KEEP - 1 :]:
+    rest = [p for p in list_checkpoints(where) if p != path]
+    for old in [p for p in rest if step_of(p) == step] + [p for p in rest if step_of(p) != step][
+        KEPT_CHECKPOINTS - 1 :
+    ]:
         old.unlink(missing_ok=True)
     return path
 
@@ -119,7 +121,7 @@ def read(path: Path) -> Content:
     from safetensors import SafetensorError
     from safetensors.torch import load
 
-    found = NAME.fullmatch(path.name)
+    found = FILE_NAME.fullmatch(path.name)
     assert found
     try:
         raw = path.read_bytes()
@@ -134,14 +136,14 @@ def read(path: Path) -> Content:
     return tensors, state
 
 
-def newest(where: Path, check: Callable[[Content], None]) -> Content | None:
+def read_newest(where: Path, check: Callable[[Content], None]) -> Content | None:
     """The newest checkpoint that is whole and passes `check` (which raises `Unreadable`); None: there is none.
 
     One that is refused is removed (unless the disk failed), and stderr says why and what is taken instead.
     """
     for stale in where.glob(".*.tmp") if where.is_dir() else ():  # of a process that was killed while it wrote
         stale.unlink(missing_ok=True)
-    paths = listed(where)
+    paths = list_checkpoints(where)
     for i, path in enumerate(paths):
         try:
             content = read(path)
@@ -158,8 +160,8 @@ def newest(where: Path, check: Callable[[Content], None]) -> Content | None:
 
 def remove(root: Path, pack_id: str) -> None:
     """A pack's checkpoints and, if it was the last pack that had any, their folder. Files of others stay."""
-    where = folder(root, pack_id)
-    for path in [*listed(where), *(where.glob(".*.tmp") if where.is_dir() else ())]:
+    where = pack_folder(root, pack_id)
+    for path in [*list_checkpoints(where), *(where.glob(".*.tmp") if where.is_dir() else ())]:
         path.unlink(missing_ok=True)
     for own in (where, where.parent):
         with suppress(OSError):  # not there, or not empty

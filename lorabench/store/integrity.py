@@ -10,7 +10,7 @@ from lorabench.config.errors import ExistingWork
 from lorabench.store.records import HISTORY, Store
 
 
-def damaged(store: Store, run_ids: Iterable[str]) -> dict[str, str]:
+def damaged_files(store: Store, run_ids: Iterable[str]) -> dict[str, str]:
     """The runs whose record, history or test results are torn, each with the name of that file.
 
     Raises `ExistingWork` for a record of another version of lorabench: it is whole, and training again would replace it.

@@ -28,8 +28,8 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from lorabench.config.errors import ExistingWork, Unwritable
-from lorabench.runtime.files import atomic_write, writing
-from lorabench.runtime.leases import Lease, Leases, check, refuse_link
+from lorabench.runtime.files import atomic_write, name_unwritable
+from lorabench.runtime.leases import Lease, Leases, check_held, refuse_link
 from lorabench.store import arrays as columns
 from lorabench.store import validation as shapes
 
@@ -37,10 +37,20 @@ if TYPE_CHECKING:
     import pandas as pd
 
 MANIFEST, HISTORY = "sweep.json", "history.jsonl"
-APPEND = os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_NOFOLLOW
+APPEND_FLAGS = os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_NOFOLLOW
 STATUSES = shapes.STATUSES
 RUN_ID = shapes.RUN_ID
-OURS = {MANIFEST, "runs", "locks", "checkpoints", "analysis", "optuna", columns.SHARED, "README.md", ".gitkeep"}
+OWN_NAMES = {
+    MANIFEST,
+    "runs",
+    "locks",
+    "checkpoints",
+    "analysis",
+    "optuna",
+    columns.SHARED_FILE,
+    "README.md",
+    ".gitkeep",
+}
 
 
 @dataclass
@@ -99,7 +109,7 @@ class Store:
     def locked(self) -> Iterator[None]:
         """Hold the manifest against other launchers. Raises `ExistingWork` where the directory may not be written."""
         try:
-            with writing(self.root):
+            with name_unwritable(self.root):
                 lease = self.leases.wait(MANIFEST)
         except Unwritable as e:
             if e.errno not in (errno.EROFS, errno.EACCES, errno.EPERM):
@@ -112,13 +122,13 @@ class Store:
 
     def check_foreign(self) -> None:
         """Raise `ExistingWork` when the directory holds files that are not a sweep's, or leads elsewhere."""
-        for path in (self.root, *(self.root / name for name in sorted(OURS))):
+        for path in (self.root, *(self.root / name for name in sorted(OWN_NAMES))):
             refuse_link(path, "sweep.dir")
         if not self.root.exists():
             return
         if not self.root.is_dir():
             raise ExistingWork("sweep.dir", str(self.root), "a directory; this is a file")
-        foreign = sorted(p.name for p in self.root.iterdir() if p.name not in OURS and not p.name.startswith("."))
+        foreign = sorted(p.name for p in self.root.iterdir() if p.name not in OWN_NAMES and not p.name.startswith("."))
         if foreign:
             allowed = f"an empty or a sweep's directory; this one holds {', '.join(foreign[:5])}"
             raise ExistingWork("sweep.dir", str(self.root), allowed)
@@ -129,10 +139,10 @@ class Store:
 
     def own_dir(self, run_id: str) -> Path:
         """A run's directory, made, to write into. Raises `LeaseLost`, and `ExistingWork` for a symbolic link."""
-        check(self.lease)
+        check_held(self.lease)
         path = self.run_dir(run_id)
         refuse_link(path, "sweep.dir")
-        with writing(path):
+        with name_unwritable(path):
             path.mkdir(parents=True, exist_ok=True)
         return path
 
@@ -176,13 +186,13 @@ class Store:
     def append_history(self, run_id: str, rows: Iterable[Mapping[str, Any]]) -> None:
         path = self.own_dir(run_id) / HISTORY
         text = "".join(json.dumps(_finite(row), allow_nan=False) + "\n" for row in rows)
-        with writing(path), open(os.open(path, APPEND, 0o666), "w", encoding="utf-8") as f:
+        with name_unwritable(path), open(os.open(path, APPEND_FLAGS, 0o666), "w", encoding="utf-8") as f:
             f.write(text)
 
     def reset_history(self, run_id: str) -> None:
         """A pack that starts again starts its histories again."""
         path = self.own_dir(run_id)
-        with writing(path):
+        with name_unwritable(path):
             for stale in (path / HISTORY, *path.glob(".*.tmp")):  # torn by a kill
                 if not stale.is_dir():
                     stale.unlink(missing_ok=True)
@@ -205,7 +215,7 @@ class Store:
         """Drop what follows the first `size` bytes: rows beyond the checkpoint that a pack goes on from."""
         if size:
             path = self.own_dir(run_id) / HISTORY
-            with writing(path):
+            with name_unwritable(path):
                 os.truncate(path, size)
         else:
             self.reset_history(run_id)
@@ -225,7 +235,7 @@ class Store:
 
     def write_arrays(self, run_id: str, name: str, arrays: Mapping[str, np.ndarray]) -> None:
         """Per-example results as `<name>.npz`: [N] arrays, no pickles."""
-        atomic_write(self.own_dir(run_id) / f"{name}.npz", columns.packed(arrays))
+        atomic_write(self.own_dir(run_id) / f"{name}.npz", columns.pack(arrays))
 
     def arrays(self, run_id: str, name: str) -> dict[str, np.ndarray] | None:
         """What `write_arrays` wrote, or None. Raises `ExistingWork` for a torn or foreign file: it is a result that is lost."""

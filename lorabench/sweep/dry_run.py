@@ -12,7 +12,7 @@ from rich.table import Table
 from lorabench.config.contracts.method import SlicePlan
 from lorabench.config.runs import Pack
 from lorabench.results.formatting import plural
-from lorabench.store.integrity import damaged
+from lorabench.store.integrity import damaged_files
 from lorabench.store.records import Store
 from lorabench.sweep import declaration
 from lorabench.sweep.memory import estimate
@@ -29,7 +29,7 @@ def dry_run(store: Store, jobs: Sequence[Job], plans: Mapping[str, SlicePlan], c
     jobs, settings = list({j.run.run_id: j for j in jobs}.values()), jobs[0].settings
     declaration.check_unchanged(store.manifest(), settings.study, store.root)
     runs = [job.run for job in jobs]
-    torn = damaged(store, [run.run_id for run in runs])
+    torn = damaged_files(store, [run.run_id for run in runs])
     finished = finished_records(store, settings, [run for run in runs if run.run_id not in torn])
     brought = would_bring(store, runs, settings.sweep.reuse)
     auto = brought.precision or settled.settled_precision(store)

@@ -13,11 +13,11 @@ from lorabench.config.contracts.method import SlicePlan
 from lorabench.config.errors import ConfigError
 from lorabench.config.runs import Pack, RunConfig, Settings
 from lorabench.results.formatting import plural
-from lorabench.runtime.files import writing
+from lorabench.runtime.files import name_unwritable
 from lorabench.runtime.leases import LeaseLost
 from lorabench.runtime.provenance import code_fingerprint
 from lorabench.store import checkpoints
-from lorabench.store.integrity import damaged
+from lorabench.store.integrity import damaged_files
 from lorabench.store.records import Record, Store
 from lorabench.sweep import declaration
 from lorabench.sweep import reuse as elsewhere
@@ -77,7 +77,7 @@ def execute(jobs: Sequence[Job], *, executor: Executor = map, console: Console |
         packs = planned_packs(store, jobs)
     runs = [run for pack in packs for run in pack.runs]
     stamps = {run.run_id: store.stamp(run.run_id) for run in runs}
-    torn = damaged(store, stamps)
+    torn = damaged_files(store, stamps)
     for run_id, name in torn.items():
         console.print(f"{store.run_dir(run_id)}: {name} cannot be read; the run trains again", highlight=False)
     finished = finished_records(store, settings, [run for run in runs if run.run_id not in torn])
@@ -116,7 +116,7 @@ def _run(
     lost: list[str] = []
 
     def one(pack: Pack) -> list[Record]:
-        with writing(store.leases.folder):
+        with name_unwritable(store.leases.folder):
             lease = store.leases.take(waits_for(pack) if jobs else pack.id)
         if lease is None:
             others.append(pack)
@@ -125,7 +125,7 @@ def _run(
             keep = ended.of(pack)  # another launcher may have ended some since, or all
             parts = parts_of(store, pack)
             if not parts and not keep.issuperset(pack.run_ids):
-                drift, began = settings.sweep.accept_drift, checkpoints.reached(store.root, pack.id) or 0
+                drift, began = settings.sweep.accept_drift, checkpoints.last_step(store.root, pack.id) or 0
                 listener = _listener(progress.step(pack, began), tracker)
                 try:
                     return train_pack(pack, store.under(lease), listener, keep=keep, accept_drift=drift)
@@ -134,7 +134,7 @@ def _run(
                     others.append(pack)
                     return []
                 except Lost as e:
-                    if (checkpoints.reached(store.root, pack.id) or 0) > began:
+                    if (checkpoints.last_step(store.root, pack.id) or 0) > began:
                         progress.say(f"{pack.id}: {e}; it goes on from its last checkpoint")
                         others.append(pack)
                     else:

@@ -9,7 +9,7 @@ from typing import Any
 from lorabench import __version__
 from lorabench.config.contracts.method import SlicePlan
 from lorabench.config.runs import Pack, RunConfig, Settings, digest
-from lorabench.runtime.memory import available
+from lorabench.runtime.memory import available_memory
 from lorabench.store.records import Store
 from lorabench.sweep.memory import estimate
 from lorabench.training import precision
@@ -76,7 +76,7 @@ def plan_packs(
 def _fitting(runs: Sequence[RunConfig], auto: str | None) -> int:
     """How many of these runs, whose largest come last, fit into the memory that is free now; at least 1."""
     largest, resolved = list(runs[-MOST:]), precision.resolve(runs[0], auto)
-    free, info = SHARE * available(resolved.device), prep.layers(runs[0])
+    free, info = SHARE * available_memory(resolved.device), prep.layers(runs[0])
     plans = [prep.plan(run, info) for run in largest]
     while len(plans) > 1 and free < estimate(
         info, plans, runs[0], dtype=resolved.base_dtype, device=resolved.device, part_tokens=resolved.part_tokens

@@ -7,7 +7,7 @@ from collections.abc import Collection, Mapping, Sequence
 from lorabench.config.errors import ConfigError
 from lorabench.config.runs import Settings
 from lorabench.results.selection import Choice, choose
-from lorabench.runtime.files import writing
+from lorabench.runtime.files import name_unwritable
 from lorabench.store.records import Store
 from lorabench.sweep import declaration
 from lorabench.sweep.packs import Job, cell_id, write_cells
@@ -71,7 +71,7 @@ def measure_cells(settings: Settings, jobs: Sequence[Job]) -> None:
     if first.keys() <= timed_cells(store.manifest(), done):
         store.leases.tidy("solo")  # one who died as all were measured is put out
         return
-    with writing(store.leases.folder):
+    with name_unwritable(store.leases.folder):
         lease = store.leases.wait("solo")
     with lease:  # two that measure at a time would measure each other
         timed = timed_cells(store.manifest(), done)

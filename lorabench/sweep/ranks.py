@@ -84,7 +84,7 @@ class _Group:
 
     def end(self) -> messages.Message:
         """How it ended, as the first process to end says it. Raises `replicas.Lost` when one died, and `SystemExit` at SIGTERM."""
-        with stopping.deferred() as stopped:
+        with stopping.defer_stop() as stopped:
             try:
                 # They inherit the mask: a handler, Lightning's own too, would break what they do together (`stopping.watch`).
                 before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM, signal.SIGUSR2})
@@ -107,7 +107,7 @@ class _Group:
         while True:
             if stopped() and not told:
                 if len(up) < len(self.processes):
-                    return "stopped", (stopping.CODE,)
+                    return "stopped", (stopping.EXIT_CODE,)
                 for process in self.processes:
                     process.terminate()
                 told = True
@@ -139,7 +139,7 @@ def _rank(
 ) -> None:  # fmt: skip
     """In a process of the group: join it, train, and as the first of it say what happens."""
     messages.belong_to_parent()
-    stopping.watch(lambda: channel.put(("stopped", (stopping.CODE,))))
+    stopping.watch_for_sigterm(lambda: channel.put(("stopped", (stopping.EXIT_CODE,))))
     channel.put(("up", (local,)))
     node, address, port = meet
     os.environ |= {

@@ -10,9 +10,9 @@ from pathlib import Path
 
 from lorabench.config.errors import ConfigError, ExistingWork
 from lorabench.config.runs import RunConfig
-from lorabench.runtime.files import atomic_write, sync, writing
+from lorabench.runtime.files import atomic_write, name_unwritable, sync
 from lorabench.store import arrays as columns
-from lorabench.store.integrity import damaged
+from lorabench.store.integrity import damaged_files
 from lorabench.store.records import MANIFEST, Record, Store, dump_json
 from lorabench.sweep.resume import check_drift
 
@@ -78,7 +78,7 @@ def _offers(
     taken: set[str] = set()
     for other in opened(sources):
         new = {r.run_id: r for r in runs if r.run_id not in taken and not store.run_dir(r.run_id).exists()}
-        torn = damaged(other, new)
+        torn = damaged_files(other, new)
         found, left = list[Record](), 0
         for record in map(other.read, sorted(new.keys() - torn.keys())):
             if record is None or record.status not in WHOLE:
@@ -122,16 +122,16 @@ def _copy(other: Store, store: Store, record: Record) -> bool:
     """All of a run or nothing of it; False where another launcher has begun it just now."""
     target = store.run_dir(record.run_id)
     made = target.with_name(f".{record.run_id}.reuse")
-    with writing(target):
+    with name_unwritable(target):
         target.parent.mkdir(parents=True, exist_ok=True)
         shutil.rmtree(made, ignore_errors=True)  # of a process that was killed here
         shutil.copytree(other.run_dir(record.run_id), made, ignore=_skipped)
         data = json.loads((made / "run.json").read_text(encoding="utf-8"))
         data["provenance"]["reused_from"] = other.root.name
         atomic_write(made / "run.json", dump_json(data))
-        slim = (other.root / columns.SHARED).is_file()  # a part of its results stands there
+        slim = (other.root / columns.SHARED_FILE).is_file()  # a part of its results stands there
         if slim and (arrays := other.arrays(record.run_id, "test")):
-            atomic_write(made / "test.npz", columns.packed(arrays))
+            atomic_write(made / "test.npz", columns.pack(arrays))
         for path in (*made.rglob("*"), made):
             sync(path)
         try:

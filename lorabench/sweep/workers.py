@@ -19,8 +19,8 @@ from typing import Any, Protocol, runtime_checkable
 import torch
 
 from lorabench.config.runs import Pack, RunConfig
-from lorabench.runtime.memory import release
-from lorabench.runtime.signals import in_order
+from lorabench.runtime.memory import release_memory
+from lorabench.runtime.signals import map_in_order
 from lorabench.store import checkpoints
 from lorabench.store.records import Record, Store
 from lorabench.sweep import protocol as messages
@@ -95,7 +95,7 @@ class Workers:
             worker.stop()
 
     def map(self, one: Callable[[Pack], list[Record]], packs: Sequence[Pack]) -> Iterator[list[Record]]:
-        return in_order(self._threads, one, packs)
+        return map_in_order(self._threads, one, packs)
 
     def train(
         self, pack: Pack, store: Store, listener: Listener, *, keep: Collection[str], accept_drift: bool = False
@@ -104,14 +104,14 @@ class Workers:
         heard = self._locked(listener)
         try:
             while not self._ending.is_set():
-                began = checkpoints.reached(store.root, pack.id) or 0
+                began = checkpoints.last_step(store.root, pack.id) or 0
                 try:
                     return worker.train(pack, store, heard, keep, accept_drift, self._ending)
                 except BrokenProcessPool:
                     if self._ending.is_set():
                         break
                     worker.restart()
-                    if (checkpoints.reached(store.root, pack.id) or 0) <= began:
+                    if (checkpoints.last_step(store.root, pack.id) or 0) <= began:
                         return messages.died(
                             pack, store, listener, keep, "its worker process died (killed, or out of memory)"
                         )
@@ -205,7 +205,7 @@ def _train(
     try:
         return messages.ended(lambda: train(pack, store, listener, keep=keep, accept_drift=accept_drift))
     finally:
-        release()
+        release_memory()
 
 
 def shares(planned: Sequence[Pack], asked: int | None) -> int:

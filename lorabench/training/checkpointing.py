@@ -21,7 +21,7 @@ from lorabench.adapters import Trainable
 from lorabench.config.errors import ExistingWork
 from lorabench.config.runs import Pack
 from lorabench.runtime import leases, provenance
-from lorabench.runtime.memory import out_of_memory
+from lorabench.runtime.memory import is_out_of_memory
 from lorabench.store import checkpoints
 from lorabench.store.checkpoints import Content, Unreadable
 from lorabench.store.records import Store
@@ -78,8 +78,8 @@ def begun(pack: Pack, store: Store, keep: Collection[str], *, accept_drift: bool
 
     Raises `ExistingWork` when code, packages, data, model or machine settings are not those it was begun with.
     """
-    where = checkpoints.folder(store.root, pack.id)
-    found = checkpoints.newest(where, lambda content: _check(content, pack, store, keep))
+    where = checkpoints.pack_folder(store.root, pack.id)
+    found = checkpoints.read_newest(where, lambda content: _check(content, pack, store, keep))
     if found is None:
         return None
     tensors, state = found
@@ -149,7 +149,7 @@ def restore(s: Session, begun: Begun) -> None:
     try:
         _restore(s, begun)
     except (KeyError, TypeError, ValueError, RuntimeError) as e:
-        if out_of_memory(e):
+        if is_out_of_memory(e):
             raise
         raise Unreadable(f"not as this version writes it ({type(e).__name__}: {e})") from e
 
@@ -225,8 +225,8 @@ class Saver:
         if self.interval == 0 or not (replicas.leads() or self._together):
             return
         s, start = self.session, time.monotonic()
-        where = checkpoints.folder(s.store.root, s.pack.id)
-        leases.check(s.store.lease)
+        where = checkpoints.pack_folder(s.store.root, s.pack.id)
+        leases.check_held(s.store.lease)
         try:
             content = capture(s, self.peak(), self._facts)
             if replicas.leads():

@@ -58,7 +58,7 @@ class Progress(pl.Callback):
         """Leave if SIGTERM has come. Where several processes train the pack all of them ask here, and leave at one step."""
         self.leaving = replicas.anywhere(self.stopped())
         if self.leaving:
-            raise SystemExit(stopping.CODE)
+            raise SystemExit(stopping.EXIT_CODE)
 
     def on_train_start(self, trainer: Any, module: Any) -> None:
         self.heed()
@@ -100,7 +100,7 @@ def fit(s: Session, saver: Saver) -> None:
     SIGTERM: the step under way is finished, a checkpoint written, and the process leaves with 143; so do all that train the
     pack, whichever was told.
     """
-    with stopping.deferred() as stopped:
+    with stopping.defer_stop() as stopped:
         s.progress.stopped = stopped
         try:
             _train_and_test(s)
@@ -110,7 +110,7 @@ def fit(s: Session, saver: Saver) -> None:
             saver.save()
             with suppress(RuntimeError):  # one is gone
                 replicas.gather(None)  # whoever ends first ends all: not before it is written
-            raise SystemExit(stopping.CODE) from e
+            raise SystemExit(stopping.EXIT_CODE) from e
 
 
 def _train_and_test(s: Session) -> None:

@@ -15,7 +15,7 @@ from lorabench.config.contracts.method import SlicePlan
 from lorabench.config.contracts.model import Base
 from lorabench.config.runs import Pack, RunConfig
 from lorabench.runtime import provenance
-from lorabench.runtime.files import writing
+from lorabench.runtime.files import name_unwritable
 from lorabench.store.records import Record, Store
 from lorabench.tasks.probe import probe_fingerprint
 from lorabench.training import distributed as replicas
@@ -85,7 +85,7 @@ def records_of(s: Session) -> list[Record]:
         if run.trainer.save_weights and status == "completed" and run.run_id not in s.keep:
             folder = s.store.own_dir(run.run_id) / "adapter"
             trained, plan = s.stack.exported(k)
-            with writing(folder):
+            with name_unwritable(folder):
                 save_slice(folder, trained, plan, info=s.base.info, run=run.to_dict(), head=s.prepared.head)
         error = None if status == "completed" else state.reason
         records.append(

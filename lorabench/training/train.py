@@ -20,7 +20,7 @@ from lorabench.config.errors import Unwritable
 from lorabench.config.runs import Pack, RunConfig
 from lorabench.runtime import signals as stopping
 from lorabench.runtime.leases import LeaseLost
-from lorabench.runtime.memory import PeakMemory, out_of_memory, release, settle
+from lorabench.runtime.memory import PeakMemory, freeze_heap, is_out_of_memory, release_memory
 from lorabench.store import checkpoints
 from lorabench.store.checkpoints import Unreadable
 from lorabench.store.records import Record, Store
@@ -70,7 +70,7 @@ def train(
     caller then trains the runs one by one, or the pack in halves. Neither leaves a record; nor do `LeaseLost`, `Unwritable` and
     `replicas.Lost`.
     """
-    settle()  # before anything of the pack is there: what is frozen with it would keep it for good
+    freeze_heap()  # before anything of the pack is there: what is frozen with it would keep it for good
     listener = listener or Listener()
     start = begun(pack, store, keep, accept_drift=accept_drift)
     leads = replicas.leads()
@@ -96,11 +96,11 @@ def train(
     except Exception as e:
         if replicas.broken(e):
             raise replicas.Lost(f"a process of the pack is gone ({e})") from e
-        if not (out_of_memory(e) and len(pack.runs) > 1):
+        if not (is_out_of_memory(e) and len(pack.runs) > 1):
             error = "".join(traceback.format_exception(e)[-3:]).strip()
             records = [failed(run, f"{type(e).__name__}: {e}", error) for run in pack.runs]
     if records is None:  # raised out here, where the traceback no longer holds the tensors that did not fit
-        release()
+        release_memory()
         if leads:
             checkpoints.remove(store.root, pack.id)  # its halves train anew
         raise OutOfMemory(f"{pack.id}: {len(pack.runs)} runs at once need more memory than there is")
@@ -150,7 +150,7 @@ def measure(run: RunConfig, store: Store, *, steps: int = 10) -> dict[str, Any]:
     A frozen trunk is served here as it is in training (`reused_blocks`); `trunk_seconds` is what its one pass over the
     training split takes, which a run alone pays once. Features that other packs have left with the base are no part of the peak.
     """
-    settle()
+    freeze_heap()
     return _measured(run, store, steps)
 
 
@@ -163,7 +163,7 @@ def _measured(run: RunConfig, store: Store, steps: int) -> dict[str, Any]:
         reuse = Reuse(s, alone=prep.total_steps(run, len(s.prepared.encoded.splits["train"])))
         if run.trainer.reuse_trunk:
             s.module.reuse = reuse
-        with PeakMemory(s.resolved.device) as memory, quiet(), stopping.deferred() as s.progress.stopped:
+        with PeakMemory(s.resolved.device) as memory, quiet(), stopping.defer_stop() as s.progress.stopped:
             s.trainer.fit(s.module, s.train_stream(), s.val_stream())  # never reached: eval_interval
             peak = memory.peak() - reuse.idle_bytes()
         reused = {"reused_blocks": reuse.depth, "trunk_seconds": round(reuse.seconds("train"), 4)}

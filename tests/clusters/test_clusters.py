@@ -203,7 +203,7 @@ def test_a_death_costs_a_try_only_without_progress(sweep, monkeypatch, steps, jo
     class Late(Here):
         def death(self, job):
             step = steps[len(self.jobs) - 1]
-            monkeypatch.setattr(checkpoints, "reached", lambda root, pack: step)
+            monkeypatch.setattr(checkpoints, "last_step", lambda root, pack: step)
             return self.why
 
     engine = Late(lose=99, death=death)
@@ -260,7 +260,7 @@ def test_a_job_hears_what_is_deferred_while_a_pack_trains(number):
     heard = []
 
     def train() -> None:
-        with stopping.deferred() as stopped:
+        with stopping.defer_stop() as stopped:
             os.kill(os.getpid(), number)
             time.sleep(0.1)
             heard.append(stopped())
@@ -283,7 +283,7 @@ def test_which_jobs_ask_for_another_start(tmp_path, monkeypatch, why, step, requ
 
     store = Store(tmp_path)
     job.note(store, "p0", engine="slurm", job="7_0", tries=1, step=3)
-    monkeypatch.setattr(checkpoints, "reached", lambda root, pack: step)
+    monkeypatch.setattr(checkpoints, "last_step", lambda root, pack: step)
     job.PackJob(str(tmp_path), "p0")._leave(store, Environment(), why, begun=3)
     assert (len(asked), job.left(store, "p0", "7_0"), job.left(store, "p0", "8_0")) == (requeues, why, None)
 
@@ -305,14 +305,14 @@ def test_a_job_killed_for_its_memory_is_split(sweep):
     engine = Here(lose=1, death=Death("OUT_OF_MEMORY", memory=True))
 
     def death(name):  # it had come some way
-        where = checkpoints.folder(Store("sweeps/s").root, job.unended(Store("sweeps/s")).popitem()[0])
+        where = checkpoints.pack_folder(Store("sweeps/s").root, job.unended(Store("sweeps/s")).popitem()[0])
         checkpoints.write(where, 2, {}, {"schema": 1})
         return engine.why
 
     engine.death = death
     code, out = sweep(engine)
     assert code == 0, out
-    assert not list(checkpoints.folder(Store("sweeps/s").root, "p0").parent.glob("*/*"))
+    assert not list(checkpoints.pack_folder(Store("sweeps/s").root, "p0").parent.glob("*/*"))
     lost = next(j.pack_id for j in engine.jobs if "." in j.pack_id).split(".")[0]
     assert sorted(j.pack_id for j in engine.jobs) == sorted(["p0", "p1", f"{lost}.0", f"{lost}.1"])
     assert {s for s, _ in metrics().values()} == {"completed"}

@@ -10,7 +10,7 @@ import pytest
 from lorabench import slim
 from lorabench.config.errors import ExistingWork
 from lorabench.store import arrays as columns
-from lorabench.store.integrity import damaged
+from lorabench.store.integrity import damaged_files
 from lorabench.store.records import Record, Store
 
 N = 400
@@ -47,7 +47,7 @@ def test_a_copy_holds_the_same_records_and_results_in_less_room(sweep: Path, tmp
     assert slim.main([str(sweep), str(tmp_path / "kept")]) == 0
     ours, copy = Store(sweep), Store(tmp_path / "kept")
     copy.check_foreign()
-    assert copy.run_ids() == ours.run_ids()[:3] and damaged(copy, copy.run_ids()) == {}
+    assert copy.run_ids() == ours.run_ids()[:3] and damaged_files(copy, copy.run_ids()) == {}
     for run_id in copy.run_ids():
         assert copy.read(run_id) == ours.read(run_id) and copy.history(run_id) == ours.history(run_id)
         had, has = ours.arrays(run_id, "test"), copy.arrays(run_id, "test")
@@ -71,7 +71,7 @@ def test_of_training_rows_every_nth_is_kept_and_of_evaluations_all(sweep: Path, 
         (25, False),
     ]
     assert all(row in store.history(run_id) for row in copy.history(run_id))
-    assert len(copy.history("1".zfill(12))) == 1 and damaged(copy, copy.run_ids()) == {}
+    assert len(copy.history("1".zfill(12))) == 1 and damaged_files(copy, copy.run_ids()) == {}
 
 
 def test_no_training_row_in_zero(sweep: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -91,15 +91,15 @@ def test_a_copy_of_a_copy_is_the_same(sweep: Path, tmp_path: Path) -> None:
 def test_results_whose_shared_part_is_harmed_are_lost_and_not_others(sweep: Path, tmp_path: Path, harm: str) -> None:
     slim.slim(sweep, tmp_path / "kept")
     copy = Store(tmp_path / "kept")
-    path = copy.root / columns.SHARED
+    path = copy.root / columns.SHARED_FILE
     if harm == "gone":
         path.unlink()
     elif harm == "torn":
         path.write_bytes(path.read_bytes()[:-50])
     else:
         with np.load(path) as data:
-            path.write_bytes(columns.packed({key: data[key][::-1] for key in data.files}))
-    assert damaged(copy, copy.run_ids()) == dict.fromkeys(copy.run_ids(), "test.npz")
+            path.write_bytes(columns.pack({key: data[key][::-1] for key in data.files}))
+    assert damaged_files(copy, copy.run_ids()) == dict.fromkeys(copy.run_ids(), "test.npz")
     with pytest.raises(ExistingWork, match="test.npz"):
         copy.arrays("0" * 12, "test")
 
@@ -130,6 +130,6 @@ def test_one_run_with_results_shares_nothing(tmp_path: Path) -> None:
     )
     store.write_arrays("0" * 12, "test", {"example": np.arange(3), "loss": np.ones(3, np.float32)})
     assert slim.main([str(store.root), str(tmp_path / "copy")]) == 0
-    assert not (tmp_path / "copy" / columns.SHARED).exists()
+    assert not (tmp_path / "copy" / columns.SHARED_FILE).exists()
     held = Store(tmp_path / "copy").arrays("0" * 12, "test")
     assert held is not None and held["example"].tolist() == [0, 1, 2]

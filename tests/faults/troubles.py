@@ -118,7 +118,7 @@ def impatient(seconds: float) -> None:
     """A holder out of sight is taken for dead after so many seconds of silence."""
     from lorabench.runtime import leases
 
-    leases.SILENT = seconds
+    leases.SILENT_SECONDS = seconds
 
 
 def small_report(_: Any) -> None:

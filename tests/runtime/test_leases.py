@@ -63,7 +63,7 @@ def test_one_holds_and_the_next_gets_it_once_it_is_released(tmp_path: Path) -> N
 
 
 def test_a_living_holder_is_never_put_out_and_a_dead_one_at_once(tmp_path: Path, other, monkeypatch) -> None:
-    monkeypatch.setattr(module, "SILENT", 0.0)  # on this machine silence says nothing: it may be suspended
+    monkeypatch.setattr(module, "SILENT_SECONDS", 0.0)  # on this machine silence says nothing: it may be suspended
     here = Leases(tmp_path)
     assert here.take("p0") is None
     os.kill(other.pid, signal.SIGSTOP)
@@ -84,7 +84,7 @@ def test_a_pid_that_was_given_again_is_no_holder(tmp_path: Path) -> None:
 
 
 def test_a_holder_out_of_sight_is_dead_after_silence_by_the_watchers_clock(tmp_path: Path, monkeypatch) -> None:
-    monkeypatch.setattr(module, "BEAT", 3600.0)
+    monkeypatch.setattr(module, "BEAT_SECONDS", 3600.0)
     lease = Leases(tmp_path).take("p0")
     assert lease is not None
     elsewhere(lease.file, monkeypatch)
@@ -94,7 +94,7 @@ def test_a_holder_out_of_sight_is_dead_after_silence_by_the_watchers_clock(tmp_p
     for stamp in (0, 4e9, time.time() - 1e6, time.time() + 1e6):  # clocks set back, forward, apart: each is a beat
         os.utime(lease.file, (stamp, stamp))
         assert watcher.holder("p0") == Holder("n7", os.getpid(), "another boot", module._start(os.getpid()))
-        now[0] += module.SILENT
+        now[0] += module.SILENT_SECONDS
         assert watcher.take("p0") is None, "silent for less than told, since it last changed"
     now[0] += 1
     assert watcher.take("p0") is not None
@@ -102,7 +102,7 @@ def test_a_holder_out_of_sight_is_dead_after_silence_by_the_watchers_clock(tmp_p
 
 
 def test_renewal_is_a_beat_that_watchers_see(tmp_path: Path, monkeypatch) -> None:
-    monkeypatch.setattr(module, "BEAT", 0.01)
+    monkeypatch.setattr(module, "BEAT_SECONDS", 0.01)
     lease = Leases(tmp_path).take("p0")
     assert lease is not None
     first = lease.file.stat().st_mtime_ns
@@ -121,7 +121,7 @@ def test_who_was_taken_for_dead_cannot_write_and_does_not_touch_the_new_holder(t
     writer = store.under(old)
     writer.write(record)
     elsewhere(old.file, monkeypatch)
-    monkeypatch.setattr(module, "SILENT", -1.0)
+    monkeypatch.setattr(module, "SILENT_SECONDS", -1.0)
     new = Leases(store.leases.folder).take("p0")
     assert new is not None
     for write in (
@@ -247,7 +247,7 @@ def test_a_lease_that_cannot_be_read_is_held_until_it_has_been_silent(tmp_path: 
     (tmp_path / "p0" / "0").write_text(text)
     watcher = Leases(tmp_path)
     assert watcher.take("p0") is None
-    monkeypatch.setattr(module, "SILENT", -1.0)
+    monkeypatch.setattr(module, "SILENT_SECONDS", -1.0)
     assert watcher.take("p0") is not None
 
 

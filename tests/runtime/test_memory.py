@@ -11,7 +11,7 @@ from collections import defaultdict
 import pytest
 
 from lorabench.config.runs import RunConfig
-from lorabench.runtime.memory import PeakMemory, available, out_of_memory, release, settle
+from lorabench.runtime.memory import PeakMemory, available_memory, freeze_heap, is_out_of_memory, release_memory
 from lorabench.store.records import Store
 from lorabench.sweep.memory import estimate
 from lorabench.training import preparation as prepare
@@ -65,7 +65,7 @@ def test_ctrl_c_in_a_finalizer_is_heard_after_it():
     try:
         Cycle()
         with pytest.raises(KeyboardInterrupt):
-            release()
+            release_memory()
     finally:
         signal.signal(signal.SIGINT, before)
         over.set()
@@ -84,16 +84,16 @@ def test_collections_leave_alone_what_stood_before_the_first_base():
     before = Loop()
     seen = weakref.ref(before)
     del before
-    settle()
+    freeze_heap()
     assert seen() is None, "what was garbage is not kept"
     kept = gc.get_freeze_count()
     assert kept > 10_000 and not any(x is Loop for x in gc.get_objects())
     after = Loop()
     seen = weakref.ref(after)
-    settle()  # once a process: what came since may be a pack's
+    freeze_heap()  # once a process: what came since may be a pack's
     assert gc.get_freeze_count() <= kept  # less where something of before is gone
     del after
-    release()
+    release_memory()
     assert seen() is None
 
 
@@ -105,7 +105,7 @@ def test_a_pack_is_collected_and_what_is_imported_is_not_looked_through(tmp_path
     run = make_run(make_base(tmp_path / "bert", "bert"), make_data(tmp_path / "data.csv"), **{"trainer.max_steps": 1})
     assert train(Pack("p0", (run,)), Store(tmp_path / "sweep"))[0].status == "completed"
     assert gc.get_freeze_count() > 10_000
-    release()
+    release_memory()
     assert not [x for x in gc.get_objects() if type(x).__name__ == "PackModule"]
 
 
@@ -117,7 +117,7 @@ def test_a_cell_measured_alone_is_collected_and_others_features_are_none_of_its_
     from lorabench.training import train as training
 
     def tensors() -> int:
-        release()
+        release_memory()
         each = {
             x.untyped_storage().data_ptr(): x.untyped_storage().nbytes() for x in gc.get_objects() if torch.is_tensor(x)
         }
@@ -149,13 +149,13 @@ def test_a_failed_allocation_is_told_from_other_errors():
 
     with pytest.raises(RuntimeError) as real:
         torch.empty(2**50, dtype=torch.uint8)
-    assert out_of_memory(real.value)
-    assert out_of_memory(torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 MiB"))
-    assert out_of_memory(MemoryError())
-    assert not out_of_memory(RuntimeError("shape mismatch")) and not out_of_memory(ValueError("out of memory"))
+    assert is_out_of_memory(real.value)
+    assert is_out_of_memory(torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 MiB"))
+    assert is_out_of_memory(MemoryError())
+    assert not is_out_of_memory(RuntimeError("shape mismatch")) and not is_out_of_memory(ValueError("out of memory"))
 
 
 def test_what_is_free_lies_below_what_there_is():
     import os
 
-    assert 2**27 < available("cpu") <= os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    assert 2**27 < available_memory("cpu") <= os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")

@@ -88,7 +88,7 @@ def test_what_a_broken_off_parser_raises_is_no_bad_input(monkeypatch, capsys) ->
     monkeypatch.setattr("sys.argv", ["lorabench"])
     monkeypatch.setattr(entry.hydra, "main", composing)
     for told, code, words in ((False, 2, "error: "), (True, 143, "stopped; the same command")):
-        monkeypatch.setattr(stopping, "asked", lambda told=told: told)
+        monkeypatch.setattr(stopping, "is_stopping", lambda told=told: told)
         with pytest.raises(SystemExit) as ended:
             entry.main()
         assert ended.value.code == code and words in capsys.readouterr().err

@@ -253,7 +253,7 @@ def restarts(made):
 
 def held(pack, *program, once=None):
     """The processes of a pack's job, stopped once it trains, so that it is not done before what a test has in mind."""
-    wait_for(once or (lambda: checkpoints.reached(Path("sweeps/s"), pack)))
+    wait_for(once or (lambda: checkpoints.last_step(Path("sweeps/s"), pack)))
     found = processes_of(noted("s", pack), *program)
     for process in found:
         os.kill(process, signal.SIGSTOP)

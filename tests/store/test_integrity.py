@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from lorabench.store.integrity import damaged
+from lorabench.store.integrity import damaged_files
 from lorabench.store.records import Record, Store
 
 RUN = "0" * 12
@@ -30,6 +30,6 @@ CONFIG = {"method": {"name": "lora"}, "optimizer": {"lr": 1e-3}, "seed": 0}
 def test_a_history_is_whole_where_every_line_is_a_row(tmp_path: Path, history: str, torn: bool) -> None:
     store = Store(tmp_path)
     store.write(Record(RUN, "tune", "completed", CONFIG))
-    assert damaged(store, [RUN]) == {}
+    assert damaged_files(store, [RUN]) == {}
     (store.run_dir(RUN) / "history.jsonl").write_text(history)
-    assert damaged(store, [RUN]) == ({RUN: "history.jsonl"} if torn else {})
+    assert damaged_files(store, [RUN]) == ({RUN: "history.jsonl"} if torn else {})

@@ -70,7 +70,7 @@ def test_two_processes_give_the_numbers_of_one(
         assert told[0] == told[1]
     assert heard == list(range(1, 31))
     assert shared.records() == sorted(two, key=lambda r: r.run_id)
-    assert not checkpoints.listed(checkpoints.folder(shared.root, "p0"))
+    assert not checkpoints.list_checkpoints(checkpoints.pack_folder(shared.root, "p0"))
 
 
 @pytest.mark.slow
@@ -153,7 +153,7 @@ def test_sigterm_ends_all_of_them_at_one_step_with_a_checkpoint(
         with pytest.raises(SystemExit) as e:
             train(pack, store, Listener(step=tell))
         assert (e.value.code, multiprocessing.active_children(), store.records()) == (143, [], [])
-        reached.append(checkpoints.reached(store.root, "p0") or 0)
+        reached.append(checkpoints.last_step(store.root, "p0") or 0)
         assert at + sum(reached[:-1]) <= reached[-1] < 30
     records = train(pack, store)
     assert records[0].provenance["resumed"] == reached
@@ -168,7 +168,7 @@ def test_sigterm_before_they_train_ends_them_at_once(parts: tuple[Path, Path], t
     with pytest.raises(SystemExit) as e:
         train(Pack("p0", two_slices(parts, 2)), store, tell)
     assert (e.value.code, multiprocessing.active_children()) == (143, [])
-    assert not store.records() and checkpoints.reached(store.root, "p0") is None
+    assert not store.records() and checkpoints.last_step(store.root, "p0") is None
 
 
 TROUBLED = """
@@ -236,7 +236,7 @@ def test_a_sweep_goes_on_whatever_befalls_a_process(troubled: list[str], tmp_pat
         ended, out = launched(tmp_path / "cut", troubled, trouble)
         assert ended == code and words in " ".join(out.split()), out
         assert not cut.records() and not list((cut.root / "locks").glob("p*/*")), "no record, no lease"
-    stopped = checkpoints.reached(cut.root, "p0") or 0
+    stopped = checkpoints.last_step(cut.root, "p0") or 0
     assert 0 < stopped < 30
     code, out = launched(tmp_path / "cut", troubled, "kill 0 15")
     assert code == 0 and "it goes on from its last checkpoint" in " ".join(out.split()), out

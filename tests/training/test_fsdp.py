@@ -156,7 +156,7 @@ def test_a_killed_pack_goes_on_as_if_it_had_not_been(places: dict[str, Path], tm
     one = train(pack, stores[0])
     with pytest.raises(replicas.Lost):
         train(pack, stores[1], Listener(step=kill))
-    assert len(checkpoints.listed(checkpoints.folder(stores[1].root, "p0"))) == 2
+    assert len(checkpoints.list_checkpoints(checkpoints.pack_folder(stores[1].root, "p0"))) == 2
     two = train(pack, stores[1])
     for x, y in zip(one, two, strict=True):
         assert y.provenance["resumed"] == [15]
@@ -181,7 +181,7 @@ def test_a_killed_pack_whose_base_trains_goes_on_as_if_it_had_not_been(places: d
     (one,) = train(pack, stores[0])
     with pytest.raises(replicas.Lost):
         train(pack, stores[1], Listener(step=kill))
-    newest, before = checkpoints.listed(checkpoints.folder(stores[1].root, "p0"))
+    newest, before = checkpoints.list_checkpoints(checkpoints.pack_folder(stores[1].root, "p0"))
     assert [checkpoints.step_of(path) for path in (newest, before)] == [10, 5]
     held = checkpoints.read(newest)[0]
     for kind in ("trained", "moment/exp_avg", "moment/exp_avg_sq", "best/0"):

@@ -137,7 +137,7 @@ def test_sigterm_finishes_the_step_and_writes_a_checkpoint(places: Any, tmp_path
         with pytest.raises(SystemExit) as e:
             train(pack, cut, Listener(step=step))
         assert e.value.code == 143
-        assert checkpoints.reached(cut.root, "p0") == (at if interval else None)
+        assert checkpoints.last_step(cut.root, "p0") == (at if interval else None)
     first = train(pack, cut)[0]
     assert first.provenance.get("resumed") == ([1, 2, 3, 4, 5, 6, 7] if interval else None)
     assert remains(cut, pack) == remains(whole, pack)
@@ -196,7 +196,7 @@ def test_sigterm_between_what_lightning_does(
         with pytest.raises(SystemExit) as e:
             train(pack, cut)
     assert e.value.code == 143
-    assert checkpoints.reached(cut.root, "p0") == (0 if before == "fit" else 7)
+    assert checkpoints.last_step(cut.root, "p0") == (0 if before == "fit" else 7)
     train(pack, cut)
     assert remains(cut, pack) == remains(whole, pack)
 
@@ -321,7 +321,7 @@ def test_a_worker_that_starts_while_all_end(places: Any, tmp_path: Path) -> None
         with pytest.raises(SystemExit) as e:
             workers.train(pack, Store(tmp_path), late, keep=())
     assert e.value.code == 143
-    assert 0 < (checkpoints.reached(tmp_path, "p0") or 0) < 10_000
+    assert 0 < (checkpoints.last_step(tmp_path, "p0") or 0) < 10_000
 
 
 def test_the_packs_hold_what_they_are_meant_to(places: Any, tmp_path: Path) -> None:
@@ -349,7 +349,7 @@ def interrupted(places: Any, store: Store, at: int = 6, kind: str = "mixed") -> 
     """A pack cut at a step, and its checkpoints, the newest first."""
     pack = PACKS[kind](places)
     killed(pack, store, at)
-    return pack, checkpoints.listed(checkpoints.folder(store.root, "p0"))
+    return pack, checkpoints.list_checkpoints(checkpoints.pack_folder(store.root, "p0"))
 
 
 @pytest.fixture(scope="module")
@@ -476,7 +476,7 @@ def test_best_weights_that_are_the_present_ones_are_not_written_twice(places: An
     store = Store(tmp_path)
     pack = pack_of(places, **{"trainer.eval_interval": 2, "trainer.checkpoint_interval": 1, "trainer.max_steps": 9})
     killed(pack, store, 6)
-    for path in checkpoints.listed(checkpoints.folder(store.root, "p0")):
+    for path in checkpoints.list_checkpoints(checkpoints.pack_folder(store.root, "p0")):
         tensors, state = checkpoints.read(path)
         assert state["slices"][0]["best_step"] == 4
         assert state["slices"][0]["present_is_best"] == (state["step"] == 4)
@@ -568,7 +568,7 @@ def test_by_default_they_come_with_evaluations_while_these_are_cheap(
     monkeypatch.setattr(snapshot, "EVERY", 0.0)
     killed(pack, Store(tmp_path / "long"), 6)
     steps = {
-        name: [checkpoints.step_of(p) for p in checkpoints.listed(tmp_path / name / "checkpoints/p0")]
+        name: [checkpoints.step_of(p) for p in checkpoints.list_checkpoints(tmp_path / name / "checkpoints/p0")]
         for name in ("cheap", "dear", "long")
     }
     assert steps == {"cheap": [6, 3], "dear": [3], "long": [5, 4]}

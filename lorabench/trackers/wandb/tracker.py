@@ -124,7 +124,7 @@ class WandbTracker(Tracker):
     def leave(self) -> None:
         """Wait for what is still to be sent, a little; then end the process and say what is not at W&B."""
         atexit.unregister(self.leave)
-        hurry, job = self.stopped or stopping.asked(), bound()
+        hurry, job = self.stopped or stopping.is_stopping(), bound()
         share = SHARE * (time.monotonic() - self.began)
         wait = min(STOPPED if hurry else MOST, share)
         most = STOPPED if hurry else max(wait, IN_A_JOB) if job else max(wait, PATIENCE)
