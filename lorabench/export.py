@@ -101,7 +101,7 @@ def card(saved: SavedRun, *, merged: bool, notes: Sequence[str]) -> str:
         "library_name": "transformers" if merged else "peft",
         "tags": ["lorabench", saved.run.method.name],
     }
-    source = str(getattr(model, "source", ""))
+    source = model.source
     if HUB_ID.fullmatch(source) and not Path(source).exists():
         front["base_model"] = source
     lines = ["---", *(f"{key}: {json.dumps(value)}" for key, value in front.items()), "---", ""]

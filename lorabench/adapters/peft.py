@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from lorabench.adapters.init import projection
+from lorabench.config import alpha_rules
 from lorabench.config.contracts.method import AdapterSpec, SlicePlan
 from lorabench.config.contracts.model import BaseInfo, LayerInfo
 from lorabench.config.errors import ConfigError
@@ -147,13 +148,12 @@ def _ia3(plan: SlicePlan) -> dict[str, Any]:
 def _alphas(adapters: Mapping[str, AdapterSpec]) -> tuple[bool, dict[str, float]]:
     """use_rslora, and the alpha of each layer that gives its scaling under that rule."""
     for rslora in (False, True):
-        if all(math.isclose(s.scaling, scaling_of(s.alpha, s.r, rslora), rel_tol=1e-12) for s in adapters.values()):
+        if all(
+            math.isclose(s.scaling, alpha_rules.scaling(s.alpha, s.r, use_rslora=rslora), rel_tol=1e-12)
+            for s in adapters.values()
+        ):
             return rslora, {name: s.alpha for name, s in adapters.items()}
     return False, {name: s.scaling * s.r for name, s in adapters.items()}
-
-
-def scaling_of(alpha: float, r: int, rslora: bool) -> float:
-    return alpha / math.sqrt(r) if rslora else alpha / r
 
 
 def _commonest(values: Iterable[Any]) -> Any:
@@ -336,7 +336,7 @@ def _read_layer(name: str, parts: Mapping[str, Tensor], config: Mapping[str, Any
     if a.shape[:1] != (r,) or not (_conv_fits(a, b) if a.dim() == 4 else a.dim() == b.dim() == 2 and b.shape[1] == r):
         shapes = f"lora_A {list(a.shape)}, lora_B {list(b.shape)}"
         raise ConfigError(where, f"{name}: {shapes}", f"shapes of rank {r:g}, which the config gives this layer")
-    scaling = scaling_of(alpha, int(r), bool(config.get("use_rslora")))
+    scaling = alpha_rules.scaling(alpha, int(r), use_rslora=bool(config.get("use_rslora")))
     dropout = _number(config.get("lora_dropout", 0.0), f"{where}:lora_dropout", low=0.0)
     return AdapterSpec(r=int(r), scaling=scaling, alpha=alpha, dropout=dropout)
 

@@ -48,7 +48,7 @@ def directions(opened: Opened, layers: Sequence[str], bases: Bases) -> Direction
 
 def _drawn(opened: Opened) -> bool:
     """Whether A started from a draw: PiSSA's and OLoRA's is a part of W, and saved beside the change from it."""
-    return getattr(opened.saved.run.method, "init", None) not in FROM_WEIGHT
+    return opened.saved.run.method.init not in FROM_WEIGHT
 
 
 def start(opened: Opened, state: State, name: str, bases: Bases) -> Tensor:

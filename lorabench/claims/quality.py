@@ -9,6 +9,7 @@ from typing import Any
 
 from lorabench.claims.rates import REGRET
 from lorabench.claims.verdict import Claim, Status, Verdict, decided, more_seeds, negated
+from lorabench.config.method_names import DORA, LORA, PISSA
 from lorabench.results import scores as measure
 from lorabench.results.best_rate import Missing
 from lorabench.results.cells import Result
@@ -22,7 +23,7 @@ MATTERS = "Learning Rate Matters (arXiv 2602.04998)"
 HIDDEN = "Hidden Power of the Scaling Factor (arXiv 2606.12883)"
 
 
-VARIANTS = ("LoRA", "DoRA", "PiSSA", "MiLoRA")
+VARIANTS = (LORA, DORA, PISSA, "MiLoRA")
 
 
 OCTAVE = 2.0  # of s: over less there is nothing to exchange
@@ -120,7 +121,7 @@ def _four(e: Evidence) -> Iterator[tuple[Result, Result, Result, Result]]:
     """Of each rank, set of targets and alpha: LoRA and full at the largest batch, the same two at the smallest."""
     found: dict[Any, list[tuple[Result, Result]]] = {}
     for r in e.cells:
-        full = e.full(r.cell) if r.cell.method == "LoRA" else None
+        full = e.full(r.cell) if r.cell.method == LORA else None
         if full is not None and _batch(full) == _batch(r):
             found.setdefault((r.cell.r, r.cell.targets, r.cell.alpha_rule), []).append((r, full))
     for pairs in found.values():
@@ -153,7 +154,7 @@ def methods_agree(e: Evidence) -> Verdict:
         if r.cell.method in VARIANTS:
             groups.setdefault((r.cell.r, r.cell.targets, r.cell.extra), {}).setdefault(r.cell.method, r)
     best = max(groups.values(), key=len, default={})
-    if "LoRA" not in best or len(best) < 2:
+    if LORA not in best or len(best) < 2:
         return METHODS.absent(
             "it takes LoRA and another of these methods at one rank",
             f"{' and '.join(VARIANTS[:2])} at one rank and on the same targets, five rates each",

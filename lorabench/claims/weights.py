@@ -11,6 +11,7 @@ import math
 import numpy as np
 
 from lorabench.claims.verdict import Claim, Verdict, decided, inside, more_seeds
+from lorabench.config.method_names import PLAIN_LORA
 from lorabench.results.best_rate import Missing
 from lorabench.results.cells import Result
 from lorabench.results.evidence import Evidence
@@ -51,7 +52,7 @@ RANK = Claim("Full fine-tuning's ΔW needs 10 to 100 times the rank LoRA is give
 
 def full_needs_more_rank(e: Evidence) -> Verdict:
     """Median rank over matrices, a number a run, over the largest configured r that leaves room for ten times itself."""
-    adapters = [r for r in e.cells if r.cell.method in ("LoRA", "rsLoRA")]
+    adapters = [r for r in e.cells if r.cell.method in PLAIN_LORA]
     pair = next(((r, f) for r in adapters if (f := e.full(r.cell))), None)
     if pair is None:
         return RANK.absent(
@@ -103,7 +104,7 @@ def forgets_less(e: Evidence) -> Verdict:
     matched: list[tuple[float, Result, Result]] = []
     lacking: Missing | None = None
     for r in e.cells:
-        full = e.full(r.cell) if r.cell.method in ("LoRA", "rsLoRA") else None
+        full = e.full(r.cell) if r.cell.method in PLAIN_LORA else None
         made = e.difference(r, full) if full else None
         if isinstance(made, Missing):
             lacking = lacking or made

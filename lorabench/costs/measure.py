@@ -10,6 +10,7 @@ from statistics import median
 from typing import TYPE_CHECKING, Any
 
 from lorabench.config.errors import ConfigError
+from lorabench.config.method_names import FULL
 from lorabench.runtime import provenance
 from lorabench.runtime.files import atomic_write
 from lorabench.store.records import Store, dump_json
@@ -136,7 +137,7 @@ def _setting(every: Mapping[str, Result], source: Source) -> dict[str, Any]:
     """
     import torch
 
-    adapters = [s for i, (s, *_) in source.runs.items() if every[i].cell.method != "full"]
+    adapters = [s for i, (s, *_) in source.runs.items() if every[i].cell.method != FULL]
     first = (adapters or [s for s, *_ in source.runs.values()])[0].record.provenance
     used = [x.resources for r in every.values() for x in r.runs]
     lengths = [u["tokens"] / u["examples"] for u in used if u.get("tokens") and u.get("examples")]

@@ -12,6 +12,7 @@ from typing import Any
 from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig, OmegaConf, open_dict
 
+from lorabench.config import alpha_rules
 from lorabench.config.errors import ConfigError
 from lorabench.config.runs import digest, parse
 
@@ -71,7 +72,7 @@ def job(
         if experiment and OmegaConf.select(cfg, "sweep") is not None:
             cfg.sweep.experiment = experiment
     run, settings = parse(cfg)
-    if getattr(run.method, "match_parameters", None):
+    if run.method.match_parameters:
         from lorabench.training.preparation import matched_rank
 
         with open_dict(cfg):
@@ -87,8 +88,7 @@ def alpha_rule(cfg: DictConfig) -> str | None:
     raw = OmegaConf.select(cfg, "method.alpha")
     if raw is None:
         return None
-    text = raw if isinstance(raw, str) else f"{raw:g}"
-    return f"{text}/sqrt(r)" if OmegaConf.select(cfg, "method.use_rslora") else text
+    return alpha_rules.rule_text(raw, use_rslora=bool(OmegaConf.select(cfg, "method.use_rslora")))
 
 
 def task(cfg: DictConfig) -> float:

@@ -9,6 +9,7 @@ from lorabench.config.contracts.method import Method, SlicePlan
 from lorabench.config.contracts.model import BIASED, BaseInfo
 from lorabench.config.errors import ConfigError
 from lorabench.config.fields import knob
+from lorabench.config.method_names import display_name
 from lorabench.methods.targets import whole_modules, within
 
 
@@ -39,4 +40,4 @@ class Config(Method):
         return SlicePlan(seed=seed, biases=tuple(x.name for x in owners), modules=modules)
 
     def label(self) -> dict[str, Any]:
-        return {"method": "BitFit", "r": None, "alpha": None, "targets": "biases"}
+        return {"method": display_name(self.name), "r": None, "alpha": None, "targets": "biases"}

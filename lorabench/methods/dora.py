@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from typing import Any, ClassVar
+from typing import ClassVar
 
 from lorabench.config.contracts.method import AdapterSpec
 from lorabench.config.contracts.model import LayerInfo
@@ -22,6 +22,3 @@ class Config(LowRank):
     def _spec(self, layer: LayerInfo) -> AdapterSpec:
         linear_only(self, layer)
         return replace(super()._spec(layer), kind="dora")
-
-    def label(self) -> dict[str, Any]:
-        return super().label() | {"method": "rsDoRA" if self.use_rslora else "DoRA"}

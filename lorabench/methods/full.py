@@ -8,6 +8,7 @@ from typing import Any, ClassVar
 from lorabench.config.contracts.method import Method, SlicePlan
 from lorabench.config.contracts.model import BaseInfo
 from lorabench.config.fields import knob
+from lorabench.config.method_names import display_name
 
 
 @dataclass(frozen=True)
@@ -25,4 +26,4 @@ class Config(Method):
         return SlicePlan(seed=seed, full=True)
 
     def label(self) -> dict[str, Any]:
-        return {"method": "full", "r": None, "alpha": None, "targets": "everything"}
+        return {"method": display_name(self.name), "r": None, "alpha": None, "targets": "everything"}

@@ -9,6 +9,7 @@ from lorabench.config.contracts.method import Method, SlicePlan
 from lorabench.config.contracts.model import BaseInfo
 from lorabench.config.errors import ConfigError
 from lorabench.config.fields import knob
+from lorabench.config.method_names import display_name
 from lorabench.methods.targets import whole_modules
 
 
@@ -33,4 +34,9 @@ class Config(Method):
         return SlicePlan(seed=seed, modules=modules)
 
     def label(self) -> dict[str, Any]:
-        return {"method": "head only", "r": None, "alpha": None, "targets": "+".join(self.modules_to_save or ["head"])}
+        return {
+            "method": display_name(self.name),
+            "r": None,
+            "alpha": None,
+            "targets": "+".join(self.modules_to_save or ["head"]),
+        }

@@ -9,6 +9,7 @@ from lorabench.config.contracts.method import AdapterSpec, Method, SlicePlan
 from lorabench.config.contracts.model import BaseInfo
 from lorabench.config.errors import ConfigError
 from lorabench.config.fields import knob
+from lorabench.config.method_names import display_name
 from lorabench.methods.low_rank import check_targets, linear_only
 from lorabench.methods.targets import resolve, whole_modules
 
@@ -51,4 +52,4 @@ class Config(Method):
     def label(self) -> dict[str, Any]:
         target = self.target_modules
         shown = target if isinstance(target, str) else "+".join(target)
-        return {"method": "IA3", "r": None, "alpha": None, "targets": shown}
+        return {"method": display_name(self.name), "r": None, "alpha": None, "targets": shown}

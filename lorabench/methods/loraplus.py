@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from typing import Any, ClassVar
+from typing import ClassVar
 
 from lorabench.config.contracts.method import AdapterSpec, SlicePlan
 from lorabench.config.contracts.model import BaseInfo, LayerInfo
@@ -26,6 +26,3 @@ class Config(LowRank):
     def _spec(self, layer: LayerInfo) -> AdapterSpec:
         drawn_only(self, layer)
         return replace(super()._spec(layer), rate_B=self.lr_ratio)
-
-    def label(self) -> dict[str, Any]:
-        return super().label() | {"method": "LoRA+"}

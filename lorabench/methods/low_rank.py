@@ -7,13 +7,13 @@ import re
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
+from lorabench.config import alpha_rules
 from lorabench.config.contracts.method import AdapterSpec, Method, SlicePlan
 from lorabench.config.contracts.model import BaseInfo, LayerInfo
 from lorabench.config.errors import ConfigError
 from lorabench.config.fields import knob
+from lorabench.config.method_names import display_name
 from lorabench.methods.targets import pattern_value, resolve, whole_modules
-
-_RULE = re.compile(r"(?P<times>\d*\.?\d*)\s*\*?\s*r")
 
 
 @dataclass(frozen=True)
@@ -48,8 +48,8 @@ class LowRank(Method):
         """`2r` becomes its number here, so that a run's identity is the number."""
         alpha = self.alpha
         if isinstance(alpha, str):
-            if m := _RULE.fullmatch(alpha.strip()):
-                alpha = float(m["times"] or 1) * self.r if m["times"] != "." else alpha
+            if (rule := alpha_rules.parse(alpha)) and rule.times_r and not rule.use_rslora:
+                alpha = rule.alpha(self.r)
             else:
                 try:
                     alpha = float(alpha)
@@ -96,13 +96,13 @@ class LowRank(Method):
         if self.init == "orthogonal" and layer.kind == "Conv2d":
             raise ConfigError("method.init", self.init, f"kaiming or gaussian: layer {layer.name} is a convolution")
         alpha = float(pattern_value(self.alpha_pattern, layer.name, self.alpha))
-        scaling = alpha / math.sqrt(r) if self.use_rslora else alpha / r
+        scaling = alpha_rules.scaling(alpha, r, use_rslora=self.use_rslora)
         return AdapterSpec(r=r, scaling=scaling, alpha=alpha, dropout=self.dropout, init=self.init)
 
     def label(self) -> dict[str, Any]:
         target = self.target_modules
         return {
-            "method": "rsLoRA" if self.use_rslora else "LoRA", "r": self.r, "alpha": self.alpha,
+            "method": display_name(self.name, use_rslora=self.use_rslora), "r": self.r, "alpha": self.alpha,
             "targets": target if isinstance(target, str) else "+".join(target),
         }  # fmt: skip
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
 
 from lorabench.config.fields import knob
 from lorabench.methods.low_rank import FromWeight
@@ -15,6 +14,3 @@ class Config(FromWeight):
 
     name: str = knob("olora", help="method")
     init: str = knob("olora", help="how A and B start", choices=("olora",), varies=True)
-
-    def label(self) -> dict[str, Any]:
-        return super().label() | {"method": "OLoRA"}

@@ -100,10 +100,10 @@ def _pilot(folder: Path, study: Study) -> Sweep:
     """The pilot, after checking that it speaks of the same metric and base."""
     from lorabench.results.sweep import load
 
-    sweep, base = load(folder), getattr(study.tuning[0].model, "source", None)
+    sweep, base = load(folder), study.tuning[0].model.source
     if sweep.metric != study.metric.name:
         raise ConfigError("--pilot", str(folder), f"a sweep by {study.metric.name}; this one goes by {sweep.metric}")
-    bases = {r.config.get("model", {}).get("source") for r in sweep.records.values()}
+    bases = {r.config.get("model", {}).get("source", "") for r in sweep.records.values()}
     if bases != {base}:
         raise ConfigError("--pilot", str(folder), f"a sweep of the same base, {base}; this one's: {_joined(bases)}")
     return sweep

@@ -7,6 +7,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from lorabench.config.method_names import FULL, HEAD_ONLY
 from lorabench.config.overrides import _hydra
 from lorabench.report import declared
 from lorabench.report.sections import conditions
@@ -84,7 +85,7 @@ def _level(f: Findings, margin: str) -> str:
 
 
 def _points(f: Findings) -> Iterator[tuple[str, str]]:
-    for method, about in (("head only", "Against head-only"), ("full", "Against full fine-tuning")):
+    for method, about in ((HEAD_ONLY, "Against head-only"), (FULL, "Against full fine-tuning")):
         if made := f.controls.get(method):
             yield about, _sentence(f, made, f"the best adapter on {declared.selection(f.sweep)}, ")
     yield from _how_small(f)
@@ -212,7 +213,7 @@ def _unconfirmed(f: Findings) -> str:
 def _validation(f: Findings) -> Iterator[tuple[str, str]]:
     named = [(f.best, "Best adapter")]
     named += [(next((r.id for r in f.results.values() if r.cell.method == m and r.runs), None), a)
-              for m, a in (("head only", "Head-only"), ("full", "Full fine-tuning"))]  # fmt: skip
+              for m, a in ((HEAD_ONLY, "Head-only"), (FULL, "Full fine-tuning"))]  # fmt: skip
     said = [f"{about.lower()} {f.results[i].name} at {formats.rate(f.results[i].lr)}: {f.metric.value(f.results[i].val, unit=True)}"
             if about == "Best adapter" else f"{f.results[i].name}: {f.metric.value(f.results[i].val, unit=True)}"
             for i, about in named if i]  # fmt: skip

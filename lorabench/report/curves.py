@@ -8,6 +8,7 @@ from collections.abc import Mapping, Sequence
 import numpy as np
 from matplotlib.axes import Axes
 
+from lorabench.config import alpha_rules
 from lorabench.report import theme as style
 from lorabench.report.theme import Drawing, Look
 from lorabench.results import formatting as formats
@@ -15,7 +16,7 @@ from lorabench.results import units
 from lorabench.results.cells import Result
 from lorabench.results.findings import Findings
 from lorabench.results.selection import Rate
-from lorabench.results.sweep import pretty_rule, short
+from lorabench.results.sweep import short
 from lorabench.store.records import Record
 
 MOST = 8  # cells in one picture of training curves
@@ -71,7 +72,7 @@ def _finished(r: Result) -> list[Rate]:
 def _family(r: Result) -> str:
     if not r.cell.adapter:
         return OTHERS
-    rule = pretty_rule(r.cell.alpha_rule).removesuffix("/sqrt(r)")  # the method's name says that part
+    rule = alpha_rules.without_scaling(alpha_rules.rounded(r.cell.alpha_rule))  # the method's name says that part
     alpha = [f"α = {rule}"] if rule else []  # VeRA has none
     return ", ".join([r.cell.method, *alpha, *(f"{k.split('.')[-1]} {v}" for k, v in r.cell.extra)])
 

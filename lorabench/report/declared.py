@@ -2,29 +2,14 @@
 
 from __future__ import annotations
 
-import math
-import re
 from typing import TYPE_CHECKING
 
+from lorabench.config import alpha_rules
 from lorabench.results import formatting as formats
 
 if TYPE_CHECKING:
     from lorabench.results.findings import Findings
     from lorabench.results.sweep import Sweep
-
-_RULE = re.compile(r"(?P<number>\d*\.?\d*(?:e[+-]?\d+)?)\s*\*?\s*(?P<r>r?)(?P<root>/sqrt\(r\))?")
-
-
-def scale_at(rule: str, r: int) -> float | None:
-    """s at rank r under an alpha rule: `16`, `2r`, or either with `/sqrt(r)` for rsLoRA; None for what is no rule."""
-    found = _RULE.fullmatch(rule.strip())
-    if found is None or not (found["number"] or found["r"]):
-        return None
-    try:
-        alpha = float(found["number"] or 1) * (r if found["r"] else 1)
-    except ValueError:
-        return None
-    return alpha / (math.sqrt(r) if found["root"] else r)
 
 
 def anchor(sweep: Sweep) -> str:
@@ -33,7 +18,7 @@ def anchor(sweep: Sweep) -> str:
     if rank is None:
         return ""
     rules = sorted({c.alpha_rule for c in sweep.cells if c.alpha_rule})
-    scales = {f"{s:.4g}" for rule in rules if (s := scale_at(rule, int(rank))) is not None}
+    scales = {f"{rule.scaling(int(rank)):.4g}" for text in rules if (rule := alpha_rules.parse(text))}
     return f"r = {rank}" + (f" (s = {scales.pop()})" if len(scales) == 1 else "")
 
 

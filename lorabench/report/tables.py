@@ -7,6 +7,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Literal
 
+from lorabench.config import alpha_rules
 from lorabench.report import declared
 from lorabench.results import formatting as formats
 from lorabench.results.cells import Result, same_runs
@@ -114,8 +115,8 @@ def _alpha(r: Result) -> str:
     c = r.cell
     if not c.adapter or c.alpha is None:
         return formats.DASH
-    value, rule = f"{c.alpha:.4g}", str(c.alpha_rule or "").removesuffix("/sqrt(r)")  # rsLoRA's name says that part
-    return f"{value} ({rule})" if rule.endswith("r") else value
+    value, rule = f"{c.alpha:.4g}", alpha_rules.without_scaling(c.alpha_rule)  # rsLoRA's name says that part
+    return f"{value} ({rule})" if alpha_rules.is_multiple_of_rank(rule) else value
 
 
 def _versus(f: Findings, r: Result) -> dict[str, str]:

@@ -20,16 +20,17 @@ from matplotlib.colors import to_hex, to_rgb
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, NullFormatter
 
+from lorabench.config.method_names import BITFIT, DORA, FULL, HEAD_ONLY, LORA, RSLORA
 from lorabench.results import formatting as formats
 from lorabench.results.sweep import Cell, short
 
 HUES = {
-    "LoRA": "#0072B2",
-    "rsLoRA": "#D55E00",
-    "BitFit": "#009E73",
-    "head only": "#6E6E6E",
-    "full": "#1A1A1A",
-    "DoRA": "#B8588F",
+    LORA: "#0072B2",
+    RSLORA: "#D55E00",
+    BITFIT: "#009E73",
+    HEAD_ONLY: "#6E6E6E",
+    FULL: "#1A1A1A",
+    DORA: "#B8588F",
 }
 OTHERS = ("#8C6D00", "#5B4FA2", "#A0522D", "#3E8E9C", "#7A8B1F")
 DASHES: tuple[Any, ...] = ("-", (0, (5, 2)), (0, (1, 1.4)), (0, (6, 2, 1, 2)))

@@ -5,13 +5,11 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
+from lorabench.config import alpha_rules
+from lorabench.config.method_names import display_name
 from lorabench.store.records import Record
 
 LABELLED = {"method.name", "method.r", "method.alpha", "method.target_modules", "method.use_rslora"}
-METHODS = {
-    "lora": "LoRA", "dora": "DoRA", "loraplus": "LoRA+", "lorafa": "LoRA-FA", "pissa": "PiSSA", "olora": "OLoRA",
-    "vera": "VeRA", "ia3": "IA3", "full": "full", "head": "head only", "bitfit": "BitFit",
-}  # fmt: skip
 TARGETS = {"full": "everything", "head": "head", "bitfit": "biases"}
 
 
@@ -47,7 +45,7 @@ def _multiples(records: Iterable[Record]) -> dict[tuple[str, ...], str]:
             ranks.setdefault(_kind(config), set()).add(r)
             ratios.setdefault(_kind(config), set()).add(round(alpha / r, 9))
     return {
-        kind: f"{min(found):g}r" + ("/sqrt(r)" if kind[2] == "True" else "")
+        kind: alpha_rules.rule_text(f"{min(found):g}r", use_rslora=kind[2] == "True")
         for kind, found in ratios.items() if len(found) == 1 < len(ranks[kind])
     }  # fmt: skip
 
@@ -73,8 +71,9 @@ def flatten(config: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, 
 def _label(config: Mapping[str, Any], axes: Sequence[str]) -> dict[str, Any]:
     method = config["method"]
     name, target, alpha = str(method["name"]), method.get("target_modules"), method.get("alpha")
-    shown = "rsLoRA" if method.get("use_rslora") else METHODS.get(name, name)
-    rule = None if alpha is None else plain(alpha) + ("/sqrt(r)" if method.get("use_rslora") else "")
+    use_rslora = bool(method.get("use_rslora"))
+    shown = display_name(name, use_rslora=use_rslora)
+    rule = None if alpha is None else alpha_rules.rule_text(plain(alpha), use_rslora=use_rslora)
     flat = dict(flatten(config))
     return {
         "method": shown, "r": method.get("r"), "alpha": alpha, "alpha_rule": rule,

@@ -12,6 +12,8 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
+from lorabench.config import alpha_rules
+from lorabench.config.method_names import FULL, PLAIN_LORA, RSLORA
 from lorabench.results import best_rate as rates
 from lorabench.results import formatting as formats
 from lorabench.results import scores as measure
@@ -30,9 +32,6 @@ def apart(a: Result, b: Result) -> float:
     """0 where both train the same number of parameters, 1 where one trains none."""
     x, y = a.cell.trainable or 0, b.cell.trainable or 0
     return abs(x - y) / max(x, y, 1)
-
-
-PLAIN = ("LoRA", "rsLoRA")  # one method under two scales
 
 
 @dataclass(frozen=True)
@@ -99,13 +98,13 @@ class Evidence:
     def _under(self, line: Iterable[Result]) -> str:
         """What axes of plain LoRA's cells, beside rank and alpha, say of these."""
         own = dict(next(iter(line)).cell.extra)
-        every = [dict(r.cell.extra) for r in self.cells if r.cell.method in PLAIN]
+        every = [dict(r.cell.extra) for r in self.cells if r.cell.method in PLAIN_LORA]
         varied = (k for k in own if any(other.get(k) != own[k] for other in every))
         return ", ".join(f"{k.split('.')[-1]} {own[k]}" for k in varied)
 
     def full(self, like: Cell) -> Result | None:
         """Full fine-tuning under the conditions of a cell."""
-        return next((r for r in self.cells if r.cell.method == "full" and alike(r.cell, like)), None)
+        return next((r for r in self.cells if r.cell.method == FULL and alike(r.cell, like)), None)
 
     def located(self, cells: Sequence[Result]) -> list[Optimum] | Missing:
         """The best rates of all these cells. One that lies beyond its grid says how far rates move: it cannot be left out."""
@@ -166,9 +165,9 @@ def gather(sweep: Sweep) -> Evidence:
 
 def scale(cell: Cell) -> float | None:
     """s of W' = W + s B A; None for what is not plain LoRA."""
-    if cell.method not in PLAIN or not cell.r or not cell.alpha:
+    if cell.method not in PLAIN_LORA or not cell.r or not cell.alpha:
         return None
-    return cell.alpha / (math.sqrt(cell.r) if cell.method == "rsLoRA" else cell.r)
+    return alpha_rules.scaling(cell.alpha, cell.r, use_rslora=cell.method == RSLORA)
 
 
 def alike(a: Cell, b: Cell) -> bool:

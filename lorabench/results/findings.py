@@ -10,6 +10,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from statistics import fmean
 
+from lorabench.config.method_names import FULL, HEAD_ONLY
 from lorabench.results import formatting as formats
 from lorabench.results import scores as measure
 from lorabench.results import units
@@ -95,7 +96,7 @@ def find(sweep: Sweep) -> Findings:
     versus = _versus(compare, reference, list(results), sweep.study.get("family")) if reference else {}
     best = _best([r for r in results.values() if r.cell.adapter])
     controls = {}
-    for method in ("head only", "full"):
+    for method in (HEAD_ONLY, FULL):
         other = _control(results, method, best)
         if best and other and (found := _declared(versus, reference, best, other) or compare(best, other)):
             controls[method] = found
@@ -173,7 +174,7 @@ def _reference(sweep: Sweep, results: Mapping[str, Result]) -> str | None:
     if adapters:
         most = max(adapters, key=lambda r: (r.cell.r or 0, r.cell.trainable or 0, r.resource("train_examples") or 0))
         return most.id  # the first of equals
-    full = [r.id for r in have if r.cell.method == "full"]
+    full = [r.id for r in have if r.cell.method == FULL]
     return full[0] if full else have[0].id if have else None
 
 

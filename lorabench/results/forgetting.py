@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from itertools import pairwise
 from typing import Any, Literal
 
+from lorabench.config.method_names import FULL
 from lorabench.results import formatting as formats
 from lorabench.results import units
 from lorabench.results.cells import Result
@@ -197,12 +198,12 @@ def _matched(f: Findings, cells: Sequence[tuple[Result, tuple[Path, ...]]]) -> f
     """A value that adapters and full fine-tuning pass with every seed. Of those that some cell just reaches: one that full
     fine-tuning passes too, then what most cells pass, then the best."""
     sign = _sign(f)
-    judged = [(r, paths) for r, paths in cells if paths and (r.cell.adapter or r.cell.method == "full")]
+    judged = [(r, paths) for r, paths in cells if paths and (r.cell.adapter or r.cell.method == FULL)]
     reached = [sign * min(max(sign * t for t, _ in path) for path in paths) for _, paths in judged]
 
     def worth(value: float) -> tuple[bool, int, float]:
         passed = [r for r, paths in judged if _at(f, paths, value) is not None]
-        return len(passed) > 1 and any(r.cell.method == "full" for r in passed), len(passed), sign * value
+        return len(passed) > 1 and any(r.cell.method == FULL for r in passed), len(passed), sign * value
 
     return max(reached, key=worth, default=None)
 

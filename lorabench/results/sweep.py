@@ -2,35 +2,21 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+from lorabench.config import alpha_rules
 from lorabench.config.errors import ConfigError
+from lorabench.config.method_names import ORDER, in_words
 from lorabench.results.derived import derived, plain
 from lorabench.results.formatting import natural
 from lorabench.results.selection import Choice, choose, lower_is_better, selection
 from lorabench.store.records import Record, Store
 
 MARGIN = 0.02  # of a sweep that declares none
-ORDER = (
-    "LoRA",
-    "rsLoRA",
-    "LoRA+",
-    "LoRA-FA",
-    "DoRA",
-    "rsDoRA",
-    "PiSSA",
-    "OLoRA",
-    "VeRA",
-    "IA3",
-    "BitFit",
-    "head only",
-    "full",
-)
 
 
 @dataclass(frozen=True)
@@ -250,18 +236,13 @@ def _names(cells: Sequence[Cell]) -> dict[str, str]:
     }  # methods whose cells only alpha tells apart
     names = {}
     for c in cells:
-        name = f"{c.method} r = {c.r}" if c.adapter else {"full": "full fine-tuning"}.get(c.method, c.method)
+        name = f"{c.method} r = {c.r}" if c.adapter else in_words(c.method)
         if c.adapter and targets:
             name += f" on {short(c.targets)}"
-        apart = [f"α = {pretty_rule(c.alpha_rule)}"] if c.adapter and c.method in ruled else []
+        apart = [f"α = {alpha_rules.rounded(c.alpha_rule)}"] if c.adapter and c.method in ruled else []
         apart += [f"{k.split('.')[-1]} {short(v)}" for k, v in c.extra if k in varied]
         names[c.id] = f"{name} ({', '.join(apart)})" if apart else name
     return names
-
-
-def pretty_rule(rule: str | None) -> str:
-    """A rule with its numbers to four digits: `5.657/sqrt(r)`."""
-    return re.sub(r"\d+\.\d{4,}", lambda m: f"{float(m[0]):.4g}", rule or "")
 
 
 def short(text: str, most: int = 32) -> str:

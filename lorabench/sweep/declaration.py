@@ -6,9 +6,9 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict
 from typing import Any
 
+from lorabench.config import alpha_rules
 from lorabench.config.errors import ConfigError, ExistingWork
 from lorabench.config.settings import StudyConfig
-from lorabench.report.declared import scale_at
 from lorabench.store.records import Store
 from lorabench.sweep.packs import Job, cell_id
 
@@ -50,7 +50,7 @@ def check_cells(jobs: Sequence[Job]) -> None:
 
 
 def _check_anchor(rank: int, rules: Iterable[str]) -> None:
-    found = {rule: s for rule in sorted(rules) if (s := scale_at(rule, rank)) is not None}
+    found = {text: rule.scaling(rank) for text in sorted(rules) if (rule := alpha_rules.parse(text))}
     if not found:
         raise ConfigError("study.alpha_anchor", rank, "null: no cell of this sweep has an alpha")
     if max(found.values()) > min(found.values()) * (1 + 1e-6):

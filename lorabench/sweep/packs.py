@@ -65,7 +65,7 @@ def plan_packs(
         groups.setdefault(run.pack_key, []).append(run)
     packs: list[Pack] = []
     for group in groups.values():
-        group.sort(key=lambda r: (r.method.name, getattr(r.method, "r", 0), r.seed, r.optimizer.lr, r.run_id))
+        group.sort(key=lambda r: (r.method.name, r.method.r, r.seed, r.optimizer.lr, r.run_id))
         most = max_pack or _fitting(group, auto)
         for units in _fill(_whole_cells(group) if prune else [[run] for run in group], most):
             cells = any(len(unit) > 1 for unit in units)

@@ -49,7 +49,7 @@ def resolve(run: RunConfig, auto: str | None = None) -> Resolved:
     full = run.method.name == "full"
     names = {"32": ("float32", "32-true"), "64": ("float64", "32-true"), "bf16-mixed": ("float32", "bf16-mixed")}
     dtype, trainer = names.get(precision, ("float32", "bf16-mixed") if full else ("bfloat16", "32-true"))
-    attention = getattr(run.model, "attention", "auto")
+    attention = run.model.attention
     if attention == "auto":
         short = run.task.longest is not None and run.task.longest <= 256
         attention = "eager" if device == "cpu" and short else "sdpa"

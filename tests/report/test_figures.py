@@ -11,11 +11,12 @@ from types import SimpleNamespace
 import pytest
 
 from fixtures.sweeps import RANK_SWEEP, Planted, build
+from lorabench.config import alpha_rules
 from lorabench.report import curves, figures, render
 from lorabench.report import theme as style
 from lorabench.results.findings import find
 from lorabench.results.formatting import Metric, compact, duration, memory, number, rate, share
-from lorabench.results.sweep import load, pretty_rule
+from lorabench.results.sweep import load
 
 
 def contrast(colour: str) -> float:
@@ -109,7 +110,7 @@ def test_numbers_as_readers_see_them() -> None:
     points = Metric("accuracy", False, 1, 100.0, "%", "points")
     assert [points.size(x, unit=False) for x in (0.0004, 0.0006, 0.0)] == ["<0.1", "0.1", "0.0"]
     assert Metric("loss", True, 3).size(2e-4) == "<0.001"
-    assert [pretty_rule(x) for x in ("5.656854249492381/sqrt(r)", "2r", "16", None)] == [
+    assert [alpha_rules.rounded(x) for x in ("5.656854249492381/sqrt(r)", "2r", "16", None)] == [
         "5.657/sqrt(r)", "2r", "16", "",
     ]  # fmt: skip
     assert points.value(0.7731, unit=True) == "77.3 %"

@@ -11,6 +11,7 @@ import pytest
 
 from fixtures.runs import make_base, make_data
 from fixtures.sweeps import RANK_SWEEP, build
+from lorabench.config import alpha_rules
 from lorabench.config.errors import ConfigError, ExistingWork
 from lorabench.config.runs import digest
 from lorabench.config.settings import StudyConfig
@@ -18,7 +19,6 @@ from lorabench.report import __main__ as face
 from lorabench.report import render
 from lorabench.report.answer import answer
 from lorabench.report.cautions import warnings
-from lorabench.report.declared import scale_at
 from lorabench.results.findings import Findings, find
 from lorabench.results.selection import choose
 from lorabench.results.sweep import Other, load
@@ -84,7 +84,8 @@ def test_what_cannot_be_judged_is_refused_and_nothing_is_written(cli, case):
     ],
 )
 def test_scale_of_a_rule_at_a_rank(rule: str, s: float | None) -> None:
-    assert scale_at(rule, 8) == (None if s is None else pytest.approx(s))
+    parsed = alpha_rules.parse(rule)
+    assert (parsed and parsed.scaling(8)) == (None if s is None else pytest.approx(s))
 
 
 # -- a sweep that is there -----------------------------------------------------------------------------------------------

@@ -17,6 +17,8 @@ from matplotlib.cm import ScalarMappable
 from matplotlib.colors import PowerNorm
 from matplotlib.patches import Rectangle
 
+from lorabench.config import alpha_rules
+from lorabench.config.method_names import RSLORA
 from lorabench.report import theme as style
 from lorabench.report.section import Part
 from lorabench.report.theme import Drawing
@@ -93,8 +95,9 @@ def _scales(cells: Sequence[Result]) -> list[Band]:
 
 def _rule(cell: Cell) -> str:
     rule = str(cell.alpha_rule or "")
-    rule = rule if rule.endswith("r") or cell.alpha is None else f"{cell.alpha:.4g}"  # 2r, or the number
-    return f"rsLoRA α = {rule}" if cell.method == "rsLoRA" else f"α = {rule}"
+    if not alpha_rules.is_multiple_of_rank(rule) and cell.alpha is not None:
+        rule = f"{cell.alpha:.4g}"
+    return f"{RSLORA} α = {rule}" if cell.method == RSLORA else f"α = {rule}"
 
 
 def _rules(cells: Sequence[Result], said: str) -> list[Panel]:

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from lorabench.config.errors import ConfigError
+from lorabench.config.method_names import FULL, VERA
 from lorabench.report.tables import Column, Row, Table
 from lorabench.results import formatting as formats
 
@@ -64,7 +65,7 @@ class Costs:
 
     @property
     def full_memory(self) -> int | None:
-        return next((c.training_memory for c in self.cells if c.method == "full"), None)
+        return next((c.training_memory for c in self.cells if c.method == FULL), None)
 
 
 def read(root: Path) -> Costs | None:
@@ -185,7 +186,7 @@ def _notes(c: Costs) -> Iterator[str]:
         f"Load: from files the system still holds onto a base that is there, until a text can come; the base itself takes {' or '.join(loads)} ms. Switch: between two that are "
         "loaded; where they are merged, one out and another in. Full fine-tuning writes all of its weights to load and to switch."
     )
-    if any(x.method == "VeRA" for x in c.cells):
+    if any(x.method == VERA for x in c.cells):
         yield "VeRA's file holds the frozen pair of matrices too, which could be drawn again from its seed."
     if any(x.training_memory for x in c.cells):
         yield "Training memory: peak of the process, libraries and data with it, in a few steps of the cell alone, on the machine of the sweep; one measurement."

@@ -14,6 +14,7 @@ import seaborn as sns
 from matplotlib.axes import Axes
 from matplotlib.collections import QuadMesh
 
+from lorabench.config.method_names import LORA
 from lorabench.report import theme as style
 from lorabench.report.tables import Column, Row, Table
 from lorabench.report.theme import Drawing, Look
@@ -299,7 +300,7 @@ def _subspace_caption(s: Similarity) -> str:
 def _heat(ax: Axes, s: Similarity, phi: np.ndarray, title: str, *, named: bool) -> QuadMesh:
     """Cells of one size whatever the numbers between two i: the axes are lists of what was kept."""
     ax.grid(False)
-    colours = sns.light_palette(style.HUES["LoRA"], as_cmap=True)
+    colours = sns.light_palette(style.HUES[LORA], as_cmap=True)
     mesh = ax.pcolormesh(phi, vmin=0, vmax=1, cmap=colours, linewidth=0)
     for axis, ticks in ((ax.xaxis, s.j), (ax.yaxis, s.i)):
         every = max(1, len(ticks) // 7)
