@@ -1,4 +1,4 @@
-"""The next token: of replies to a prompt that is masked out of the loss, or of plain text.
+"""Language modelling of plain text, or of replies to prompts that are masked out of the loss.
 
 Shape letters: N examples, T tokens, V vocabulary.
 """
@@ -16,20 +16,20 @@ from lorabench.config.contracts.task import Encoded, Row, StepOutput, TaskData
 from lorabench.config.errors import ConfigError
 from lorabench.config.fields import knob
 from lorabench.tasks import encoding, files, metrics, sources, split
+from lorabench.tasks.metrics import ExtensibleMetrics
 from lorabench.tasks.text_task import TextTask
 from lorabench.tasks.token_loss import IGNORE, token_losses
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
 
-FEWEST = 20  # prompts a classifier of styles is made and scored on
-SECTION = 8  # blocks a section of plain text: what stays together when text is split
+MIN_STYLE_PROMPTS = 20  # to fit and score a classifier of styles
+SECTION_BLOCKS = 8  # plain text is split into train, val and test in sections of about so many blocks
 
 
 @dataclass(frozen=True)
-class Config(TextTask):
-    """Causal language modelling on chit-chat replies, on news, on plain text, or on a table of texts or of prompts and
-    responses."""
+class Config(ExtensibleMetrics, TextTask):
+    """Causal language modelling of chit-chat replies, news, plain text, or a table of texts or prompts with responses."""
 
     kind: str = knob("causal_lm", help="the task's module", choices=("causal_lm",))
     name: str = knob("language modelling", help="what tables call it")
@@ -66,11 +66,13 @@ class Config(TextTask):
         False, help="measure the probe at each evaluation of a confirmation run, too", added="0.1.0"
     )
     style_prompts: int = knob(
-        0, help="held-out prompts replied to, to see how far replies move towards the data's style; 0: off",
-        low=0, added="0.1.0",
-    )  # fmt: skip
+        0,
+        help="held-out prompts replied to, to see how far replies move towards the data's style; 0: off",
+        low=0,
+        added="0.1.0",
+    )
 
-    OWN: ClassVar[tuple[str, ...]] = ("loss", "perplexity", "token_accuracy")
+    own_metrics: ClassVar[tuple[str, ...]] = ("loss", "perplexity", "token_accuracy")
     units: ClassVar[dict[str, str]] = {"loss": "nats a token"}
 
     def validate(self, key: str) -> None:
@@ -81,33 +83,26 @@ class Config(TextTask):
             missing = "prompt_column" if self.prompt_column is None else "response_column"
             raise ConfigError(f"{key}.{missing}", None, "prompt_column and response_column go together")
         super().validate(key)
-        if self.style_prompts and (self.style_prompts < FEWEST or not self.has_replies):
-            allowed = f"0, or at least {FEWEST} on prompts with responses"
+        if self.style_prompts and (self.style_prompts < MIN_STYLE_PROMPTS or not self.has_replies):
+            allowed = f"0, or at least {MIN_STYLE_PROMPTS} on prompts with responses"
             raise ConfigError(f"{key}.style_prompts", self.style_prompts, allowed)
-        metrics.check_metrics(self.metric, self.OWN, self.extra_metrics, key)
-
-    @property
-    def metric_names(self) -> tuple[str, ...]:
-        return metrics.names(self.OWN, self.extra_metrics, "task.extra_metrics")
-
-    @property
-    def lower_is_better(self) -> tuple[str, ...]:
-        return metrics.lower_is_better(self.extra_metrics, "task.extra_metrics")
 
     @property
     def has_replies(self) -> bool:
-        """Whether examples are prompts with responses."""
         return self.source == "chitchat" or self.source == "file" and self.prompt_column is not None
 
     @property
-    def _blocks(self) -> bool:
+    def _has_blocks(self) -> bool:
+        """Whether an example is a block of `max_length` tokens, cut out of plain text."""
         return not self.has_replies and self.unit == "block"
 
     # -- data -------------------------------------------------------------------------------------------------------
 
     def load(self) -> TaskData:
-        """Rows {"prompt", "response"} or {"text"}, with "group" and "example", by split: a dialogue, a paragraph or a
-        section of text lies in one split only. Raises `ConfigError` for any fault of the data."""
+        """Return rows {"prompt", "response"} or {"text"}, with "group" and "example", by split.
+
+        A dialogue, a paragraph or a section of text lies in one split only. Raises `ConfigError` for any fault of the data.
+        """
         fields = ("prompt", "response") if self.has_replies else ("text",)
         rows = self._rows()
         total = len(rows)
@@ -115,17 +110,16 @@ class Config(TextTask):
         notes: dict[str, Any] = {"source": self.source, "rows": total, "rows_without_text": total - len(rows)}
         rows = split.identify(rows, fields)
         if self.dedupe:
-            rows, found = split.deduplicate(rows, lambda r: "\x1f".join(split.plain_key(r[f]) for f in fields))
-            notes["duplicates_removed"] = found["duplicates_removed"]
-        splits = split.split_rows(
-            rows, self._group, val_fraction=self.val_fraction, test_fraction=self.test_fraction,
-        )  # fmt: skip
-        if not self._blocks:  # blocks are counted once there are tokens
+            rows, counts = split.deduplicate(rows, lambda r: "\x1f".join(split.plain_key(r[f]) for f in fields))
+            notes["duplicates_removed"] = counts["duplicates_removed"]
+        splits = split.split_rows(rows, self._group, val_fraction=self.val_fraction, test_fraction=self.test_fraction)
+        if not self._has_blocks:  # blocks are counted once there are tokens
             splits = split.limit(splits, self)
-        notes |= {name: {"examples": len(found)} for name, found in splits.items()}
+        notes |= {name: {"examples": len(members)} for name, members in splits.items()}
         return TaskData(splits, split.fingerprint(splits), (), notes)
 
     def _rows(self) -> list[Row]:
+        """Read all rows of the source. Raises `ConfigError`."""
         if self.source == "chitchat":
             return sources.chitchat()
         if self.source == "bbc":
@@ -133,7 +127,7 @@ class Config(TextTask):
         assert self.file
         if self.source == "text":
             texts = files.read_texts(self.file, "task.file")
-            size = SECTION * self.max_length * 4 if self.unit == "block" else 0
+            size = SECTION_BLOCKS * self.max_length * 4 if self.unit == "block" else 0
             return [{"text": part, "group": ""} for text in texts.values() for part in sections(text, size)]
         columns = (
             {"prompt_column": self.prompt_column, "response_column": self.response_column} if self.has_replies else {}
@@ -141,9 +135,9 @@ class Config(TextTask):
         columns = columns or {"text_column": self.text_column}
         columns |= {"group_column": self.group_column} if self.group_column else {}
         table = files.read_table(self.file, {k: v for k, v in columns.items() if v is not None}, "task.file")
-        made = {name.removesuffix("_column"): values for name, values in table.items()}
-        made.setdefault("group", [""] * len(next(iter(made.values()))))
-        return [dict(zip(made, values, strict=True)) for values in zip(*made.values(), strict=True)]
+        fields = {name.removesuffix("_column"): values for name, values in table.items()}
+        fields.setdefault("group", [""] * len(next(iter(fields.values()))))
+        return [dict(zip(fields, values, strict=True)) for values in zip(*fields.values(), strict=True)]
 
     def head(self, data: TaskData) -> HeadSpec:
         return HeadSpec("AutoModelForCausalLM")
@@ -151,20 +145,25 @@ class Config(TextTask):
     # -- examples ---------------------------------------------------------------------------------------------------
 
     def encode(self, data: TaskData, processor: Any) -> Encoded:
-        """Examples {"input_ids", "start", "example", "group"} by split; `start` is the first token that counts in the loss."""
+        """Return examples {"input_ids", "start", "example", "group"} by split.
+
+        "start" is the first token that counts in the loss. Examples without a token to predict are left out.
+        """
         encoding.check_max_length(self.max_length, processor)
         splits, notes = {}, {}
         for name, rows in data.splits.items():
-            made = self._encode_pairs(rows, processor) if self.has_replies else self._encode_texts(rows, processor)
-            notes[name] = encoding.truncation_notes(np.asarray([e.pop("full") for e in made]), self.max_length)
-            splits[name] = [e for e in made if len(e["input_ids"]) > max(e["start"], 1)]
-        if self._blocks:
+            encode = self._encode_pairs if self.has_replies else self._encode_texts
+            examples = encode(rows, processor)
+            notes[name] = encoding.truncation_notes(np.asarray([e.pop("full") for e in examples]), self.max_length)
+            splits[name] = [e for e in examples if len(e["input_ids"]) > max(e["start"], 1)]
+        if self._has_blocks:
             splits = split.limit(splits, self)
         split.check_not_empty(splits, self)
         lengths = {name: [len(e["input_ids"]) for e in examples] for name, examples in splits.items()}
         return Encoded(splits, lengths, {"truncation": notes})
 
     def _encode_pairs(self, rows: Sequence[Row], processor: Any) -> list[dict[str, Any]]:
+        """Return one example a pair; "full" is its number of tokens before the cut."""
         prompts = [self.prompt_text(r["prompt"], processor) for r in rows]
         replies = [self._reply_text(r, prompt, processor) for r, prompt in zip(rows, prompts, strict=True)]
         options = {"add_special_tokens": False, "return_attention_mask": False, "verbose": False}
@@ -172,7 +171,10 @@ class Config(TextTask):
         return [self._join(p, r) | self._ids(row) for p, r, row in zip(*both, rows, strict=True)]
 
     def _group(self, row: Row) -> str:
-        """What lies in one split, and counts as one draw of the test set: a dialogue, the answers to one prompt, a text."""
+        """Return the group of a row: its dialogue, else its prompt or text.
+
+        A group lies in one split, and counts as one draw of the test set.
+        """
         group: str = row["group"] or split.plain_key(row["prompt" if self.has_replies else "text"])
         return group
 
@@ -180,7 +182,10 @@ class Config(TextTask):
         return {"example": row["example"], "group": split.content_hash(self._group(row))}
 
     def _join(self, prompt: list[int], reply: list[int]) -> dict[str, Any]:
-        """Prompt and reply in at most `max_length` tokens: the prompt loses its beginning first, the reply then its end."""
+        """Join prompt and reply in at most `max_length` tokens.
+
+        The prompt loses its beginning first, then the reply its end; each may keep half of the tokens.
+        """
         full = len(prompt) + len(reply)
         reply = reply[: max(self.max_length - len(prompt), self.max_length // 2)]
         prompt = prompt[max(0, len(prompt) + len(reply) - self.max_length) :]
@@ -188,25 +193,28 @@ class Config(TextTask):
         return {"input_ids": ids, "start": len(prompt), "full": full}
 
     def _encode_texts(self, rows: Sequence[Row], processor: Any) -> list[dict[str, Any]]:
-        texts, block = [r["text"] for r in rows], self._blocks
-        tokens, full = encoding.tokenize(processor, texts, None, 10**9 if block else self.max_length, special=not block)
-        if not block:
+        """Return one example a paragraph, or the blocks of `max_length` tokens that a text is cut into."""
+        texts = [r["text"] for r in rows]
+        if not self._has_blocks:
+            tokens, full = encoding.tokenize(processor, texts, None, self.max_length)
             return [
                 {"input_ids": t["input_ids"], "start": 0, "full": n, **self._ids(r)}
                 for t, r, n in zip(tokens, rows, full.tolist(), strict=True)
             ]
+        tokens, _ = encoding.tokenize(processor, texts, None, 10**9, special=False)
         out = []
         for t, row in zip(tokens, rows, strict=True):
-            cuts = range(0, len(t["input_ids"]), self.max_length)
-            for i in cuts:
+            for i in range(0, len(t["input_ids"]), self.max_length):
                 ids = t["input_ids"][i : i + self.max_length]
                 example = split.content_hash(str(row["example"]), str(i))
                 out.append({"input_ids": ids, "start": 0, "full": len(ids), **self._ids(row), "example": example})
         return out
 
     def prompt_text(self, text: str, processor: Any) -> str:
-        """What the base reads before its reply: the tokenizer's chat template, or the text and a line break, after the
-        token that the tokenizer begins a text with, if it has one."""
+        """Return what the base reads before its reply: the text in the tokenizer's chat template.
+
+        Without a template it is the tokenizer's begin token, where it has one, the text and a line break.
+        """
         if not getattr(processor, "chat_template", None):
             return f"{encoding.begin_token(processor)}{text}\n"
         rendered: str = processor.apply_chat_template(self._messages(text), tokenize=False, add_generation_prompt=True)
@@ -217,7 +225,7 @@ class Config(TextTask):
         return [*system, {"role": "user", "content": text}]
 
     def _reply_text(self, row: Row, prompt: str, processor: Any) -> str:
-        """The reply up to and with the end token: what a template adds after it is no part of the answer."""
+        """Return the reply with its end token. What a template adds after that is no part of the answer."""
         end = processor.eos_token or ""
         if not getattr(processor, "chat_template", None):
             return row["response"] + end
@@ -227,32 +235,30 @@ class Config(TextTask):
         return reply[: reply.rindex(end) + len(end)] if end and end in reply else reply
 
     def encode_text(self, text: str, processor: Any, pair: str | None = None) -> dict[str, Any]:
-        """One prompt to reply to (plain text as it is), nothing of it counted in a loss."""
+        """Return one example of a prompt to reply to, or of plain text to go on with; none of it counts in a loss."""
         prompt = self.prompt_text(text, processor) if self.has_replies else text
         ids = processor(prompt, add_special_tokens=not self.has_replies, verbose=False)["input_ids"]
         return {"input_ids": np.asarray(ids, dtype=np.int32), "start": len(ids), "example": split.content_hash(text)}
 
     def collate(self, examples: Sequence[dict[str, Any]], processor: Any) -> dict[str, Tensor]:
-        """`input_ids`, `attention_mask`, `labels` [N, T] (-100 where nothing counts); `example` [N]."""
+        """Return `input_ids`, `attention_mask`, `labels` [N, T] (-100 where nothing counts); `example` [N]."""
         batch = encoding.collate_tokens(examples, processor)
-        labels = []
-        for e in examples:
-            own = e["input_ids"].astype(np.int64)
-            own[: e["start"]] = IGNORE
-            labels.append(own)
+        labels = [e["input_ids"].astype(np.int64) for e in examples]
+        for row, e in zip(labels, examples, strict=True):
+            row[: e["start"]] = IGNORE
         batch["labels"] = encoding.pad(labels, IGNORE)
         return batch
 
     # -- loss and metrics -------------------------------------------------------------------------------------------
 
     def step(self, model: nn.Module, batch: dict[str, Tensor]) -> StepOutput:
-        """Summed cross-entropy of each example's target tokens; the weight is their number, as in transformers."""
+        """Return the summed cross-entropy of each example's target tokens; the weight is their number."""
         loss_sum, tokens, correct = token_losses(model, encoding.model_inputs(batch), batch["labels"])
         rows = {"example": batch["example"], "tokens": tokens, "correct_tokens": correct}
         return StepOutput(loss_sum, tokens.to(loss_sum.dtype), rows)
 
     def metrics(self, rows: dict[str, np.ndarray]) -> dict[str, float]:
-        """loss (nats a token), perplexity, token_accuracy, tokens and the user's own, from [N] arrays over all examples."""
+        """Return loss (nats a token), perplexity, token_accuracy, tokens and the user's own, from arrays [N]."""
         loss, tokens = metrics.mean_loss(rows), float(rows["tokens"].sum())
         return {
             "loss": loss,
@@ -263,9 +269,9 @@ class Config(TextTask):
 
 
 def sections(text: str, size: int) -> list[str]:
-    """Text cut at blank lines into parts of at least `size` characters, at any line once a part is twice as long.
+    """Cut text at blank lines into parts of at least `size` characters, at any line once a part is twice as long.
 
-    Size 0: paragraphs.
+    Size 0 gives paragraphs.
     """
     out, part, length = [], [], 0
     for line in text.splitlines(keepends=True):

@@ -1,4 +1,4 @@
-"""Texts or pairs of texts with a label each, from where they come to their splits."""
+"""Texts, or pairs of texts, with a label each: reading, splitting and tokenizing them."""
 
 from __future__ import annotations
 
@@ -13,12 +13,12 @@ from lorabench.config.fields import knob
 from lorabench.tasks import encoding, files, sources, split
 from lorabench.tasks.text_task import TextTask
 
-MOST_LABELS = 1000
+MAX_LABELS = 1000
 
 
 @dataclass(frozen=True)
 class LabelledTexts(TextTask):
-    """Where rows come from, how many, and how they are split."""
+    """The settings of a task on labelled texts: where rows come from, how many, and how they are split."""
 
     kind: str = knob("labelled_texts", help="the task's module")
     name: str = knob("texts", help="what tables call it")
@@ -49,9 +49,8 @@ class LabelledTexts(TextTask):
 
     def validate(self, key: str) -> None:
         if self.source == "file" and not self.file:
-            raise ConfigError(
-                f"{key}.file", self.file, f"a file with a text and a label column ({', '.join(files.TABLE_SUFFIXES)})"
-            )
+            allowed = f"a file with a text and a label column ({', '.join(files.TABLE_SUFFIXES)})"
+            raise ConfigError(f"{key}.file", self.file, allowed)
         if self.source == "glue" and self.subset not in sources.GLUE:
             raise ConfigError(f"{key}.subset", self.subset, f"allowed: {', '.join(sources.GLUE)}")
         super().validate(key)
@@ -62,15 +61,15 @@ class LabelledTexts(TextTask):
         return self.pair_column is not None or self.source == "glue" and sources.GLUE[str(self.subset)][1] is not None
 
     def load(self) -> TaskData:
-        """Rows {"text", "pair"?, "label", "example"} by split. Raises `ConfigError` for any fault of the data."""
+        """Return rows {"text", "pair"?, "label", "example"} by split. Raises `ConfigError` for any fault of the data."""
         rows, names = self._rows()
         total = len(rows)
         rows = [r for r in rows if r["text"].strip() and r["label"].strip()]
         notes: dict[str, Any] = {"source": self.source, "rows": total, "rows_without_text_or_label": total - len(rows)}
         rows = split.identify(rows, ("text", "pair", "label"))
         if self.dedupe:
-            rows, found = split.deduplicate(rows, self._key)
-            notes |= found
+            rows, counts = split.deduplicate(rows, self._key)
+            notes |= counts
         names = names or label_order({r["label"] for r in rows})
         self._check_labels(names)
         splits = split.split_rows(rows, self._group, val_fraction=self.val_fraction, test_fraction=self.test_fraction)
@@ -82,6 +81,7 @@ class LabelledTexts(TextTask):
         return TaskData(splits, split.fingerprint(splits), tuple(names), notes)
 
     def _rows(self) -> tuple[list[Row], Sequence[str]]:
+        """Read all rows, and the label names in the source's own order, empty where it has none."""
         if self.source == "glue":
             return sources.glue(self.subset)
         if self.source != "file":
@@ -104,43 +104,48 @@ class LabelledTexts(TextTask):
         return [row | {"split": split_name} for row in rows] if split_name else rows
 
     def _key(self, row: Row) -> str:
+        """Return what rows must share to be duplicates."""
         normal = split.tweet_key if self.source == "tweets" else split.plain_key
         return normal(row["text"]) + "\x1f" + normal(row["pair"]) if row.get("pair") else normal(row["text"])
 
     def _group(self, row: Row) -> str:
+        """Return what rows share that must lie in one split: near-duplicates of a tweet, else duplicates."""
         return split.tweet_group(row["text"]) if self.source == "tweets" else self._key(row)
 
     def _check_labels(self, names: Sequence[str]) -> None:
+        """Raise `ConfigError` where there are too few labels to classify, or too many."""
         got = f"{len(names)} label{'s' * (len(names) != 1)}" + (f" ({names[0]})" if len(names) == 1 else "")
         key = "task.label_column"
         if len(names) < 2:
             raise ConfigError(key, self.label_column, f"at least two labels are needed to classify; the data has {got}")
-        if len(names) > MOST_LABELS:
+        if len(names) > MAX_LABELS:
             raise ConfigError(
-                key, self.label_column, f"at most {MOST_LABELS} labels; the data has {got}: is it a number or an id?"
+                key, self.label_column, f"at most {MAX_LABELS} labels; the data has {got}: is it a number or an id?"
             )
 
     def _check_trained(self, splits: dict[str, list[Row]], names: Sequence[str]) -> None:
+        """Raise `ConfigError` where a label does not occur in the training split."""
         sizes = ", ".join(f"{s} {len(splits[s])}" for s in SPLITS)
         trained = {r["label"] for r in splits["train"]}
         for name in names:
             if name not in trained:
                 held = ", ".join(s for s in SPLITS if any(r["label"] == name for r in splits[s])) or "rows left out"
-                raise ConfigError(
-                    "task.label_column", self.label_column,
-                    f"the label {name!r} occurs in {held} but not in training ({sizes}): add rows of it, take it out, or train on more",
-                )  # fmt: skip
+                allowed = (
+                    f"the label {name!r} occurs in {held} but not in training ({sizes}): "
+                    "add rows of it, take it out, or train on more"
+                )
+                raise ConfigError("task.label_column", self.label_column, allowed)
 
     def encode(self, data: TaskData, processor: Any) -> Encoded:
-        """Examples {"input_ids", "token_type_ids"?, "example", "group"} by split."""
+        """Return examples {"input_ids", "token_type_ids"?, "example", "group"} by split."""
         encoding.check_max_length(self.max_length, processor)
         splits, lengths, notes = {}, {}, {}
         for name, rows in data.splits.items():
             pairs = [r["pair"] for r in rows] if rows and "pair" in rows[0] else None
             tokens, full = encoding.tokenize(processor, [r["text"] for r in rows], pairs, self.max_length)
             splits[name] = [
-                made | {"example": row["example"], "group": split.content_hash(self._group(row))}
-                for made, row in zip(tokens, rows, strict=True)
+                example | {"example": row["example"], "group": split.content_hash(self._group(row))}
+                for example, row in zip(tokens, rows, strict=True)
             ]
             lengths[name] = [len(t["input_ids"]) for t in tokens]
             notes[name] = encoding.truncation_notes(full, self.max_length)
@@ -148,6 +153,6 @@ class LabelledTexts(TextTask):
 
 
 def label_order(labels: set[str]) -> list[str]:
-    """Labels in a fixed order: by number where all are whole numbers, else by name."""
+    """Return labels in a fixed order: by number where all are whole numbers, else by name."""
     whole = all(x.removeprefix("-").isdecimal() for x in labels)
     return sorted(labels, key=(lambda x: (int(x), x)) if whole else (lambda x: (0, x)))

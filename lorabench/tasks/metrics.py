@@ -1,4 +1,7 @@
-"""Metrics as pure functions of numpy arrays over all examples, and a user's own from a file. Shape letter: N examples."""
+"""Metrics as pure functions of numpy arrays over all examples, and a user's own from a file.
+
+Shape letters: N examples, C classes.
+"""
 
 from __future__ import annotations
 
@@ -7,16 +10,41 @@ import importlib.util
 import math
 import sys
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 
+from lorabench.config.contracts.task import Task
 from lorabench.config.errors import ConfigError
 
 Rows = Mapping[str, np.ndarray]
 Metric = Callable[[dict[str, np.ndarray]], float]
 LOWER_IS_BETTER = ("loss", "perplexity")
+
+
+@dataclass(frozen=True)
+class ExtensibleMetrics(Task):
+    """A task with metrics of its own, to which `extra_metrics` adds the user's."""
+
+    own_metrics: ClassVar[tuple[str, ...]]
+
+    def validate(self, key: str) -> None:
+        super().validate(key)
+        check_metrics(self.metric, self.own_metrics, self.extra_metrics, key)
+
+    @property
+    def metric_names(self) -> tuple[str, ...]:
+        return (*self.own_metrics, *(name for name, _ in self._user_metrics()))
+
+    @property
+    def lower_is_better(self) -> tuple[str, ...]:
+        users = (name for name, function in self._user_metrics() if getattr(function, "lower_is_better", False))
+        return (*LOWER_IS_BETTER, *users)
+
+    def _user_metrics(self) -> list[tuple[str, Metric]]:
+        return [load_metric(spec, "task.extra_metrics") for spec in self.extra_metrics]
 
 
 def mean_loss(rows: Rows) -> float:
@@ -112,14 +140,3 @@ def check_metrics(metric: str, own: Sequence[str], specs: Sequence[str], key: st
             raise ConfigError(f"{key}.extra_metrics", name, "there is a metric of that name already")
     if metric not in (*own, *names):
         raise ConfigError(f"{key}.metric", metric, f"allowed: {', '.join((*own, *names))}")
-
-
-def names(own: Sequence[str], specs: Sequence[str], key: str) -> tuple[str, ...]:
-    """Return the names of all metrics: the task's own, then the user's."""
-    return (*own, *(load_metric(spec, key)[0] for spec in specs))
-
-
-def lower_is_better(specs: Sequence[str], key: str) -> tuple[str, ...]:
-    """Return the names of the metrics of which less is better, the user's included."""
-    loaded = (load_metric(spec, key) for spec in specs)
-    return LOWER_IS_BETTER + tuple(name for name, function in loaded if getattr(function, "lower_is_better", False))

@@ -1,4 +1,4 @@
-"""One text, or a pair of texts, one label of several. Shape letters: N examples, C classes."""
+"""One label for each text, or pair of texts. Shape letters: N examples, T tokens, C classes."""
 
 from __future__ import annotations
 
@@ -15,14 +15,15 @@ from lorabench.config.errors import ConfigError
 from lorabench.config.fields import knob
 from lorabench.tasks import encoding, metrics, split
 from lorabench.tasks.labelled_texts import LabelledTexts
+from lorabench.tasks.metrics import ExtensibleMetrics
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
 
 
 @dataclass(frozen=True)
-class Config(LabelledTexts):
-    """Text classification: tweets, food reviews, BBC topics, any GLUE classification task, or a file of the user's."""
+class Config(ExtensibleMetrics, LabelledTexts):
+    """Classification of tweets, food reviews, BBC topics, any GLUE classification task, or a table of the user's."""
 
     kind: str = knob("text_classification", help="the task's module", choices=("text_classification",))
     name: str = knob("classification", help="what tables call it")
@@ -30,7 +31,7 @@ class Config(LabelledTexts):
     metric: str = knob("accuracy", help="primary metric: accuracy, macro_f1, mcc, loss or one of extra_metrics")
     extra_metrics: list[str] = knob([], help="your own: my_metrics.py:function")
 
-    OWN: ClassVar[tuple[str, ...]] = ("accuracy", "macro_f1", "mcc", "loss")
+    own_metrics: ClassVar[tuple[str, ...]] = ("accuracy", "macro_f1", "mcc", "loss")
     units: ClassVar[dict[str, str]] = {"loss": "nats"}
 
     def validate(self, key: str) -> None:
@@ -39,15 +40,6 @@ class Config(LabelledTexts):
         numbers = isinstance(w, (list, tuple)) and all(isinstance(x, (int, float)) and x > 0 for x in w)
         if not (w is None or w == "balanced" or numbers):
             raise ConfigError(f"{key}.class_weights", w, "allowed: null, balanced, or a list of numbers above 0")
-        metrics.check_metrics(self.metric, self.OWN, self.extra_metrics, key)
-
-    @property
-    def metric_names(self) -> tuple[str, ...]:
-        return metrics.names(self.OWN, self.extra_metrics, "task.extra_metrics")
-
-    @property
-    def lower_is_better(self) -> tuple[str, ...]:
-        return metrics.lower_is_better(self.extra_metrics, "task.extra_metrics")
 
     def _check_labels(self, names: Sequence[str]) -> None:
         super()._check_labels(names)
@@ -61,18 +53,18 @@ class Config(LabelledTexts):
     # -- examples ---------------------------------------------------------------------------------------------------
 
     def encode(self, data: TaskData, processor: Any) -> Encoded:
-        """Examples {"input_ids", "token_type_ids"?, "label", "weight", "example"} by split."""
-        made, weights = super().encode(data, processor), self._weights(data)
+        """Return examples {"input_ids", "token_type_ids"?, "example", "group", "label", "weight"} by split."""
+        encoded, weights = super().encode(data, processor), self._weights(data)
         number = {name: i for i, name in enumerate(data.label_names)}
         for name, rows in data.splits.items():
-            for example, row in zip(made.splits[name], rows, strict=True):
+            for example, row in zip(encoded.splits[name], rows, strict=True):
                 label = number[row["label"]]
                 example |= {"label": label, "weight": weights[label]}
-        made.notes["class_weights"] = weights if self.class_weights is not None else None
-        return made
+        encoded.notes["class_weights"] = weights if self.class_weights is not None else None
+        return encoded
 
     def _weights(self, data: TaskData) -> list[float]:
-        """One weight a label; balanced: n / (C * count) over the training split, as in scikit-learn."""
+        """Return the weight of each label; balanced: n / (C * count) over the training split, as in scikit-learn."""
         if self.class_weights is None:
             return [1.0] * len(data.label_names)
         if self.class_weights != "balanced":
@@ -81,12 +73,12 @@ class Config(LabelledTexts):
         return [len(data.splits["train"]) / (len(counts) * counts[name]) for name in data.label_names]
 
     def encode_text(self, text: str, processor: Any, pair: str | None = None) -> dict[str, Any]:
-        """One example of a text without a label."""
+        """Return one example of a text, or pair, with label 0 in place of the unknown one."""
         tokens, _ = encoding.tokenize(processor, [text], None if pair is None else [pair], self.max_length)
         return tokens[0] | {"label": 0, "weight": 1.0, "example": split.content_hash(text, pair or "")}
 
     def collate(self, examples: Sequence[dict[str, Any]], processor: Any) -> dict[str, Tensor]:
-        """`input_ids`, `attention_mask`, `token_type_ids`? [N, T]; `labels`, `weight`, `example` [N]."""
+        """Return `input_ids`, `attention_mask`, `token_type_ids`? [N, T]; `labels`, `weight`, `example` [N]."""
         import torch
 
         batch = encoding.collate_tokens(examples, processor)
@@ -97,7 +89,7 @@ class Config(LabelledTexts):
     # -- loss and metrics -------------------------------------------------------------------------------------------
 
     def step(self, model: nn.Module, batch: dict[str, Tensor]) -> StepOutput:
-        """Cross-entropy of each example, times its class weight, in float32 (float64 where the base is)."""
+        """Return the cross-entropy of each example times its class weight, in float32 (float64 where the base is)."""
         import torch
         from torch.nn import functional as F
 
@@ -109,7 +101,7 @@ class Config(LabelledTexts):
         return StepOutput(F.cross_entropy(logits, labels, reduction="none") * weight, weight, rows)
 
     def metrics(self, rows: dict[str, np.ndarray]) -> dict[str, float]:
-        """accuracy, macro_f1, mcc, loss and the user's own, from [N] arrays over all examples."""
+        """Return accuracy, macro_f1, mcc, loss and the user's own, from arrays [N] over all examples."""
         label, prediction = rows["label"], rows["prediction"]
         return {
             "loss": metrics.mean_loss(rows),

@@ -11,6 +11,7 @@ from sklearn import metrics as reference
 
 from lorabench.config.errors import ConfigError
 from lorabench.tasks import metrics
+from lorabench.tasks.text_classification import Config as Classification
 
 
 @pytest.mark.parametrize("seed", range(5))
@@ -75,7 +76,11 @@ def own(tmp_path: Path) -> str:
 def test_a_metric_from_a_file(own: str) -> None:
     rows = {"label": np.array([1, 1, 0]), "prediction": np.array([1, 0, 0])}
     assert metrics.extra([f"{own}:found", f"{own}:cost"], rows, "task.extra_metrics") == {"found": 0.5, "cost": 3.0}
-    assert metrics.lower_is_better([f"{own}:found", f"{own}:cost"], "k") == ("loss", "perplexity", "cost")
+    assert Classification(file="rows.csv", extra_metrics=[f"{own}:found", f"{own}:cost"]).lower_is_better == (
+        "loss",
+        "perplexity",
+        "cost",
+    )
 
 
 @pytest.mark.parametrize(

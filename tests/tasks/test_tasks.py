@@ -564,7 +564,7 @@ def test_shipped_settings_fit_their_dataclass(repo: Path, name: str) -> None:
     )
     check_ranges(task, "task")
     task.validate("task")
-    assert task.metric in task.OWN
+    assert task.metric in task.own_metrics
 
 
 def test_the_example_of_a_task_of_ones_own(repo: Path, tmp_path: Path, tokenizer: Any) -> None:
