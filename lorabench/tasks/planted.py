@@ -1,7 +1,7 @@
-"""A teacher with a known answer: the base plus a random change of known rank, whose outputs the student fits.
+"""A teacher with a known answer: the base plus a random change of known rank, whose outputs a run learns to give.
 
-The positive control of a rank sweep: adapters on the planted layers with fewer ranks than were planted cannot reach the
-teacher, those with as many can. Shape letters: N examples, T tokens, H hidden, r planted rank.
+The positive control of a rank sweep: adapters on the planted layers reach the teacher if their rank is the planted one or
+higher. Shape letters: N examples, T tokens, H hidden, r planted rank, I in, O out.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 import numpy as np
 
 from lorabench.config.contracts.model import HeadSpec
-from lorabench.config.contracts.task import Encoded, StepOutput, TaskData
+from lorabench.config.contracts.task import Encoded, Example, StepOutput, TaskData
 from lorabench.config.errors import ConfigError
 from lorabench.config.fields import knob
 from lorabench.tasks import encoding, metrics
@@ -24,7 +24,10 @@ from lorabench.tasks.labelled_texts import LabelledTexts
 if TYPE_CHECKING:
     from torch import Tensor, nn
 
-ROWS, SEEN = 64, 512  # examples in a batch of the teacher's; examples that the change is fitted to
+    Collate = Callable[[list[Example]], dict[str, Tensor]]
+
+TEACHER_BATCH = 64  # examples
+MOMENT_EXAMPLES = 512  # from which the second moments of the layers' inputs are estimated
 
 
 @dataclass(frozen=True)
@@ -52,23 +55,18 @@ class Config(LabelledTexts):
     def head(self, data: TaskData) -> HeadSpec:
         return HeadSpec("AutoModel")
 
-    def teach(
-        self, model: nn.Module, encoded: Encoded, collate: Callable[[list[dict[str, Any]]], dict[str, Tensor]]
-    ) -> Encoded:
-        """The examples with what the teacher says, "target" (float32 [H]), and "unit", the base's own mean squared distance.
+    def teach(self, model: nn.Module, encoded: Encoded, collate: Collate) -> Encoded:
+        """Return the examples with the teacher's output, "target" (float32 [H]), and "unit".
 
-        model: a float32 copy of the base, which becomes the teacher. Raises `ConfigError` where `planted_in` names no layer.
+        unit: the mean squared distance between teacher and base over the training split. model: a float32 copy of the
+        base, which becomes the teacher. Raises `ConfigError` where `planted_in` names no layer.
         """
-        plain = {name: _outputs(model, rows, collate) for name, rows in encoded.splits.items()}
-        self.plant(
-            model,
-            [
-                collate(encoded.splits["train"][i : i + ROWS])
-                for i in range(0, min(SEEN, len(encoded.splits["train"])), ROWS)
-            ],
-        )
+        train = encoded.splits["train"]
+        plain = _outputs(model, train, collate)
+        starts = range(0, min(MOMENT_EXAMPLES, len(train)), TEACHER_BATCH)
+        self.plant(model, [collate(train[i : i + TEACHER_BATCH]) for i in starts])
         target = {name: _outputs(model, rows, collate) for name, rows in encoded.splits.items()}
-        unit = float(np.square(target["train"] - plain["train"]).sum(1).mean())
+        unit = float(np.square(target["train"] - plain).sum(1).mean())
         splits = {
             name: [{**e, "target": t, "unit": unit} for e, t in zip(rows, target[name], strict=True)]
             for name, rows in encoded.splits.items()
@@ -76,39 +74,50 @@ class Config(LabelledTexts):
         return Encoded(splits, encoded.lengths, {**encoded.notes, "planted_distance": round(unit, 6)})
 
     def plant(self, model: nn.Module, batches: Sequence[dict[str, Tensor]]) -> None:
-        """Change the layers in place: W + s U V^T, U [O, r] orthonormal, V [I, r] = (C + e I)^-1/2 times orthonormal.
+        """Change the layers in place: W + s U V^T with U [O, r] orthonormal and V [I, r] = (C + e I)^-1/2 Q, Q orthonormal.
 
-        C [I, I] is the second moment of what the layer reads. Texts share most of it in a few directions, and a change that
-        only counts there would have a lower rank than was planted; so each of the r directions counts about alike.
+        C [I, I] is the second moment of a layer's inputs, estimated from `batches`. Texts share a few directions that hold
+        most of it. Without the whitening the change would act there alone, and so at a lower rank than was planted.
+        Raises `ConfigError` where `planted_in` names no layer, and for a rank that a layer cannot have.
         """
-        import torch
-
-        found = [(n, m) for n, m in model.named_modules() if re.fullmatch(self.planted_in, n) and _matrix(m)]
-        if not found:
-            names = sorted(n for n, m in model.named_modules() if _matrix(m))
+        layers = {n: m for n, m in model.named_modules() if re.fullmatch(self.planted_in, n) and _has_matrix(m)}
+        if not layers:
+            names = sorted(n for n, m in model.named_modules() if _has_matrix(m))
             raise ConfigError("task.planted_in", self.planted_in, f"a regex for some of: {', '.join(names[:40])}")
-        moments = _second_moments(model, dict(found), batches)
-        for name, layer in found:
+        moments = _second_moments(model, layers, batches)
+        for name, layer in layers.items():
             weight: Any = layer.weight
             rows = weight.data if type(layer).__name__ == "Linear" else weight.data.T  # [O, I]
             if self.planted_rank > min(rows.shape):
-                most = min(rows.shape)
-                raise ConfigError("task.planted_rank", self.planted_rank, f"at most {most}, the rank {name} can have")
-            raw = hashlib.sha256(f"{self.planted_seed}\0{name}".encode()).digest()
-            generator = torch.Generator().manual_seed(int.from_bytes(raw[:8], "little") >> 1)
-            u, v = (
-                torch.linalg.qr(torch.randn(n, self.planted_rank, generator=generator, dtype=torch.float64))[0]
-                for n in rows.shape
-            )
-            c = moments[name]
-            values, vectors = torch.linalg.eigh(c)
-            v = vectors @ ((values + values.mean() / 10).rsqrt()[:, None] * (vectors.T @ v))
-            change = u @ v.T
-            said, made = (torch.einsum("oi,ij,oj->", m, c, m) for m in (rows.double().cpu(), change))
-            rows.add_((change * (self.planted_size * (said / made).sqrt())).to(rows))
+                allowed = f"at most {min(rows.shape)}, the rank {name} can have"
+                raise ConfigError("task.planted_rank", self.planted_rank, allowed)
+            rows.add_(self._change(name, rows, moments[name]).to(rows))
+
+    def _change(self, name: str, weight: Tensor, moment: Tensor) -> Tensor:
+        """Draw the change [O, I] of one layer, in float64.
+
+        weight: [O, I]. moment: C [I, I]. The change is `planted_size` times as large as the weight, both measured by the
+        root mean square of their outputs.
+        """
+        import torch
+
+        raw = hashlib.sha256(f"{self.planted_seed}\0{name}".encode()).digest()
+        generator = torch.Generator().manual_seed(int.from_bytes(raw[:8], "little") >> 1)
+        u, q = (
+            torch.linalg.qr(torch.randn(n, self.planted_rank, generator=generator, dtype=torch.float64))[0]
+            for n in weight.shape
+        )
+        values, vectors = torch.linalg.eigh(moment)
+        v = vectors @ ((values + values.mean() / 10).rsqrt()[:, None] * (vectors.T @ q))
+        change = u @ v.T
+        of_weight, of_change = (torch.einsum("oi,ij,oj->", m, moment, m) for m in (weight.double().cpu(), change))
+        return change * (self.planted_size * (of_weight / of_change).sqrt())
 
     def collate(self, examples: Sequence[dict[str, Any]], processor: Any) -> dict[str, Tensor]:
-        """`input_ids`, `attention_mask`, `token_type_ids`? [N, T]; `example` [N]; once taught, `target` [N, H], `unit` [N]."""
+        """Return `input_ids`, `attention_mask`, `token_type_ids`? [N, T], `example` [N]; of taught examples `target` and `unit`.
+
+        target: [N, H]. unit: [N].
+        """
         import torch
 
         batch = encoding.collate_tokens(examples, processor)
@@ -118,18 +127,20 @@ class Config(LabelledTexts):
         return batch
 
     def step(self, model: nn.Module, batch: dict[str, Tensor]) -> StepOutput:
-        """Squared distance of each example's mean hidden state to the teacher's, over the base's mean one."""
+        """Return the squared distance of each example's mean hidden state to the teacher's, over the example's unit."""
         import torch
 
-        said = encoding.mean_state(model, batch)
-        loss = (said - batch["target"].to(said.dtype)).square().sum(1) / batch["unit"].to(said.dtype)
+        state = encoding.mean_state(model, batch)
+        loss = (state - batch["target"].to(state.dtype)).square().sum(1) / batch["unit"].to(state.dtype)
         return StepOutput(loss, torch.ones_like(loss), {"example": batch["example"]})
 
     def metrics(self, rows: dict[str, np.ndarray]) -> dict[str, float]:
+        """Return the loss, from arrays [N]."""
         return {"loss": metrics.mean_loss(rows)}
 
 
-def _matrix(module: nn.Module) -> bool:
+def _has_matrix(module: nn.Module) -> bool:
+    """Whether a module is a linear layer with a plain weight."""
     weight = getattr(module, "weight", None)
     return type(module).__name__ in ("Linear", "Conv1D") and weight is not None and weight.dim() == 2
 
@@ -137,7 +148,7 @@ def _matrix(module: nn.Module) -> bool:
 def _second_moments(
     model: nn.Module, layers: dict[str, nn.Module], batches: Sequence[dict[str, Tensor]]
 ) -> dict[str, Tensor]:
-    """Mean of x x^T over true tokens of what each layer reads, [I, I] in float64 on the CPU."""
+    """Return the mean of x x^T [I, I] over each layer's inputs x, padding left out, in float64 on the CPU."""
     import torch
 
     total: dict[str, Tensor] = {}
@@ -165,18 +176,16 @@ def _second_moments(
     return {name: moment / tokens for name, moment in total.items()}
 
 
-def _outputs(
-    model: nn.Module, rows: list[dict[str, Any]], collate: Callable[[list[dict[str, Any]]], dict[str, Tensor]]
-) -> np.ndarray:
-    """What a model says to all examples, [N, H], in their order."""
+def _outputs(model: nn.Module, rows: list[Example], collate: Collate) -> np.ndarray:
+    """Return a model's mean hidden states of all examples, [N, H], in their order."""
     import torch
 
     order = sorted(range(len(rows)), key=lambda i: len(rows[i]["input_ids"]))
     device = next(model.parameters()).device
     out: dict[int, np.ndarray] = {}
     with torch.no_grad():
-        for start in range(0, len(order), ROWS):
-            chunk = order[start : start + ROWS]
+        for start in range(0, len(order), TEACHER_BATCH):
+            chunk = order[start : start + TEACHER_BATCH]
             batch = {name: t.to(device) for name, t in collate([rows[i] for i in chunk]).items()}
             out |= dict(zip(chunk, encoding.mean_state(model, batch).float().cpu().numpy(), strict=True))
     return np.stack([out[i] for i in range(len(rows))])
