@@ -61,7 +61,8 @@ def _peft(saved: SavedRun, out: Path) -> list[str]:
     info, processor = saved.run.model.info(saved.head), saved.run.model.processor()
     with atomic_folder(out.resolve()) as tmp:
         write_peft(tmp, state, plan, info=info, run=saved.run.to_dict(), head=saved.head)
-        processor.save_pretrained(tmp)
+        if processor is not None:
+            processor.save_pretrained(tmp)
         (tmp / "README.md").write_text(card(saved, merged=False, notes=[]), encoding="utf-8")
     return [f"PEFT adapter in {out}: PeftModel.from_pretrained(base, {str(out)!r}) loads it"]
 
@@ -84,10 +85,13 @@ def _merged(saved: SavedRun, out: Path, dtype: str) -> list[str]:
         base.model.to(getattr(torch, dtype))
         notes.append(f"then rounded to {dtype}: {BITS[dtype]} significant bits a weight")
     model: Any = base.model
+    if not hasattr(model, "save_pretrained"):
+        raise ConfigError("--merged", saved.run.model.name, "a base of transformers; this one has no `save_pretrained`")
     with atomic_folder(out.resolve()) as tmp:
         with quiet():  # no progress bar for a copy
             model.save_pretrained(tmp)
-        base.processor.save_pretrained(tmp)
+        if base.processor is not None:
+            base.processor.save_pretrained(tmp)
         (tmp / "README.md").write_text(card(saved, merged=True, notes=notes), encoding="utf-8")
     return [f"transformers checkpoint in {out}: {saved.head.auto_class}.from_pretrained({str(out)!r}) loads it", *notes]
 
@@ -129,8 +133,11 @@ def _usage(saved: SavedRun, merged: bool) -> str:
     if merged:
         return f'```python\nfrom transformers import {auto}\nmodel = {auto}.from_pretrained("<this folder>")\n```'
     options = ""
-    if labels:  # decoders classify by an example's last token that is no padding: many do not say which one pads
-        options = f", num_labels={labels}, pad_token_id={saved.run.model.processor().pad_token_id}"
+    if labels:
+        options = f", num_labels={labels}"
+        # Decoders classify by an example's last token that is no padding: many do not say which one pads.
+        pad = getattr(saved.run.model.processor(), "pad_token_id", None)
+        options += "" if pad is None else f", pad_token_id={pad}"
     named = f"\n\nLabels in order: {', '.join(map(_cell, saved.head.label_names))}." if labels else ""
     return (
         f"```python\nfrom peft import PeftModel\nfrom transformers import {auto}\n"

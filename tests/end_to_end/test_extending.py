@@ -9,6 +9,8 @@ from pathlib import Path
 import pytest
 
 import lorabench.methods
+from lorabench import export, status
+from lorabench.analyze import __main__ as analyze
 from lorabench.store.records import Store
 
 FILES = ("images.py", "convnet.py", "norms.py")
@@ -53,6 +55,12 @@ def test_the_page_trains_and_reports(cli, files, undrawn):
     for record in records:
         assert "tokens" not in record.resources, "images have no tokens"
         assert record.resources["examples"] == 160
+    for command in (status, analyze):
+        assert command.main(["sweeps/s"]) == 0
+    (trained, *_) = (r.run_id for r in records if r.role == "confirm" and r.config["method"]["name"] == "lora")
+    assert export.main([f"sweeps/s/runs/{trained}", "--out", "adapter"]) == 0
+    assert Path("adapter/adapter_model.safetensors").is_file()
+    assert export.main([f"sweeps/s/runs/{trained}", "--out", "merged", "--merged"]) == 2
     page = Path("reports/s/report.html").read_text(encoding="utf-8")
     assert "colours" in page and "norms" in page
     words = re.sub(r"<(style|script|svg)\b.*?</\1>|<[^>]*>", " ", page, flags=re.DOTALL)
