@@ -12,7 +12,7 @@ from lorabench.claims import quality as claims_quality
 from lorabench.claims import rates as claims_rates
 from lorabench.claims import weights as claims_weights
 from lorabench.claims.verdict import Verdict
-from lorabench.results import formatting as formats
+from lorabench.results import formatting
 from lorabench.results.evidence import Evidence, gather
 from lorabench.results.sweep import Sweep
 
@@ -89,4 +89,4 @@ def shown(v: Verdict) -> str:
 def _bound(x: float, decimals: int | None) -> str:
     if decimals is None or abs(x) >= 100 or not math.isfinite(x):
         return f"{x:.3g}".replace("-", "−").replace("inf", "∞")
-    return formats.number(x, min(decimals, 1) if abs(x) >= 10 else decimals)
+    return formatting.number(x, min(decimals, 1) if abs(x) >= 10 else decimals)

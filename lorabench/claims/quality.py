@@ -10,12 +10,14 @@ from typing import Any
 from lorabench.claims.rates import REGRET
 from lorabench.claims.verdict import Claim, Status, Verdict, decided, more_seeds, negated
 from lorabench.config.method_names import DORA, LORA, PISSA
-from lorabench.results import scores as measure
+from lorabench.results import scores
 from lorabench.results.best_rate import Missing
 from lorabench.results.cells import Result
 from lorabench.results.evidence import MATCHED, Evidence, alike, apart, few, scale, untuned
 from lorabench.results.formatting import plural
-from lorabench.stats import estimates as st
+from lorabench.results.scores import Sample
+from lorabench.stats import estimates
+from lorabench.stats.estimates import Direction, Estimate
 
 MATTERS = "Learning Rate Matters (arXiv 2602.04998)"
 
@@ -60,8 +62,8 @@ def attention_is_worse(e: Evidence) -> Verdict:
     made = untuned((a, b)) or e.difference(a, b)
     if isinstance(made, Missing):
         return TARGETS.lacks(made)
-    way = st.direction(made, p=made.p_value(), lower_is_better=e.sweep.lower_is_better)
-    status = decided(way == "worse", way == "better" or st.size(made, e.sweep.margin) == "within")
+    way = estimates.direction(made, p=made.p_value(), lower_is_better=e.sweep.lower_is_better)
+    status = decided(way == "worse", way == "better" or estimates.size(made, e.sweep.margin) == "within")
     reason = f"{a.name} minus {b.name}, {a.cell.trainable or 0:,} and {b.cell.trainable or 0:,} parameters"
     reason += _by_margin(e, status, way)
     return _of_metric(e, TARGETS, status, made, reason, 0.0)
@@ -99,22 +101,22 @@ def gap_grows_with_batch(e: Evidence) -> Verdict:
             "three or more confirmation seeds, the same for all four",
         )
     estimate = made.estimate()
-    if not estimate.verdicts:
+    if not estimate.allows_verdict:
         return BATCH.lacks(few(estimate.seeds))
-    way = st.direction(estimate, p=estimate.p_value(), lower_is_better=e.sweep.lower_is_better)
-    status = decided(way == "worse", way == "better" or st.size(estimate, e.sweep.margin) == "within")
+    way = estimates.direction(estimate, p=estimate.p_value(), lower_is_better=e.sweep.lower_is_better)
+    status = decided(way == "worse", way == "better" or estimates.size(estimate, e.sweep.margin) == "within")
     reason = f"LoRA minus full fine-tuning at r = {lora.cell.r}, batch {_batch(lora)} minus batch {_batch(small)}"
     reason += _by_margin(e, status, way)
     return _of_metric(e, BATCH, status, estimate, reason, 0.0)
 
 
-def _growth(four: Sequence[Result]) -> measure.Sample | None:
+def _growth(four: Sequence[Result]) -> Sample | None:
     """A difference of two differences, seed by seed and example by example."""
     lora, full, small, small_full = (r.sample for r in four)
     if lora is None or full is None or small is None or small_full is None:
         return None
-    large_gap, small_gap = measure.difference(lora, full), measure.difference(small, small_full)
-    return measure.difference(large_gap, small_gap) if large_gap and small_gap else None
+    large_gap, small_gap = scores.difference(lora, full), scores.difference(small, small_full)
+    return scores.difference(large_gap, small_gap) if large_gap and small_gap else None
 
 
 def _four(e: Evidence) -> Iterator[tuple[Result, Result, Result, Result]]:
@@ -194,7 +196,7 @@ def _within(e: Evidence, claim: Claim, cells: Sequence[Result], where: str, *, o
     """Whether all pairs lie within the margin: shown for each pair, which needs no correction; one pair beyond it, which does."""
     if lacking := untuned(cells):
         return claim.lacks(lacking)
-    made: list[st.Estimate] = []
+    made: list[Estimate] = []
     for a, b in combinations(cells, 2):
         found = e.difference(a, b)
         if isinstance(found, Missing):
@@ -202,13 +204,13 @@ def _within(e: Evidence, claim: Claim, cells: Sequence[Result], where: str, *, o
         made.append(found)
     margin, level = e.sweep.margin, 1 - 0.05 / len(made)
     beyond = any(x.interval(level)[0] > margin or x.interval(level)[1] < -margin for x in made)
-    status = decided(all(st.size(x, margin) == "within" for x in made), beyond)
+    status = decided(all(estimates.size(x, margin) == "within" for x in made), beyond)
     widest = max(made, key=lambda x: max(map(abs, x.interval(0.90))))
     reason = f"{where}; the widest of {plural(len(made), 'pair')} against the margin of {_margin(e)}"
     return _of_metric(e, claim, negated(status) if opposite else status, widest, reason, margin)
 
 
-def _by_margin(e: Evidence, status: Status, way: st.Direction) -> str:
+def _by_margin(e: Evidence, status: Status, way: Direction) -> str:
     """Said where a difference of the claimed sign is not excluded, but one that matters is."""
     if status != "contradicted" or way == "better":
         return ""
@@ -220,7 +222,7 @@ def _margin(e: Evidence) -> str:
     return f"{e.metric.size(e.sweep.margin)}{declared}"
 
 
-def _of_metric(e: Evidence, claim: Claim, status: Status, made: st.Estimate, reason: str, margin: float) -> Verdict:
+def _of_metric(e: Evidence, claim: Claim, status: Status, made: Estimate, reason: str, margin: float) -> Verdict:
     """margin: half the range the number was held against; 0 where only its sign was asked for."""
     low, high = made.interval()
     k = e.metric.scale

@@ -11,14 +11,14 @@ from dataclasses import replace
 from itertools import combinations
 
 from lorabench.claims.verdict import Claim, Verdict, decided, inside, more_seeds
-from lorabench.results import best_rate as rates
-from lorabench.results import rate_slopes as slopes
+from lorabench.results import best_rate, rate_slopes
 from lorabench.results.best_rate import Missing, Optimum
 from lorabench.results.cells import Result
 from lorabench.results.evidence import Evidence, Line
 from lorabench.results.formatting import number, plural, rate
+from lorabench.results.rate_slopes import Rule
 from lorabench.results.weights import width
-from lorabench.stats import estimates as st
+from lorabench.stats.estimates import Estimate
 
 REGRET = "LoRA Without Regret (Schulman et al. 2025)"
 MUA = "μA (arXiv 2602.06204)"
@@ -55,7 +55,7 @@ def _ratio(e: Evidence, claim: Claim, times: float, *, short: bool) -> Verdict:
     found = e.located([*line.cells, full])
     made, said, weights = None, "", [1 / len(line.cells)] * len(line.cells) + [-1.0]
     if not isinstance(found, Missing):
-        made, said = rates.contrast(found, weights), f"{number(2 ** rates.point(found, weights), 1)} times"
+        made, said = best_rate.contrast(found, weights), f"{number(2 ** best_rate.point(found, weights), 1)} times"
     if reason := _ratio_conditions(line, full, short=short):
         return claim.outside(reason, said)
     if isinstance(found, Missing):
@@ -63,13 +63,13 @@ def _ratio(e: Evidence, claim: Claim, times: float, *, short: bool) -> Verdict:
     if made is None:
         return claim.lacks(_no_interval([*line.cells, full]), said)
     low, high = math.log2(times / BETWEEN), math.log2(times * BETWEEN)
-    ours = rates.point(found[:-1], weights[:-1])
+    ours = best_rate.point(found[:-1], weights[:-1])
     reason = (
         f"{rate(2.0**ours)} {line.where} over {rate(found[-1].lr)}; about {times:g} means {2**low:.1f} to {2**high:.1f}"
     )
     bounds = made.interval()
     return claim.verdict(
-        inside(made, low, high), said, (rates.power(bounds[0]), rates.power(bounds[1])), reason,
+        inside(made, low, high), said, (best_rate.power(bounds[0]), best_rate.power(bounds[1])), reason,
         more_seeds(made, low, high, "tuning"),
     )  # fmt: skip
 
@@ -130,12 +130,12 @@ def rate_moves_little(e: Evidence) -> Verdict:
     return STILL.verdict(status, said, _upwards(known[widest]), reason, more_seeds(known[widest], -1, 1, "tuning"))
 
 
-def _pair(found: Sequence[Optimum], i: int, j: int) -> tuple[float, st.Estimate | None]:
+def _pair(found: Sequence[Optimum], i: int, j: int) -> tuple[float, Estimate | None]:
     two, weights = [found[j], found[i]], [1.0, -1.0]
-    return rates.point(two, weights), rates.contrast(two, weights)
+    return best_rate.point(two, weights), best_rate.contrast(two, weights)
 
 
-def _upwards(e: st.Estimate) -> tuple[float, float]:
+def _upwards(e: Estimate) -> tuple[float, float]:
     """The 95 % interval of a difference, turned so that its middle is positive."""
     low, high = e.interval()
     return (low, high) if e.mean >= 0 else (-high, -low)
@@ -148,20 +148,20 @@ ROOT = Claim("With s = alpha / √r the best rate falls as the fourth root of r 
 
 def slope_with_alpha_fixed(e: Evidence) -> Verdict:
     """Within 1/4 of 0: nearer to it than to −1/2."""
-    return _slope(e, FIXED, slopes.FIXED, 0.25, "one alpha")
+    return _slope(e, FIXED, rate_slopes.FIXED, 0.25, "one alpha")
 
 
 def slope_with_scale_fixed(e: Evidence) -> Verdict:
     """Within 1/4 of −1/2: nearer to it than to 0."""
-    return _slope(e, CONSTANT, slopes.PROPORTIONAL, 0.25, "alpha in proportion to r")
+    return _slope(e, CONSTANT, rate_slopes.PROPORTIONAL, 0.25, "alpha in proportion to r")
 
 
 def slope_with_rslora(e: Evidence) -> Verdict:
     """Within 1/8 of −1/4: nearer to it than to 0 and −1/2."""
-    return _slope(e, ROOT, slopes.ROOT, 0.125, "rsLoRA and one alpha")
+    return _slope(e, ROOT, rate_slopes.ROOT, 0.125, "rsLoRA and one alpha")
 
 
-def _slope(e: Evidence, claim: Claim, rule: slopes.Rule, half: float, said_of: str) -> Verdict:
+def _slope(e: Evidence, claim: Claim, rule: Rule, half: float, said_of: str) -> Verdict:
     settle = f"{said_of} at ranks 4, 8, 16 and 32 or more, five rates each"
     lines = e.lines(rule.power)
     if not lines or len(lines[0].cells) < 2:
@@ -169,18 +169,18 @@ def _slope(e: Evidence, claim: Claim, rule: slopes.Rule, half: float, said_of: s
     if reason := _optimizer(lines[0].cells) or _initialisation(lines[0].cells):
         return claim.outside(reason)
     side = width(e.sweep, e.weights)
-    line = slopes.narrow(lines[0], side)
+    line = rate_slopes.narrow(lines[0], side)
     cells = line.cells
     if len(cells) < 2:
         return claim.outside(
             f"made for a width much larger than r; here the width is {side} and r is {', '.join(map(str, lines[0].ranks))}"
         )
-    if len(cells) < slopes.LEAST or line.span() < SPAN:
+    if len(cells) < rate_slopes.LEAST or line.span() < SPAN:
         return claim.needs(f"a slope takes three ranks over a factor of {SPAN}", settle)
     found = e.located(cells)
     if isinstance(found, Missing):
         return claim.lacks(found)
-    at, made = slopes.fit(found, line.ranks)
+    at, made = rate_slopes.fit(found, line.ranks)
     said = f"slope {number(at, 2)}"
     if made is None:
         return claim.lacks(_no_interval(cells), said)

@@ -8,7 +8,8 @@ from typing import Literal
 
 from lorabench.results.best_rate import Missing
 from lorabench.results.formatting import plural
-from lorabench.stats import estimates as st
+from lorabench.stats import estimates
+from lorabench.stats.estimates import Estimate
 
 Status = Literal["holds", "contradicted", "not enough evidence", "not applicable"]
 
@@ -56,7 +57,7 @@ def _open(status: Status) -> bool:
     return status == "not enough evidence"
 
 
-def inside(e: st.Estimate, low: float, high: float) -> Status:
+def inside(e: Estimate, low: float, high: float) -> Status:
     """A number against the range a claim gives it."""
     near, wide = e.interval(0.90), e.interval(0.95)
     if low < near[0] and near[1] < high:
@@ -74,11 +75,11 @@ def negated(status: Status) -> Status:
     return turned.get(status, status)
 
 
-def more_seeds(e: st.Estimate, low: float, high: float, kind: str) -> str:
+def more_seeds(e: Estimate, low: float, high: float, kind: str) -> str:
     """How many seeds would place a number inside or outside a range, if it stays as it is. kind: tuning, confirmation."""
     within = low < e.mean < high and math.isfinite(high - low)
     gap = min(abs(e.mean - low), abs(e.mean - high))
-    needed = st.seeds_needed(e, gap, level=0.90 if within else 0.95) if gap > 0 and e.seeds > 1 else None
+    needed = estimates.seeds_needed(e, gap, level=0.90 if within else 0.95) if gap > 0 and e.seeds > 1 else None
     if needed is None:
         return f"more {kind} seeds than {e.seeds}, at least three"
     return f"about {plural(max(needed, e.seeds + 1), f'{kind} seed')}, if the number stays as it is"

@@ -18,8 +18,8 @@ from lorabench.results.evidence import Evidence
 from lorabench.results.forgetting import changes, less_is_better, probe_metric, probed
 from lorabench.results.formatting import number, plural
 from lorabench.results.weights import Analysis, width
-from lorabench.stats import estimates as st
-from lorabench.stats.estimates import between
+from lorabench.stats import estimates
+from lorabench.stats.estimates import welch
 
 LESS = "LoRA Learns Less and Forgets Less (arXiv 2405.09673)"
 
@@ -76,7 +76,7 @@ def full_needs_more_rank(e: Evidence) -> Verdict:
         return RANK.needs(
             f"{plural(len(values), 'analysed run')} of full fine-tuning", "three or more confirmation seeds", said
         )
-    made = st.seeds_only(values)
+    made = estimates.mean_over_seeds(values)
     low, high = math.log2(TIMES[0]), math.log2(TIMES[1])
     bounds = made.interval()
     reason = "median over matrices" + (
@@ -108,7 +108,7 @@ def forgets_less(e: Evidence) -> Verdict:
         made = e.difference(r, full) if full else None
         if isinstance(made, Missing):
             lacking = lacking or made
-        elif made is not None and full is not None and st.size(made, e.sweep.margin) == "within":
+        elif made is not None and full is not None and estimates.size(made, e.sweep.margin) == "within":
             matched.append((abs(made.mean), r, full))
     if not matched:
         return FORGETS.lacks(
@@ -120,14 +120,14 @@ def forgets_less(e: Evidence) -> Verdict:
         )
     _, r, full = min(matched, key=lambda found: found[0])
     found, known = changes((r, full), probe)
-    estimate = between(*([found[x.run_id] for x in cell.runs if x.run_id in found] for cell in (r, full)))
+    estimate = welch(*([found[x.run_id] for x in cell.runs if x.run_id in found] for cell in (r, full)))
     if estimate is None:
         return FORGETS.needs(
             f"fewer than three probed runs of {r.name} or {full.name}",
             "probes on three or more confirmation seeds of both",
         )
     less = less_is_better(probe)
-    way = st.direction(estimate, p=estimate.p_value(), lower_is_better=less)
+    way = estimates.direction(estimate, p=estimate.p_value(), lower_is_better=less)
     what = f"{probe}, after minus before" if known else probe
     reason = (
         f"{what}: {r.name} minus {full.name}, which match on {e.metric.title} within {e.metric.size(e.sweep.margin)}"
@@ -168,7 +168,7 @@ def intruders_come_with_lora(e: Evidence) -> Verdict:
     if not ours or not theirs:
         return INTRUDERS.lacks(_unanalysed())
     said = f"{number(float(np.mean(ours)), 2)} and {number(float(np.mean(theirs)), 2)} a matrix"
-    made = between(ours, [n / HARDLY for n in theirs])
+    made = welch(ours, [n / HARDLY for n in theirs])
     if made is None:
         return INTRUDERS.needs(
             "fewer than three analysed runs of either", "three or more confirmation seeds, analysed", said
@@ -221,7 +221,10 @@ def partial_correlation(x: np.ndarray, y: np.ndarray, held: np.ndarray) -> float
 
 def fisher(r: float, n: int, *, held: int) -> tuple[float, float]:
     """95 % interval of a partial correlation over n runs: atanh(r) has variance 1 / (n - 3 - held) (Fisher 1924)."""
-    z, half = math.atanh(max(-1 + 1e-12, min(1 - 1e-12, r))), st.quantile(0.975, math.inf) / math.sqrt(n - 3 - held)
+    z, half = (
+        math.atanh(max(-1 + 1e-12, min(1 - 1e-12, r))),
+        estimates.quantile(0.975, math.inf) / math.sqrt(n - 3 - held),
+    )
     return math.tanh(z - half), math.tanh(z + half)
 
 

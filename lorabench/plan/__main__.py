@@ -195,10 +195,10 @@ def _blank(study: Study, seeds: int, hours: Hours | None) -> dict[str, Any]:
 
 
 def _row(study: Study, design: Design, power: float, hours: Hours | None) -> dict[str, Any]:
-    from lorabench.stats.power import FEWEST, equivalence, non_inferiority, smallest_detectable
+    from lorabench.stats.power import MIN_SEEDS, equivalence, non_inferiority, smallest_detectable
 
     blank = _blank(study, design.seeds, hours)
-    if design.seeds < FEWEST:
+    if design.seeds < MIN_SEEDS:
         return blank
     return blank | {
         "detectable": smallest_detectable(design, power=power),

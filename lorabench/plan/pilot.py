@@ -11,10 +11,10 @@ from statistics import median
 import numpy as np
 
 from lorabench.config.errors import ConfigError
-from lorabench.results import scores as measure
+from lorabench.results import scores
 from lorabench.results.cells import results
 from lorabench.results.sweep import Sweep
-from lorabench.stats import estimates as st
+from lorabench.stats import estimates
 from lorabench.store.records import Record
 
 
@@ -58,9 +58,9 @@ def noise(sweep: Sweep, *, examples: int) -> Noise:
             str(sweep.store.root),
             "a sweep with two adapters or more, confirmed with the same two seeds or more",
         )
-    pooled = found.pooled or st.pool(np.stack([s.scores for s in samples]))
+    pooled = found.pooled or estimates.pool(np.stack([s.scores for s in samples]))
     variance, example, interaction, own = pooled.difference, 0.0, 0.0, None
-    tables = [d for a, b in combinations(samples, 2) if (d := measure.difference(a, b)) and d.examples is not None]
+    tables = [d for a, b in combinations(samples, 2) if (d := scores.difference(a, b)) and d.examples is not None]
     if tables and tables[0].examples is not None:
         own = len(tables[0].examples)
         parts = [d.estimate() for d in tables]

@@ -12,13 +12,13 @@ from typing import Any
 from lorabench.config.errors import ConfigError
 from lorabench.config.runs import RunConfig, Settings
 from lorabench.plan.pilot import Pace, evaluations, pace_of
-from lorabench.results import formatting as formats
+from lorabench.results import formatting
 from lorabench.results.cells import POOL_FROM
-from lorabench.stats.power import FEWEST
+from lorabench.results.formatting import Metric
+from lorabench.stats.power import MIN_SEEDS
 from lorabench.store.records import Store
 from lorabench.sweep.packs import Job, cell_id, plan_packs
-from lorabench.training import precision
-from lorabench.training import preparation as prep
+from lorabench.training import precision, preparation
 from lorabench.training.batches import steps_per_epoch
 
 FORWARD = 0.5  # of a training step's time, with a frozen base: the backward pass of its activations is the other half
@@ -42,7 +42,7 @@ class Study:
     classifier's loss."""
 
     settings: Settings
-    metric: formats.Metric
+    metric: Metric
     cells: tuple[CellPlan, ...]
     tuning: tuple[RunConfig, ...]  # each once, whatever the number of its cells
 
@@ -88,12 +88,16 @@ class Study:
     @cached_property
     def examples(self) -> dict[str, int]:
         """By split; of the run with most training data, where they differ."""
-        return {name: len(rows) for name, rows in prep.prepare(max(self.tuning, key=_data)).encoded.splits.items()}
+        return {
+            name: len(rows) for name, rows in preparation.prepare(max(self.tuning, key=_data)).encoded.splits.items()
+        }
 
     @property
     def steps(self) -> int:
         """Optimizer steps of a run; of the longest, where they differ."""
-        return max(prep.total_steps(run, len(prep.prepare(run).encoded.splits["train"])) for run in self.tuning)
+        return max(
+            preparation.total_steps(run, len(preparation.prepare(run).encoded.splits["train"])) for run in self.tuning
+        )
 
     def runs(self, seeds: int) -> int:
         """Runs in all with so many confirmation seeds."""
@@ -129,7 +133,7 @@ def count(jobs: Sequence[Job]) -> Study:
     unit = task.units.get(name, "")
     unique = {job.run.run_id: job.run for job in jobs}
     cells = tuple(_cell(name, own) for name, own in by_cell.items())
-    return Study(settings, formats.metric(name, lower_is_better=lower, unit=unit), cells, tuple(unique.values()))
+    return Study(settings, formatting.metric(name, lower_is_better=lower, unit=unit), cells, tuple(unique.values()))
 
 
 def _data(run: RunConfig) -> float:
@@ -139,8 +143,8 @@ def _data(run: RunConfig) -> float:
 
 
 def _cell(name: str, jobs: Sequence[Job]) -> CellPlan:
-    run, info = jobs[0].run, prep.layers(jobs[0].run)
-    trainable = prep.plan(run, info).trainable(info)
+    run, info = jobs[0].run, preparation.layers(jobs[0].run)
+    trainable = preparation.plan(run, info).trainable(info)
     return CellPlan(name, run, frozenset(j.run.run_id for j in jobs), jobs[0].label.get("r"), trainable)
 
 
@@ -168,9 +172,9 @@ def unpaced(study: Study, paces: Sequence[Pace]) -> list[str]:
 def _seconds(run: RunConfig, trainable: int, paces: Sequence[Pace], *, test: bool) -> float:
     pace = pace_of(paces, run.method.name, trainable)
     assert pace is not None
-    lengths, t = prep.prepare(run).encoded.lengths, run.trainer
+    lengths, t = preparation.prepare(run).encoded.lengths, run.trainer
     size = {name: sum(n) if pace.unit == "tokens" else len(n) for name, n in lengths.items()}
-    steps = prep.total_steps(run, len(lengths["train"]))
+    steps = preparation.total_steps(run, len(lengths["train"]))
     epochs = steps / steps_per_epoch(len(lengths["train"]), t.batch_size, t.accumulate_grad_batches)
     seen = evaluations(steps, t.eval_interval) * size["val"] + (size["test"] if test else 0)
     more = pace.beside if test and measures_beside(run.to_dict()) else 0.0
@@ -230,8 +234,8 @@ def cautions(study: Study) -> Iterator[str]:
     sweep = study.settings.sweep
     if not sweep.confirm_seeds:
         yield "The study declares no confirmation seeds: it tunes, and compares nothing."
-    elif study.seeds < FEWEST:
-        yield f"{formats.plural(study.seeds, 'confirmation seed')}: no verdict, that takes {FEWEST}."
+    elif study.seeds < MIN_SEEDS:
+        yield f"{formatting.plural(study.seeds, 'confirmation seed')}: no verdict, that takes {MIN_SEEDS}."
     if sweep.extend_lr:
         yield "sweep.extend_lr may add rates where the best lies at an end of the grid; runs and hours are without them."
     if sweep.prune:

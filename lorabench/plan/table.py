@@ -8,7 +8,7 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from lorabench.results import formatting as formats
+from lorabench.results import formatting
 from lorabench.results.formatting import plural
 
 Answer = Mapping[str, Any]  # as `plan.plan` makes it
@@ -71,7 +71,7 @@ def _table(a: Answer, table: Answer) -> Table:
         seeds = f"* {row['seeds']}" if row["declared"] else str(row["seeds"])
         shown.add_row(
             seeds, _number(a, row["detectable"]), _power(row["equivalence"]), _power(row["non_inferiority"]),
-            f"{row['runs']:,}", formats.DASH if row["hours"] is None else f"{row['hours']:.2f}",
+            f"{row['runs']:,}", formatting.DASH if row["hours"] is None else f"{row['hours']:.2f}",
             style="bold" if row["declared"] else None,
         )  # fmt: skip
     return shown
@@ -103,7 +103,7 @@ def _budget(a: Answer) -> Iterator[str]:
 
 def _number(a: Answer, x: float | None) -> str:
     """Two decimals of a point; four of a metric that is shown as it is."""
-    return formats.number(x, 2 if a["unit"] == "points" else 4)
+    return formatting.number(x, 2 if a["unit"] == "points" else 4)
 
 
 def _size(a: Answer, x: float) -> str:
@@ -111,11 +111,11 @@ def _size(a: Answer, x: float) -> str:
 
 
 def _power(p: float | None) -> str:
-    return formats.number(p, 2)
+    return formatting.number(p, 2)
 
 
 def _hours(hours: float) -> str:
-    return formats.duration(3600 * hours)
+    return formatting.duration(3600 * hours)
 
 
 def _seeds(n: int | None) -> str:

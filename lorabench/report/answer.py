@@ -158,7 +158,7 @@ def _settle(f: Findings, made: Comparison, gap: float) -> str:
     """What it would take to place an unresolved difference against the margin, which lies a gap away from it."""
     if made.blocked or made.size != "not resolved" or gap < 1e-9:
         return ""
-    seeds = st.seeds_needed(made.estimate, gap, most=SEEDS)
+    seeds = st.seeds_needed(made.estimate, gap, limit=SEEDS)
     if seeds is None and st.least_half_width(made.estimate) >= gap:
         return ", and no number of seeds alone would settle it: it takes more test examples"
     if seeds is None:

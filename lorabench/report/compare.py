@@ -189,7 +189,7 @@ def _example_variance(a: measure.Sample, b: measure.Sample) -> float | None:
         groups = b.groups if a.groups is None else a.groups
         if groups is not None and len(np.unique(groups)) == 1:
             return None
-        means = st.clustered(b.table, groups).mean(0) - st.clustered(a.table, groups).mean(0)
+        means = st.cluster(b.table, groups).mean(0) - st.cluster(a.table, groups).mean(0)
         return float(means.var(ddof=1)) / len(means)
     if a.draws is not None and b.draws is not None:
         return float((b.draws.mean(1) - a.draws.mean(1)).var(ddof=1))

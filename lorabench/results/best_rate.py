@@ -20,9 +20,9 @@ from typing import Literal
 
 import numpy as np
 
-from lorabench.results import formatting as formats
+from lorabench.results import formatting
 from lorabench.results.selection import Choice, Rate
-from lorabench.stats import estimates as st
+from lorabench.stats.estimates import Estimate
 
 REACH = 2  # rates on either side of the best one
 LEAST = 3  # rates: a parabola has three coefficients
@@ -68,7 +68,7 @@ def optimum(choice: Choice) -> Optimum | Missing:
     if choice.lr is None or not eligible:
         return Missing("no learning rate is eligible", "rates at which every seed trains to its end")
     if len(eligible) < LEAST:
-        said = formats.plural(len(eligible), "eligible rate")
+        said = formatting.plural(len(eligible), "eligible rate")
         return Missing(f"{said}, and a parabola takes three", "five rates a factor of 2 apart")
     at = next(i for i, r in enumerate(eligible) if r.lr == choice.lr)
     if at in (0, len(eligible) - 1):
@@ -88,18 +88,20 @@ def _at_the_edge(choice: Choice, best: Rate, *, high: bool) -> Missing:
     """Of the rates that are eligible, which need not be the grid's end: the next one may have diverged."""
     rest = [r.lr for r in choice.rates if (r.lr > best.lr if high else r.lr < best.lr)]
     way, end = ("above", "largest") if high else ("below", "smallest")
-    reason = f"the best rate, {formats.rate(best.lr)}, is the {end} eligible one"
+    reason = f"the best rate, {formatting.rate(best.lr)}, is the {end} eligible one"
     if not rest:
-        return Missing(reason, f"rates {way} {formats.rate(best.lr)}")
+        return Missing(reason, f"rates {way} {formatting.rate(best.lr)}")
     if choice.beyond:
         return Missing(reason, unpruned(choice))
     beyond = min(rest) if high else max(rest)
-    return Missing(reason, f"rates between {formats.rate(best.lr)} and {formats.rate(beyond)}, where every seed trains")
+    return Missing(
+        reason, f"rates between {formatting.rate(best.lr)} and {formatting.rate(beyond)}, where every seed trains"
+    )
 
 
 def unpruned(choice: Choice) -> str:
     """What settles where the best lies when the rates beyond it were pruned."""
-    tried = ", ".join(formats.rate(r.lr) for r in choice.beyond)
+    tried = ", ".join(formatting.rate(r.lr) for r in choice.beyond)
     return f"the rates that were pruned, {tried}, trained to their end: the same command with sweep.prune=false"
 
 
@@ -143,7 +145,7 @@ def _covariance(X: np.ndarray, y: np.ndarray, each: np.ndarray) -> tuple[np.ndar
     return left * np.linalg.inv(X.T @ X), float(df)
 
 
-def contrast(optima: Sequence[Optimum], weights: Sequence[float]) -> st.Estimate | None:
+def contrast(optima: Sequence[Optimum], weights: Sequence[float]) -> Estimate | None:
     """sum(w * log2 rate) in octaves, cells taken as independent; None where a rate's variance is not known.
 
     Degrees of freedom are Satterthwaite's. Cells share their tuning seeds, which narrows differences: these are on the
@@ -156,7 +158,7 @@ def contrast(optima: Sequence[Optimum], weights: Sequence[float]) -> st.Estimate
     below = sum(v * v / df for v, df in parts if v > 0)
     df = total**2 / below if below > 0 else math.inf
     mean = point(optima, weights)
-    return st.Estimate(mean, total, 0.0, 0.0, df, 0.0, 0.0, min(o.seeds for o in optima), None)
+    return Estimate(mean, total, 0.0, 0.0, df, 0.0, 0.0, min(o.seeds for o in optima), None)
 
 
 def point(optima: Sequence[Optimum], weights: Sequence[float]) -> float:

@@ -12,10 +12,12 @@ from typing import Any
 import numpy as np
 
 from lorabench.config.errors import ConfigError
-from lorabench.results import scores as measure
+from lorabench.results import scores
+from lorabench.results.scores import Sample
 from lorabench.results.selection import Choice
 from lorabench.results.sweep import Cell, Sweep
-from lorabench.stats import estimates as st
+from lorabench.stats import estimates
+from lorabench.stats.estimates import Estimate, Pooled
 from lorabench.store.records import Record
 
 POOL_FROM = 3  # cells; two would gain no degree of freedom
@@ -38,8 +40,8 @@ class Result:
     runs: tuple[Record, ...]  # completed, at `lr`
     lost: int  # confirmation runs at `lr` that diverged or failed
     stale: int  # confirmation runs at a rate that is no longer the chosen one
-    sample: measure.Sample | None
-    test: st.Estimate | None
+    sample: Sample | None
+    test: Estimate | None
     val: float | None  # primary metric on validation, mean over `runs`
     val_loss: float | None
     val_selection: float | None  # the metric that chose the rate, its sign turned where more is better
@@ -106,7 +108,7 @@ class Results:
     """All cells, in the order of tables, and the seed variance that adapter cells with these seeds share, if any."""
 
     by_cell: dict[str, Result]
-    pooled: st.Pooled | None
+    pooled: Pooled | None
     seeds: tuple[int, ...]
 
 
@@ -128,7 +130,7 @@ def _result(sweep: Sweep, cell: Cell) -> Result:
     chosen = _mean(done, f"val/{sweep.selection}")
     return Result(
         cell, sweep.names[cell.id], choice, lr, role, tuple(done), sum(r.status in ("failed", "diverged") for r in here),
-        len(confirm) - len(here), measure.sample(done, sweep.store, sweep.metric) if role == "confirm" else None, None,
+        len(confirm) - len(here), scores.sample(done, sweep.store, sweep.metric) if role == "confirm" else None, None,
         _mean(done, f"val/{sweep.metric}"), _mean(done, "val/loss"), None if chosen is None else sweep.worse(chosen),
     )  # fmt: skip
 
@@ -168,14 +170,14 @@ def _runs(r: Result) -> Any:
     return frozenset(x.run_id for x in r.runs) or r.id
 
 
-def _with_test(r: Result, pooled: st.Pooled | None, seeds: tuple[int, ...]) -> Result:
+def _with_test(r: Result, pooled: Pooled | None, seeds: tuple[int, ...]) -> Result:
     if r.sample is None:
         return r
     shared = (pooled.within, pooled.df) if pooled and r.cell.adapter and r.sample.seeds == seeds else None
     return replace(r, test=r.sample.estimate(shared))
 
 
-def _pool(results: Sequence[Result]) -> tuple[st.Pooled | None, tuple[int, ...]]:
+def _pool(results: Sequence[Result]) -> tuple[Pooled | None, tuple[int, ...]]:
     """Seed variance over the adapter cells that share the commonest set of seeds, if it looks the same in all of them."""
     adapters = distinct([r for r in results if r.cell.adapter])
     samples = [r.sample for r in adapters if r.sample is not None and len(r.sample.seeds) > 1]
@@ -186,7 +188,7 @@ def _pool(results: Sequence[Result]) -> tuple[st.Pooled | None, tuple[int, ...]]
     scores = [s.scores for s in samples if s.seeds == seeds]
     if len(scores) < POOL_FROM:
         return None, seeds
-    pooled = st.pool(np.stack(scores))
+    pooled = estimates.pool(np.stack(scores))
     return (pooled if pooled.p >= HOMOGENEOUS else None), seeds
 
 

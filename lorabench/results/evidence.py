@@ -14,16 +14,13 @@ from functools import cached_property
 
 from lorabench.config import alpha_rules
 from lorabench.config.method_names import FULL, PLAIN_LORA, RSLORA
-from lorabench.results import best_rate as rates
-from lorabench.results import formatting as formats
-from lorabench.results import scores as measure
-from lorabench.results import units
+from lorabench.results import best_rate, formatting, scores, units
 from lorabench.results.best_rate import Missing, Optimum
 from lorabench.results.cells import Result, Results, results, same_runs
-from lorabench.results.formatting import plural
+from lorabench.results.formatting import Metric, plural
 from lorabench.results.sweep import Cell, Sweep
 from lorabench.results.weights import Analysis, read
-from lorabench.stats import estimates as st
+from lorabench.stats.estimates import Estimate
 
 MATCHED = 0.02  # share by which parameters may differ and still count as equal
 
@@ -62,7 +59,7 @@ class Line:
 class Evidence:
     sweep: Sweep
     measured: Results
-    metric: formats.Metric
+    metric: Metric
 
     @property
     def cells(self) -> list[Result]:
@@ -71,7 +68,7 @@ class Evidence:
 
     @cached_property
     def optima(self) -> dict[str, Optimum | Missing]:
-        return {r.id: rates.optimum(r.choice) for r in self.cells}
+        return {r.id: best_rate.optimum(r.choice) for r in self.cells}
 
     @cached_property
     def weights(self) -> Analysis | None:
@@ -116,10 +113,10 @@ class Evidence:
             found.append(made)
         return found
 
-    def difference(self, a: Result, b: Result) -> st.Estimate | Missing:
+    def difference(self, a: Result, b: Result) -> Estimate | Missing:
         """a − b in the primary metric on test; pooled seed variance for adapter against adapter, as in the report."""
         lacking = _untested((a, b)) or _apart(a, b)
-        made = None if a.sample is None or b.sample is None else measure.difference(a.sample, b.sample)
+        made = None if a.sample is None or b.sample is None else scores.difference(a.sample, b.sample)
         if lacking or made is None:
             return lacking or Missing(
                 f"{a.name} and {b.name} have no seed in common", "the same confirmation seeds for both"
@@ -127,16 +124,16 @@ class Evidence:
         pooled = self.measured.pooled
         shared = pooled and a.cell.adapter and b.cell.adapter and made.seeds == self.measured.seeds
         e = made.estimate((pooled.difference, pooled.df) if pooled and shared else None)
-        if e.verdicts and e.variance == 0 and not same_runs(a, b):
+        if e.allows_verdict and e.variance == 0 and not same_runs(a, b):
             return Missing(
                 f"{a.name} minus {b.name} is the same for every seed and every test example known",
                 "results of single test examples, or more of them",
             )
-        return e if e.verdicts else few(e.seeds)
+        return e if e.allows_verdict else few(e.seeds)
 
 
 def _apart(a: Result, b: Result) -> Missing | None:
-    if a.sample and b.sample and measure.others(a.sample, b.sample):
+    if a.sample and b.sample and scores.others(a.sample, b.sample):
         return Missing(f"{a.name} and {b.name} were tested on different examples", "one test set for both")
     return None
 
@@ -179,12 +176,12 @@ def alike(a: Cell, b: Cell) -> bool:
 def untuned(cells: Sequence[Result]) -> Missing | None:
     """A comparison of tuned cells takes cells that are tuned: several rates, and the best of them not at an end."""
     for r in cells:
-        if len(r.choice.rates) < rates.LEAST:
+        if len(r.choice.rates) < best_rate.LEAST:
             said = f"{r.name} was tried at {plural(len(r.choice.rates), 'learning rate')}, so it is not tuned"
             return Missing(said, f"{r.name} at three or more rates")
         if r.choice.edge:
             way = "above" if r.choice.side == "high" else "below"
-            said = f"the best rate of {r.name}, {formats.rate(r.choice.lr)}, is at an end of its grid"
-            widen = rates.unpruned(r.choice) if r.choice.beyond else f"rates {way} {formats.rate(r.choice.lr)}"
+            said = f"the best rate of {r.name}, {formatting.rate(r.choice.lr)}, is at an end of its grid"
+            widen = best_rate.unpruned(r.choice) if r.choice.beyond else f"rates {way} {formatting.rate(r.choice.lr)}"
             return Missing(said, f"{r.name} at {widen}")
     return None

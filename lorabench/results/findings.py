@@ -11,13 +11,13 @@ from dataclasses import dataclass, field, replace
 from statistics import fmean
 
 from lorabench.config.method_names import FULL, HEAD_ONLY
-from lorabench.results import formatting as formats
-from lorabench.results import scores as measure
-from lorabench.results import units
+from lorabench.results import formatting, scores, units
 from lorabench.results.cells import Result, Results, same_runs
 from lorabench.results.cells import results as measure_cells
+from lorabench.results.formatting import Metric
 from lorabench.results.sweep import Cell, Sweep
-from lorabench.stats import estimates as st
+from lorabench.stats import estimates
+from lorabench.stats.estimates import Direction, Estimate, Pooled, Size
 
 Compare = Callable[[str, str], "Comparison | None"]
 
@@ -28,10 +28,10 @@ class Comparison:
 
     cell: str
     other: str
-    estimate: st.Estimate
+    estimate: Estimate
     p: float  # adjusted within its family (Holm); unadjusted where it is exploratory
-    direction: st.Direction
-    size: st.Size
+    direction: Direction
+    size: Size
     blocked: str | None  # why there is no verdict
     level: float = 0.95  # of the interval shown: higher within a family, by Holm's steps
     exploratory: bool = True  # until it is put into the declared family
@@ -47,7 +47,7 @@ class Comparison:
 
     def turned(self) -> Comparison:
         """Other minus cell."""
-        ways: dict[st.Direction, st.Direction] = {"better": "worse", "worse": "better"}
+        ways: dict[Direction, Direction] = {"better": "worse", "worse": "better"}
         way, e = ways.get(self.direction, self.direction), self.estimate
         return replace(self, cell=self.other, other=self.cell, estimate=replace(e, mean=-e.mean), direction=way)
 
@@ -66,9 +66,9 @@ class Recommendation:
 @dataclass(frozen=True)
 class Findings:
     sweep: Sweep
-    metric: formats.Metric
+    metric: Metric
     results: Mapping[str, Result]
-    pooled: st.Pooled | None
+    pooled: Pooled | None
     reference: str | None
     versus: Mapping[str, Comparison]  # by cell: against the reference
     best: str | None  # adapter cell that is best on validation
@@ -113,7 +113,7 @@ def _comparer(measured: Results, sweep: Sweep) -> Compare:
         a, b = results[cell], results[other]
         if a.sample is None or b.sample is None or same_runs(a, b):
             return None
-        made = measure.difference(a.sample, b.sample)
+        made = scores.difference(a.sample, b.sample)
         if made is None:
             return None
         # Methods may differ in their seed noise, so the pooled variance serves adapter against adapter only.
@@ -121,21 +121,24 @@ def _comparer(measured: Results, sweep: Sweep) -> Compare:
         e = made.estimate((pooled.difference, pooled.df) if pooled and shared else None)
         blocked = _blocked(a, b, e)
         p = e.p_value()
-        way: st.Direction = "not resolved"
-        size: st.Size = "not resolved"
+        way: Direction = "not resolved"
+        size: Size = "not resolved"
         if not blocked:
-            way, size = st.direction(e, p=p, lower_is_better=sweep.lower_is_better), st.size(e, sweep.margin)
+            way, size = (
+                estimates.direction(e, p=p, lower_is_better=sweep.lower_is_better),
+                estimates.size(e, sweep.margin),
+            )
         return Comparison(cell, other, e, p, way, size, blocked)
 
     return compare
 
 
-def _blocked(a: Result, b: Result, e: st.Estimate) -> str | None:
+def _blocked(a: Result, b: Result, e: Estimate) -> str | None:
     for r in (a, b):
         if r.lost:
-            return f"{formats.plural(r.lost, 'confirmation run')} of {r.name} did not survive"
-    if not e.verdicts:
-        return f"{formats.plural(e.seeds, 'seed')} in common, a verdict takes three"
+            return f"{formatting.plural(r.lost, 'confirmation run')} of {r.name} did not survive"
+    if not e.allows_verdict:
+        return f"{formatting.plural(e.seeds, 'seed')} in common, a verdict takes three"
     return SILENT if e.variance == 0 else None
 
 
@@ -150,8 +153,8 @@ def _versus(
     family = {c: replace(made, exploratory=False) for c, made in found.items() if declared is None or c in declared}
     judged = [c for c, made in family.items() if not made.blocked]
     ps = [family[c].p for c in judged]
-    for cell, p, level in zip(judged, st.holm(ps), st.holm_levels(ps), strict=True):
-        way: st.Direction = family[cell].direction if p < 0.05 else "not resolved"
+    for cell, p, level in zip(judged, estimates.holm(ps), estimates.holm_levels(ps), strict=True):
+        way: Direction = family[cell].direction if p < 0.05 else "not resolved"
         family[cell] = replace(family[cell], p=p, direction=way, level=level)
     return found | family
 
@@ -213,7 +216,9 @@ def _recommend(results: Mapping[str, Result], compare: Compare, reference: str, 
         if found is None:
             skipped += [] if same_runs(results[cell.id], results[reference]) else [cell.id]
             continue
-        if found.blocked or not st.non_inferior(found.estimate, sweep.margin, lower_is_better=sweep.lower_is_better):
+        if found.blocked or not estimates.non_inferior(
+            found.estimate, sweep.margin, lower_is_better=sweep.lower_is_better
+        ):
             stopped = found
             break
         passed.append(cell.id)

@@ -8,13 +8,13 @@ from itertools import pairwise
 from typing import Any, Literal
 
 from lorabench.config.method_names import FULL
-from lorabench.results import formatting as formats
-from lorabench.results import units
+from lorabench.results import formatting, units
 from lorabench.results.cells import Result
 from lorabench.results.evidence import Evidence
 from lorabench.results.findings import Findings
-from lorabench.stats import estimates as st
-from lorabench.stats.estimates import between
+from lorabench.results.formatting import Metric
+from lorabench.stats import estimates
+from lorabench.stats.estimates import Estimate, welch
 from lorabench.store.records import Record
 
 BESIDE = ("before", "examples")  # last parts of names that hold no number of the trained model
@@ -59,11 +59,11 @@ def changes(cells: Sequence[Result], probe: str) -> tuple[dict[str, float], bool
     return {i: float(m[probe]) - (float(m[before]) if known else 0.0) for i, m in runs.items()}, known
 
 
-def probe_metric(cells: Iterable[Result], probe: str) -> formats.Metric:
+def probe_metric(cells: Iterable[Result], probe: str) -> Metric:
     """The way to show a probe: by the last part of its name, in the unit that its task names."""
     measure = probe.rpartition("/")[2]
     said = {units.of_task(x.config.get("task", {}).get("probe")).get(measure, "") for r in cells for x in r.runs}
-    return formats.metric(measure, lower_is_better=less_is_better(probe), unit=said.pop() if len(said) == 1 else "")
+    return formatting.metric(measure, lower_is_better=less_is_better(probe), unit=said.pop() if len(said) == 1 else "")
 
 
 How = Literal["rates", "evaluations"]
@@ -79,7 +79,7 @@ class Probe:
     key: str  # of the value after training
     name: str
     less: bool  # less is better
-    metric: formats.Metric
+    metric: Metric
     before: str | None
 
     @property
@@ -104,9 +104,9 @@ class Forgot:
     result: Result
     before: float | None
     after: float
-    change: st.Estimate
+    change: Estimate
     paths: tuple[Path, ...]
-    matched: st.Estimate | None  # the change where the target metric passes the matched value
+    matched: Estimate | None  # the change where the target metric passes the matched value
 
 
 @dataclass(frozen=True)
@@ -130,7 +130,7 @@ def measured(f: Findings, e: Evidence) -> Forgetting | None:
     value = _matched(f, [(r, paths[r.id]) for r, _ in have])
     cells = [
         Forgot(
-            r, _mean(r.runs, probe.before), _mean(r.runs, probe.key) or 0.0, st.seeds_only(changes), paths[r.id],
+            r, _mean(r.runs, probe.before), _mean(r.runs, probe.key) or 0.0, estimates.mean_over_seeds(changes), paths[r.id],
             None if value is None else _at(f, paths[r.id], value),
         )
         for r, changes in have
@@ -212,11 +212,11 @@ def _sign(f: Findings) -> float:
     return -1.0 if f.metric.lower_is_better else 1.0
 
 
-def _at(f: Findings, paths: Sequence[Path], value: float) -> st.Estimate | None:
+def _at(f: Findings, paths: Sequence[Path], value: float) -> Estimate | None:
     """Mean over seeds of the change where each first passes the value; None where one of them does not."""
     found = [passing(path, value, _sign(f)) for path in paths]
     known = [x for x in found if x is not None]
-    return st.seeds_only(known) if known and len(known) == len(found) else None
+    return estimates.mean_over_seeds(known) if known and len(known) == len(found) else None
 
 
 def passing(path: Path, value: float, sign: float) -> float | None:
@@ -229,7 +229,7 @@ def passing(path: Path, value: float, sign: float) -> float | None:
     return None
 
 
-def versus(made: Forgetting, f: Findings) -> list[tuple[Forgot, Forgot, st.Estimate]]:
+def versus(made: Forgetting, f: Findings) -> list[tuple[Forgot, Forgot, Estimate]]:
     """Cells that are shown to be within the margin of the reference on the target, the reference, and the difference of their
     changes (Welch); those of three runs or more."""
     by_id = {c.result.id: c for c in made.cells}
@@ -239,7 +239,7 @@ def versus(made: Forgetting, f: Findings) -> list[tuple[Forgot, Forgot, st.Estim
         if reference is None or i not in f.versus or f.versus[i].size != "within":
             continue
         values = [[v for x in y.result.runs if (v := made.probe.change(x.metrics)) is not None] for y in (c, reference)]
-        estimate = between(*values)
+        estimate = welch(*values)
         if estimate is not None:
             out.append((c, reference, estimate))
     return out

@@ -11,12 +11,12 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
-from lorabench.results import best_rate as rates
+from lorabench.results import best_rate
 from lorabench.results.best_rate import Missing, Optimum
 from lorabench.results.cells import Result
 from lorabench.results.evidence import Evidence, Line
 from lorabench.results.weights import width
-from lorabench.stats import estimates as st
+from lorabench.stats.estimates import Estimate
 
 WIDE = 8  # "width much larger than r": r up to a width / 8
 LEAST = 3  # ranks: a slope through two says nothing of whether a line fits
@@ -46,7 +46,7 @@ class Slope:
     optima: tuple[Optimum | Missing, ...]  # of the line's cells
     narrow: Line  # the cells the slope is over: of r far below the width
     slope: float | None
-    estimate: st.Estimate | None  # None where a rate's variance is not known
+    estimate: Estimate | None  # None where a rate's variance is not known
     missing: Missing | None
 
     @property
@@ -80,10 +80,10 @@ def narrow(line: Line, side: int | None) -> Line:
     return replace(line, cells=tuple(r for r in line.cells if side is None or (r.cell.r or 0) * WIDE <= side))
 
 
-def fit(found: Sequence[Optimum], ranks: Sequence[int]) -> tuple[float, st.Estimate | None]:
+def fit(found: Sequence[Optimum], ranks: Sequence[int]) -> tuple[float, Estimate | None]:
     """Least-squares slope of log best rate on log r, and with its variance where every rate's is known."""
-    weights = rates.slope([math.log2(n) for n in ranks])
-    return rates.point(found, weights), rates.contrast(found, weights)
+    weights = best_rate.slope([math.log2(n) for n in ranks])
+    return best_rate.point(found, weights), best_rate.contrast(found, weights)
 
 
 def anchors(made: Sequence[Slope]) -> list[tuple[int, float]]:

@@ -7,7 +7,8 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
-from lorabench.stats import estimates as st
+from lorabench.stats import estimates
+from lorabench.stats.estimates import Estimate, Statistic
 from lorabench.store.records import Record, Store
 
 DRAWS = 1000
@@ -38,17 +39,17 @@ class Sample:
             draws=None if self.draws is None else self.draws[:, rows],
         )  # fmt: skip
 
-    def estimate(self, pooled: tuple[float, float] | None = None) -> st.Estimate:
+    def estimate(self, pooled: tuple[float, float] | None = None) -> Estimate:
         if self.clusters == 1:  # one draw of examples says nothing of how far draws scatter
-            return st.seeds_only(self.scores, pooled=pooled)
+            return estimates.mean_over_seeds(self.scores, pooled=pooled)
         if self.table is not None:
-            made = st.crossed(st.clustered(self.table, self.groups), pooled=pooled)
+            made = estimates.crossed_mean(estimates.cluster(self.table, self.groups), pooled=pooled)
             return replace(made, examples=self.table.shape[1])
         if self.draws is not None and self.examples is not None:
             units = self.clusters or len(self.examples)
-            made = st.crossed_bootstrap(self.scores, self.draws, examples=units, pooled=pooled)
+            made = estimates.crossed_bootstrap(self.scores, self.draws, examples=units, pooled=pooled)
             return replace(made, examples=len(self.examples))
-        return st.seeds_only(self.scores, pooled=pooled)
+        return estimates.mean_over_seeds(self.scores, pooled=pooled)
 
 
 def others(a: Sample, b: Sample) -> bool:
@@ -93,7 +94,7 @@ def sample(records: Sequence[Record], store: Store, metric: str) -> Sample | Non
         statistic = WHOLE[metric](arrays)
         if _agrees(statistic(np.ones((1, len(examples))))[0], scores):
             # One fixed stream for all cells: they meet the same resamples of the same examples.
-            draws = st.resample(statistic, len(examples), DRAWS, np.random.default_rng(0), groups)
+            draws = estimates.resample(statistic, len(examples), DRAWS, np.random.default_rng(0), groups)
             return Sample(seeds, scores, draws=draws, examples=examples, groups=groups)
     return Sample(seeds, scores)
 
@@ -123,14 +124,18 @@ def _correct(arrays: Sequence[Arrays]) -> np.ndarray | None:
 
 
 def _loss(arrays: Sequence[Arrays]) -> np.ndarray | None:
-    return st.linear(_stack(arrays, "loss"), arrays[0]["weight"]) if {"loss", "weight"} <= set(arrays[0]) else None
+    return (
+        estimates.linearize(_stack(arrays, "loss"), arrays[0]["weight"])
+        if {"loss", "weight"} <= set(arrays[0])
+        else None
+    )
 
 
 def _token_accuracy(arrays: Sequence[Arrays]) -> np.ndarray | None:
     if not {"correct_tokens", "tokens"} <= set(arrays[0]):
         return None
     tokens = arrays[0]["tokens"].astype(np.float64)
-    return st.linear(_stack(arrays, "correct_tokens") / np.maximum(tokens, 1), tokens)
+    return estimates.linearize(_stack(arrays, "correct_tokens") / np.maximum(tokens, 1), tokens)
 
 
 def _stack(arrays: Sequence[Arrays], name: str) -> np.ndarray:
@@ -146,16 +151,16 @@ PER_EXAMPLE: dict[str, Callable[[Sequence[Arrays]], np.ndarray | None]] = {
 # -- metrics of the whole test set: statistics of resampled counts ----------------------------------------------------------
 
 
-def _perplexity(arrays: Sequence[Arrays]) -> st.Statistic:
+def _perplexity(arrays: Sequence[Arrays]) -> Statistic:
     weight = arrays[0]["weight"].astype(np.float64)
     losses = _stack(arrays, "loss") * weight
     return lambda counts: np.exp((counts @ losses.T) / (counts @ weight)[:, None])
 
 
-def _of_confusion(score: Callable[[np.ndarray], float]) -> Callable[[Sequence[Arrays]], st.Statistic]:
+def _of_confusion(score: Callable[[np.ndarray], float]) -> Callable[[Sequence[Arrays]], Statistic]:
     """A statistic from a function of an [L, L] confusion table (rows are labels)."""
 
-    def make(arrays: Sequence[Arrays]) -> st.Statistic:
+    def make(arrays: Sequence[Arrays]) -> Statistic:
         L = 1 + max(int(max(a["label"].max(), a["prediction"].max())) for a in arrays)
         codes = [a["label"].astype(np.int64) * L + a["prediction"].astype(np.int64) for a in arrays]
 
@@ -181,7 +186,7 @@ def mcc(table: np.ndarray) -> float:
     return float((np.trace(table) * n - said @ true) / np.sqrt(below)) if below > 0 else 0.0
 
 
-WHOLE: dict[str, Callable[[Sequence[Arrays]], st.Statistic]] = {
+WHOLE: dict[str, Callable[[Sequence[Arrays]], Statistic]] = {
     "perplexity": _perplexity, "macro_f1": _of_confusion(macro_f1), "mcc": _of_confusion(mcc),
 }  # fmt: skip
 WHOLE_NEEDS = {"perplexity": {"loss", "weight"}, "macro_f1": {"label", "prediction"}, "mcc": {"label", "prediction"}}

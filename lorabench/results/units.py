@@ -7,7 +7,8 @@ from typing import TYPE_CHECKING, Any
 
 from lorabench.config.components import component
 from lorabench.config.errors import ConfigError
-from lorabench.results import formatting as formats
+from lorabench.results import formatting
+from lorabench.results.formatting import Metric
 
 if TYPE_CHECKING:
     from lorabench.results.sweep import Sweep
@@ -23,16 +24,16 @@ def unit(sweep: Sweep, metric: str) -> str:
     return found.pop() if len(found) == 1 else ""
 
 
-def primary(sweep: Sweep, values: Iterable[float | None]) -> formats.Metric:
+def primary(sweep: Sweep, values: Iterable[float | None]) -> Metric:
     """The way to show the primary metric. values: those to be shown."""
     largest = max((abs(x) for x in values if x is not None), default=None)
     name, lower = sweep.metric, sweep.lower_is_better
-    return formats.metric(name, lower_is_better=lower, largest=largest, unit=unit(sweep, name))
+    return formatting.metric(name, lower_is_better=lower, largest=largest, unit=unit(sweep, name))
 
 
 def loss_axis(sweep: Sweep, split: str) -> str:
     """`validation loss (nats)`, in what the task measures its loss."""
-    return formats.in_unit(f"{split} loss", unit(sweep, "loss"))
+    return formatting.in_unit(f"{split} loss", unit(sweep, "loss"))
 
 
 def of_task(task: Mapping[str, Any] | None) -> Mapping[str, str]:

@@ -24,7 +24,7 @@ from lorabench.claims.verdict import Verdict, inside, more_seeds, negated
 from lorabench.results.evidence import Evidence, gather
 from lorabench.results.selection import choose
 from lorabench.results.sweep import load
-from lorabench.stats.estimates import seeds_only
+from lorabench.stats.estimates import mean_over_seeds
 from lorabench.store.records import Record, Store
 
 HOLDS, NOT, OPEN, NA = "holds", "contradicted", "not enough evidence", "not applicable"
@@ -501,7 +501,7 @@ def test_a_foreign_analysis_is_refused(tmp_path: Path, capsys: pytest.CaptureFix
 
 def test_holds_takes_90_and_contradicts_95_percent() -> None:
     """An interval at either bound: what a one-sided test at 5 % and a two-sided one at 5 % would say."""
-    e = seeds_only([0.9, 1.0, 1.1])
+    e = mean_over_seeds([0.9, 1.0, 1.1])
     near, wide = e.interval(0.90), e.interval(0.95)
     assert inside(e, near[0] - 1e-9, near[1] + 1e-9) == HOLDS
     assert inside(e, near[0] + 1e-9, 9) == OPEN
@@ -513,7 +513,7 @@ def test_holds_takes_90_and_contradicts_95_percent() -> None:
 def test_the_seeds_asked_for_are_enough() -> None:
     """That many seeds of the same mean and spread do hold, one fewer does not."""
     values = [0.9, 1.0, 1.1]
-    e, low, high = seeds_only(values), 0.88, 1.12
+    e, low, high = mean_over_seeds(values), 0.88, 1.12
     said = more_seeds(e, low, high, "tuning")
     wanted = int(said.split()[1])
 

@@ -20,7 +20,7 @@ from lorabench.plan import __main__ as plan
 from lorabench.plan import pilot, study
 from lorabench.plan.pilot import pace_of
 from lorabench.plan.study import CellPlan, Study
-from lorabench.results import formatting as formats
+from lorabench.results import formatting
 from lorabench.results.cells import results
 from lorabench.results.sweep import load
 from lorabench.stats import power
@@ -328,7 +328,7 @@ def test_of_equal_ranks_the_one_with_most_data_is_the_reference() -> None:
                      frozenset(), 64, 1000) for n in sizes
         )  # fmt: skip
         settings: Any = SimpleNamespace(study=SimpleNamespace(reference=None))
-        return Study(settings, formats.metric("accuracy", lower_is_better=False), cells, ()).reference.id
+        return Study(settings, formatting.metric("accuracy", lower_is_better=False), cells, ()).reference.id
 
     assert chosen(500, 9600, 2500) == "of 9600"
     assert chosen(500, None, 2500) == "of None"
@@ -345,6 +345,6 @@ def test_steps_and_examples_are_those_of_the_longest_run(monkeypatch: pytest.Mon
 
     monkeypatch.setattr(study.prep, "prepare", prepared)
     settings: Any = SimpleNamespace()
-    found = Study(settings, formats.metric("accuracy", lower_is_better=False), (), (run(500), run(9600), run(2500)))
+    found = Study(settings, formatting.metric("accuracy", lower_is_better=False), (), (run(500), run(9600), run(2500)))
     assert found.steps == 300
     assert found.examples == {"train": 9600, "val": 100, "test": 200}

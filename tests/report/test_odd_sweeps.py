@@ -140,7 +140,7 @@ def test_examples_of_one_group_are_one_draw() -> None:
     sample = Sample((0, 1, 2), table.mean(1), table, examples=np.arange(50), groups=np.zeros(50, int))
     made = sample.estimate()
     assert (made.example, made.examples) == (0, None)
-    assert made == statistics.seeds_only(table.mean(1))
+    assert made == statistics.mean_over_seeds(table.mean(1))
     assert (both := difference(sample, sample)) and both.estimate().examples is None
 
 
@@ -186,7 +186,7 @@ def test_many_seeds_are_not_called_none(tmp_path: Path) -> None:
 def test_what_settles_a_step_down_is_its_own_test(tmp_path: Path) -> None:
     """A cell that scores better by nearly the margin is far from falling short by it, if its interval is wide."""
     f = found(build(tmp_path / "s", PAIR, examples=200))
-    e = statistics.seeds_only(np.array([-0.01, 0.019, 0.048]))
+    e = statistics.mean_over_seeds(np.array([-0.01, 0.019, 0.048]))
     stopped = dataclasses.replace(f.versus[FOUR], estimate=e, size=statistics.size(e, 0.02), blocked=None)
     assert not statistics.non_inferior(e, 0.02, lower_is_better=False) and stopped.size == "not resolved"
     step = Recommendation(TOP, TOP, (TOP,), stopped)

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from scipy import optimize, stats
 
-from lorabench.results import best_rate as rates
+from lorabench.results import best_rate
 from lorabench.results.best_rate import Missing, Optimum
 from lorabench.results.selection import Choice, Rate
 
@@ -34,7 +34,7 @@ def located(made: Optimum | Missing) -> Optimum:
 def test_a_parabola_is_found_exactly() -> None:
     """Seeds that lie higher or lower at every rate change nothing and add no variance."""
     losses = parabola(3.3e-3)
-    made = located(rates.optimum(choice({lr: [x + up for up in (0.0, 0.1, -0.05)] for lr, x in losses.items()})))
+    made = located(best_rate.optimum(choice({lr: [x + up for up in (0.0, 0.1, -0.05)] for lr, x in losses.items()})))
     assert made.lr == pytest.approx(3.3e-3)
     assert made.loss == pytest.approx(0.6 + 0.05 / 3)
     assert made.curvature == pytest.approx(0.02)
@@ -46,7 +46,7 @@ def test_one_seed_is_least_squares() -> None:
     """Covariance of the minimum where the parabola is written by its minimum: Gauss-Newton there is the delta method."""
     rng = np.random.default_rng(3)
     losses = {lr: [x + rng.normal(0, 0.003)] for lr, x in parabola(4.4e-3).items()}
-    made = located(rates.optimum(choice(losses)))
+    made = located(best_rate.optimum(choice(losses)))
     x, y = np.log2(list(losses)), np.array([v[0] for v in losses.values()])
     (lowest, _, _), covariance = optimize.curve_fit(lambda x, m, a, c: a + c * (x - m) ** 2, x, y, p0=(-8, 0.6, 0.02))
     assert made.log2_rate == pytest.approx(lowest, abs=1e-5)
@@ -61,7 +61,7 @@ def test_several_seeds_are_fitted_alone() -> None:
     """Against numpy's polynomial of each seed and a numerical gradient of -b / 2c."""
     rng = np.random.default_rng(5)
     y = np.array(list(parabola(3.6e-3).values()))[:, None] + rng.normal(0, 0.004, (5, 4))
-    made = located(rates.optimum(choice(dict(zip(GRID, y.tolist(), strict=True)))))
+    made = located(best_rate.optimum(choice(dict(zip(GRID, y.tolist(), strict=True)))))
     x = np.log2(GRID)
     each = np.array([np.polyfit(x, column, 2) for column in y.T])  # c, b, a
     mean = each.mean(0)
@@ -81,7 +81,7 @@ def test_coverage_of_the_interval() -> None:
     truth, hits, made = 3.4e-3, 0, 0
     clean = parabola(truth)
     for _ in range(400):
-        found = rates.optimum(choice({lr: (x + rng.normal(0, 0.006, 4)).tolist() for lr, x in clean.items()}))
+        found = best_rate.optimum(choice({lr: (x + rng.normal(0, 0.006, 4)).tolist() for lr, x in clean.items()}))
         if isinstance(found, Optimum):
             low, high = found.interval()
             made, hits = made + 1, hits + (low < truth < high)
@@ -93,13 +93,13 @@ def test_rates_far_from_the_best_do_not_bend_the_fit() -> None:
     grid = [1e-3 * 2.0**k for k in range(-3, 7)]
     losses = parabola(3.3e-3, grid=grid)
     far = {lr: x + (1.0 if abs(math.log2(lr / 4e-3)) > 2.5 else 0.0) for lr, x in losses.items()}
-    made = located(rates.optimum(choice({lr: [x, x] for lr, x in far.items()})))
+    made = located(best_rate.optimum(choice({lr: [x, x] for lr, x in far.items()})))
     assert made.lr == pytest.approx(3.3e-3)
 
 
 def test_unequal_numbers_of_seeds_share_one_fit() -> None:
     losses = {lr: [x, x + 0.002] if lr > 2e-3 else [x + 0.001] for lr, x in parabola(4e-3).items()}
-    made = located(rates.optimum(choice(losses)))
+    made = located(best_rate.optimum(choice(losses)))
     assert made.how == "fit"
     assert made.df == 8 - 3
     x = np.repeat(np.log2(GRID), [len(v) for v in losses.values()])
@@ -108,11 +108,11 @@ def test_unequal_numbers_of_seeds_share_one_fit() -> None:
 
 
 def test_three_rates_and_one_seed_have_no_interval() -> None:
-    made = located(rates.optimum(choice({lr: [x] for lr, x in parabola(2.1e-3, grid=GRID[:3]).items()})))
+    made = located(best_rate.optimum(choice({lr: [x] for lr, x in parabola(2.1e-3, grid=GRID[:3]).items()})))
     assert made.lr == pytest.approx(2.1e-3)
     assert made.variance is None
     assert made.interval() == (0, math.inf)
-    assert rates.contrast([made, made], [1, -1]) is None
+    assert best_rate.contrast([made, made], [1, -1]) is None
 
 
 @pytest.mark.parametrize(
@@ -133,7 +133,7 @@ def test_three_rates_and_one_seed_have_no_interval() -> None:
     ids=["few", "high end", "low end", "diverged above", "pruned below", "curves down", "all diverged", "no rates"],
 )  # fmt: skip
 def test_what_has_no_minimum_says_why(made: Choice, reason: str, settle: str) -> None:
-    found = rates.optimum(made)
+    found = best_rate.optimum(made)
     assert isinstance(found, Missing)
     assert reason in found.reason
     assert settle in found.settle
@@ -148,7 +148,7 @@ def of_sample(values: Sequence[float] | np.ndarray) -> Optimum:
 def test_a_contrast_of_two_is_welchs() -> None:
     rng = np.random.default_rng(2)
     a, b = rng.normal(-8, 0.3, 5), rng.normal(-11, 0.1, 3)
-    made = rates.contrast([of_sample(a), of_sample(b)], [1, -1])
+    made = best_rate.contrast([of_sample(a), of_sample(b)], [1, -1])
     test = stats.ttest_ind(a, b, equal_var=False)
     assert made is not None
     assert made.df == pytest.approx(test.df)
@@ -158,4 +158,4 @@ def test_a_contrast_of_two_is_welchs() -> None:
 
 def test_slope_weights_are_least_squares() -> None:
     x, y = [2.0, 3.0, 4.0, 6.0], [-8.0, -8.4, -9.1, -9.9]
-    assert np.dot(rates.slope(x), y) == pytest.approx(np.polyfit(x, y, 1)[0])
+    assert np.dot(best_rate.slope(x), y) == pytest.approx(np.polyfit(x, y, 1)[0])

@@ -13,8 +13,7 @@ from fixtures.planted_sweeps import rule_sweep
 from fixtures.sweeps import RANK_SWEEP, Planted, build
 from lorabench.report import render
 from lorabench.report import theme as style
-from lorabench.results import formatting as formats
-from lorabench.results import units
+from lorabench.results import formatting, units
 from lorabench.results.findings import find
 from lorabench.results.sweep import Sweep, load
 from lorabench.store.records import Store
@@ -90,7 +89,7 @@ def test_a_sweep_writes_down_what_its_task_says(cli: Any) -> None:
 
 
 def test_a_sentence_leaves_a_name_as_it_is():
-    assert formats.capital("rsLoRA r = 1 is") == "rsLoRA r = 1 is" and formats.capital("the best") == "The best"
+    assert formatting.capital("rsLoRA r = 1 is") == "rsLoRA r = 1 is" and formatting.capital("the best") == "The best"
 
 
 @pytest.mark.parametrize(
@@ -104,6 +103,6 @@ def test_a_sentence_leaves_a_name_as_it_is():
 def test_the_answer_says_what_its_number_is_in(name: str, unit: str, said: str) -> None:
     from lorabench.report import answer
 
-    metric = formats.metric(name, lower_is_better=name == "loss", unit=unit)
+    metric = formatting.metric(name, lower_is_better=name == "loss", unit=unit)
     test = SimpleNamespace(mean=2.909, seeds=3, half_width=lambda: 0.1)
     assert answer._score(SimpleNamespace(metric=metric), SimpleNamespace(test=test)) == said  # type: ignore[arg-type]

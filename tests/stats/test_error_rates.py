@@ -1,8 +1,11 @@
-"""Do the report's intervals hold what they promise? Simulated sweeps with pooled seed variance. C cells, S seeds, N examples.
+"""Do the report's intervals hold what they promise? Simulated sweeps with pooled seed variance.
 
-Every cell is compared with the first one. What all cells share (a seed's luck, a hard example) drops out; what is each
-cell's own is drawn with the SDs below. Coverage of a nominal 95 % interval has to lie in 93 to 99 %, the family-wise error
-of Holm's adjusted p at 5 % must not exceed 6 %: in every setting, over 5,000 sweeps (slow), over fewer in the default suite.
+Shape letters: C cells, S seeds, N examples.
+
+Every cell is compared with the first one. What all cells share (a seed's luck, a hard example) cancels; what is each
+cell's own is drawn with the SDs below. Coverage of a nominal 95 % interval has to lie in 93 to 99 %, and the family-wise
+error of Holm's adjusted p at 5 % must not exceed 6 %. That holds in every setting: over 5,000 sweeps in the slow tests,
+over fewer in the default suite.
 """
 
 from __future__ import annotations
@@ -13,7 +16,8 @@ import numpy as np
 import pytest
 
 from lorabench.results.cells import HOMOGENEOUS
-from lorabench.stats import estimates as st
+from lorabench.stats import estimates
+from lorabench.stats.estimates import Estimate
 
 CELLS = 4
 COVERAGE, ERROR = (0.93, 0.99), 0.06
@@ -40,33 +44,35 @@ def draw(s: Setting, rng: np.random.Generator) -> np.ndarray:
     """[C, S, N]: one sweep whose cells do not differ."""
     size = (CELLS, s.seeds, s.examples)
     seeds = rng.normal(0, s.seed_sd, (CELLS, s.seeds, 1)) + rng.normal(0, 0.02, (1, s.seeds, 1))
-    if (
-        s.binary
-    ):  # right where the example's difficulty, now and then this run's luck instead, stays below the run's skill
+    if s.binary:
+        # right where the example's difficulty (in 15 % of cases this run's luck instead) stays below the run's skill
         hard, luck = rng.random((1, 1, s.examples)), rng.random(size)
         return (np.where(rng.random(size) < 0.85, hard, luck) < 0.75 + seeds).astype(np.float64)
     hard = rng.normal(0, 0.5, (1, 1, s.examples)) + rng.normal(0, s.example_sd, (CELLS, 1, s.examples))
     return seeds + hard + REST * rng.standard_normal(size, dtype=np.float32)
 
 
-def estimates(x: np.ndarray, pool_from: float) -> list[st.Estimate]:
+def differences(x: np.ndarray, pool_from: float) -> list[Estimate]:
     """Each cell minus the first, with pooled seed variance where Bartlett's p is at least `pool_from`, else its own."""
-    pooled = st.pool(x.mean(2))
+    pooled = estimates.pool(x.mean(2))
     shared = (pooled.difference, pooled.df) if pooled.p >= pool_from else None
-    return [st.crossed(x[c] - x[0], pooled=shared) for c in range(1, CELLS)]
+    return [estimates.crossed_mean(x[c] - x[0], pooled=shared) for c in range(1, CELLS)]
 
 
 def simulate(s: Setting, times: int, pool_from: float) -> tuple[float, float, float]:
-    """Coverage; family-wise error where no cell differs; and where all but one do, by far (Holm then has one test left)."""
+    """Return the coverage, and the family-wise error where no cell differs and where all but one differ by far.
+
+    In the last case Holm has one test left.
+    """
     rng = np.random.default_rng([20261124, s.seeds, s.examples, int(1000 * s.seed_sd), int(1000 * s.example_sd)])
     covered = wrong = wrong_left = 0
     for _ in range(times):
         x = draw(s, rng)
-        found = estimates(x, pool_from)
+        found = differences(x, pool_from)
         covered += sum(low <= 0 <= high for low, high in (e.interval() for e in found))
         p = [e.p_value() for e in found]
-        wrong += min(st.holm(p)) < 0.05
-        wrong_left += st.holm([p[0], 0.0, 0.0])[0] < 0.05
+        wrong += min(estimates.holm(p)) < 0.05
+        wrong_left += estimates.holm([p[0], 0.0, 0.0])[0] < 0.05
     return covered / (times * len(found)), wrong / times, wrong_left / times
 
 
@@ -122,6 +128,6 @@ def test_intervals_without_the_examples_share_would_be_caught() -> None:
     rng, covered = np.random.default_rng(1), 0
     for _ in range(400):
         x = draw(Setting(5, 200, 0.01, 0.3), rng)
-        low, high = st.seeds_only((x[1] - x[0]).mean(1)).interval()
+        low, high = estimates.mean_over_seeds((x[1] - x[0]).mean(1)).interval()
         covered += low <= 0 <= high
     assert covered / 400 < COVERAGE[0] - 0.05

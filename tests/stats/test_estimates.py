@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import math
+from functools import partial
 
 import numpy as np
 import pytest
 from scipy import stats
 
-from lorabench.results import scores as measure
-from lorabench.stats import estimates as st
+from lorabench.results import scores
+from lorabench.stats import estimates
 
 
 @pytest.fixture
@@ -26,7 +27,7 @@ def test_components_are_those_of_the_two_way_table(rng: np.random.Generator) -> 
     ms_example = S * sum((column.mean() - grand) ** 2 for column in x.T) / (N - 1)
     ms_residual = sum((x[i, j] - x[i].mean() - x[:, j].mean() + grand) ** 2 for i in range(S) for j in range(N))
     ms_residual /= (S - 1) * (N - 1)
-    e = st.crossed(x)
+    e = estimates.crossed_mean(x)
     assert e.mean == pytest.approx(grand)
     assert e.variance == pytest.approx((ms_seed + ms_example - ms_residual) / (S * N))
     below = sum((ms / (S * N)) ** 2 / df for ms, df in ((ms_seed, 3), (ms_example, 29), (ms_residual, 87)))
@@ -35,14 +36,14 @@ def test_components_are_those_of_the_two_way_table(rng: np.random.Generator) -> 
 
 def test_examples_alone_are_a_t_interval(rng: np.random.Generator) -> None:
     x = rng.normal(size=(1, 50))
-    e = st.crossed(x)
+    e = estimates.crossed_mean(x)
     assert e.interval() == pytest.approx(stats.t.interval(0.95, 49, x.mean(), stats.sem(x[0])))
-    assert not e.verdicts
+    assert not e.allows_verdict
 
 
 def test_seeds_alone_are_a_t_test(rng: np.random.Generator) -> None:
     scores = rng.normal(0.4, 1, 6)
-    for e in (st.seeds_only(scores), st.crossed(np.repeat(scores[:, None], 40, axis=1))):
+    for e in (estimates.mean_over_seeds(scores), estimates.crossed_mean(np.repeat(scores[:, None], 40, axis=1))):
         test = stats.ttest_1samp(scores, 0)
         assert e.p_value() == pytest.approx(test.pvalue)
         assert e.interval(0.9) == pytest.approx(tuple(test.confidence_interval(0.9)))
@@ -50,21 +51,21 @@ def test_seeds_alone_are_a_t_test(rng: np.random.Generator) -> None:
 
 def test_variance_is_never_below_its_parts() -> None:
     x = np.array([[1.0, 0.0], [0.0, 1.0]])  # all interaction
-    e = st.crossed(x)
+    e = estimates.crossed_mean(x)
     assert e.variance == max(e.seed, e.example) == 0
     assert e.half_width() == 0
     assert e.p_value() == 0.0
-    assert st.crossed(np.zeros((3, 5))).p_value() == 1.0
+    assert estimates.crossed_mean(np.zeros((3, 5))).p_value() == 1.0
 
 
 def test_weights_give_the_weighted_mean(rng: np.random.Generator) -> None:
     x, w = rng.normal(size=(3, 200)), rng.integers(1, 9, 200)
-    rows = st.linear(x, w)
+    rows = estimates.linearize(x, w)
     assert rows.mean(1) == pytest.approx([np.average(row, weights=w) for row in x])
     # Over examples: the delta-method variance of a ratio, sum(w^2 (x - m)^2) / sum(w)^2.
     m = np.average(x[0], weights=w)
     delta = (w**2 * (x[0] - m) ** 2).sum() / w.sum() ** 2
-    assert st.crossed(rows[:1]).variance == pytest.approx(delta * 200 / 199)
+    assert estimates.crossed_mean(rows[:1]).variance == pytest.approx(delta * 200 / 199)
 
 
 def test_two_one_sided_tests(rng: np.random.Generator) -> None:
@@ -72,69 +73,69 @@ def test_two_one_sided_tests(rng: np.random.Generator) -> None:
         scores = rng.normal(shift, 0.6, 9)
         above = stats.ttest_1samp(scores, -1, alternative="greater").pvalue
         below = stats.ttest_1samp(scores, 1, alternative="less").pvalue
-        e = st.seeds_only(scores)
-        assert (st.size(e, 1.0) == "within") == (max(above, below) < 0.05)
-        assert st.non_inferior(e, 1.0, lower_is_better=False) == (above < 0.05)
-        assert st.non_inferior(e, 1.0, lower_is_better=True) == (below < 0.05)
+        e = estimates.mean_over_seeds(scores)
+        assert (estimates.size(e, 1.0) == "within") == (max(above, below) < 0.05)
+        assert estimates.non_inferior(e, 1.0, lower_is_better=False) == (above < 0.05)
+        assert estimates.non_inferior(e, 1.0, lower_is_better=True) == (below < 0.05)
 
 
 def test_direction_follows_the_metric() -> None:
-    e = st.seeds_only([-1.0, -1.1, -0.9])
-    assert st.direction(e, p=0.01, lower_is_better=True) == "better"
-    assert st.direction(e, p=0.01, lower_is_better=False) == "worse"
-    assert st.direction(e, p=0.05, lower_is_better=False) == "not resolved"
-    assert st.size(e, 0.5) == "beyond"
+    e = estimates.mean_over_seeds([-1.0, -1.1, -0.9])
+    assert estimates.direction(e, p=0.01, lower_is_better=True) == "better"
+    assert estimates.direction(e, p=0.01, lower_is_better=False) == "worse"
+    assert estimates.direction(e, p=0.05, lower_is_better=False) == "not resolved"
+    assert estimates.size(e, 0.5) == "beyond"
 
 
 def test_two_seeds_give_an_interval_and_no_verdict() -> None:
-    e = st.seeds_only([5.0, 5.1])
+    e = estimates.mean_over_seeds([5.0, 5.1])
     assert math.isfinite(e.half_width())
-    assert st.direction(e, p=0.0, lower_is_better=False) == "not resolved"
-    assert st.size(e, 100.0) == "not resolved"
-    assert not st.non_inferior(e, 100.0, lower_is_better=False)
+    assert estimates.direction(e, p=0.0, lower_is_better=False) == "not resolved"
+    assert estimates.size(e, 100.0) == "not resolved"
+    assert not estimates.non_inferior(e, 100.0, lower_is_better=False)
 
 
 def test_holm() -> None:
-    assert st.holm([0.01, 0.04, 0.03, 0.005]) == pytest.approx([0.03, 0.06, 0.06, 0.02])
-    assert st.holm([]) == []
-    assert st.holm([0.9, 0.8]) == [1.0, 1.0]
+    assert estimates.holm([0.01, 0.04, 0.03, 0.005]) == pytest.approx([0.03, 0.06, 0.06, 0.02])
+    assert estimates.holm([]) == []
+    assert estimates.holm([0.9, 0.8]) == [1.0, 1.0]
 
 
 def test_intervals_at_holms_levels_agree_with_its_verdicts(rng: np.random.Generator) -> None:
     for _ in range(200):
-        found = [st.seeds_only(rng.normal(rng.choice([0, 1.0]), 0.5, 5)) for _ in range(4)]
+        found = [estimates.mean_over_seeds(rng.normal(rng.choice([0, 1.0]), 0.5, 5)) for _ in range(4)]
         p = [e.p_value() for e in found]
-        for e, adjusted, level in zip(found, st.holm(p), st.holm_levels(p), strict=True):
+        for e, adjusted, level in zip(found, estimates.holm(p), estimates.holm_levels(p), strict=True):
             low, high = e.interval(level)
             assert (low > 0 or high < 0) == (adjusted < 0.05)
 
 
 def test_pooled_variance(rng: np.random.Generator) -> None:
     x = rng.normal(size=(5, 4)) * 0.3 + rng.normal(size=(1, 4)) + np.arange(5)[:, None]
-    pooled = st.pool(x)
+    pooled = estimates.pool(x)
     assert pooled.within == pytest.approx(np.mean([row.var(ddof=1) for row in x]))
     assert pooled.df == 12
     assert pooled.p == pytest.approx(stats.bartlett(*x).pvalue)
-    two = st.pool(x[:2])  # two cells: the variance of their seed-paired differences
+    two = estimates.pool(x[:2])  # two cells: the variance of their seed-paired differences
     assert two.difference == pytest.approx((x[0] - x[1]).var(ddof=1))
     anova = np.array([[x[c, s] - x[c].mean() - x[:, s].mean() + x.mean() for s in range(4)] for c in range(5)])
     assert pooled.difference == pytest.approx(2 * (anova**2).sum() / 12)
 
 
 def test_bartlett_at_its_limits() -> None:
-    assert st.bartlett(np.array([[1.0, 1.0, 1.0], [1.0, 2.0, 3.0]])) == 0.0
-    assert st.bartlett(np.zeros((3, 3))) == 1.0
+    assert estimates.bartlett(np.array([[1.0, 1.0, 1.0], [1.0, 2.0, 3.0]])) == 0.0
+    assert estimates.bartlett(np.zeros((3, 3))) == 1.0
 
 
 def test_a_pooled_variance_takes_the_place_of_a_cells_own() -> None:
-    e = st.seeds_only([0.0, 1.0, 2.0], pooled=(4.0, 10.0))
+    e = estimates.mean_over_seeds([0.0, 1.0, 2.0], pooled=(4.0, 10.0))
     assert e.half_width() == pytest.approx(stats.t.ppf(0.975, 10) * math.sqrt(4 / 3))
 
 
 def test_bootstrap_agrees_with_components_on_a_mean(rng: np.random.Generator) -> None:
     x = (rng.random((4, 300)) < 0.7).astype(float) + rng.normal(size=(4, 1)) * 0.01
-    draws = st.resample(lambda counts: counts @ x.T / 300, 300, 4000, rng)
-    boot, exact = st.crossed_bootstrap(x.mean(1), draws, examples=300), st.crossed(x)
+    draws = estimates.resample(lambda counts: counts @ x.T / 300, 300, 4000, rng)
+    boot, exact = estimates.crossed_bootstrap(x.mean(1), draws, examples=300), estimates.crossed_mean(x)
     assert boot.seed == exact.seed
     assert boot.example == pytest.approx(exact.example, rel=0.1)
     assert boot.interaction == pytest.approx(exact.interaction, rel=0.15)
@@ -144,10 +145,12 @@ def test_bootstrap_agrees_with_components_on_a_mean(rng: np.random.Generator) ->
 def test_resamples_are_drawn_once_for_all_seeds() -> None:
     """Equal seeds stay equal in every draw, and the same stream gives the same draws."""
     x = np.arange(20.0)
-    draws = st.resample(lambda counts: np.stack([counts @ x, counts @ x], axis=1), 20, 50, np.random.default_rng(0))
+    draws = estimates.resample(
+        lambda counts: np.stack([counts @ x, counts @ x], axis=1), 20, 50, np.random.default_rng(0)
+    )
     assert draws.shape == (50, 2)
     assert (draws[:, 0] == draws[:, 1]).all()
-    again = st.resample(lambda counts: (counts @ x)[:, None], 20, 50, np.random.default_rng(0))
+    again = estimates.resample(lambda counts: (counts @ x)[:, None], 20, 50, np.random.default_rng(0))
     assert (again[:, 0] == draws[:, 0]).all()
 
 
@@ -157,14 +160,21 @@ def test_a_group_of_equal_examples_is_one_draw(rng: np.random.Generator) -> None
     order = rng.permutation(270)
     groups = np.repeat(np.arange(90), 3)[order] + 7
     three = np.repeat(x, 3, axis=1)[:, order]
-    once, grouped, alone = st.crossed(x), st.crossed(st.clustered(three, groups)), st.crossed(three)
+    once, grouped, alone = (
+        estimates.crossed_mean(x),
+        estimates.crossed_mean(estimates.cluster(three, groups)),
+        estimates.crossed_mean(three),
+    )
     assert (grouped.mean, grouped.variance, grouped.df) == pytest.approx((once.mean, once.variance, once.df))
     assert alone.variance < once.variance / 2
-    draws = [
-        st.resample(lambda counts, x=table: counts @ x.T / counts.sum(1, keepdims=True), table.shape[1], 50, np.random.default_rng(0), own)  # type: ignore[misc]
-        for table, own in ((x, None), (three, groups))
-    ]  # fmt: skip
-    np.testing.assert_allclose(*draws)
+
+    def draw_means(table: np.ndarray, groups: np.ndarray | None) -> np.ndarray:
+        def means(counts: np.ndarray) -> np.ndarray:
+            return np.asarray(counts @ table.T / counts.sum(1, keepdims=True))
+
+        return estimates.resample(means, table.shape[1], 50, np.random.default_rng(0), groups)
+
+    np.testing.assert_allclose(draw_means(x, None), draw_means(three, groups))
 
 
 def test_groups_of_unequal_size_have_their_coverage(rng: np.random.Generator) -> None:
@@ -175,15 +185,15 @@ def test_groups_of_unequal_size_have_their_coverage(rng: np.random.Generator) ->
         shared = rng.normal(size=60)[groups]
         x = rng.normal(0, 0.2, (5, 1)) + shared + 0.3 * rng.normal(size=(5, len(groups)))
         for known in caught:
-            low, high = st.crossed(st.clustered(x, groups if known else None)).interval()
+            low, high = estimates.crossed_mean(estimates.cluster(x, groups if known else None)).interval()
             caught[known] += low <= 0 <= high
     assert 0.92 <= caught[True] / times <= 0.98
     assert caught[False] / times < 0.85
 
 
 def test_seeds_needed(rng: np.random.Generator) -> None:
-    e = st.crossed(rng.normal(size=(3, 400)) + rng.normal(size=(3, 1)))
-    needed = st.seeds_needed(e, 0.5)
+    e = estimates.crossed_mean(rng.normal(size=(3, 400)) + rng.normal(size=(3, 1)))
+    needed = estimates.seeds_needed(e, 0.5)
     assert needed is not None
 
     def half(seeds: int) -> float:
@@ -191,7 +201,7 @@ def test_seeds_needed(rng: np.random.Generator) -> None:
         return float(stats.t.ppf(0.95, seeds - 1) * math.sqrt(variance))
 
     assert half(needed) <= 0.5 < half(needed - 1)
-    assert st.seeds_needed(e, 1e-6) is None
+    assert estimates.seeds_needed(e, 1e-6) is None
 
 
 @pytest.mark.parametrize(("seeds", "seed_sd", "example_sd"), [(3, 0.02, 1.0), (3, 0.1, 1.0), (8, 0.1, 0.5)])
@@ -200,7 +210,7 @@ def test_coverage(seeds: int, seed_sd: float, example_sd: float) -> None:
     rng, hits = np.random.default_rng(5), 0
     for _ in range(400):
         x = rng.normal(0, seed_sd, (seeds, 1)) + rng.normal(0, example_sd, (1, 200)) + rng.normal(0, 0.5, (seeds, 200))
-        low, high = st.crossed(x).interval()
+        low, high = estimates.crossed_mean(x).interval()
         hits += low <= 0 <= high
     assert 0.90 <= hits / 400 <= 0.99
 
@@ -210,7 +220,7 @@ def test_equivalence_is_claimed_falsely_in_at_most_one_of_twenty() -> None:
     rng, claims = np.random.default_rng(6), 0
     for _ in range(400):
         x = 0.3 + rng.normal(0, 0.15, (5, 1)) + rng.normal(0, 0.5, (1, 100)) + rng.normal(0, 0.5, (5, 100))
-        claims += st.size(st.crossed(x), 0.3) == "within"
+        claims += estimates.size(estimates.crossed_mean(x), 0.3) == "within"
     assert claims / 400 <= 0.05 + 4 * math.sqrt(0.05 * 0.95 / 400)
 
 
@@ -225,16 +235,20 @@ def test_bootstrap_coverage_of_macro_f1() -> None:
         )
         return label, np.where(right, label, (label + 1) % 3)
 
-    def scores(label: np.ndarray, predicted: np.ndarray, counts: np.ndarray) -> np.ndarray:
+    def f1_scores(label: np.ndarray, predicted: np.ndarray, counts: np.ndarray) -> np.ndarray:
         tables = [np.bincount(label * 3 + p, counts, 9).reshape(3, 3) for p in predicted]
-        return np.array([measure.macro_f1(t) for t in tables])
+        return np.array([scores.macro_f1(t) for t in tables])
+
+    def f1_of_draws(label: np.ndarray, predicted: np.ndarray, counts: np.ndarray) -> np.ndarray:
+        return np.stack([f1_scores(label, predicted, row) for row in counts])
 
     label, predicted = predict(400, 3000)
-    truth, hits = float(scores(label, predicted, np.ones(3000)).mean()), 0
+    truth, hits = float(f1_scores(label, predicted, np.ones(3000)).mean()), 0
     for _ in range(100):
         y, p = predict(4, 150)
-        draws = st.resample(lambda c, y=y, p=p: np.stack([scores(y, p, w) for w in c]), 150, 60, rng)  # type: ignore[misc]
-        low, high = st.crossed_bootstrap(scores(y, p, np.ones(150)), draws, examples=150).interval()
+        statistic = partial(f1_of_draws, y, p)
+        draws = estimates.resample(statistic, 150, 60, rng)
+        low, high = estimates.crossed_bootstrap(f1_scores(y, p, np.ones(150)), draws, examples=150).interval()
         hits += low <= truth <= high
     assert 0.87 <= hits / 100 <= 1.0
 
@@ -243,6 +257,6 @@ def test_metrics_of_a_confusion_table(rng: np.random.Generator) -> None:
     sk = pytest.importorskip("sklearn.metrics")
     y, p = rng.integers(0, 4, 300), rng.integers(0, 4, 300)
     table = sk.confusion_matrix(y, p).astype(float)
-    assert measure.macro_f1(table) == pytest.approx(sk.f1_score(y, p, average="macro"))
-    assert measure.mcc(table) == pytest.approx(sk.matthews_corrcoef(y, p))
-    assert measure.mcc(np.array([[3.0, 0.0], [2.0, 0.0]])) == 0.0
+    assert scores.macro_f1(table) == pytest.approx(sk.f1_score(y, p, average="macro"))
+    assert scores.mcc(table) == pytest.approx(sk.matthews_corrcoef(y, p))
+    assert scores.mcc(np.array([[3.0, 0.0], [2.0, 0.0]])) == 0.0

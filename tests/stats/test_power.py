@@ -1,4 +1,4 @@
-"""Power of the report's tests: against the noncentral t, numerical integration by scipy, and simulation. S seeds, C cells."""
+"""Power of the report's tests, against the noncentral t, numerical integration by scipy, and simulation."""
 
 from __future__ import annotations
 
@@ -9,8 +9,7 @@ import numpy as np
 import pytest
 from scipy import integrate, stats
 
-from lorabench.stats import estimates as st
-from lorabench.stats import power
+from lorabench.stats import estimates, power
 from lorabench.stats.power import Design
 
 UNPOOLED = [Design(1.0, 3), Design(2.0, 4, comparisons=3), Design(1.4, 10, comparisons=7), Design(0.3, 35)]
@@ -18,8 +17,12 @@ UNPOOLED = [Design(1.0, 3), Design(2.0, 4, comparisons=3), Design(1.4, 10, compa
 
 @pytest.mark.parametrize(
     ("sd", "seeds", "detectable", "within"),
-    [(1.0, 3, "2.35", {1: "0.10", 2: "0.90"}), (1.0, 10, "1.15", {1: "0.86", 2: "1.00"}), (1.4, 10, "1.6", {1: "0.44", 2: "0.99"})],
-)  # fmt: skip
+    [
+        (1.0, 3, "2.35", {1: "0.10", 2: "0.90"}),
+        (1.0, 10, "1.15", {1: "0.86", 2: "1.00"}),
+        (1.4, 10, "1.6", {1: "0.44", 2: "0.99"}),
+    ],
+)
 def test_the_numbers_that_budgets_are_chosen_by(sd: float, seeds: int, detectable: str, within: dict[int, str]) -> None:
     """Eight cells pooled, seven comparisons, SD in points: smallest detectable at power .8, power within a margin."""
     d = Design(sd, seeds, cells=8, comparisons=7)
@@ -117,7 +120,7 @@ def test_the_interval_of_an_sd() -> None:
 def test_the_reports_own_tests_have_this_power() -> None:
     """Tables of seeds x examples for four cells, judged as the report judges them, a thousand times over.
 
-    Seed SD 1, the example's share and a seed's luck with examples are of the same order, so that Satterthwaite's df matter.
+    The seed SD, the example's share and a seed's luck with examples are of one order, so that Satterthwaite's df matter.
     """
     rng, C, S, N, times = np.random.default_rng(3), 4, 5, 60, 1000
     seed, example, rest, shift, margin = 1.0, 4.0, 3.0, 2.5, 3.0
@@ -132,14 +135,17 @@ def test_the_reports_own_tests_have_this_power() -> None:
     found = np.zeros(4)
     for _ in range(times):
         x = rng.normal(0, seed, (C, S, 1)) + rng.normal(0, example, (C, 1, N)) + rng.normal(0, rest, (C, S, N))
-        pooled = st.pool(x.mean(2))
+        pooled = estimates.pool(x.mean(2))
         shared = pooled.difference, pooled.df
-        same, apart = st.crossed(x[1] - x[0], pooled=shared), st.crossed(x[2] - x[0] + shift, pooled=shared)
+        same, apart = (
+            estimates.crossed_mean(x[1] - x[0], pooled=shared),
+            estimates.crossed_mean(x[2] - x[0] + shift, pooled=shared),
+        )
         found += (
             apart.p_value() * (C - 1) < 0.05,
-            st.size(same, margin) == "within",
-            st.non_inferior(same, margin, lower_is_better=False),
-            st.size(apart, margin) == "within",
+            estimates.size(same, margin) == "within",
+            estimates.non_inferior(same, margin, lower_is_better=False),
+            estimates.size(apart, margin) == "within",
         )
     wanted = [
         power.detection(d, shift), power.equivalence(d, margin), power.non_inferiority(d, margin),

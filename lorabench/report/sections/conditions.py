@@ -110,7 +110,7 @@ def _between(f: Findings, first: Condition, last: Condition) -> Iterator[str]:
     four = [next(r for r in c.cells if r.cell.r == n) for c in (last, first) for n in (small, large)]
     about = f"From {first.name} to {last.name} the difference of r = {small} to r = {large}"
     made = None if any(r.lost for r in four) else _growth(f, four)
-    if made is None or not made.verdicts:
+    if made is None or not made.allows_verdict:
         yield f"{about}: no verdict, as not all four cells have three confirmation seeds in common."
         return
     low, high = made.interval()

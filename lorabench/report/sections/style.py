@@ -10,7 +10,7 @@ from lorabench.results import formatting as formats
 from lorabench.results.cells import Result
 from lorabench.results.findings import Findings
 from lorabench.stats import estimates as st
-from lorabench.stats.estimates import between
+from lorabench.stats.estimates import welch
 
 WHO = ("real", "base", "adapted")
 
@@ -55,7 +55,7 @@ def _moved(r: Result) -> str:
     moved = _values(r, "moved")
     if not moved:
         return formats.DASH
-    half = f" ± {formats.number(st.seeds_only(moved).half_width(), 2)}" if len(moved) > 1 else ""
+    half = f" ± {formats.number(st.mean_over_seeds(moved).half_width(), 2)}" if len(moved) > 1 else ""
     return formats.number(fmean(moved), 2) + half
 
 
@@ -67,7 +67,7 @@ def _prompts(r: Result) -> str:
 def _difference(f: Findings, r: Result) -> str:
     if r.id == f.reference:
         return "reference"
-    made = between(_values(r, "moved"), _values(f.results[f.reference], "moved")) if f.reference else None
+    made = welch(_values(r, "moved"), _values(f.results[f.reference], "moved")) if f.reference else None
     if made is None:
         return formats.DASH
     low, high = made.interval()
