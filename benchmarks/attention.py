@@ -22,7 +22,7 @@ import torch
 
 from lorabench.config.errors import ConfigError
 from lorabench.config.runs import RunConfig, parse
-from lorabench.launch.app import config_dir
+from lorabench.launch.command_line import config_dir
 from lorabench.training import precision
 
 LENGTHS = (16, 32, 64, 128, 256, 512)

@@ -46,7 +46,7 @@ def clock(args: argparse.Namespace, K: int) -> dict[str, Any]:
     from hydra import compose, initialize_config_dir
 
     from lorabench.config.runs import parse
-    from lorabench.launch.app import config_dir
+    from lorabench.launch.command_line import config_dir
     from lorabench.runtime.memory import PeakMemory
     from lorabench.store.records import Store
     from lorabench.training import train as tr

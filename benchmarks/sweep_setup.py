@@ -27,11 +27,12 @@ def export(folder: Path, overrides: list[str]) -> None:
     """Rows by split as jsonl, in lorabench's order, and facts.json. Raises `ConfigError`."""
     from hydra import compose, initialize_config_dir
 
-    from lorabench.launch import app
+    from lorabench.launch.command_line import config_dir
+    from lorabench.launch.job import make_job
     from lorabench.training import preparation as prepare
 
-    with initialize_config_dir(app.config_dir(), version_base="1.3"):
-        run = app.job(compose("config", overrides=overrides), name="benchmark", experiment=None).run
+    with initialize_config_dir(config_dir(), version_base="1.3"):
+        run = make_job(compose("config", overrides=overrides), name="benchmark", experiment=None).run
     prepare.check(run)
     prepared = prepare.prepare(run)
     data, encoded = prepared.data, prepared.encoded

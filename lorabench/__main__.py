@@ -1,5 +1,7 @@
-"""`python -m lorabench`: Hydra's command line. Exit 0: done; 1: some runs failed; 2: bad input, nothing written; 130, 143:
-stopped by Ctrl-C or SIGTERM."""
+"""`python -m lorabench`: Hydra's command line.
+
+Exit codes: 0 done; 1 some runs failed; 2 bad input, nothing written; 130 and 143 stopped by Ctrl-C or SIGTERM.
+"""
 
 from __future__ import annotations
 
@@ -13,9 +15,10 @@ from hydra.errors import HydraException, OverrideParseException
 from omegaconf.errors import OmegaConfBaseException
 
 from lorabench.config.errors import ConfigError, Unwritable
-from lorabench.launch.app import config_dir, task
-from lorabench.launch.guards import check_arguments, guard_yaml, unknown_setting, unreadable
-from lorabench.runtime import signals as stopping
+from lorabench.launch.command_line import config_dir
+from lorabench.launch.guards import check_arguments, explain_grammar_error, explain_unknown_setting, guard_yaml
+from lorabench.launch.task_function import task_function
+from lorabench.runtime import signals
 
 
 def main() -> None:
@@ -23,21 +26,22 @@ def main() -> None:
     # Read when torch loads its threads. Ones that wait spin for milliseconds otherwise, and where another process wants
     # the core they spin on, every operation waits that long: a step then takes ten times as long.
     os.environ.setdefault("GOMP_SPINCOUNT", "10000")
-    stopping.install()
+    signals.install()
     try:
         check_arguments(sys.argv[1:])
         guard_yaml()
-        hydra.main(version_base="1.3", config_path=config_dir(), config_name="config")(task)()
+        hydra.main(version_base="1.3", config_path=config_dir(), config_name="config")(task_function)()
     except (KeyboardInterrupt, SystemExit) as e:
         _leave(130 if isinstance(e, KeyboardInterrupt) else e.code)
     except Exception as e:
-        if stopping.is_stopping():  # a parser that SIGTERM broke off may raise something of its own over it
-            _leave(stopping.EXIT_CODE)
+        if signals.is_stopping():  # a parser that SIGTERM broke off may raise something of its own over it
+            _leave(signals.EXIT_CODE)
         if isinstance(e, (ConfigError, HydraException, OmegaConfBaseException, yaml.YAMLError)):
-            said = (
-                unreadable(e.override, e.message) if isinstance(e, OverrideParseException) else unknown_setting(str(e))
-            )
-            print(f"error: {said or e}", file=sys.stderr)
+            if isinstance(e, OverrideParseException):
+                explained: ConfigError | None = explain_grammar_error(e)
+            else:
+                explained = explain_unknown_setting(str(e))
+            print(f"error: {explained or e}", file=sys.stderr)
             sys.exit(2)
         if isinstance(e, Unwritable):
             print(f"error: {e}; the same command goes on from here", file=sys.stderr)
@@ -49,7 +53,7 @@ def main() -> None:
 
 
 def _leave(code: Any) -> NoReturn:
-    if code in (130, stopping.EXIT_CODE):
+    if code in (130, signals.EXIT_CODE):
         print("stopped; the same command goes on from here", file=sys.stderr)
     sys.exit(code)
 

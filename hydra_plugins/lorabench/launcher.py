@@ -1,16 +1,19 @@
 """`hydra/launcher=packed`: all jobs of a sweep planned as packs, trained here or each pack as a job of a cluster."""
 
-# No `from __future__ import annotations`, and helpers in `_modules`: Hydra executes plugin files outside sys.modules.
+# No `from __future__ import annotations`: Hydra executes plugin files outside sys.modules.
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any, Optional
 
 from hydra.core.config_store import ConfigStore
-from hydra.core.utils import JobReturn, JobStatus, setup_globals
+from hydra.core.utils import JobReturn, setup_globals
 from hydra.plugins.launcher import Launcher
 from hydra.types import HydraContext, TaskFunction
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import DictConfig
+
+from lorabench.launch.compose import to_plain
+from lorabench.launch.packed import Packed
 
 
 @dataclass
@@ -54,52 +57,21 @@ ConfigStore.instance().store(group="hydra/launcher", name="packed", node=PackedL
 
 
 class PackedLauncher(Launcher):
-    """Composes every job into a run, checks all of them, then hands them to the sweep layer as one list."""
+    """Hands all override sets of a sweep to `Packed` as one list."""
 
     def __init__(self, executor: Optional[str] = None, **settings: Any) -> None:  # noqa: UP045
-        from lorabench.clusters.engines import check
-
-        self.executor = check(executor)
-        self.settings = {k: OmegaConf.to_object(v) if OmegaConf.is_config(v) else v for k, v in settings.items()}
-        nodes, each = int(settings.get("nodes", 1)), int(settings.get("tasks_per_node", 1))
-        self.tasks = nodes * each if self.executor == "slurm" else 1
+        self.packed = Packed(executor, to_plain(settings))
 
     @property
-    def elsewhere(self) -> bool:
-        """Whether packs train on another machine than this one, perhaps."""
-        return self.executor != "inline"
+    def is_remote(self) -> bool:
+        """Whether packs may train on another machine than this one."""
+        return self.packed.is_remote
 
     def setup(self, *, hydra_context: HydraContext, task_function: TaskFunction, config: DictConfig) -> None:
-        from lorabench.training.precision import check_nodes
-
         self.context, self.config = hydra_context, config
-        check_nodes(OmegaConf.select(config, "trainer.num_nodes", default=1), self.tasks)
+        self.packed.check_nodes(config)
 
     def launch(self, job_overrides: Sequence[Sequence[str]], initial_job_idx: int) -> Sequence[JobReturn]:
-        from lorabench.launch.app import primary
-        from lorabench.launch.compose import Composer
-
+        assert self.config is not None
         setup_globals()
-        jobs = Composer.of(self.context, self.config).jobs(job_overrides)
-        from lorabench.sweep.execute import execute
-
-        records = execute(jobs, executor=self._executor(jobs[0].settings.sweep))
-        return [self._returned(o, record, primary(record)) for o, record in zip(job_overrides, records, strict=True)]
-
-    def _executor(self, sweep: Any) -> Any:
-        from lorabench.clusters.engines import refuse_others
-        from lorabench.store.records import Store
-
-        if not sweep.dry_run:
-            refuse_others(Store(sweep.dir), self.executor)
-        if not self.elsewhere:
-            return map
-        from lorabench.clusters.crew import JobCrew
-
-        return JobCrew(self.executor, self.settings, sweep.name, nodes=self.tasks, quiet=not sweep.progress)
-
-    @staticmethod
-    def _returned(overrides: Sequence[str], record: Any, value: float) -> JobReturn:
-        ret = JobReturn(overrides=overrides, status=JobStatus.COMPLETED)
-        ret.return_value = value
-        return ret
+        return self.packed.launch(self.context, self.config, job_overrides)

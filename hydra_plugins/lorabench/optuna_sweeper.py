@@ -1,6 +1,6 @@
 """`hydra/sweeper=optuna`: Optuna chooses rate, rank, alpha or whatever is swept; the launcher packs its batches."""
 
-# No `from __future__ import annotations`, and helpers in `_modules`: Hydra executes plugin files outside sys.modules.
+# No `from __future__ import annotations`: Hydra executes plugin files outside sys.modules.
 
 import importlib.util
 from dataclasses import dataclass, field
@@ -10,14 +10,15 @@ from hydra.core.config_store import ConfigStore
 from hydra.core.plugins import Plugins
 from hydra.plugins.sweeper import Sweeper
 from hydra.types import HydraContext, TaskFunction
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import DictConfig
 
 from lorabench.config.errors import ConfigError
+from lorabench.launch.compose import to_plain
 
 
 @dataclass
 class OptunaSweeperConf:
-    """Trials are ordinary tuning runs, a run for each of `sweep.tune_seeds`; their mean primary metric is what is optimised."""
+    """Trials are ordinary tuning runs, one for each of `sweep.tune_seeds`; their mean primary metric is optimised."""
 
     _target_: str = "hydra_plugins.lorabench.optuna_sweeper.OptunaSweeper"
     n_trials: int = 32  # of the whole study: started again, it goes on to this number
@@ -31,12 +32,12 @@ ConfigStore.instance().store(group="hydra/sweeper", name="optuna", node=OptunaSw
 
 
 class OptunaSweeper(Sweeper):
-    """Asks for a batch, launches it, tells what became of it; then confirms the best where fresh seeds are given."""
+    """Hands Hydra's launcher and the study's settings to `OptunaSearch`."""
 
     def __init__(self, **settings: Any) -> None:
         if importlib.util.find_spec("optuna") is None:
             raise ConfigError("hydra/sweeper", "optuna", "optuna is not installed: pip install 'lorabench[optuna]'")
-        self.settings = {k: OmegaConf.to_object(v) if OmegaConf.is_config(v) else v for k, v in settings.items()}
+        self.settings = to_plain(settings)
 
     def setup(self, *, hydra_context: HydraContext, task_function: TaskFunction, config: DictConfig) -> None:
         self.context, self.config = hydra_context, config
@@ -45,18 +46,7 @@ class OptunaSweeper(Sweeper):
         )
 
     def sweep(self, arguments: list[str]) -> Any:
-        from lorabench.launch.compose import elsewhere
-        from lorabench.launch.optuna_study import Search
+        from lorabench.launch.optuna_search import OptunaSearch
 
         assert self.config is not None and self.launcher is not None
-        search = Search(self.context, self.config, self.settings, arguments)
-        if search.dry_run:
-            return self.launcher.launch(search.preview(), 0)
-        returned: list[Any] = []
-        while batch := search.ask():
-            returned += self.launcher.launch(search.override_sets(batch), len(returned))
-            search.tell(batch)
-        if confirm := search.confirmation():
-            returned += self.launcher.launch(confirm, len(returned))
-        search.finish(solo=not elsewhere(self.launcher))
-        return returned
+        return OptunaSearch(self.context, self.config, self.settings, arguments).run(self.launcher)

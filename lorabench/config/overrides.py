@@ -3,23 +3,33 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 
-def _hydra(value: Any) -> str:
-    """A value in Hydra's grammar, to the last digit."""
-    if isinstance(value, (list, tuple)):
-        return "[" + ",".join(map(_hydra, value)) + "]"
+def override_value(value: Any, *, floats_keep_point: bool = False) -> str:
+    """Return a value as an override's text has it, to the last digit.
+
+    floats_keep_point: 16.0 is written so, not as 16.
+    """
+
+    def text(inner: Any) -> str:
+        return override_value(inner, floats_keep_point=floats_keep_point)
+
     if value is None or isinstance(value, bool):
         return "null" if value is None else str(value).lower()
+    if isinstance(value, Mapping):
+        return "{" + ",".join(f"{key}:{text(inner)}" for key, inner in value.items()) + "}"
+    if isinstance(value, Sequence) and not isinstance(value, str):
+        return "[" + ",".join(map(text, value)) + "]"
     if isinstance(value, float):
-        return f"{value:g}" if float(f"{value:g}") == value else repr(value)
-    text = str(value)
-    return text if isinstance(value, int) else in_hydra(text)
+        short = f"{value:g}"
+        return short if float(short) == value and not floats_keep_point else repr(value)
+    return str(value) if isinstance(value, int) else quote(str(value))
 
 
-def in_hydra(text: str) -> str:
-    """A text as a value in Hydra's override grammar: in quotes unless it is plain. Only backslashes before a quote are doubled."""
+def quote(text: str) -> str:
+    """Return a text as an override's value: in quotes unless it is plain. Only backslashes before a quote are doubled."""
     if re.fullmatch(r"([\w./+-]|\\(?=[\w.]))+", text, re.ASCII):
         return text
     return "'" + re.sub(r"(\\+)$", r"\1\1", re.sub(r"(\\*)'", r"\1\1\\'", text)) + "'"

@@ -1,4 +1,4 @@
-"""Override sets -> jobs. Composing is slow next to parsing, so a set that was composed once is kept."""
+"""Override sets into jobs. Composing is slow next to parsing, so what was composed once is kept."""
 
 from __future__ import annotations
 
@@ -11,26 +11,33 @@ from hydra.types import HydraContext
 from omegaconf import DictConfig, OmegaConf
 
 from lorabench.config.errors import ConfigError
-from lorabench.launch.app import asked, job, sweep_name
+from lorabench.launch.command_line import run_words, sweep_name
+from lorabench.launch.job import make_job
 
 if TYPE_CHECKING:
     from lorabench.sweep.packs import Job
 
-
-NUMBER = re.compile(r"optimizer\.lr=[-+]?(\d+\.?\d*|\.\d+)(e[-+]?\d+)?|seed=\d+", re.IGNORECASE)
-
-
-def number(text: str) -> int | float:
-    """A number of a command line, as Hydra reads it: whole numbers stay whole."""
-    return int(text) if text.lstrip("+-").isdecimal() else float(text)
+RATE, SEED = "optimizer.lr", "seed"
+# Axes that a cell's label shows already; any other axis is named beside it.
+LABELLED_AXES = frozenset(
+    {
+        "method",
+        "method.r",
+        "method.alpha",
+        "method.target_modules",
+        "method.use_rslora",
+        "method.match_parameters",
+    }
+)
+_PLAIN_NUMBER = re.compile(r"optimizer\.lr=[-+]?(\d+\.?\d*|\.\d+)(e[-+]?\d+)?|seed=\d+", re.IGNORECASE)
 
 
 def tune_seeds(config: DictConfig) -> list[int]:
-    """The seeds that choose the rate, which are read before anything is composed. Raises `ConfigError`."""
-    found = OmegaConf.select(config, "sweep.tune_seeds")
-    if not OmegaConf.is_list(found) or not found:
-        raise ConfigError("sweep.tune_seeds", found, "a list of at least one seed, such as [0,1]")
-    return list(found)
+    """Return the seeds that choose the rate, before anything is composed. Raises `ConfigError`."""
+    seeds = OmegaConf.select(config, "sweep.tune_seeds")
+    if not OmegaConf.is_list(seeds) or not seeds:
+        raise ConfigError("sweep.tune_seeds", seeds, "a list of at least one seed, such as [0,1]")
+    return list(seeds)
 
 
 class Composer:
@@ -41,47 +48,68 @@ class Composer:
     def __init__(self, context: HydraContext, config: DictConfig) -> None:
         self.loader, self.config = context.config_loader, config
         self.experiment = config.hydra.runtime.choices.get("experiment")
-        self.name = sweep_name(config.hydra.overrides.task, self.experiment)
-        self._kept: dict[tuple[str, ...], Job] = {}
+        self.sweep_name = sweep_name(config.hydra.overrides.task, self.experiment)
+        self._jobs: dict[tuple[str, ...], Job] = {}
         self._configs: dict[tuple[str, ...], DictConfig] = {}
 
     @classmethod
-    def of(cls, context: HydraContext, config: DictConfig) -> Composer:
-        """The composer of this config: the sweeper and the launcher of one sweep share it."""
+    def shared(cls, context: HydraContext, config: DictConfig) -> Composer:
+        """Return the composer of this config: the sweeper and the launcher of one sweep share it."""
         if cls._last is None or cls._last.config is not config:
             cls._last = cls(context, config)
         return cls._last
 
-    def job(self, overrides: Sequence[str], extra: Mapping[str, Any] | None = None) -> Job:
-        key = tuple(overrides)
-        if key not in self._kept:
-            words = asked(overrides, self.config.hydra.runtime.config_sources)
-            cfg = self._composed(key)
-            self._kept[key] = job(cfg, name=self.name, experiment=self.experiment, extra=extra, words=words)
-        return self._kept[key]
+    @property
+    def name_overrides(self) -> tuple[str, ...]:
+        """Overrides that every run of the sweep gets, so that all compose to one sweep's name."""
+        return () if self.config.sweep.name else (f"sweep.name={self.sweep_name}",)
 
-    def _composed(self, overrides: tuple[str, ...]) -> DictConfig:
-        """Hydra composes a set once for all its rates and seeds: those are plain numbers, set on a copy."""
-        numbers = [o for o in overrides if NUMBER.fullmatch(o)]
+    @property
+    def composed(self) -> list[Job]:
+        """All jobs so far, a run once for each cell it belongs to."""
+        return list(self._jobs.values())
+
+    def job(self, overrides: Sequence[str], extra: Mapping[str, Any] | None = None) -> Job:
+        """Return the job of one override set. extra: axes of its cell that the label does not show."""
+        key = tuple(overrides)
+        if key not in self._jobs:
+            words = run_words(overrides, self.config.hydra.runtime.config_sources)
+            self._jobs[key] = make_job(
+                self._compose(key), name=self.sweep_name, experiment=self.experiment, extra=extra, words=words
+            )
+        return self._jobs[key]
+
+    def jobs(self, override_sets: Sequence[Sequence[str]]) -> list[Job]:
+        """Return the jobs of several override sets."""
+        return [self.job(o) for o in override_sets]
+
+    def _compose(self, overrides: tuple[str, ...]) -> DictConfig:
+        """Return the config of an override set. Hydra composes once for all rates and seeds, which are set on a copy."""
+        numbers = [o for o in overrides if _PLAIN_NUMBER.fullmatch(o)]
         rest = tuple(o for o in overrides if o not in numbers)
         if rest not in self._configs:
             self._configs[rest] = self.loader.load_sweep_config(self.config, list(rest))
         cfg = copy.deepcopy(self._configs[rest])
         for override in numbers:
-            name, _, value = override.partition("=")
-            OmegaConf.update(cfg, name, number(value))
+            key, _, value = override.partition("=")
+            OmegaConf.update(cfg, key, _parse_number(value))
         return cfg
 
-    @property
-    def composed(self) -> list[Job]:
-        """All jobs so far, a run once for each cell it belongs to."""
-        return list(self._kept.values())
 
-    def jobs(self, override_sets: Sequence[Sequence[str]]) -> list[Job]:
-        return [self.job(o) for o in override_sets]
+def _parse_number(text: str) -> int | float:
+    """Return a number of a command line as Hydra reads it: whole numbers stay whole."""
+    return int(text) if text.lstrip("+-").isdecimal() else float(text)
 
 
-def elsewhere(launcher: Any) -> bool:
+def is_remote(launcher: Any) -> bool:
     """Whether a launcher's jobs may run on another machine: the packed one says so, submitit's and Ray's do by name."""
-    own = getattr(launcher, "elsewhere", None)
-    return bool(own) if own is not None else any(w in type(launcher).__module__ for w in ("submitit", "ray_launcher"))
+    if hasattr(launcher, "is_remote"):
+        return bool(launcher.is_remote)
+    return any(word in type(launcher).__module__ for word in ("submitit", "ray_launcher"))
+
+
+def to_plain(settings: Mapping[str, Any] | None) -> dict[str, Any]:
+    """Return a plugin's settings without OmegaConf's containers, interpolations resolved."""
+    if isinstance(settings, DictConfig):
+        return OmegaConf.to_container(settings, resolve=True)  # type: ignore[return-value]
+    return {key: OmegaConf.to_object(v) if OmegaConf.is_config(v) else v for key, v in (settings or {}).items()}

@@ -15,9 +15,9 @@ from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.override_parser.types import Override
 
 from lorabench.config.errors import ConfigError
-from lorabench.config.overrides import in_hydra
+from lorabench.config.overrides import override_value
+from lorabench.launch.compose import RATE, SEED
 
-RATE, SEED = "optimizer.lr", "seed"
 Axis = tuple[str, ...]  # override texts, e.g. ("method.r=1", "method.r=4")
 
 
@@ -73,24 +73,9 @@ def _axis(key: str, value: Any) -> Axis:
     if isinstance(value, Sequence) and not isinstance(value, str):
         if not value:
             raise ConfigError(key, [], "at least one value, as an axis of a sweep")
-        return tuple(f"{key}={_grammar(v)}" for v in value)
-    text = f"{key}={_grammar(value) if not isinstance(value, str) else value}"
-    return _texts(OverridesParser.create().parse_override(text))
-
-
-def _grammar(value: Any) -> str:
-    """A YAML value in Hydra's override grammar."""
-    if value is None:
-        return "null"
-    if isinstance(value, bool):
-        return str(value).lower()
-    if isinstance(value, Mapping):
-        return "{" + ",".join(f"{k}:{_grammar(v)}" for k, v in value.items()) + "}"
-    if isinstance(value, Sequence) and not isinstance(value, str):
-        return "[" + ",".join(_grammar(v) for v in value) + "]"
-    if isinstance(value, float):
-        return repr(value)
-    return in_hydra(str(value))
+        return tuple(f"{key}={override_value(v, floats_keep_point=True)}" for v in value)
+    text = value if isinstance(value, str) else override_value(value, floats_keep_point=True)
+    return _texts(OverridesParser.create().parse_override(f"{key}={text}"))
 
 
 def _texts(override: Override) -> Axis:

@@ -1,4 +1,4 @@
-"""Hydra's sweep grammar as Optuna's distributions, and a trial's values as overrides. Optuna is imported when asked."""
+"""Hydra's sweep grammar as Optuna's distributions, and a trial's values as overrides. Optuna is imported inside functions."""
 
 from __future__ import annotations
 
@@ -11,43 +11,44 @@ from hydra.core.override_parser.types import IntervalSweep, Override, RangeSweep
 
 from lorabench.config.errors import ConfigError
 
-DIGITS = 4  # significant digits of a float that a trial tries: a rate of 0.0012345678 says no more than 0.001235
+FLOAT_DIGITS = 4  # significant digits of a float that a trial tries: a rate of 0.0012345678 says no more than 0.001235
 
 
 @dataclass(frozen=True)
 class Space:
-    """fixed: overrides of every trial. axes: key -> distribution."""
+    """What a study searches. fixed: overrides of every trial. axes: key to distribution."""
 
     fixed: tuple[str, ...]
     axes: Mapping[str, Any]
 
     def overrides(self, params: Mapping[str, Any]) -> tuple[str, ...]:
-        """A trial's values, floats rounded inside their bounds."""
+        """Return a trial's values as override texts, floats rounded inside their bounds."""
         return (*self.fixed, *(f"{key}={_text(params[key], axis)}" for key, axis in self.axes.items()))
 
     def corner(self) -> tuple[str, ...]:
-        """The overrides of each axis's first value: what to check before anything is tried."""
-        return self.overrides(
-            {k: axis.low if hasattr(axis, "low") else axis.choices[0] for k, axis in self.axes.items()}
-        )
+        """Return the overrides of each axis's first value, which are checked before anything is tried."""
+        first = {key: axis.low if hasattr(axis, "low") else axis.choices[0] for key, axis in self.axes.items()}
+        return self.overrides(first)
 
 
-def space(params: Mapping[str, Any], arguments: Sequence[str]) -> Space:
-    """`interval(a,b)`, `range(a,b,step)`, `a,b,c`, with `tag(log,...)` or `tag(int,...)`; the command line wins over params.
+def parse_space(params: Mapping[str, Any], arguments: Sequence[str]) -> Space:
+    """Return the space of `interval(a,b)`, `range(a,b,step)` and `a,b,c`, with `tag(log,...)` or `tag(int,...)`.
+
+    params: the sweeper's axes, over which the command line (arguments) wins.
 
     Raises `ConfigError` for a space without an axis and for bounds that a logarithm cannot have.
     """
     texts = [f"{key}={value}" for key, value in params.items()]
-    found = {o.get_key_element(): o for o in OverridesParser.create().parse_overrides([*texts, *arguments])}
-    axes = {key: _axis(key, o) for key, o in found.items() if o.is_sweep_override()}
+    overrides = {o.get_key_element(): o for o in OverridesParser.create().parse_overrides([*texts, *arguments])}
+    axes = {key: _distribution(key, o) for key, o in overrides.items() if o.is_sweep_override()}
     if not axes:
         example = "optimizer.lr='tag(log,interval(1e-4,1e-2))' method.r=1,4,16"
         raise ConfigError("hydra.sweeper.params", dict(params), f"something to search, such as {example}")
-    fixed = tuple(str(o.input_line) for o in found.values() if not o.is_sweep_override())
+    fixed = tuple(str(o.input_line) for o in overrides.values() if not o.is_sweep_override())
     return Space(fixed, axes)
 
 
-def _axis(key: str, override: Override) -> Any:
+def _distribution(key: str, override: Override) -> Any:
     from optuna.distributions import CategoricalDistribution, FloatDistribution, IntDistribution
 
     value: Any = override.value()
@@ -55,8 +56,7 @@ def _axis(key: str, override: Override) -> Any:
     try:
         if isinstance(value, IntervalSweep):
             assert value.start is not None and value.end is not None
-            whole = "int" in tags or (isinstance(value.start, int) and isinstance(value.end, int))
-            if whole:
+            if "int" in tags or (isinstance(value.start, int) and isinstance(value.end, int)):
                 return IntDistribution(int(value.start), int(value.end), log="log" in tags)
             return FloatDistribution(value.start, value.end, log="log" in tags)
         if isinstance(value, RangeSweep):
@@ -71,5 +71,5 @@ def _axis(key: str, override: Override) -> Any:
 
 def _text(value: Any, axis: Any) -> str:
     if isinstance(value, float):
-        value = min(max(float(f"{value:.{DIGITS}g}"), axis.low), axis.high)
+        value = min(max(float(f"{value:.{FLOAT_DIGITS}g}"), axis.low), axis.high)
     return str(value)

@@ -53,10 +53,10 @@ def parser() -> argparse.ArgumentParser:
 def plan(args: argparse.Namespace) -> dict[str, Any]:
     """All that is printed, as data. Differences and SDs are in the unit that reports show. Raises `ConfigError`."""
     _check(args)
-    from lorabench.launch.listing import listed
+    from lorabench.launch.listing import list_jobs
     from lorabench.plan.study import cautions, count, facts
 
-    listing = listed(args.experiment, args.overrides, config_dir=args.config_dir)
+    listing = list_jobs(args.experiment, args.overrides, user_config_dir=args.config_dir)
     study = count(listing.jobs)
     notes: list[str] = []
     sweep = _pilot(args.pilot, study) if args.pilot else None

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from lorabench.config.method_names import FULL, HEAD_ONLY
-from lorabench.config.overrides import _hydra
+from lorabench.config.overrides import override_value
 from lorabench.report import declared
 from lorabench.report.sections import conditions
 from lorabench.results import findings as learned
@@ -246,7 +246,7 @@ def _command(f: Findings, cell: str) -> str | None:
     words = ["python", "-m", "lorabench"]
     place = ["hydra.mode=RUN", f"sweep.name={f.sweep.name}-chosen"] if experiment else []
     if asked := f.sweep.manifest.get("runs", {}).get(r.runs[0].run_id, {}).get("asked"):
-        return shlex.join([*words, *asked, *place, f"optimizer.lr={_hydra(r.lr)}"])
+        return shlex.join([*words, *asked, *place, f"optimizer.lr={override_value(r.lr)}"])
     words += [f"+experiment={experiment}", *place] if experiment else []
     method = config["method"]
     settings = {"method": method["name"]}
@@ -257,5 +257,5 @@ def _command(f: Findings, cell: str) -> str | None:
     }
     flat = dict(flatten(config))
     settings |= {k: flat[k] for k, _ in r.cell.extra if k in flat and k not in settings}
-    words += [f"{k}={_hydra(v)}" for k, v in {**settings, "optimizer.lr": r.lr}.items()]
+    words += [f"{k}={override_value(v)}" for k, v in {**settings, "optimizer.lr": r.lr}.items()]
     return " ".join(shlex.quote(w) for w in words)

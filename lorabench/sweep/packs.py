@@ -25,7 +25,9 @@ class Job:
     run: RunConfig
     settings: Settings
     label: Mapping[str, Any]
-    asked: tuple[str, ...] = ()  # the command line's words for it, but for rate, seed and place (`app.asked`)
+    asked: tuple[
+        str, ...
+    ] = ()  # the command line's words for it, but for rate, seed and place (`launch.command_line.run_words`)
 
 
 def label_of(

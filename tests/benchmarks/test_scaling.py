@@ -38,7 +38,7 @@ def test_trainable_agrees_with_lorabench(scaling: Any, repo: Path) -> None:
     from hydra import compose, initialize_config_dir
 
     from lorabench.config.runs import parse
-    from lorabench.launch.app import config_dir
+    from lorabench.launch.command_line import config_dir
     from lorabench.training import preparation as prepare
 
     with initialize_config_dir(config_dir(), version_base=None):

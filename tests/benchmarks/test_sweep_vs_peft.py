@@ -86,7 +86,8 @@ def test_lorabench_is_asked_for_the_same_runs(tmp_path):
     """Hydra, the sweeper and the schema read the command line as the peers' settings say."""
     from hydra import compose, initialize_config_dir
 
-    from lorabench.launch import app
+    from lorabench.launch.command_line import config_dir
+    from lorabench.launch.job import make_job
 
     s = replace(SMALL, dropout=None)
     overrides = [o for o in g.sweep_overrides(s, "lorabench_fp32") if o != "-m"]
@@ -94,8 +95,8 @@ def test_lorabench_is_asked_for_the_same_runs(tmp_path):
         "method.r=4", "optimizer.lr=0.001,0.002"
     }  # fmt: skip
     single = [o.replace("0.001,0.002", "0.001") for o in overrides]
-    with initialize_config_dir(app.config_dir(), version_base="1.3"):
-        job = app.job(compose("config", overrides=single), name="x", experiment=None)
+    with initialize_config_dir(config_dir(), version_base="1.3"):
+        job = make_job(compose("config", overrides=single), name="x", experiment=None)
     run, t = job.run, job.run.trainer
     assert (run.method.r, run.method.alpha, run.method.dropout, run.method.target_modules) == (
         4,

@@ -11,7 +11,8 @@ import pytest
 import yaml
 from hydra import compose, initialize_config_dir
 
-from lorabench.launch.app import config_dir, job
+from lorabench.launch.command_line import config_dir
+from lorabench.launch.job import make_job
 
 
 def composed(*overrides, hydra=False):
@@ -62,7 +63,7 @@ def test_a_wandb_sweep_composes(repo, name):
         picked = {key: {"value": _value(p, first)} for key, p in sweep["parameters"].items()}
         given = create_sweep_command_args({"args": picked})["args_no_hyphens"]
         overrides = [*command[command.index("${program}") + 1 : -1], *given]
-        made = job(composed(*overrides), name="x", experiment=None)
+        made = make_job(composed(*overrides), name="x", experiment=None)
         assert made.settings.sweep.name == f"wandb_{name}" and made.settings.tracker.name == "wandb"
         assert made.run.optimizer.lr == picked["optimizer.lr"]["value"]
         assert made.run.method.r == picked["method.r"]["value"]

@@ -179,7 +179,7 @@ def test_peft_folders(adapter: Path, tmp_path_factory: pytest.TempPathFactory, d
 def composed() -> dict[str, Any]:
     from hydra import compose, initialize_config_dir
 
-    from lorabench.launch.app import config_dir
+    from lorabench.launch.command_line import config_dir
 
     with initialize_config_dir(config_dir(), version_base="1.3"):
         cfg = compose("config")

@@ -4,7 +4,6 @@ import json
 import math
 import signal
 from pathlib import Path
-from types import SimpleNamespace
 
 import pytest
 
@@ -15,7 +14,7 @@ from lorabench.store.records import Record, Store
 optuna = pytest.importorskip("optuna", reason="optuna is not installed: pip install 'lorabench[optuna]'")
 from optuna.distributions import CategoricalDistribution, FloatDistribution, IntDistribution  # noqa: E402
 
-from lorabench.launch.optuna_space import space  # noqa: E402
+from lorabench.launch.optuna_space import parse_space  # noqa: E402
 
 
 @pytest.mark.parametrize(
@@ -31,11 +30,11 @@ from lorabench.launch.optuna_space import space  # noqa: E402
     ],
 )
 def test_the_grammar_of_an_axis(text, expected):
-    assert space({}, [f"k={text}", "other=1"]).axes == {"k": expected}
+    assert parse_space({}, [f"k={text}", "other=1"]).axes == {"k": expected}
 
 
 def test_the_command_line_wins_and_values_keep_to_their_bounds():
-    found = space({"a": "1,2", "b": "interval(0.12344,0.2)"}, ["a=5", "c=x"])
+    found = parse_space({"a": "1,2", "b": "interval(0.12344,0.2)"}, ["a=5", "c=x"])
     assert set(found.axes) == {"b"} and found.fixed == ("a=5", "c=x")
     assert found.overrides({"b": 0.12344}) == ("a=5", "c=x", "b=0.12344")  # 0.1234 would lie outside
     assert found.overrides({"b": 0.123456})[-1] == "b=0.1235"
@@ -44,21 +43,21 @@ def test_the_command_line_wins_and_values_keep_to_their_bounds():
 @pytest.mark.parametrize("text", ["5", "tag(log,interval(0.0,1.0))", "interval(3,1)"])
 def test_a_space_that_cannot_be_searched(text):
     with pytest.raises(ConfigError):
-        space({}, [f"optimizer.lr={text}"])
+        parse_space({}, [f"optimizer.lr={text}"])
 
 
 def record(status, **metrics):
     return Record("0" * 12, "tune", status, {}, {"primary": "accuracy", **metrics})
 
 
-def test_what_a_trial_is_told():
-    from lorabench.launch.optuna_study import told
+def test_a_trials_outcome():
+    from lorabench.launch.optuna_study import outcome
 
     good, better = record("completed", **{"val/accuracy": 0.5}), record("completed", **{"val/accuracy": 0.7})
-    assert told([good, better])[0].name == "COMPLETE" and math.isclose(told([good, better])[1] or 0, 0.6)
-    assert told([good, record("diverged")])[0].name == told([record("pruned")])[0].name == "PRUNED"
-    assert told([good, record("completed", **{"val/accuracy": None})])[0].name == "PRUNED"
-    assert told([good, record("failed")])[0].name == told([None])[0].name == "FAIL"
+    assert outcome([good, better])[0].name == "COMPLETE" and math.isclose(outcome([good, better])[1] or 0, 0.6)
+    assert outcome([good, record("diverged")])[0].name == outcome([record("pruned")])[0].name == "PRUNED"
+    assert outcome([good, record("completed", **{"val/accuracy": None})])[0].name == "PRUNED"
+    assert outcome([good, record("failed")])[0].name == outcome([None])[0].name == "FAIL"
 
 
 @pytest.fixture
@@ -124,60 +123,45 @@ def test_a_study_that_was_cut_draws_what_it_would_have_drawn(search, sampler):
     assert drawn["cut"] == drawn["whole"] and len({str(p) for p in drawn["cut"]}) == 4
 
 
-def test_a_trial_that_failed_is_asked_for_again_once():
-    """However often the same command is given: what it would ask for again is a trial of the budget."""
-    from lorabench.launch.optuna_study import Search
-
-    search = object.__new__(Search)
-    search.study, search.options = optuna.create_study(), {"n_trials": 5}
-    search.settings = SimpleNamespace(sweep=SimpleNamespace(retry_failed=True))
-    axes = {"x": FloatDistribution(0, 1)}
-    search.space = SimpleNamespace(axes=axes)
-    failed = search.study.ask(axes)
-    search.study.tell(failed, state=optuna.trial.TrialState.FAIL)
-    for _ in range(3):
-        assert search._unfinished() == ([], 5)
-    again = search.study.ask(axes)
-    assert again.params == failed.params
-    search.study.tell(again, 0.5)
-    assert search._unfinished() == ([], 4)
-    assert len(search.study.trials) == 2
-
-
 AXES = {"x": FloatDistribution(0, 1)}
 
 
 @pytest.fixture
 def launcher(tmp_path, monkeypatch):
-    """Makes what a launcher has of a study whose trials are of one number, in the folder where it was started."""
-    from lorabench.launch.optuna_study import Search, Trial
+    """Make the study as one more launcher of the same sweep loads it, from the folder where it was started."""
+    from lorabench.launch.optuna_space import Space
+    from lorabench.launch.optuna_study import OptunaStudy, StudySettings
 
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr("lorabench.sweep.phases.declare", lambda jobs: None)
     signal.signal(signal.SIGALRM, signal.default_int_handler)  # one that waits without end fails
     signal.alarm(300)
 
-    def make():
-        made = object.__new__(Search)
-        made.options = {"sampler": "random", "seed": 0, "n_trials": 4, "n_jobs": 2}
-        made.run, made.dry_run, made.store, made.kept = SimpleNamespace(task=Task()), False, Store("sweeps/s"), {}
-        made.settings = SimpleNamespace(sweep=SimpleNamespace(retry_failed=False))
-        made.space = SimpleNamespace(axes=AXES, overrides=lambda params: params)
-        made._trial = lambda number, overrides: Trial(number, [], [])
-        made.study = made._opened()
-        return made
+    def make(n_trials=4, retry_failed=False):
+        settings = StudySettings(n_trials, "random", 0, retry_failed)
+        return OptunaStudy(Store("sweeps/s"), Space((), AXES), settings, metric="accuracy", lower_is_better=False)
 
     yield make
     signal.alarm(0)
 
 
-class Task:
-    metric = "accuracy"
+def report(launcher, trials, status="completed"):
+    for trial in trials:
+        launcher.report(trial.number, [record(status, **{"val/accuracy": 0.5})])
 
 
-def tell(launcher, batch):
-    for trial in batch:
-        launcher.study.tell(trial.number, 0.5, skip_if_finished=True)
+def test_a_trial_that_failed_is_asked_for_again_once(launcher):
+    """However often the same command is given: what it would ask for again is a trial of the budget."""
+    first = launcher(n_trials=5)
+    report(first, first.ask(1), "failed")
+    (failed,) = study().trials
+    for _ in range(3):
+        again = launcher(n_trials=5, retry_failed=True)
+        asked = again.ask(5)
+        assert len(asked) == 5
+    assert [t.params for t in study().trials].count(failed.params) == 2
+    report(again, asked)
+    assert launcher(n_trials=5, retry_failed=True).ask(5) == []
+    assert states() == ["FAIL"] + ["COMPLETE"] * 5
 
 
 def states():
@@ -186,13 +170,13 @@ def states():
 
 def test_a_journal_that_the_disk_had_no_room_for_goes_on(launcher):
     first = launcher()
-    tell(first, first.ask())
+    report(first, first.ask(2))
     journal = Path("sweeps/s/optuna/journal")
     whole = journal.read_bytes()
     journal.write_bytes(whole + b'{"op_code":4,"study_i')
     for _ in range(2):
         again = launcher()
-        tell(again, again.ask())
+        report(again, again.ask(2))
     assert states() == ["COMPLETE"] * 4 and journal.read_bytes().startswith(whole)
     journal.write_bytes(whole + b"no line of a journal\n" + whole)
     with pytest.raises(ExistingWork, match="a whole journal"):
@@ -204,30 +188,31 @@ def test_a_launcher_that_was_killed_while_it_wrote_stops_nobody(launcher):
     journal = Path("sweeps/s/optuna/journal")
     journal.parent.mkdir(parents=True)
     Path(f"{journal}.lock").symlink_to(journal)  # as Optuna makes it: to a path that leads nowhere from there
-    assert len(launcher().ask()) == 2
+    assert len(launcher().ask(2)) == 2
     held = Store("sweeps/s").leases.take("journal")
     lease = json.loads(held.file.read_text())
     held._over.set()
     held.file.write_text(json.dumps(lease | {"start": "1"}))  # of a process that is no more
-    assert len(launcher().ask()) == 2
+    assert len(launcher().ask(2)) == 2
 
 
 def test_two_launchers_share_a_study(launcher):
     """Each trains what the other has asked for and not told yet; together they try as many as one."""
     first, second = launcher(), launcher()
-    asked = [first.ask(), second.ask()]
+    asked = [first.ask(2), second.ask(2)]
     assert [t.number for t in asked[0]] == [t.number for t in asked[1]] == [0, 1]
-    tell(first, asked[0])
-    tell(first, first.ask())
-    tell(second, asked[1])
-    assert first.ask() == second.ask() == [] and states() == ["COMPLETE"] * 4
+    report(first, asked[0])
+    report(first, first.ask(2))
+    report(second, asked[1])
+    assert first.ask(2) == second.ask(2) == [] and states() == ["COMPLETE"] * 4
 
 
 def test_a_trial_that_was_cut_while_it_was_drawn_is_none(launcher):
-    launcher().study.ask()
+    launcher()
+    study().ask()  # no parameter was drawn
     for _ in range(2):
         made = launcher()
-        tell(made, made.ask())
+        report(made, made.ask(2))
     assert sorted(states()) == ["COMPLETE"] * 4 + ["FAIL"]
 
 

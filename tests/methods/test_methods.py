@@ -299,11 +299,12 @@ class TestMatchedParameters:
     def run(self, **settings: object) -> object:
         from hydra import compose, initialize_config_dir
 
-        from lorabench.launch.app import config_dir, job
+        from lorabench.launch.command_line import config_dir
+        from lorabench.launch.job import make_job
 
         overrides = [f"{key}={value}" for key, value in {"task.train_examples": 32, **settings}.items()]
         with initialize_config_dir(config_dir(), version_base=None):
-            return job(compose("config", overrides=overrides), name="x", experiment=None).run
+            return make_job(compose("config", overrides=overrides), name="x", experiment=None).run
 
     @pytest.mark.parametrize(("target", "r"), [("attention", 45), ("mlp", 36), ("all", 20)])
     def test_the_rank_that_matches(self, target: str, r: int) -> None:
