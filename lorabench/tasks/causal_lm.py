@@ -168,7 +168,7 @@ class Config(ExtensibleMetrics, TextTask):
         replies = [self._reply_text(r, prompt, processor) for r, prompt in zip(rows, prompts, strict=True)]
         options = {"add_special_tokens": False, "return_attention_mask": False, "verbose": False}
         both = (processor(texts, **options)["input_ids"] if texts else [] for texts in (prompts, replies))
-        return [self._join(p, r) | self._ids(row) for p, r, row in zip(*both, rows, strict=True)]
+        return [join(p, r, self.max_length) | self._ids(row) for p, r, row in zip(*both, rows, strict=True)]
 
     def _group(self, row: Row) -> str:
         """Return the group of a row: its dialogue, else its prompt or text.
@@ -180,17 +180,6 @@ class Config(ExtensibleMetrics, TextTask):
 
     def _ids(self, row: Row) -> dict[str, int]:
         return {"example": row["example"], "group": split.content_hash(self._group(row))}
-
-    def _join(self, prompt: list[int], reply: list[int]) -> dict[str, Any]:
-        """Join prompt and reply in at most `max_length` tokens.
-
-        The prompt loses its beginning first, then the reply its end; each may keep half of the tokens.
-        """
-        full = len(prompt) + len(reply)
-        reply = reply[: max(self.max_length - len(prompt), self.max_length // 2)]
-        prompt = prompt[max(0, len(prompt) + len(reply) - self.max_length) :]
-        ids = np.asarray(prompt + reply, dtype=np.int32)
-        return {"input_ids": ids, "start": len(prompt), "full": full}
 
     def _encode_texts(self, rows: Sequence[Row], processor: Any) -> list[dict[str, Any]]:
         """Return one example a paragraph, or the blocks of `max_length` tokens that a text is cut into."""
@@ -266,6 +255,18 @@ class Config(ExtensibleMetrics, TextTask):
             "token_accuracy": float(rows["correct_tokens"].sum()) / tokens,
             "tokens": tokens,
         } | metrics.extra(self.extra_metrics, rows, "task.extra_metrics")
+
+
+def join(prompt: list[int], reply: list[int], max_length: int) -> dict[str, Any]:
+    """Join the token ids of prompt and reply into one example of at most `max_length` tokens.
+
+    The prompt loses its beginning first; the reply then loses its end, but not below half of `max_length`.
+    Returns "input_ids" (int32 [T]), "start" of the reply, and "full", the tokens before the cut.
+    """
+    full = len(prompt) + len(reply)
+    reply = reply[: max(max_length - len(prompt), max_length // 2)]
+    prompt = prompt[max(0, len(prompt) + len(reply) - max_length) :]
+    return {"input_ids": np.asarray(prompt + reply, dtype=np.int32), "start": len(prompt), "full": full}
 
 
 def sections(text: str, size: int) -> list[str]:

@@ -8,12 +8,10 @@ from typing import Any
 
 import pandas as pd
 import pytest
-from omegaconf import OmegaConf
 
-from fixtures.runs import minilm_folder
+from fixtures.runs import make_run, minilm_folder
 from lorabench.config.contracts.model import BaseInfo, LayerInfo
 from lorabench.config.errors import ConfigError
-from lorabench.config.runs import _section
 from lorabench.models.build import load_tokenizer
 from lorabench.tasks import files
 from lorabench.tasks.causal_lm import Config as LanguageModelling
@@ -214,7 +212,7 @@ def test_glue_without_a_hub() -> None:
 )
 def test_classification_settings(settings: dict[str, Any], key: str, text: str) -> None:
     with pytest.raises(ConfigError, match=text) as e:
-        _section(Classification, OmegaConf.create({"task": settings}), "task")
+        make_run(Path("base"), Path("data.csv"), task={"kind": "text_classification", **settings})
     assert e.value.key == key
 
 
@@ -230,7 +228,7 @@ def test_classification_settings(settings: dict[str, Any], key: str, text: str) 
 )
 def test_language_modelling_settings(settings: dict[str, Any], key: str, text: str) -> None:
     with pytest.raises(ConfigError, match=text) as e:
-        _section(LanguageModelling, OmegaConf.create({"task": settings}), "task")
+        make_run(Path("base"), Path("data.csv"), task={"kind": "causal_lm", **settings})
     assert e.value.key == key
 
 

@@ -24,7 +24,7 @@ from lorabench.models.build import load_tokenizer
 from lorabench.models.transformers import Config as Model
 from lorabench.tasks import encoding, sources, split
 from lorabench.tasks.causal_lm import Config as LanguageModelling
-from lorabench.tasks.causal_lm import sections
+from lorabench.tasks.causal_lm import join, sections
 from lorabench.tasks.labelled_texts import label_order
 from lorabench.tasks.text_classification import Config as Classification
 
@@ -353,8 +353,9 @@ def test_without_a_chat_template_a_prompt_begins_as_the_tokenizer_begins_a_text(
 
 
 def test_long_pairs_keep_the_end_of_the_prompt_and_the_start_of_the_reply() -> None:
-    task = LanguageModelling(source="chitchat", max_length=8)
-    joined = [task._join(list(range(p)), list(range(100, 100 + r))) for p, r in ((3, 3), (20, 3), (3, 20), (20, 20))]
+    joined = [
+        join(list(range(p)), list(range(100, 100 + r)), max_length=8) for p, r in ((3, 3), (20, 3), (3, 20), (20, 20))
+    ]
     assert [(e["input_ids"].tolist(), e["start"], e["full"]) for e in joined] == [
         ([0, 1, 2, 100, 101, 102], 3, 6),
         ([15, 16, 17, 18, 19, 100, 101, 102], 5, 23),
