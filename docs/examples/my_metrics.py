@@ -1,7 +1,8 @@
 """Metrics of your own: `task.extra_metrics=[my_metrics.py:negative_recall]`.
 
-A metric takes what a task keeps of every example, as numpy arrays of equal length. Text classification keeps `label`,
-`prediction`, `correct`, `example`, `loss_sum`, `weight`; language modelling `tokens`, `correct_tokens` and the last three.
+A metric takes what a task keeps of every example, as numpy arrays of equal length. Every task keeps `example`,
+`loss_sum` and `weight`; text classification also `label`, `prediction` and `correct`, language modelling `tokens` and
+`correct_tokens`.
 """
 
 import numpy as np

@@ -29,7 +29,7 @@ SECTION_BLOCKS = 8  # plain text is split into train, val and test in sections o
 
 @dataclass(frozen=True)
 class Config(ExtensibleMetrics, TextTask):
-    """Causal language modelling of chit-chat replies, news, plain text, or a table of texts or prompts with responses."""
+    """Language modelling of chit-chat replies, news, plain text, or a table of texts or prompts with responses."""
 
     kind: str = knob("causal_lm", help="the task's module", choices=("causal_lm",))
     name: str = knob("language modelling", help="what tables call it")
@@ -101,7 +101,7 @@ class Config(ExtensibleMetrics, TextTask):
     def load(self) -> TaskData:
         """Return rows {"prompt", "response"} or {"text"}, with "group" and "example", by split.
 
-        A dialogue, a paragraph or a section of text lies in one split only. Raises `ConfigError` for any fault of the data.
+        A dialogue, a paragraph or a section of text lies in one split only. Raises `ConfigError` for bad data.
         """
         fields = ("prompt", "response") if self.has_replies else ("text",)
         rows = self._rows()

@@ -41,8 +41,8 @@ def tokenize(
 ) -> tuple[list[dict[str, Any]], np.ndarray]:
     """Tokenize each text, or pair of texts, and cut it at `max_length` tokens.
 
-    special: whether the tokenizer adds its begin and end tokens. Returns one dict an example, "input_ids" (int32 [T]) and,
-    where the base reads segments, "token_type_ids" (int8 [T]); and the lengths [N] before the cut.
+    special: whether the tokenizer adds its begin and end tokens. Returns one dict an example, "input_ids" (int32 [T])
+    and, where the base reads segments, "token_type_ids" (int8 [T]); and the lengths [N] before the cut.
     """
     if not texts:
         return [], np.zeros(0, dtype=np.int64)
@@ -92,7 +92,7 @@ def pad(columns: Sequence[np.ndarray], value: int) -> Tensor:
 
 
 def collate_tokens(examples: Sequence[dict[str, Any]], processor: Any) -> dict[str, Tensor]:
-    """Stack examples into `input_ids`, `attention_mask`, `token_type_ids` where there are any [N, T], and `example` [N]."""
+    """Stack examples into `input_ids`, `attention_mask`, `token_type_ids`? [N, T], and `example` [N]."""
     import torch
 
     batch = {"input_ids": pad([e["input_ids"] for e in examples], processor.pad_token_id)}
@@ -110,7 +110,7 @@ def model_inputs(batch: dict[str, Tensor]) -> dict[str, Tensor]:
 
 
 def mean_state(model: nn.Module, batch: dict[str, Tensor]) -> Tensor:
-    """Return the mean last hidden state over the tokens of each example, padding left out: [N, H], float32 or float64."""
+    """Return the mean last hidden state over the tokens of each example, without padding: [N, H], float32 or wider."""
     hidden = model(**model_inputs(batch)).last_hidden_state
     hidden = hidden if hidden.dtype.itemsize == 8 else hidden.float()
     mask = batch["attention_mask"].unsqueeze(2).to(hidden.dtype)

@@ -146,7 +146,7 @@ def _columns_of(rows: Any) -> dict[str, list[Any]]:
 
 
 def _texts(column: list[Any], key: str, name: str, file: str) -> list[str]:
-    """Return cells as text. Raises `ConfigError` where one holds more than a text or a number, as messages of a chat do."""
+    """Return cells as text. Raises `ConfigError` where one is no text or number, such as the messages of a chat."""
     for number, value in enumerate(column, 1):
         if isinstance(value, (list, tuple, dict, set, bytes)) or getattr(value, "shape", None):
             kind = type(value).__name__

@@ -61,7 +61,7 @@ class LabelledTexts(TextTask):
         return self.pair_column is not None or self.source == "glue" and sources.GLUE[str(self.subset)][1] is not None
 
     def load(self) -> TaskData:
-        """Return rows {"text", "pair"?, "label", "example"} by split. Raises `ConfigError` for any fault of the data."""
+        """Return rows {"text", "pair"?, "label", "example"} by split. Raises `ConfigError` for faults of the data."""
         rows, names = self._rows()
         total = len(rows)
         rows = [r for r in rows if r["text"].strip() and r["label"].strip()]

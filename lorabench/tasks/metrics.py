@@ -89,8 +89,8 @@ def mcc(label: np.ndarray, prediction: np.ndarray) -> float:
 def load_metric(spec: str, key: str) -> tuple[str, Metric]:
     """Load a user's own metric, `my_metrics.py:function`. Runs that file; returns the function's name and the function.
 
-    The function takes the rows ({name: [N] array}) and returns a number. An attribute `lower_is_better = True` on it says
-    that less is better. Raises `ConfigError`.
+    The function takes the rows ({name: [N] array}) and returns a number. An attribute `lower_is_better = True` on it
+    says that less is better. Raises `ConfigError`.
     """
     file, _, name = spec.rpartition(":")
     path = Path(file).expanduser().resolve()

@@ -1,7 +1,7 @@
 """A teacher with a known answer: the base plus a random change of known rank, whose outputs a run learns to give.
 
-The positive control of a rank sweep: adapters on the planted layers reach the teacher if their rank is the planted one or
-higher. Shape letters: N examples, T tokens, H hidden, r planted rank, I in, O out.
+The positive control of a rank sweep: adapters on the planted layers reach the teacher if their rank is the planted one
+or higher. Shape letters: N examples, T tokens, H hidden, r planted rank, I in, O out.
 """
 
 from __future__ import annotations
@@ -74,10 +74,10 @@ class Config(LabelledTexts):
         return Encoded(splits, encoded.lengths, {**encoded.notes, "planted_distance": round(unit, 6)})
 
     def plant(self, model: nn.Module, batches: Sequence[dict[str, Tensor]]) -> None:
-        """Change the layers in place: W + s U V^T with U [O, r] orthonormal and V [I, r] = (C + e I)^-1/2 Q, Q orthonormal.
+        """Change the layers in place: W + s U V^T U [O, r] and Q orthonormal, V [I, r] = (C + e I)^-1/2 Q.
 
-        C [I, I] is the second moment of a layer's inputs, estimated from `batches`. Texts share a few directions that hold
-        most of it. Without the whitening the change would act there alone, and so at a lower rank than was planted.
+        C [I, I] is the second moment of a layer's inputs, estimated from `batches`. Texts share a few directions that
+        hold most of it. Without the whitening the change would act there alone, at a lower rank than was planted.
         Raises `ConfigError` where `planted_in` names no layer, and for a rank that a layer cannot have.
         """
         layers = {n: m for n, m in model.named_modules() if re.fullmatch(self.planted_in, n) and _has_matrix(m)}
@@ -96,8 +96,8 @@ class Config(LabelledTexts):
     def _change(self, name: str, weight: Tensor, moment: Tensor) -> Tensor:
         """Draw the change [O, I] of one layer, in float64.
 
-        weight: [O, I]. moment: C [I, I]. The change is `planted_size` times as large as the weight, both measured by the
-        root mean square of their outputs.
+        weight: [O, I]. moment: C [I, I]. The change is `planted_size` times as large as the weight, both measured by
+        the root mean square of their outputs.
         """
         import torch
 
@@ -114,9 +114,9 @@ class Config(LabelledTexts):
         return change * (self.planted_size * (of_weight / of_change).sqrt())
 
     def collate(self, examples: Sequence[dict[str, Any]], processor: Any) -> dict[str, Tensor]:
-        """Return `input_ids`, `attention_mask`, `token_type_ids`? [N, T], `example` [N]; of taught examples `target` and `unit`.
+        """Return `input_ids`, `attention_mask`, `token_type_ids`? [N, T]; `example` [N].
 
-        target: [N, H]. unit: [N].
+        Taught examples also have `target` [N, H] and `unit` [N].
         """
         import torch
 

@@ -25,7 +25,7 @@ MIN_TEST_EXAMPLES = 10
 class ProbeData:
     """A probe's examples for one base.
 
-    key: a hash of all that a score depends on beside the weights. splits: at most `task.probe_examples` examples of each.
+    key: a hash of all that a score depends on beside the weights. splits: at most `task.probe_examples` each.
     """
 
     key: str
@@ -43,8 +43,8 @@ _fingerprints: dict[str, str] = {}
 def load_probe(run: RunConfig, head: HeadSpec) -> ProbeData | None:
     """Read and encode the probe of a run, once for each probe and base in a process. None where the run has none.
 
-    head: what the run's own task asks of the base. Raises `ConfigError`, with keys under `task.probe`, for a fault of the
-    probe's data, for a probe that is the run's own task, and for one that this base cannot be scored on.
+    head: what the run's own task asks of the base. Raises `ConfigError`, with keys under `task.probe`, for a fault of
+    the probe's data, for a probe that is the run's own task, and for one that this base cannot be scored on.
     """
     task = run.task.probe
     if task is None:

@@ -76,8 +76,8 @@ def bbc() -> list[Row]:
 def glue(subset: str | None) -> tuple[list[Row], tuple[str, ...]]:
     """Read a GLUE task from the hub. Returns its rows and its label names in GLUE's order. Raises `ConfigError`.
 
-    GLUE publishes no test labels: its validation set is the test set here, and the rows to validate on are split off its
-    training set.
+    GLUE publishes no test labels: its validation set is the test set here, and the rows to validate on are split off
+    its training set.
     """
     if subset not in GLUE:
         allowed = ", ".join(GLUE)
@@ -115,7 +115,7 @@ def _hub(name: str, subset: str) -> Any:
 
 
 def chitchat() -> list[Row]:
-    """Read the reply pairs of 7,168 dialogues (chitchat-dataset, MIT): what one speaker says, and what the other answers."""
+    """Read the reply pairs of 7,168 dialogues (chitchat-dataset, MIT): what one speaker says and the other answers."""
     path = package_path("chitchat_dataset", "dataset.json", "chitchat")
     rows: list[Row] = []
     for dialogue, content in json.loads(path.read_text(encoding="utf-8")).items():

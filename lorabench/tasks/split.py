@@ -87,8 +87,8 @@ def split_rows(
 ) -> dict[str, list[Row]]:
     """Return rows by split, each sorted by a hash of the ids.
 
-    A row that names its "split" goes there. For the others the hash of their group decides: a group is never divided, and a
-    row keeps its split when others come or go. A split that some rows name gets no others.
+    A row that names its "split" goes there. For the others the hash of their group decides: a group is never divided,
+    and a row keeps its split when others come or go. A split that some rows name gets no others.
     """
     marked = {row.get("split") for row in rows}
     test = 0.0 if "test" in marked else test_fraction

@@ -16,7 +16,7 @@ MAX_CHUNK_LOGITS = 2**24  # widened to float32 at once: 64 MiB
 
 
 def token_losses(model: nn.Module, inputs: dict[str, Tensor], labels: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Return for each example its target tokens' summed loss [N], their number [N], and how many are predicted right [N].
+    """Return for each example the summed loss of its target tokens, their number, and how many are right, [N] each.
 
     labels: [N, T], `IGNORE` where nothing counts; position t is predicted from t - 1. The loss carries the graph.
     Logits are computed only where a target follows. They are widened to float32 (float64 stays) in chunks.
@@ -62,7 +62,7 @@ def _logits(model: nn.Module, inputs: dict[str, Tensor], counted: Tensor) -> Ten
 
 
 def _chunk_losses(logits: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
-    """Return the loss [m] of each target, and 1 where it is predicted right [m]. In float32, or float64 if logits are."""
+    """Return the loss [m] of each target, and 1 [m] where it is predicted right, in float32 (float64 stays)."""
     import torch
     from torch.nn import functional as F
 

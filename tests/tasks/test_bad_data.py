@@ -252,7 +252,7 @@ def test_every_kind_of_table_gives_the_same_rows(tmp_path: Path) -> None:
 
 
 def test_a_head_as_spreadsheets_write_it(tmp_path: Path) -> None:
-    """Semicolons, texts with commas, spaces around a name, a column without one; a name with a comma needs its quotes."""
+    """Semicolons, texts with commas, spaces around a name, a column without one; a name with a comma needs quotes."""
     columns = {"t": "Review (en)", "y": "stars"}
     expected = {"t": ["good, really", "bad"], "y": ["5", "1"]}
     for name, head in {"a.csv": 'id; Review (en) ;"stars";', "b.csv": "id\t Review (en)\tstars\t"}.items():

@@ -52,10 +52,12 @@ def make_task(kind: str, folder: Path) -> Any:
     made: Any = {
         "single": Classification(file=str(file), max_length=12),
         "pairs": Classification(file=str(file), pair_column="more", class_weights="balanced", max_length=12),
-        "replies": LanguageModelling(source="file", file=str(file), prompt_column="text", response_column="more", max_length=16),
+        "replies": LanguageModelling(
+            source="file", file=str(file), prompt_column="text", response_column="more", max_length=16
+        ),
         "blocks": LanguageModelling(source="text", file=str(text), max_length=16),
         "paragraphs": LanguageModelling(source="text", file=str(text), unit="paragraph", max_length=16),
-    }[kind]  # fmt: skip
+    }[kind]
     made.validate("task")
     return made
 
@@ -233,9 +235,15 @@ def test_a_cache_that_may_only_be_read_is_read(tmp_path: Path, processor: Any, m
 
 IDS = np.arange(3, dtype=np.int32)
 EDGES = [
-    {"ids": np.zeros(0, np.int32), "x": np.float64(1).item(), "n": -1, "big": 2**63 - 1, "target": np.ones(2, np.float32)},
+    {
+        "ids": np.zeros(0, np.int32),
+        "x": np.float64(1).item(),
+        "n": -1,
+        "big": 2**63 - 1,
+        "target": np.ones(2, np.float32),
+    },
     {"ids": IDS, "x": float("-inf"), "n": 0, "big": 0, "target": np.zeros(2, np.float32)},
-]  # fmt: skip
+]
 
 
 class Given(Classification):

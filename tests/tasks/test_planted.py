@@ -19,9 +19,13 @@ from lorabench.training.train import Pack, train
 
 LAYER = "encoder.layer.1.intermediate.dense"
 PLANTED = {
-    "task.kind": "planted", "task.planted_in": r"encoder\.layer\.1\.intermediate\.dense", "task.planted_rank": 3,
-    "task.metric": "loss", "method.target_modules": [LAYER], "trainer.precision": "32",
-}  # fmt: skip
+    "task.kind": "planted",
+    "task.planted_in": r"encoder\.layer\.1\.intermediate\.dense",
+    "task.planted_rank": 3,
+    "task.metric": "loss",
+    "method.target_modules": [LAYER],
+    "trainer.precision": "32",
+}
 
 
 @pytest.fixture(scope="module")

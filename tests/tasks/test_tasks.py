@@ -1,4 +1,4 @@
-"""Data, splits, encoding and losses of the tasks: the packages' real data, and losses against transformers' and torch's own."""
+"""Data, splits, encoding and losses of the tasks: the packages' real data, losses against transformers and torch."""
 
 from __future__ import annotations
 
@@ -28,7 +28,10 @@ from lorabench.tasks.causal_lm import join, sections
 from lorabench.tasks.labelled_texts import label_order
 from lorabench.tasks.text_classification import Config as Classification
 
-TEMPLATE = "{% for m in messages %}<{{ m['role'] }}> {{ m['content'] }} [SEP]\n{% endfor %}{% if add_generation_prompt %}<assistant> {% endif %}"
+TEMPLATE = (
+    "{% for m in messages %}<{{ m['role'] }}> {{ m['content'] }} [SEP]\n{% endfor %}"
+    "{% if add_generation_prompt %}<assistant> {% endif %}"
+)
 
 
 @pytest.fixture(scope="module")
@@ -112,9 +115,13 @@ def test_bbc_topics() -> None:
 
 def fake_glue(name: str, subset: str) -> datasets.DatasetDict:
     features = datasets.Features(
-        {"premise": datasets.Value("string"), "hypothesis": datasets.Value("string"), "idx": datasets.Value("int32"),
-         "label": datasets.ClassLabel(names=["entailment", "neutral", "contradiction"])}
-    )  # fmt: skip
+        {
+            "premise": datasets.Value("string"),
+            "hypothesis": datasets.Value("string"),
+            "idx": datasets.Value("int32"),
+            "label": datasets.ClassLabel(names=["entailment", "neutral", "contradiction"]),
+        }
+    )
 
     def rows(start: int, n: int) -> datasets.Dataset:
         made = [
@@ -213,8 +220,13 @@ def test_a_batch_is_padded_right_to_its_longest(tokenizer: Any) -> None:
     assert batch["input_ids"].tolist()[0] == [101, 2204, 102, 0, 0]
     assert batch["attention_mask"].tolist() == [[1, 1, 1, 0, 0], [1, 1, 1, 1, 1]]
     assert {k: tuple(v.shape) for k, v in batch.items()} == {
-        "input_ids": (2, 5), "attention_mask": (2, 5), "token_type_ids": (2, 5), "example": (2,), "labels": (2,), "weight": (2,),
-    }  # fmt: skip
+        "input_ids": (2, 5),
+        "attention_mask": (2, 5),
+        "token_type_ids": (2, 5),
+        "example": (2,),
+        "labels": (2,),
+        "weight": (2,),
+    }
 
 
 @pytest.fixture(scope="module")
@@ -275,12 +287,23 @@ def test_classification_metrics_and_ones_own(repo: Path) -> None:
     task.validate("task")
     assert task.lower_is_better == ("loss", "perplexity", "missed_by_far")
     rows = {
-        "label": np.array([0, 0, 1, 2]), "prediction": np.array([0, 2, 1, 2]), "loss_sum": np.ones(4), "weight": np.full(4, 2.0),
-    }  # fmt: skip
+        "label": np.array([0, 0, 1, 2]),
+        "prediction": np.array([0, 2, 1, 2]),
+        "loss_sum": np.ones(4),
+        "weight": np.full(4, 2.0),
+    }
     found = task.metrics(rows)
     assert found == pytest.approx(
-        {"loss": 0.5, "accuracy": 0.75, "macro_f1": (2 / 3 + 1 + 2 / 3) / 3, "mcc": 0.7, "negative_recall": 0.5, "missed_by_far": 0.5}, abs=1e-12
-    )  # fmt: skip
+        {
+            "loss": 0.5,
+            "accuracy": 0.75,
+            "macro_f1": (2 / 3 + 1 + 2 / 3) / 3,
+            "mcc": 0.7,
+            "negative_recall": 0.5,
+            "missed_by_far": 0.5,
+        },
+        abs=1e-12,
+    )
 
 
 # -- causal language modelling --------------------------------------------------------------------------------------
@@ -532,8 +555,11 @@ def test_a_table_of_texts(tmp_path: Path, tokenizer: Any) -> None:
 
 def test_language_modelling_metrics() -> None:
     rows = {
-        "loss_sum": np.array([2.0, 4.0]), "weight": np.array([1.0, 3.0]), "tokens": np.array([1, 3]), "correct_tokens": np.array([1, 1]),
-    }  # fmt: skip
+        "loss_sum": np.array([2.0, 4.0]),
+        "weight": np.array([1.0, 3.0]),
+        "tokens": np.array([1, 3]),
+        "correct_tokens": np.array([1, 1]),
+    }
     found = LanguageModelling(source="chitchat").metrics(rows)
     assert found == pytest.approx({"loss": 1.5, "perplexity": np.exp(1.5), "token_accuracy": 0.5, "tokens": 4.0})
 

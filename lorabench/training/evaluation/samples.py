@@ -60,7 +60,7 @@ def answer_before(session: Session) -> Samples | None:
 def write(session: Session, samples: Samples) -> None:
     """Answer the examples with each slice whose weights are a result, and write its file.
 
-    Nothing is written of a run whose record is there already. Collective: where the base is sharded, every rank calls it.
+    A run whose record is there already keeps its file. Collective: where the base is sharded, every rank calls it.
     """
     kept = session.module.kept
     if _has_replies(session):

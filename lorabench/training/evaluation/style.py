@@ -63,7 +63,7 @@ def groups_of(examples: Sequence[Mapping[str, Any]], rows: Mapping[int, Mapping[
 
 
 def features(texts: Sequence[str]) -> np.ndarray:
-    """Return features [N, D]: hashed counts of n-grams of characters (case kept) and words, log(1 + count), unit rows."""
+    """Return features [N, D]: hashed n-grams of characters (case kept) and words, log(1 + count), rows of length 1."""
     out = np.zeros((len(texts), FEATURES))
     for row, text in zip(out, texts, strict=True):
         padded, words = f" {text} ", re.findall(r"\w+|[^\w\s]", text.casefold())
@@ -103,8 +103,8 @@ def style_shift(
 ) -> tuple[float, float, float] | None:
     """Return (adapted − base) / (real − base) of mean probabilities, and its 95 % bootstrap interval over groups.
 
-    real, base, adapted: probabilities [N]. Returns (shift, low, high), or None where the interval of real − base holds 0:
-    there the classifier does no better than chance.
+    real, base, adapted: probabilities [N]. Returns (shift, low, high), or None where the interval of real − base holds
+    0: there the classifier does no better than chance.
     """
     codes = np.unique(np.asarray(groups), return_inverse=True)[1]
     sums = np.zeros((codes.max() + 1, 2))

@@ -1,4 +1,4 @@
-"""What a run forgets of another task: against transformers and scikit-learn, alone and packed, for every kind of method."""
+"""What a run forgets of another task: against transformers and scikit-learn, alone and packed, for all methods."""
 
 import csv
 import os
@@ -55,8 +55,13 @@ def places(tmp_path_factory):
             words = [WORDS[j] for j in rng.integers(0, len(WORDS), 9)]
             score = 2 * words.count("red") + words.count("dog") - words.count("tree") + rng.normal()
             out.writerow([" ".join([*words, str(i)]), ["low", "middle", "high"][int(score > 0) + int(score > 1.2)]])
-    return {**bases, "data": make_data(root / "data.csv"), "other": other, "text": write_text(root / "text.txt", 5),
-            "plain": write_text(root / "plain.txt", 6)}  # fmt: skip
+    return {
+        **bases,
+        "data": make_data(root / "data.csv"),
+        "other": other,
+        "text": write_text(root / "text.txt", 5),
+        "plain": write_text(root / "plain.txt", 6),
+    }
 
 
 def lm_run(places, kind="gpt2", **changes) -> RunConfig:
@@ -264,12 +269,15 @@ def test_a_probe_is_identity_and_none_is_not(places):
         (lambda p: labelled(p["other"]) | {"train_examples": 10**6}, "task.probe.train_examples"),
         (lambda p: labelled(p["data"]), "task.probe=other: another task than the one that is trained on"),
         (lambda p: lm(p["plain"]), "task.probe=text: a task of text classification"),
-        (lambda p: labelled(p["other"]) | {"kind": "planted", "metric": "loss"}, "task.probe=other: a task of language"),
+        (
+            lambda p: labelled(p["other"]) | {"kind": "planted", "metric": "loss"},
+            "task.probe=other: a task of language",
+        ),
         (lambda p: labelled(p["other"]) | {"probe": labelled(p["data"])}, "task.probe.probe"),
         (lambda p: labelled(p["other"]) | {"test_examples": 5}, "task.probe=other: at least 10 examples"),
     ],
     ids=lambda value: value if isinstance(value, str) else "",
-)  # fmt: skip
+)
 def test_probes_that_cannot_be(places, probe, key):
     with pytest.raises(ConfigError) as e:
         prepare.check(make_run(places["bert"], places["data"], **{"task.probe": probe(places)}))
@@ -285,8 +293,15 @@ def test_a_bad_probe_leaves_nothing(cli, argument):
 
 def test_a_probe_by_the_name_of_its_file(cli, places):
     """Another task's file, mounted whole, with settings of its own."""
-    code, out = cli("task=text_file", f"task.file={places['data']}", "task@task.probe=text_file", f"task.probe.file={places['other']}",
-                    "task.probe.max_length=16", "task.probe_examples=40", "sweep.dry_run=true")  # fmt: skip
+    code, out = cli(
+        "task=text_file",
+        f"task.file={places['data']}",
+        "task@task.probe=text_file",
+        f"task.probe.file={places['other']}",
+        "task.probe.max_length=16",
+        "task.probe_examples=40",
+        "sweep.dry_run=true",
+    )
     assert code == 0, out
     assert os.listdir() == []
 

@@ -25,13 +25,26 @@ def places(tmp_path_factory):
             said = " ".join(WORDS[int(j)] for j in torch.randint(0, len(WORDS), (3 + i % 6,), generator=g))
             row = {"prompt": f"{said} {i}", "reply": f"dog dog {WORDS[i % 3]} cat", "talk": f"d{i // 2}"}
             f.write(json.dumps(row) + "\n")
-    return {"bert": make_base(root / "bert", "bert"), "llama": make_decoder(root / "llama", "llama"),
-            "data": make_data(root / "data.csv"), "pairs": pairs}  # fmt: skip
+    return {
+        "bert": make_base(root / "bert", "bert"),
+        "llama": make_decoder(root / "llama", "llama"),
+        "data": make_data(root / "data.csv"),
+        "pairs": pairs,
+    }
 
 
 def chat_run(places, **changes):
-    task = {"kind": "causal_lm", "name": "chat", "source": "file", "file": str(places["pairs"]), "prompt_column": "prompt",
-            "response_column": "reply", "group_column": "talk", "max_length": 32, "style_prompts": 40}  # fmt: skip
+    task = {
+        "kind": "causal_lm",
+        "name": "chat",
+        "source": "file",
+        "file": str(places["pairs"]),
+        "prompt_column": "prompt",
+        "response_column": "reply",
+        "group_column": "talk",
+        "max_length": 32,
+        "style_prompts": 40,
+    }
     settings = {"role": "confirm", "trainer.max_steps": 4, **changes}
     run = make_run(places["llama"], places["data"], task=task, **settings)
     return run

@@ -10,7 +10,7 @@ from lorabench.training.evaluation.style import fit_classifier, groups_of, realn
 
 @pytest.mark.parametrize(("classes", "c"), [(3, 0.5), (2, 1.0)], ids=["several", "two"])
 def test_the_regression_is_scikit_learns(classes, c):
-    """With two classes scikit-learn's one vector is the difference of ours: its C is twice as large (see the docstring)."""
+    """With two classes scikit-learn's one vector is the difference of ours: its C is twice as large."""
     rng = np.random.default_rng(1)
     x = rng.normal(size=(200, 6))
     y = (x @ rng.normal(size=(6, classes)) + rng.normal(size=(200, classes))).argmax(1)
