@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from lorabench.adapters import Stack
+from lorabench.config.contracts.task import Example, Task
 from lorabench.config.runs import RunConfig
 from lorabench.training import distributed as replicas
 from lorabench.training.batches import Part
@@ -41,6 +42,18 @@ class SliceState:
     pending: list[dict[str, Any]] = field(default_factory=list)  # history rows not yet handed on
 
 
+class BoundTask:
+    """A task with the processor that its collation needs."""
+
+    def __init__(self, task: Task, processor: Any) -> None:
+        self.task, self.processor = task, processor
+        self.step, self.metrics, self.token_mask = task.step, task.metrics, task.token_mask
+
+    def collate(self, examples: Sequence[Example]) -> dict[str, Tensor]:
+        """Stack examples into tensors whose leading axis is N."""
+        return self.task.collate(examples, self.processor)
+
+
 class PackModule(pl.LightningModule):
     """Trains K slices over one base.
 
@@ -55,7 +68,7 @@ class PackModule(pl.LightningModule):
         self,
         model: torch.nn.Module,
         stack: Stack,
-        task: Any,
+        task: BoundTask,
         runs: Sequence[RunConfig],
         *,
         total_steps: int,

@@ -15,7 +15,6 @@ from typing import Any
 import torch
 
 from lorabench.adapters import SlicesMix, inject, probe
-from lorabench.config.contracts.task import Example, Task
 from lorabench.config.errors import Unwritable
 from lorabench.config.runs import Pack, RunConfig
 from lorabench.runtime import signals as stopping
@@ -31,7 +30,7 @@ from lorabench.training import preparation as prep
 from lorabench.training.checkpointing import Begun, Saver, begun, restore
 from lorabench.training.evaluation.measures import AuxiliaryMeasures
 from lorabench.training.fit import Checkpoints, Progress, fit, make_trainer, quiet
-from lorabench.training.module import PackModule
+from lorabench.training.module import BoundTask, PackModule
 from lorabench.training.session import Session, failed, records_of
 from lorabench.training.trunk_cache import Reuse
 
@@ -228,17 +227,6 @@ def _opened(
             prep.forget_base()
     if before is not None and _checksum(base.model) != before:
         raise RuntimeError("the frozen base changed during training")
-
-
-class BoundTask:
-    """A task with the processor its collation needs."""
-
-    def __init__(self, task: Task, processor: Any) -> None:
-        self.task, self.processor = task, processor
-        self.step, self.metrics, self.token_mask = task.step, task.metrics, task.token_mask
-
-    def collate(self, examples: list[Example]) -> dict[str, Any]:
-        return self.task.collate(examples, self.processor)
 
 
 def _probe(s: Session) -> None:

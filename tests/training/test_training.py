@@ -14,8 +14,9 @@ from lorabench.store.records import Store
 from lorabench.training import precision
 from lorabench.training import preparation as prepare
 from lorabench.training.batches import PackStream
+from lorabench.training.module import BoundTask
 from lorabench.training.optimizer import schedule
-from lorabench.training.train import BoundTask, Pack, measure, train
+from lorabench.training.train import Pack, measure, train
 
 
 @pytest.fixture(scope="module")
