@@ -1,8 +1,10 @@
-"""`python -m lorabench.slim <sweep dir> <folder>`: a copy of a sweep small enough for git, that reports are made of.
+"""`python -m lorabench.slim <sweep dir> <folder>`: a copy of a sweep that is small enough for git, and enough for
+reports.
 
-It holds records, histories, per-example results, samples and what `lorabench.analyze` and `lorabench.costs` measured; not
-weights, checkpoints, leases or caches. What the runs' test results have in common stands once (`columns`). Of the training
-rows of a history it may hold every N-th (`--every`); every row of an evaluation stays.
+It holds records, histories, per-example results, samples and what `lorabench.analyze` and `lorabench.costs` measured.
+It holds no weights, checkpoints, leases or caches. What the runs' test results have in common stands once
+(`store.arrays`). Of the training rows of a history it may hold every N-th (`--every`); every row of an evaluation
+stays.
 """
 
 from __future__ import annotations
@@ -22,9 +24,9 @@ from lorabench.store import arrays as columns
 from lorabench.store.integrity import damaged_files
 from lorabench.store.records import HISTORY, MANIFEST, Store
 
-RUN = ("run.json", HISTORY, "samples.json")
-STEP = {"step", "train/loss", "lr"}  # what a training row says
-SWEEP = (MANIFEST, "analysis/weights.json", "analysis/costs.json")
+RUN_FILES = ("run.json", HISTORY, "samples.json")
+SWEEP_FILES = (MANIFEST, "analysis/weights.json", "analysis/costs.json")
+TRAINING_KEYS = {"step", "train/loss", "lr"}  # what a training row says; an evaluation's says more
 
 
 def parser() -> argparse.ArgumentParser:
@@ -36,15 +38,20 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("sweep", type=Path, help="a sweep's directory")
     p.add_argument("out", type=Path, help="where to: a folder that does not exist yet, or an empty one")
     p.add_argument(
-        "--every", type=int, default=1, metavar="N", help="of the training rows of a history keep those of every N-th step (default 1: all)"
-    )  # fmt: skip
+        "--every",
+        type=int,
+        default=1,
+        metavar="N",
+        help="of the training rows of a history keep those of every N-th step (default 1: all)",
+    )
     return p
 
 
 def slim(sweep: Path, out: Path, *, every: int = 1) -> str:
-    """Write `out`, whole or not at all, and return what there is to say about it. every: steps a training row that is kept.
+    """Copy a sweep to `out`, whole or not at all, and return a line about the copy.
 
-    Raises `ConfigError` for a directory that is no sweep, results that are torn and an `out` that holds files.
+    every: keep the training rows of every so many steps. Raises `ConfigError` for a directory that is no sweep, for
+    results that are torn, and for an `out` that holds files.
     """
     if every < 1:
         raise ConfigError("--every", every, "a number of steps, at least 1")
@@ -65,7 +72,7 @@ def slim(sweep: Path, out: Path, *, every: int = 1) -> str:
 
 
 def _copy(store: Store, ids: Sequence[str], made: Path, every: int) -> None:
-    files = [*SWEEP, *(f"runs/{run_id}/{name}" for run_id in ids for name in RUN)]
+    files = [*SWEEP_FILES, *(f"runs/{run_id}/{name}" for run_id in ids for name in RUN_FILES)]
     for name in files:
         source, target = store.root / name, made / name
         if source.is_file() and not source.is_symlink():
@@ -82,9 +89,9 @@ def _copy(store: Store, ids: Sequence[str], made: Path, every: int) -> None:
 
 
 def _thin(rows: Sequence[Mapping[str, Any]], every: int) -> str:
-    """A history with the rows of every N-th step and of the last, and every row that says more than a training step does."""
+    """Return a history as text: the rows of every N-th step and of the last, and every row of an evaluation."""
     last = max((row["step"] for row in rows), default=0)
-    kept = [row for row in rows if row.keys() - STEP or row["step"] % every == 0 or row["step"] == last]
+    kept = [row for row in rows if row.keys() - TRAINING_KEYS or row["step"] % every == 0 or row["step"] == last]
     return "".join(json.dumps(row) + "\n" for row in kept)
 
 

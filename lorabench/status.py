@@ -18,14 +18,18 @@ from lorabench.runtime.leases import Held
 from lorabench.store import checkpoints
 from lorabench.store.records import Record, Store
 
-FRESH = 600  # seconds: who cannot be seen from here (on another machine, a cluster's job) counts as gone when silent for longer
+# Who cannot be seen from here (on another machine, a cluster's job) counts as gone when silent for longer.
+GONE_SECONDS = 600
 
 
 @dataclass(frozen=True)
 class Begun:
-    """A run without a record whose pack is held, or that has a history or a checkpoint. step of steps: the last row's, or the
-    checkpoint's where that is later; None: nothing is written yet. running: who trains it is there; by: who that is or was.
-    age: seconds since something was written; kept: the step of its pack's last checkpoint; job: whether that is a cluster's."""
+    """A run without a record whose pack is held, or that has a history or a checkpoint.
+
+    step, steps: the last row's step, or the checkpoint's where that is later, of how many; None where nothing is
+    written yet. age: seconds since something was written. running: whether who trains it is there. by: who that is or
+    was. kept: the step of its pack's last checkpoint. job: whether a cluster's job trains it.
+    """
 
     run_id: str
     step: int | None
@@ -39,7 +43,7 @@ class Begun:
 
 
 @dataclass(frozen=True)
-class Hands:
+class PackState:
     """A pack's newest checkpoint, its lease and its job on a cluster, as far as there are any."""
 
     pack: str = ""
@@ -51,7 +55,7 @@ class Hands:
     def alive(self) -> bool:
         """Whether the lease's holder is there: seen, or heard of not long ago."""
         held = self.held
-        return held is not None and not held.dead and (held.who.gone is False or _age(held.heard) < FRESH)
+        return held is not None and not held.dead and (held.who.gone is False or _age(held.heard) < GONE_SECONDS)
 
     @property
     def by(self) -> str:
@@ -62,7 +66,7 @@ class Hands:
 
 @dataclass(frozen=True)
 class Status:
-    """What has become of the runs that a sweep's manifest lists, each once."""
+    """What has become of the runs that a sweep's manifest lists, each counted once."""
 
     name: str
     listed: int
@@ -89,10 +93,10 @@ class Status:
 
     @property
     def seconds_left(self) -> float | None:
-        """Of the listed runs without a record, at the mean pace of those that have one, as many packs at once as train now;
-        None before the first.
+        """Seconds until the listed runs have ended, at the mean pace of those that have; None before the first has.
 
-        A run's seconds are its share of its pack's; what a running one has done already counts.
+        As many packs are counted at once as train now. A run's seconds are its share of its pack's, and what a running
+        one has done already counts.
         """
         spent = [s for r in self.records if (s := _share(r)) is not None]
         if not spent or not self.left:
@@ -103,7 +107,11 @@ class Status:
 
 
 def read(sweep_dir: str | Path, store: Store | None = None) -> Status:
-    """Raises `ConfigError` for a directory that is no sweep's. store: its own, for one who looks again and again."""
+    """Return what a sweep's files and leases say of its runs.
+
+    store: the directory's own, for a caller who looks again and again. Raises `ConfigError` for a directory that is no
+    sweep's.
+    """
     root = Path(sweep_dir)
     store = store or Store(root)
     manifest = store.manifest() if root.is_dir() else {}
@@ -114,59 +122,60 @@ def read(sweep_dir: str | Path, store: Store | None = None) -> Status:
         raise ConfigError("sweep dir", str(sweep_dir), allowed)
     listed = manifest["runs"]
     found = [r for i in sorted(listed) if (r := store.read(i)) is not None]
-    hands = _hands(store, manifest, {r.run_id for r in found if r.status not in ("failed", "pruned")})
-    records = tuple(r for r in found if not _again(store, r.run_id, hands.get(r.run_id)))
-    left = sorted(hands.keys() - {r.run_id for r in records})
-    begun = tuple(b for i in left if (b := _begun(store, i, listed.get(i, {}), hands[i])) is not None)
+    states = _pack_states(store, manifest, {r.run_id for r in found if r.status not in ("failed", "pruned")})
+    records = tuple(r for r in found if not _again(store, r.run_id, states.get(r.run_id)))
+    left = sorted(states.keys() - {r.run_id for r in records})
+    begun = tuple(b for i in left if (b := _begun(store, i, listed.get(i, {}), states[i])) is not None)
     name = str(manifest.get("name") or root.resolve().name)
     return Status(name, len(listed), records, begun, sum(run["role"] == "confirm" for run in listed.values()))
 
 
-def _hands(store: Store, manifest: dict[str, Any], ended: set[str]) -> dict[str, Hands]:
-    """Of the runs that have no record, or one that may be replaced, by run_id, what is known of their packs."""
-    found = {i: Hands() for i in manifest["runs"] if i not in ended}
+def _pack_states(store: Store, manifest: dict[str, Any], ended: set[str]) -> dict[str, PackState]:
+    """Return what is known of the packs of runs that are not among `ended`, by run_id."""
+    found = {i: PackState() for i in manifest["runs"] if i not in ended}
     working = {i: _plain(f"{e.get('engine')} job {e['job']}") for i, e in jobs.unended(store).items()}
     for pack in manifest["packs"]:
         left = [i for i in pack["runs"] if i in found]
         if left and not pack.get("replaced"):
             newest = checkpoints.list_checkpoints(checkpoints.pack_folder(store.root, pack["id"]))[:1]
             held, job = store.leases.look(pack["id"]), working.get(pack["id"])
-            hands = Hands(pack["id"], newest[0] if newest else None, held, job)
-            found |= dict.fromkeys(left, hands)
+            state = PackState(pack["id"], newest[0] if newest else None, held, job)
+            found |= dict.fromkeys(left, state)
     return found
 
 
-def _again(store: Store, run_id: str, hands: Hands | None) -> bool:
-    """Whether a run that failed or was pruned is training again: its pack is held, and its history newer than its record."""
+def _again(store: Store, run_id: str, state: PackState | None) -> bool:
+    """Whether a run that failed or was pruned is training again: its pack is held, and its history newer than its
+    record."""
     history, record = (_written(store.run_dir(run_id) / name) for name in ("history.jsonl", "run.json"))
-    return hands is not None and hands.alive and history is not None and record is not None and history > record
+    return state is not None and state.alive and history is not None and record is not None and history > record
 
 
-def _begun(store: Store, run_id: str, entry: dict[str, Any], hands: Hands) -> Begun | None:
-    history, checkpoint = store.run_dir(run_id) / "history.jsonl", hands.checkpoint
+def _begun(store: Store, run_id: str, entry: dict[str, Any], state: PackState) -> Begun | None:
+    history, checkpoint = store.run_dir(run_id) / "history.jsonl", state.checkpoint
     steps = (entry.get("config") or {}).get("trainer", {}).get("max_steps")
     written = [m for p in (history, checkpoint) if p and (m := _written(p)) is not None]
     if not written:
-        return Begun(run_id, None, steps, 0.0, True, hands.by, None, hands.pack) if hands.alive else None
+        return Begun(run_id, None, steps, 0.0, True, state.by, None, state.pack) if state.alive else None
     age = _age(max(written))
     kept = checkpoints.step_of(checkpoint) if checkpoint else None
     step = max((int(row.get("step") or 0) for row in store.history(run_id)), default=0)
-    running = hands.alive or (hands.job is not None and age < FRESH)
-    return Begun(run_id, max(step, kept or 0), steps, age, running, hands.by, kept, hands.pack, bool(hands.job))
+    running = state.alive or (state.job is not None and age < GONE_SECONDS)
+    return Begun(run_id, max(step, kept or 0), steps, age, running, state.by, kept, state.pack, bool(state.job))
 
 
 def _plain(text: str) -> str:
-    """What another's file says, without control characters and without end."""
+    """Return another program's text without control characters, 64 characters at most."""
     return "".join(c for c in text[:64] if c.isprintable())
 
 
 def _age(moment: float) -> float:
-    """Seconds since then; two clocks may differ, so never below 0."""
+    """Seconds since a moment. Two clocks may differ, so it is never below 0."""
     return max(0.0, time.time() - moment)
 
 
 def _written(path: Path) -> float | None:
-    """When a file was last written; None: it is not there (any more)."""
+    """When a file was last written; None where it is not there, or not any more."""
     try:
         return path.stat().st_mtime
     except FileNotFoundError:
@@ -179,7 +188,7 @@ def _share(record: Record) -> float | None:
 
 
 def lines(s: Status) -> list[str]:
-    """The same in words, a line each."""
+    """Return a status in words, line by line."""
     counts = ", ".join(f"{n} {name}" for name, n in s.counts.items() if n) or "nothing listed"
     phases = f" ({s.listed - s.confirms} tune, {s.confirms} confirm)" if s.confirms else ""
     out = [f"{s.name}: {len(s.records)} of {s.listed} runs have ended{phases}: {counts}"]
@@ -197,7 +206,7 @@ def lines(s: Status) -> list[str]:
 
 
 def _unfinished(begun: Sequence[Begun]) -> list[str]:
-    """A line for all runs of one state and step: the slices of a pack go together."""
+    """Return a line for all runs of one state and step: the slices of a pack go together."""
     groups: dict[str, list[str]] = {}
     for b in begun:
         at = "being prepared" if b.step is None else f"step {b.step}" + (f" of {b.steps}" if b.steps else "")

@@ -13,7 +13,6 @@ import errno
 import json
 import os
 import re
-import shutil
 from collections.abc import Mapping
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -28,7 +27,7 @@ from lorabench.adapters.peft import OF_KIND, TASK_TYPES, PeftAdapter, from_peft,
 from lorabench.config.contracts.method import AdapterSpec, SlicePlan
 from lorabench.config.contracts.model import BaseInfo, HeadSpec
 from lorabench.config.errors import ConfigError
-from lorabench.runtime.files import aside_path, atomic_folder
+from lorabench.runtime.files import aside_path, atomic_folder, remove_temporaries
 
 PEFT_CONFIG, PEFT_TENSORS = "adapter_config.json", "adapter_model.safetensors"
 WEIGHTS, PLAN = "weights.safetensors", "plan.json"
@@ -43,8 +42,7 @@ def save_slice(
     run: `RunConfig.to_dict()`, for the base's name; head: for PEFT's task type.
     """
     folder = Path(folder)
-    for stale in folder.parent.glob(f".{folder.name}.*.tmp"):  # of a process that was killed while it wrote
-        shutil.rmtree(stale, ignore_errors=True)
+    remove_temporaries(folder)
     with atomic_folder(folder) as tmp:
         tied: dict[str, str] = {}
         if representable(plan):

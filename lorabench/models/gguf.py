@@ -5,9 +5,6 @@ from __future__ import annotations
 import dataclasses
 import fcntl
 import io
-import os
-import secrets
-import shutil
 import sys
 from contextlib import redirect_stderr
 from dataclasses import dataclass
@@ -18,7 +15,7 @@ from lorabench.config.contracts.model import Base, BaseInfo, HeadSpec, Model
 from lorabench.config.errors import ConfigError
 from lorabench.config.fields import knob
 from lorabench.models import build, folder
-from lorabench.runtime.files import cache_root
+from lorabench.runtime.files import atomic_folder, cache_root
 
 LAYOUT = "1"  # of the cache; a change makes new folders
 
@@ -79,12 +76,8 @@ def converted(file: Path) -> Path:
         fcntl.flock(lock, fcntl.LOCK_EX)
         if target.is_dir():
             return target
-        beside = root / f".{target.name}.{secrets.token_hex(4)}"
-        try:
-            _convert(file, beside)
-            os.rename(beside, target)
-        finally:
-            shutil.rmtree(beside, ignore_errors=True)
+        with atomic_folder(target) as temporary:
+            _convert(file, temporary)
     return target
 
 

@@ -15,8 +15,8 @@ Main = Callable[[Sequence[str] | None], int | None]
 def command(main: Main) -> Callable[..., int]:
     """Turn a command's `main(argv)` into one that returns an exit code instead of raising.
 
-    0, or what `main` returns; 2 for bad input and files that cannot be read or written, with one line on stderr that starts
-    with `error:`; 130 for Ctrl-C. Where nobody reads the output any more, it is 1 and nothing is said.
+    0, or what `main` returns; 2 for bad input and files that cannot be read or written, with one line on stderr that
+    starts with `error:`; 130 for Ctrl-C. Where nobody reads the output any more, it is 1 and nothing is said.
     """
 
     @wraps(main)

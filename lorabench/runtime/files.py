@@ -1,4 +1,4 @@
-"""What is on disk when the power goes."""
+"""Files and folders that are on disk whole or not at all, even when the power goes."""
 
 from __future__ import annotations
 
@@ -16,12 +16,15 @@ UNKNOWN_CALL_ERRORS = (
     errno.EINVAL,
     errno.EBADF,
     errno.ENOTSUP,
-)  # what a file system says to a call that it does not know
+)  # what a file system answers to a call it does not know
 
 
 def sync(path: Path) -> None:
-    """A file's bytes, or a directory's names (a rename is one), are on disk when this returns; names as soon as the file
-    system writes them where it knows no such call for directories, as some network ones."""
+    """Put a file's bytes, or a directory's names, on disk before returning.
+
+    A rename is a change of a directory's names. Some network file systems do not know the call for directories: there,
+    names are on disk when the file system writes them.
+    """
     handle = os.open(path, os.O_RDONLY)
     try:
         os.fsync(handle)
@@ -33,56 +36,95 @@ def sync(path: Path) -> None:
 
 
 def atomic_write(path: Path, data: str | bytes) -> None:
-    """Write to a temporary name beside `path`, fsync, rename, fsync the folder: the old file is there or the new one."""
-    tmp = path.with_name(f".{path.name}.{secrets.token_hex(4)}.tmp")
+    """Write a file so that a reader, or a crash, sees the old file or the new one.
+
+    The data go to a temporary name beside `path`, which is synced and renamed. Raises `Unwritable`, and then the old
+    file stays.
+    """
+    temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}.tmp")
     raw = data.encode() if isinstance(data, str) else data
     with name_unwritable(path):
         path.parent.mkdir(parents=True, exist_ok=True)
         try:
-            with open(tmp, "xb") as f:
+            with open(temporary, "xb") as f:
                 f.write(raw)
                 f.flush()
                 os.fsync(f.fileno())
-            os.replace(tmp, path)
+            os.replace(temporary, path)
             sync(path.parent)
         finally:
-            tmp.unlink(missing_ok=True)
+            temporary.unlink(missing_ok=True)
 
 
 @contextmanager
-def atomic_folder(folder: Path) -> Iterator[Path]:
-    """A temporary folder beside `folder` that takes its place, fsynced, when the block ends well; else it is removed.
+def atomic_folder(folder: Path, *, replace: bool = True) -> Iterator[Path]:
+    """Give a temporary folder beside `folder` that takes its place, synced, when the block ends well; else it is
+    removed.
 
-    An existing folder steps aside as `.<name>.old` for the instant between two renames; whoever reads such folders looks there too.
+    Between two renames an existing folder stands aside as `aside_path(folder)`. A reader looks there too, or calls
+    `restore_folder` where it may write. replace: False raises `FileExistsError` where the folder is there by the end of
+    the block. Raises OSError.
     """
     folder.parent.mkdir(parents=True, exist_ok=True)
-    tmp = folder.with_name(f".{folder.name}.{secrets.token_hex(4)}.tmp")
-    tmp.mkdir()
+    temporary = folder.with_name(f".{folder.name}.{secrets.token_hex(4)}.tmp")
+    temporary.mkdir()
     try:
-        yield tmp
-        mode = tmp.stat().st_mode & 0o666  # what the user's umask allows; safetensors makes its files private
-        for path in tmp.rglob("*"):
+        yield temporary
+        mode = temporary.stat().st_mode & 0o666  # what the user's umask allows; safetensors makes its files private
+        for path in temporary.rglob("*"):
             if path.is_file():
                 path.chmod(mode)
             sync(path)
-        sync(tmp)
-        _swap(tmp, folder)
+        sync(temporary)
+        _swap(temporary, folder, replace)
     finally:
-        shutil.rmtree(tmp, ignore_errors=True)
+        shutil.rmtree(temporary, ignore_errors=True)
 
 
-def _swap(tmp: Path, folder: Path) -> None:
+def _swap(temporary: Path, folder: Path, replace: bool) -> None:
+    """Rename `temporary` to `folder`; what stood there steps aside first, and comes back where the second rename
+    fails."""
     old = aside_path(folder)
     if folder.exists():
+        if not replace:
+            raise FileExistsError(errno.EEXIST, os.strerror(errno.EEXIST), str(folder))
         shutil.rmtree(old, ignore_errors=True)
         os.rename(folder, old)
-    os.rename(tmp, folder)
+    try:
+        os.rename(temporary, folder)
+    except OSError as e:
+        if replace and old.exists():
+            os.rename(old, folder)
+        if not replace and folder.exists():  # another process was faster
+            raise FileExistsError(errno.EEXIST, os.strerror(errno.EEXIST), str(folder)) from e
+        raise
     sync(folder.parent)
     shutil.rmtree(old, ignore_errors=True)
 
 
 def aside_path(folder: Path) -> Path:
+    """Where `atomic_folder` puts the old folder for the instant between its two renames."""
     return folder.with_name(f".{folder.name}.old")
+
+
+def restore_folder(folder: Path) -> None:
+    """Undo what an `atomic_folder` left that was killed: bring the old folder back, remove temporary ones.
+
+    The caller makes sure that nobody else writes the folder now.
+    """
+    old = aside_path(folder)
+    if old.exists() and not folder.exists():
+        os.rename(old, folder)
+    shutil.rmtree(old, ignore_errors=True)
+    remove_temporaries(folder)
+
+
+def remove_temporaries(folder: Path) -> None:
+    """Remove the temporary folders that killed writers of `folder` left beside it."""
+    prefix, suffix = f".{folder.name}.", ".tmp"
+    for path in folder.parent.iterdir() if folder.parent.is_dir() else ():
+        if path.name.startswith(prefix) and path.name.endswith(suffix) and path.is_dir():
+            shutil.rmtree(path, ignore_errors=True)
 
 
 def check_empty(folder: Path, key: str) -> None:
@@ -93,7 +135,7 @@ def check_empty(folder: Path, key: str) -> None:
 
 @contextmanager
 def name_unwritable(path: Path) -> Iterator[None]:
-    """What the system says against a write becomes `Unwritable`, with the path."""
+    """Turn an OSError inside the block into `Unwritable` with the path."""
     try:
         yield
     except OSError as e:
@@ -101,6 +143,6 @@ def name_unwritable(path: Path) -> Iterator[None]:
 
 
 def cache_root() -> Path:
-    """LORABENCH_CACHE, or lorabench in the user's cache folder (XDG_CACHE_HOME, ~/.cache)."""
-    own = os.environ.get("LORABENCH_CACHE")
-    return Path(own) if own else Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache", "lorabench")
+    """The folder of what is made once a machine: LORABENCH_CACHE, else `lorabench` in the user's cache folder."""
+    chosen = os.environ.get("LORABENCH_CACHE")
+    return Path(chosen) if chosen else Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache", "lorabench")

@@ -1,12 +1,17 @@
-"""Who may do what, among launchers that share a directory: a lease is held by one process and ends with it. No torch.
+"""Who may do what among launchers that share a directory: a lease is held by one process and ends with it. No torch.
 
-<folder>/<name>/<token>    a lease: a directory that holds one file, named at random, which says who holds it
+    <folder>/<name>/<token>    a lease: a directory with one file, named at random, which says who holds it
 
-A directory is renamed onto another only while that one is empty or absent: so one process gets a lease, on a network file
-system too. A dead holder is put out by the name of its own file: what a slow launcher has found out about an old holder
-cannot touch a new one. A holder touches its file every `BEAT` seconds. It is dead when its process is gone, where that can
-be seen from here (same machine, boot and process names), and elsewhere when its file has not changed for `SILENT` seconds
-of the watcher's own steady clock: no two clocks are ever compared.
+A directory is renamed onto another only while that one is empty or absent. So one process gets a lease, on a network
+file system too. A dead holder's lease is ended by the name of its own file: what a slow launcher has found out about an
+old holder cannot touch a new one.
+
+A holder touches its file every `BEAT_SECONDS`. It is dead when its process is gone, where that can be seen from here:
+same machine, boot and process namespace. Elsewhere it is dead when its file has not changed for `SILENT_SECONDS` of the
+watcher's own steady clock. No two clocks are ever compared.
+
+filelock's leases were tried instead (4.2). They take a lease from a holder of this machine that is merely suspended,
+and have no public way to tell who holds one and since when.
 """
 
 from __future__ import annotations
@@ -37,7 +42,10 @@ class LeaseLost(Exception):
 
 @dataclass(frozen=True)
 class Holder:
-    """A process: where it runs (machine, its boot, its process names), its number, and when it was started."""
+    """A process: its machine, its number there, and what tells it from a later process with that number.
+
+    place: boot and process namespace, as `place()` gives them. start: when it was started, in ticks since boot.
+    """
 
     host: str
     pid: int
@@ -63,7 +71,10 @@ class Holder:
 
 @cache
 def place() -> str:
-    """Boot and process namespace of this process: equal ones mean that pids can be compared. Empty: they cannot."""
+    """Return boot and process namespace of this process; "" where the system does not tell.
+
+    Processes of equal places can be compared by their numbers.
+    """
     try:
         boot = Path("/proc/sys/kernel/random/boot_id").read_text(encoding="ascii").strip()
         return f"{boot} {os.readlink('/proc/self/ns/pid')}"
@@ -72,7 +83,10 @@ def place() -> str:
 
 
 def _start(pid: int) -> str:
-    """When a process was started, in ticks since boot; empty for one that is gone or only waits to be buried."""
+    """Return when a process was started, in ticks since boot; "" for one that is gone or is a zombie.
+
+    psutil counts seconds since the epoch, which change with the system's clock.
+    """
     try:
         fields = Path(f"/proc/{pid}/stat").read_text(encoding="utf-8", errors="replace").rpartition(")")[2].split()
     except OSError:
@@ -82,8 +96,11 @@ def _start(pid: int) -> str:
 
 @dataclass(frozen=True)
 class Held:
-    """A lease that somebody has taken, as it looks from here. since, heard: when it was taken and when its holder last
-    touched it, in seconds since the epoch by the file system's clock; dead: its holder is gone or silent for too long."""
+    """A lease that somebody has taken, as it looks from here.
+
+    since, heard: when it was taken and when its holder last touched it, in seconds since the epoch by the file system's
+    clock. dead: its holder is gone, or silent for too long.
+    """
 
     file: Path
     who: Holder
@@ -93,7 +110,8 @@ class Held:
 
 
 class Lease:
-    """What this process holds until it releases it or dies; use as a context. `file` is there as long as it is ours."""
+    """A lease that this process holds until it releases it or dies; a context manager. `file` exists as long as it is
+    held."""
 
     def __init__(self, file: Path) -> None:
         self.file, self._pid, self._over = file, os.getpid(), threading.Event()
@@ -105,9 +123,10 @@ class Lease:
                 os.utime(self.file, follow_symlinks=False)
 
     def release(self) -> None:
+        """Give the lease up. In a forked child it does nothing: the lease is the parent's."""
         self._over.set()
-        if os.getpid() == self._pid:  # a forked child leaves it to its parent
-            _put_out(self.file)
+        if os.getpid() == self._pid:
+            _end(self.file)
 
     def __enter__(self) -> Lease:
         return self
@@ -117,15 +136,21 @@ class Lease:
 
 
 class Leases:
-    """The leases of one folder, which is made when the first is taken. Raises `OSError` where it cannot be written, and
-    `ExistingWork` where something there is a symbolic link or no lease."""
+    """The leases of one folder, which is made when the first is taken.
+
+    Its methods raise OSError where the folder cannot be written, and `ExistingWork` where something in it is a symbolic
+    link or no lease.
+    """
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
         self._seen: dict[str, tuple[Any, float]] = {}  # a lease as it last looked, and since when it looks so
 
     def take(self, name: str, *, again: int = 9) -> Lease | None:
-        """The lease; None while another holds it. again: how often to begin anew where others clean up meanwhile."""
+        """Take a lease and return it; None while another holds it.
+
+        again: how often to begin anew where others clean up at the same time.
+        """
         path = self._path(name)
         if self.holder(name) is not None:
             return None
@@ -153,7 +178,7 @@ class Leases:
         return Lease(path / token)
 
     def wait(self, name: str) -> Lease:
-        """The lease, once whoever holds it releases it or dies."""
+        """Wait until whoever holds a lease releases it or dies; then take it and return it."""
         pause = 0.005
         while (lease := self.take(name)) is None:
             time.sleep(pause)
@@ -161,21 +186,23 @@ class Leases:
         return lease
 
     def tidy(self, name: str) -> None:
-        """Remove what dead holders have left of a lease that nobody will take any more."""
+        """Remove what dead holders have left of a lease that nobody will take again."""
         self.holder(name)
         self._clean(name)
 
     def holder(self, name: str) -> Holder | None:
-        """Who holds a lease now; a dead holder is put out."""
+        """Return who holds a lease now; None for nobody. A dead holder's lease is ended."""
         held = self.look(name)
         if held is not None and held.dead:
-            _put_out(held.file)
+            _end(held.file)
             return None
         return held.who if held else None
 
     def look(self, name: str) -> Held | None:
-        """The lease as it is, a dead holder's too; changes nothing. Who cannot be seen from here is taken for dead only by one
-        that has looked for `SILENT` seconds."""
+        """Return a lease as it is, a dead holder's too; None for nobody's. Changes nothing.
+
+        A holder that cannot be seen from here counts as dead only for one who has looked for `SILENT_SECONDS`.
+        """
         found = _look(self._path(name))
         if found is None:
             self._seen.pop(name, None)
@@ -196,7 +223,7 @@ class Leases:
         return self.folder / name
 
     def _fill(self, nest: Path, token: str) -> None:
-        """Make the directory that is to be the lease."""
+        """Make the directory that is to be renamed to the lease, with this process's file in it."""
         while True:
             self.folder.mkdir(0o775, parents=True, exist_ok=True)
             with suppress(FileNotFoundError):  # the folder went away in between
@@ -207,14 +234,15 @@ class Leases:
             json.dump(asdict(Holder.here()), f)
 
     def _clean(self, name: str) -> None:
-        """Remove what processes that died in `_fill` have left; a living one whose work goes with it begins anew."""
+        """Remove what processes that died in `_fill` have left. A living one whose directory goes with it begins
+        anew."""
         for nest in self.folder.glob(f".{name}.{'[0-9a-f]' * 16}"):
             with suppress(OSError, ExistingWork):
                 found = _look(nest)
                 if found is None:
                     os.rmdir(nest)
                 elif found[1].gone or not found[0].stat().st_size:
-                    _put_out(found[0])
+                    _end(found[0])
 
 
 def _holds(path: Path) -> bool:
@@ -226,7 +254,7 @@ def _holds(path: Path) -> bool:
 
 
 def check_held(lease: Path | None) -> None:
-    """Raise `LeaseLost` unless the file of a lease (`Lease.file`) is there still; None: no lease is asked for."""
+    """Raise `LeaseLost` unless the file of a lease (`Lease.file`) is still there. None: no lease is asked for."""
     if lease is not None and not lease.exists():
         raise LeaseLost(f"the lease {lease.parent} was taken over: this process was away for too long")
 
@@ -238,8 +266,11 @@ def refuse_link(path: Path, key: str = "path") -> None:
 
 
 def _look(path: Path) -> tuple[Path, Holder, tuple[int, int], float] | None:
-    """The file in a lease, who wrote it, its state, which changes with every beat, and when the lease was taken; None for one
-    that nobody holds."""
+    """Return the file in a lease, who wrote it, its state, and when the lease was taken; None for one that nobody
+    holds.
+
+    The state changes with every beat.
+    """
     try:
         folder = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW)
         try:
@@ -271,8 +302,8 @@ def _read(file: Path, folder: int) -> tuple[Path, Holder, tuple[int, int]]:
     return file, who, (about.st_mtime_ns, about.st_ctime_ns)
 
 
-def _put_out(file: Path) -> None:
-    """Take a holder's own file away, and the directory unless it is another's by now."""
+def _end(file: Path) -> None:
+    """Remove a holder's own file, and the directory unless it is another's by now."""
     with suppress(OSError):
         os.unlink(file)
         os.rmdir(file.parent)

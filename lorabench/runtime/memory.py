@@ -1,25 +1,26 @@
-"""Peak memory of a stretch of work, and an estimate of it before anything runs."""
+"""Memory of this process: its peak over a stretch of work, what is free, and giving freed memory back."""
 
 from __future__ import annotations
 
 import ctypes
 import gc
-import os
 import resource
 import signal
 import sys
 from pathlib import Path
 from typing import Any
 
-from lorabench.runtime import signals as stopping
+from lorabench.runtime import signals
 
 _CLEAR, _STATUS = Path("/proc/self/clear_refs"), Path("/proc/self/status")
+OUT_OF_MEMORY_TEXTS = ("out of memory", "can't allocate memory", "not enough memory")
 
 
 class PeakMemory:
-    """Peak bytes inside the block: of the device on CUDA, else of this process (resident, the whole process).
+    """Peak bytes inside the block: of the device on CUDA, else of the whole process (resident).
 
-    On Linux the kernel's high-water mark is reset on entry; elsewhere it is the process's peak so far.
+    On Linux the kernel's high-water mark is reset on entry; elsewhere it is the process's peak so far. psutil has
+    neither.
     """
 
     def __init__(self, device: str) -> None:
@@ -42,6 +43,7 @@ class PeakMemory:
         pass
 
     def peak(self) -> int:
+        """The peak so far, in bytes."""
         if self.device == "cuda":
             import torch
 
@@ -55,18 +57,20 @@ class PeakMemory:
 
 
 def freeze_heap() -> None:
-    """Once a process, when all is imported: what stands now is left out of later collections, each of which otherwise looks
-    through half a million objects of torch and transformers, .2 s a pack. To be called before anything of a pack is there: a
-    frame that is frozen, or a cell of its, keeps what it comes to refer to."""
+    """Leave what is imported by now out of later garbage collections; once a process.
+
+    Each collection would look through half a million objects of torch and transformers, .2 s a pack. Call it before
+    anything of a pack is there: a frozen frame or cell keeps whatever it comes to refer to.
+    """
     if not gc.get_freeze_count():
-        with stopping.delay_signal(signal.SIGINT):
+        with signals.delay_signal(signal.SIGINT):
             gc.collect()  # what is garbage already would stay for good
         gc.freeze()
 
 
 def release_memory() -> None:
     """Give freed memory back to the system, which glibc puts off: a peak is then this stretch's own."""
-    with stopping.delay_signal(signal.SIGINT):  # inside a finalizer it would be lost
+    with signals.delay_signal(signal.SIGINT):  # inside a finalizer it would be lost
         gc.collect()
     trim = getattr(ctypes.CDLL(None), "malloc_trim", None) if sys.platform == "linux" else None
     if trim is not None:
@@ -74,30 +78,30 @@ def release_memory() -> None:
 
 
 def is_out_of_memory(error: BaseException) -> bool:
-    """Whether an allocation failed: torch's own error on a GPU; on a CPU a RuntimeError that only its text tells apart."""
-    texts = ("out of memory", "can't allocate memory", "not enough memory")
+    """Whether an error says that an allocation failed.
+
+    torch has an error of its own on a GPU; on a CPU it is a RuntimeError that only its text tells apart.
+    """
     if isinstance(error, MemoryError):
         return True
-    return isinstance(error, RuntimeError) and any(text in str(error).lower() for text in texts)
+    return isinstance(error, RuntimeError) and any(text in str(error).lower() for text in OUT_OF_MEMORY_TEXTS)
 
 
 def available_memory(device: str) -> int:
-    """Bytes a new pack may count on: free on the device with CUDA, else what the system says it can hand out."""
+    """Bytes that a new pack may count on: free on the device with CUDA, else what system and container can hand out."""
     if device == "cuda":
         import torch
 
         return int(torch.cuda.mem_get_info()[0])
-    try:
-        fields = dict(line.split(":", 1) for line in Path("/proc/meminfo").read_text().splitlines())
-        free = int(fields["MemAvailable"].split()[0]) * 1024
-    except (OSError, KeyError, ValueError):  # no Linux
-        free = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") // 2
-    limit = _group_limit()
+    import psutil
+
+    free = int(psutil.virtual_memory().available)
+    limit = _container_limit()
     return min(free, limit) if limit else free
 
 
-def _group_limit() -> int | None:
-    """What a container may still take, where one sets a limit (control groups, version 2)."""
+def _container_limit() -> int | None:
+    """Bytes that a container may still take, where one sets a limit (control groups, version 2); else None."""
     root = Path("/sys/fs/cgroup")
     try:
         return int((root / "memory.max").read_text()) - int((root / "memory.current").read_text())

@@ -16,17 +16,22 @@ import numpy as np
 
 SHARED_FILE = "shared.npz"
 NAMES_COLUMN = "columns"  # of a slim file: "example=<digest>" where it is shared, else "loss=", in their order
-Columns = Mapping[str, np.ndarray]
+Columns = Mapping[str, np.ndarray]  # name -> [N]
 
 
 def pack(columns: Columns) -> bytes:
+    """Return columns as the bytes of a compressed `.npz` file."""
     raw = io.BytesIO()
     np.savez_compressed(raw, **columns)  # type: ignore[arg-type]
     return raw.getvalue()
 
 
 def read(path: Path, root: Path) -> dict[str, np.ndarray]:
-    """All columns of a run's file. root: the sweep's directory. Raises `FileNotFoundError`, and a dozen kinds for what is torn."""
+    """Return all columns of a run's file, name -> [N].
+
+    root: the sweep's directory, which holds what a slim copy shares. Raises `FileNotFoundError` where there is no file,
+    and a dozen kinds of error for one that is torn.
+    """
     with open(path, "rb") as f, np.load(f, allow_pickle=False) as data:
         found = {key: data[key] for key in data.files}
     if NAMES_COLUMN not in found:
@@ -42,23 +47,24 @@ def read(path: Path, root: Path) -> dict[str, np.ndarray]:
 
 
 def digest(column: np.ndarray) -> str:
+    """Return 16 hex digits of the SHA-256 over a column's type, shape and content."""
     about = f"{column.dtype.str}{column.shape}".encode()
     return hashlib.sha256(about + np.ascontiguousarray(column).tobytes()).hexdigest()[:16]
 
 
 def shared_columns(files: Iterable[Columns]) -> dict[str, np.ndarray]:
-    """By digest, the columns that more than one of the files hold."""
+    """Return the columns that more than one of the files hold, by digest."""
     times: Counter[str] = Counter()
-    held: dict[str, np.ndarray] = {}
+    by_digest: dict[str, np.ndarray] = {}
     for columns in files:
         for column in columns.values():
             times[key := digest(column)] += 1
-            held.setdefault(key, column)
-    return {key: column for key, column in held.items() if times[key] > 1}
+            by_digest.setdefault(key, column)
+    return {key: column for key, column in by_digest.items() if times[key] > 1}
 
 
 def slim_columns(columns: Columns, shared: Columns) -> dict[str, np.ndarray]:
-    """A run's file that names what is shared instead of holding it; as it is where nothing is."""
+    """Return a run's columns with names in place of what is shared; unchanged where nothing is shared."""
     keys = {name: key if (key := digest(column)) in shared else "" for name, column in columns.items()}
     own = {name: column for name, column in columns.items() if not keys[name]}
     named = {NAMES_COLUMN: np.array([f"{name}={key}" for name, key in keys.items()])} if any(keys.values()) else {}

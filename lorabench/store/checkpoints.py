@@ -1,20 +1,21 @@
 """Checkpoints of packs in training, as files: whole or not at all, the last two of a pack. No torch at module level.
 
-<sweep dir>/checkpoints/<pack id>/<step>-<sha256>.safetensors
+    <sweep dir>/checkpoints/<pack id>/<step>-<sha256>.safetensors
 
-A file is plain safetensors with the rest as JSON under `state` in its metadata. Its name holds the SHA-256 of all its
-bytes, so that a torn or changed one shows. Nothing in it can run code.
+A file is plain safetensors, with the rest as JSON under `state` in its metadata. Its name holds the SHA-256 of all its
+bytes, so that a torn or changed file shows. Nothing in it can run code.
 """
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import json
 import os
 import re
 import secrets
 import sys
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -28,20 +29,16 @@ if TYPE_CHECKING:
 KEPT_CHECKPOINTS = 2
 FILE_NAME = re.compile(r"(\d{8,})-([0-9a-f]{64})\.safetensors")
 PACK_ID = re.compile(r"\w[\w.-]*", re.ASCII)
-DTYPES = {
-    "float64": "F64", "float32": "F32", "bfloat16": "BF16", "float16": "F16",
-    "int64": "I64", "int32": "I32", "uint8": "U8", "bool": "BOOL",
-}  # fmt: skip
-
 Content = tuple[dict[str, "Tensor"], dict[str, Any]]
 
 
 class Unreadable(ValueError):
-    """A checkpoint that cannot be gone on from; its text says why."""
+    """A checkpoint that training cannot go on from; the text says why."""
 
 
 def pack_folder(root: Path, pack_id: str) -> Path:
-    """Where a pack's checkpoints are. Raises `ExistingWork` for an id that is no plain name: a manifest of no sweep."""
+    """The folder of a pack's checkpoints. Raises `ExistingWork` for an id that is no plain name: the manifest is no
+    sweep's."""
     if not PACK_ID.fullmatch(pack_id):
         raise ExistingWork("sweep.dir", str(root), f"a manifest whose packs have plain names, not {pack_id!r}")
     return root / "checkpoints" / pack_id
@@ -55,7 +52,7 @@ def step_of(path: Path) -> int:
 
 
 def list_checkpoints(where: Path) -> list[Path]:
-    """A pack's checkpoints by their names, the newest first."""
+    """The checkpoints in a pack's folder by their names, the newest first; [] where there is no folder."""
     try:
         return sorted((p for p in where.iterdir() if FILE_NAME.fullmatch(p.name)), key=step_of, reverse=True)
     except (FileNotFoundError, NotADirectoryError):
@@ -63,61 +60,51 @@ def list_checkpoints(where: Path) -> list[Path]:
 
 
 def last_step(root: Path, pack_id: str) -> int | None:
-    """The step a pack would go on from, by the name of its newest checkpoint; None: it has none."""
+    """The step of a pack's newest checkpoint, by its name; None where there is none."""
     return next(map(step_of, list_checkpoints(pack_folder(root, pack_id))), None)
 
 
 def write(where: Path, step: int, tensors: Mapping[str, Tensor], state: Mapping[str, Any]) -> Path:
-    """Write a checkpoint to a temporary name, fsync, rename; older ones but one go. Raises OSError, and then nothing is left.
+    """Write a checkpoint under a temporary name, sync it, and rename it. Returns its path.
 
-    Tensors go to the file one by one: no second copy of them is made on a CPU.
+    where: the pack's folder, of which the two newest checkpoints stay. state: what JSON can hold. Tensors on a CPU are
+    not copied. Raises OSError, and then nothing of it is left.
     """
+    from safetensors import SafetensorError
+    from safetensors.torch import save_file
+
     where.mkdir(parents=True, exist_ok=True)
-    tmp = where / f".{step:08d}.{secrets.token_hex(4)}.tmp"
-    sha = hashlib.sha256()
+    temporary = where / f".{step:08d}.{secrets.token_hex(4)}.tmp"
     try:
-        with open(tmp, "wb") as f:
-            for chunk in _chunks(tensors, state):
-                f.write(chunk)
-                sha.update(chunk)
-            f.flush()
-            os.fsync(f.fileno())
-        path = where / f"{step:08d}-{sha.hexdigest()}.safetensors"
-        os.replace(tmp, path)
+        metadata = {"state": json.dumps(state, default=lambda number: number.item())}
+        try:
+            save_file({name: tensor.detach().contiguous() for name, tensor in tensors.items()}, temporary, metadata)
+        except SafetensorError as e:  # it says so of a full disk, too
+            raise OSError(errno.EIO, str(e), str(temporary)) from e
+        sync(temporary)
+        with open(temporary, "rb") as f:
+            digest = hashlib.file_digest(f, "sha256").hexdigest()
+        path = where / f"{step:08d}-{digest}.safetensors"
+        os.replace(temporary, path)
     finally:
-        tmp.unlink(missing_ok=True)
-    for own in (where, where.parent, where.parent.parent):
-        sync(own)
-    rest = [p for p in list_checkpoints(where) if p != path]
-    for old in [p for p in rest if step_of(p) == step] + [p for p in rest if step_of(p) != step][
-        KEPT_CHECKPOINTS - 1 :
-    ]:
-        old.unlink(missing_ok=True)
+        temporary.unlink(missing_ok=True)
+    for folder in (where, where.parent, where.parent.parent):
+        sync(folder)
+    _remove_old(where, path, step)
     return path
 
 
-def _chunks(tensors: Mapping[str, Tensor], state: Mapping[str, Any]) -> Iterator[bytes | memoryview]:
-    """The bytes of a safetensors file: length of the header, header, tensors."""
-    import torch
-
-    header: dict[str, Any] = {"__metadata__": {"state": json.dumps(state, default=lambda number: number.item())}}
-    start = 0
-    for name, tensor in tensors.items():
-        end = start + tensor.numel() * tensor.element_size()
-        dtype = DTYPES[str(tensor.dtype).removeprefix("torch.")]
-        header[name] = {"dtype": dtype, "shape": list(tensor.shape), "data_offsets": [start, end]}
-        start = end
-    text = json.dumps(header).encode()
-    text += b" " * (-len(text) % 8)
-    yield len(text).to_bytes(8, "little")
-    yield text
-    for tensor in tensors.values():
-        flat = tensor.detach().cpu().contiguous().reshape(-1)
-        yield memoryview(flat.view(torch.uint8).numpy())  # type: ignore[arg-type]
+def _remove_old(where: Path, path: Path, step: int) -> None:
+    """Remove all checkpoints but `path` and the newest of an earlier step."""
+    others = [p for p in list_checkpoints(where) if p != path]
+    same_step = [p for p in others if step_of(p) == step]
+    earlier = [p for p in others if step_of(p) != step]
+    for old in same_step + earlier[KEPT_CHECKPOINTS - 1 :]:
+        old.unlink(missing_ok=True)
 
 
 def read(path: Path) -> Content:
-    """(tensors on the CPU, state) of one file. Raises `Unreadable`."""
+    """Return the tensors of a checkpoint, on the CPU, and its state. Raises `Unreadable`."""
     from safetensors import SafetensorError
     from safetensors.torch import load
 
@@ -137,9 +124,10 @@ def read(path: Path) -> Content:
 
 
 def read_newest(where: Path, check: Callable[[Content], None]) -> Content | None:
-    """The newest checkpoint that is whole and passes `check` (which raises `Unreadable`); None: there is none.
+    """Return the newest checkpoint that is whole and passes `check`; None where there is none.
 
-    One that is refused is removed (unless the disk failed), and stderr says why and what is taken instead.
+    check: raises `Unreadable` for a checkpoint to refuse. A refused one is removed, unless the disk failed, and stderr
+    says why and what is taken instead.
     """
     for stale in where.glob(".*.tmp") if where.is_dir() else ():  # of a process that was killed while it wrote
         stale.unlink(missing_ok=True)
@@ -159,7 +147,7 @@ def read_newest(where: Path, check: Callable[[Content], None]) -> Content | None
 
 
 def remove(root: Path, pack_id: str) -> None:
-    """A pack's checkpoints and, if it was the last pack that had any, their folder. Files of others stay."""
+    """Remove a pack's checkpoints, and their common folder once no other pack has any. Foreign files stay."""
     where = pack_folder(root, pack_id)
     for path in [*list_checkpoints(where), *(where.glob(".*.tmp") if where.is_dir() else ())]:
         path.unlink(missing_ok=True)
@@ -169,6 +157,6 @@ def remove(root: Path, pack_id: str) -> None:
 
 
 def drift(then: Mapping[str, Any], now: Mapping[str, Any]) -> dict[str, list[Any]]:
-    """{name: [then, now]} of what differs."""
+    """Return {name: [then, now]} of what differs between two descriptions of code, data and machine."""
     names = sorted(then.keys() | now.keys())
     return {name: [then.get(name), now.get(name)] for name in names if then.get(name) != now.get(name)}

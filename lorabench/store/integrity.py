@@ -1,4 +1,4 @@
-"""What of a run that has ended is there and cannot be read: it counts as not there, and the run trains again."""
+"""Files of ended runs that cannot be read: they count as not there, and the run trains again."""
 
 from __future__ import annotations
 
@@ -11,9 +11,10 @@ from lorabench.store.records import HISTORY, Store
 
 
 def damaged_files(store: Store, run_ids: Iterable[str]) -> dict[str, str]:
-    """The runs whose record, history or test results are torn, each with the name of that file.
+    """Return the runs whose record, history or test results are torn, each with the name of that file.
 
-    Raises `ExistingWork` for a record of another version of lorabench: it is whole, and training again would replace it.
+    Raises `ExistingWork` for a record of another version of lorabench: it is whole, and training again would replace
+    it.
     """
     return {i: name for i in run_ids if store.stamp(i) is not None and (name := _torn(store, i))}
 

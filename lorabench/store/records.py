@@ -1,16 +1,15 @@
-"""The store: one atomic `run.json` a run, an append-only history, a manifest a sweep. No torch.
+"""The sweep's directory: one atomic `run.json` a run, an append-only history, a manifest a sweep. No torch.
 
-<sweep dir>/sweep.json                       the manifest: cells, runs, pack plans (versions append)
-<sweep dir>/runs/<run_id>/run.json           the record, written once, when the run has ended
-<sweep dir>/runs/<run_id>/history.jsonl      rows {"step": int, "train/loss": ..., "val/accuracy": ...}
-<sweep dir>/runs/<run_id>/test.npz           per-example test results (confirm role): example, loss, weight, ...
-<sweep dir>/runs/<run_id>/samples.json       text tasks (confirm role): at most 8 of {"prompt" or "text", "expected", "before", "after"}
-<sweep dir>/runs/<run_id>/adapter/           trained weights, PEFT's format where it has one
-<sweep dir>/checkpoints/<pack id>/           where packs in training stand; see `checkpoints`
-<sweep dir>/shared.npz                       in a copy of `lorabench.slim`: columns that several test.npz have in common
-<sweep dir>/optuna/journal                   a study's trials, where Optuna chose them
-<sweep dir>/analysis/weights.json            what `lorabench.analyze` measured on those weights
-<sweep dir>/locks/                           leases: who trains which pack now, who writes the manifest
+<sweep dir>/sweep.json                       the manifest: cells, runs, pack plans (versions append) <sweep
+dir>/runs/<run_id>/run.json           the record, written once, when the run has ended <sweep
+dir>/runs/<run_id>/history.jsonl      rows {"step": int, "train/loss": ..., "val/accuracy": ...} <sweep
+dir>/runs/<run_id>/test.npz           per-example test results (confirm role): example, loss, weight, ... <sweep
+dir>/runs/<run_id>/samples.json       text tasks (confirm role): at most 8 of {"prompt" or "text", "expected", "before",
+"after"} <sweep dir>/runs/<run_id>/adapter/           trained weights, PEFT's format where it has one <sweep
+dir>/checkpoints/<pack id>/           where packs in training stand; see `checkpoints` <sweep dir>/shared.npz
+in a copy of `lorabench.slim`: columns that several test.npz have in common <sweep dir>/optuna/journal
+a study's trials, where Optuna chose them <sweep dir>/analysis/weights.json            what `lorabench.analyze` measured
+on those weights <sweep dir>/locks/                           leases: who trains which pack now, who writes the manifest
 <sweep dir>/analysis/costs.json              what `lorabench.costs` measured of keeping and serving them
 """
 
@@ -19,11 +18,12 @@ from __future__ import annotations
 import errno
 import json
 import os
+import re
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 
@@ -31,15 +31,11 @@ from lorabench.config.errors import ExistingWork, Unwritable
 from lorabench.runtime.files import atomic_write, name_unwritable
 from lorabench.runtime.leases import Lease, Leases, check_held, refuse_link
 from lorabench.store import arrays as columns
-from lorabench.store import validation as shapes
-
-if TYPE_CHECKING:
-    import pandas as pd
 
 MANIFEST, HISTORY = "sweep.json", "history.jsonl"
 APPEND_FLAGS = os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_NOFOLLOW
-STATUSES = shapes.STATUSES
-RUN_ID = shapes.RUN_ID
+STATUSES = ("completed", "failed", "diverged", "pruned")
+RUN_ID = re.compile(r"[0-9a-f]{12}")
 OWN_NAMES = {
     MANIFEST,
     "runs",
@@ -55,15 +51,17 @@ OWN_NAMES = {
 
 @dataclass
 class Record:
-    """What a run that has ended leaves on disk."""
+    """What a run that has ended leaves on disk as `run.json`.
+
+    metrics: numbers by name, such as `val/loss` and `test/accuracy`, and beside them `primary`, the name of the metric
+    that counts. docs/formats.md has all fields.
+    """
 
     run_id: str
     role: str
     status: str
     config: dict[str, Any]
-    metrics: dict[str, Any] = field(
-        default_factory=dict
-    )  # {"val/loss": .., "test/accuracy": .., "primary": "accuracy"}
+    metrics: dict[str, Any] = field(default_factory=dict)
     resources: dict[str, Any] = field(default_factory=dict)
     provenance: dict[str, Any] = field(default_factory=dict)
     error: str | None = None
@@ -77,7 +75,10 @@ _FIELDS = {f.name for f in fields(Record)}
 
 
 def dump_json(value: Any, *, indent: int | None = 1) -> str:
-    """JSON with sorted keys; NaN and infinities become null, so that every reader can parse it. indent: None for long tables."""
+    """Return JSON with sorted keys. NaN and infinities become null, so that every reader can parse it.
+
+    indent: None writes no blanks, for long tables.
+    """
     how: dict[str, Any] = {"indent": indent} if indent else {"separators": (",", ":")}
     return json.dumps(_finite(value), sort_keys=True, ensure_ascii=False, allow_nan=False, **how) + "\n"
 
@@ -95,19 +96,23 @@ def _finite(value: Any) -> Any:
 
 
 class Store:
-    """A sweep directory. lease: the file of the lease (`Lease.file`) under which runs may be written, if under any."""
+    """A sweep's directory.
+
+    lease: the file of the lease (`Lease.file`) under which runs are written. Once that is another's, writing raises
+    `LeaseLost`. None: runs are written without one.
+    """
 
     def __init__(self, root: str | Path, lease: str | Path | None = None) -> None:
         self.root, self.lease = Path(root), Path(lease) if lease else None
         self.leases = Leases(self.root / "locks")
 
     def under(self, lease: Lease) -> Store:
-        """The same store as the holder of a lease writes it: once that is another's, writing raises `LeaseLost`."""
+        """Return this store for the holder of a lease: once the lease is another's, writing raises `LeaseLost`."""
         return Store(self.root, lease.file)
 
     @contextmanager
     def locked(self) -> Iterator[None]:
-        """Hold the manifest against other launchers. Raises `ExistingWork` where the directory may not be written."""
+        """Hold the manifest against other launchers in the block. Raises `ExistingWork` where it may not be written."""
         try:
             with name_unwritable(self.root):
                 lease = self.leases.wait(MANIFEST)
@@ -134,11 +139,12 @@ class Store:
             raise ExistingWork("sweep.dir", str(self.root), allowed)
 
     def run_dir(self, run_id: str) -> Path:
+        """The folder of a run, whether it is there or not."""
         assert RUN_ID.fullmatch(run_id), run_id
         return self.root / "runs" / run_id
 
-    def own_dir(self, run_id: str) -> Path:
-        """A run's directory, made, to write into. Raises `LeaseLost`, and `ExistingWork` for a symbolic link."""
+    def make_run_dir(self, run_id: str) -> Path:
+        """Make a run's folder and return it. Raises `LeaseLost`, and `ExistingWork` for a symbolic link."""
         check_held(self.lease)
         path = self.run_dir(run_id)
         refuse_link(path, "sweep.dir")
@@ -147,12 +153,16 @@ class Store:
         return path
 
     def write(self, record: Record) -> None:
-        self.sync_history(record.run_id)  # a record that survives a power cut says that all beside it does
-        atomic_write(self.own_dir(record.run_id) / "run.json", dump_json(asdict(record)))
+        """Write a run's record, after all that its history holds is on disk."""
+        self.sync_history(record.run_id)
+        atomic_write(self.make_run_dir(record.run_id) / "run.json", dump_json(asdict(record)))
 
     def read(self, run_id: str) -> Record | None:
-        """The record of a run that has ended, or None. A torn file, one of another run and one of another version count
-        as none; a sweep that would train such a run refuses the last (`damage.damaged`)."""
+        """Return the record of a run that has ended, or None.
+
+        A torn file, one of another run and one of another version count as none. A sweep that would train such a run
+        refuses one of another version (`integrity.damaged_files`).
+        """
         path = self.run_dir(run_id) / "run.json"
         try:
             data = json.loads(path.read_text(encoding="utf-8"))
@@ -162,12 +172,14 @@ class Store:
             return None
         except IsADirectoryError as e:
             raise ExistingWork("sweep.dir", str(path), "a record; this is a directory") from e
-        if shapes.RECORD(data) or data["run_id"] != run_id or set(data) - _FIELDS:
+        from lorabench.store import validation  # pydantic takes a tenth of a second: only who reads records pays it
+
+        if validation.first_error(validation.RECORD, data) or data["run_id"] != run_id or set(data) - _FIELDS:
             return None
         return Record(**data)
 
     def stamp(self, run_id: str) -> tuple[int, int] | None:
-        """What changes whenever a run's record is written anew; None where there is none."""
+        """Return a value that changes whenever a run's record is written anew; None where there is none."""
         try:
             about = (self.run_dir(run_id) / "run.json").stat()
         except OSError:
@@ -175,35 +187,38 @@ class Store:
         return about.st_mtime_ns, about.st_ino
 
     def run_ids(self) -> list[str]:
+        """The runs that have a folder, sorted; a run's folder is made as its training begins."""
         runs = self.root / "runs"
         if not runs.is_dir():
             return []
         return sorted(e.name for e in os.scandir(runs) if RUN_ID.fullmatch(e.name))
 
     def records(self) -> list[Record]:
+        """All records that can be read, by run_id."""
         return [r for r in map(self.read, self.run_ids()) if r is not None]
 
     def append_history(self, run_id: str, rows: Iterable[Mapping[str, Any]]) -> None:
-        path = self.own_dir(run_id) / HISTORY
+        """Append rows to a run's history. Raises `LeaseLost` and `Unwritable`."""
+        path = self.make_run_dir(run_id) / HISTORY
         text = "".join(json.dumps(_finite(row), allow_nan=False) + "\n" for row in rows)
         with name_unwritable(path), open(os.open(path, APPEND_FLAGS, 0o666), "w", encoding="utf-8") as f:
             f.write(text)
 
     def reset_history(self, run_id: str) -> None:
-        """A pack that starts again starts its histories again."""
-        path = self.own_dir(run_id)
+        """Remove a run's history and what killed writers left beside it: its pack starts again."""
+        path = self.make_run_dir(run_id)
         with name_unwritable(path):
             for stale in (path / HISTORY, *path.glob(".*.tmp")):  # torn by a kill
                 if not stale.is_dir():
                     stale.unlink(missing_ok=True)
 
     def history_size(self, run_id: str) -> int:
-        """Bytes; 0 where there is none."""
+        """Bytes of a run's history; 0 where there is none."""
         path = self.run_dir(run_id) / HISTORY
         return path.stat().st_size if path.exists() else 0
 
     def sync_history(self, run_id: str) -> int:
-        """Bytes of a run's history, all of which are on disk when this returns."""
+        """Put a run's history on disk, and return its bytes."""
         try:
             with open(self.run_dir(run_id) / HISTORY, "rb") as f:
                 os.fsync(f.fileno())
@@ -212,15 +227,16 @@ class Store:
             return 0
 
     def cut_history(self, run_id: str, size: int) -> None:
-        """Drop what follows the first `size` bytes: rows beyond the checkpoint that a pack goes on from."""
+        """Drop the rows after the first `size` bytes: they lie beyond the checkpoint that a pack goes on from."""
         if size:
-            path = self.own_dir(run_id) / HISTORY
+            path = self.make_run_dir(run_id) / HISTORY
             with name_unwritable(path):
                 os.truncate(path, size)
         else:
             self.reset_history(run_id)
 
     def history(self, run_id: str) -> list[dict[str, Any]]:
+        """The rows of a run's history up to a torn line; [] where there is none."""
         try:
             lines = (self.run_dir(run_id) / HISTORY).read_text(encoding="utf-8", errors="replace").splitlines()
         except FileNotFoundError:
@@ -234,11 +250,12 @@ class Store:
         return rows
 
     def write_arrays(self, run_id: str, name: str, arrays: Mapping[str, np.ndarray]) -> None:
-        """Per-example results as `<name>.npz`: [N] arrays, no pickles."""
-        atomic_write(self.own_dir(run_id) / f"{name}.npz", columns.pack(arrays))
+        """Write per-example results as `<name>.npz`: [N] arrays, no pickles."""
+        atomic_write(self.make_run_dir(run_id) / f"{name}.npz", columns.pack(arrays))
 
     def arrays(self, run_id: str, name: str) -> dict[str, np.ndarray] | None:
-        """What `write_arrays` wrote, or None. Raises `ExistingWork` for a torn or foreign file: it is a result that is lost."""
+        """Return what `write_arrays` wrote, or None. Raises `ExistingWork` for a torn or foreign file: a result is
+        lost."""
         path = self.run_dir(run_id) / f"{name}.npz"
         try:
             found = columns.read(path, self.root)
@@ -256,7 +273,7 @@ class Store:
         return ExistingWork("sweep.dir", str(path), allowed)
 
     def manifest(self) -> dict[str, Any]:
-        """The manifest, {} where there is none. Raises `ExistingWork` for a file that is torn or not one."""
+        """Return the manifest; {} where there is none. Raises `ExistingWork` for a file that is torn or no manifest."""
         try:
             data: dict[str, Any] = json.loads((self.root / MANIFEST).read_text(encoding="utf-8"))
         except FileNotFoundError:
@@ -264,32 +281,13 @@ class Store:
         except (ValueError, RecursionError) as e:
             why = f"its {MANIFEST} is not valid JSON ({e}); moved away, it is made anew and finished runs are kept"
             raise ExistingWork("sweep.dir", str(self.root), why) from e
-        if wrong := shapes.MANIFEST(data):
+        from lorabench.store import validation
+
+        if wrong := validation.first_error(validation.MANIFEST, data):
             allowed = f"its {MANIFEST} is not a lorabench manifest of schema 1 (at {wrong})"
             raise ExistingWork("sweep.dir", str(self.root), allowed)
         return data
 
     def write_manifest(self, manifest: Mapping[str, Any]) -> None:
+        """Replace the manifest; to be called under `locked`. Raises `Unwritable`."""
         atomic_write(self.root / MANIFEST, dump_json(manifest))
-
-
-def frame(records: Iterable[Record]) -> pd.DataFrame:
-    """One row a record, nested keys dotted: `config.method.r`, `metrics.val/loss`, `resources.train_seconds`."""
-    import pandas as pd  # half a second: only reports need it
-
-    rows = []
-    for r in records:
-        row: dict[str, Any] = {"run_id": r.run_id, "role": r.role, "status": r.status, "error": r.error}
-        for part in ("config", "metrics", "resources", "provenance"):
-            row.update(_flatten(getattr(r, part), part))
-        rows.append(row)
-    return pd.DataFrame(rows)
-
-
-def _flatten(value: Any, prefix: str) -> dict[str, Any]:
-    if not isinstance(value, Mapping):
-        return {prefix: value}
-    out: dict[str, Any] = {}
-    for key, inner in value.items():
-        out.update(_flatten(inner, f"{prefix}.{key}"))
-    return out

@@ -1,155 +1,224 @@
-"""What the JSON files of a sweep must look like before anything is read out of them: they may be torn, or not ours."""
+"""What the JSON files of a sweep must look like before anything is read out of them: they may be torn, or another
+program's.
+
+The shapes are typed dictionaries that pydantic checks. Fields that are not named here are allowed. Pydantic is imported
+with this module, so `records` imports it where a file is read.
+"""
 
 from __future__ import annotations
 
-import math
-import re
-from collections.abc import Callable, Mapping
-from typing import Any
+from typing import Annotated, Any, Literal, NotRequired
 
-Shape = Callable[
-    [Any], str | None
-]  # None where a value fits, else the first thing wrong: `config.seed: a whole number`. Never raises
-RUN_ID = re.compile(r"[0-9a-f]{12}")
-STATUSES = ("completed", "failed", "diverged", "pruned")
+from pydantic import AfterValidator, BeforeValidator, ConfigDict, Field, TypeAdapter, ValidationError, with_config
+from typing_extensions import TypedDict
+
+from lorabench.store.records import RUN_ID
+
+SHAPE = ConfigDict(extra="allow", strict=True)
 
 
-def is_a(what: str, test: Callable[[Any], bool], *, or_none: bool = False) -> Shape:
-    def check(value: Any) -> str | None:
-        return None if (or_none and value is None) or test(value) else what
-
-    return check
-
-
-def fields(*, needs: Mapping[str, Shape] | None = None, may: Mapping[str, Shape] | None = None) -> Shape:
-    """A mapping with the fields it `needs`, those it `may` have, and others as they come."""
-
-    def check(value: Any) -> str | None:
-        if not isinstance(value, Mapping):
-            return "a mapping"
-        for key in needs or {}:
-            if key not in value:
-                return f"{key}: is missing"
-        for key, shape in {**(needs or {}), **(may or {})}.items():
-            if key in value and (wrong := shape(value[key])):
-                return _at(key, wrong)
-        return None
-
-    return check
-
-
-def each(shape: Shape, key: Shape | None = None) -> Shape:
-    """A list of one shape; with `key`, a mapping whose keys and values have these shapes."""
-
-    def check(value: Any) -> str | None:
-        if not isinstance(value, Mapping if key else list):
-            return "a mapping" if key else "a list"
-        for name, inner in value.items() if isinstance(value, Mapping) else enumerate(value):
-            if wrong := (key(name) if key else None) or shape(inner):
-                return _at(str(name), wrong)
-        return None
-
-    return check
-
-
-def _at(key: str, wrong: str) -> str:
-    path, _, what = wrong.rpartition(": ")
-    return f"{key}.{path}: {what}" if path else f"{key}: {what}"
-
-
-def _number(value: Any) -> bool:
-    """A finite number that a float holds."""
+def _finite_number(value: Any) -> Any:
+    """Raise for what is no number that a float can hold: text, true, infinity, or an integer that is too large."""
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
+        raise ValueError("a finite number")
     try:
-        return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(float(value))
-    except OverflowError:
-        return False
+        if float(value) - float(value) != 0:
+            raise ValueError("a finite number")
+    except OverflowError as e:
+        raise ValueError("a finite number") from e
+    return value
 
 
-def _whole(value: Any) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool) and 0 <= value < 2**63
+def _scores(metrics: dict[str, Any]) -> dict[str, Any]:
+    """Raise where a metric with a slash in its name, such as `val/loss`, is neither a number nor null, or another no
+    scalar."""
+    for name, value in metrics.items():
+        scored = "/" in name and name != "probe/name"
+        if value is not None and (scored or not isinstance(value, (str, bool))):
+            try:
+                _finite_number(value)
+            except ValueError as e:
+                allowed = "a finite number or null" if scored else "a number, a text, true, false or null"
+                raise ValueError(f"{name}: {allowed}") from e
+    return metrics
 
 
-TEXT = is_a("a text", lambda v: isinstance(v, str))
-MAYBE_TEXT = is_a("a text or null", lambda v: isinstance(v, str), or_none=True)
-MAYBE_NUMBER = is_a("a finite number or null", _number, or_none=True)
-WHOLE = is_a("a whole number, not negative", _whole)
-MAYBE_WHOLE = is_a("a whole number or null", _whole, or_none=True)
-RATE = is_a("a number above 0", lambda v: _number(v) and v > 0)
-RUN = is_a("12 hex digits", lambda v: isinstance(v, str) and RUN_ID.fullmatch(v) is not None)
-ROLE = is_a("tune or confirm", lambda v: v in ("tune", "confirm") if isinstance(v, str) else False)
-SECTION = fields()
-SCALAR = is_a("a number, a text, true, false or null", lambda v: v is None or isinstance(v, (str, bool)) or _number(v))
-NAMES = is_a(
-    "a text or a list of texts",
-    lambda v: isinstance(v, str) or (isinstance(v, list) and all(isinstance(x, str) for x in v)),
-    or_none=True,
-)
-
-_METHOD = fields(
-    needs={"name": TEXT}, may={"r": MAYBE_WHOLE, "alpha": is_a("a number, a text or null", lambda v: isinstance(v, str) or _number(v), or_none=True), "target_modules": NAMES}
-)  # fmt: skip
-CONFIG = fields(
-    needs={"method": _METHOD, "optimizer": fields(needs={"lr": RATE}), "seed": WHOLE},
-    may={"model": SECTION, "task": SECTION, "trainer": SECTION, "role": ROLE},
-)
-RESOURCES = fields(
-    may=dict.fromkeys(
-        ("train_seconds", "eval_seconds", "pack_seconds", "peak_memory_bytes", "tokens_per_second"), MAYBE_NUMBER
-    )
-    | dict.fromkeys(("pack_size", "trainable_parameters", "total_parameters", "steps", "examples", "tokens", "train_examples", "val_examples", "test_examples"), MAYBE_WHOLE)
-)  # fmt: skip
+def _mapping(value: Any) -> Any:
+    """Raise for anything but a mapping; what is inside is not looked at."""
+    if not isinstance(value, dict):
+        raise ValueError("a mapping")
+    return value
 
 
-def _metrics(value: Any) -> str | None:
-    """What has a slash (`val/loss`, `test/accuracy`, `probe/...`) is a number; what stands beside it (`primary`, `best_step`) as it comes."""
-    if wrong := each(SCALAR, TEXT)(value):
-        return wrong
-    scores = {k: v for k, v in value.items() if "/" in k and k != "probe/name"}
-    return each(MAYBE_NUMBER, TEXT)(scores) or fields(may={"best_step": MAYBE_WHOLE, "pruned_step": MAYBE_WHOLE})(value)
+def _run_id(value: Any) -> Any:
+    """Raise for what is no run_id."""
+    if not isinstance(value, str) or RUN_ID.fullmatch(value) is None:
+        raise ValueError("12 hex digits")
+    return value
 
 
-RECORD = fields(
-    needs={
-        "run_id": RUN,
-        "role": ROLE,
-        "status": is_a(", ".join(STATUSES), lambda v: isinstance(v, str) and v in STATUSES),
-        "config": CONFIG,
-    },
-    may={
-        "metrics": _metrics,
-        "resources": RESOURCES,
-        "provenance": SECTION,
-        "error": MAYBE_TEXT,
-        "schema": is_a("1", lambda v: v == 1),
-    },
-)  # fmt: skip
-_LABEL = fields(
-    needs={"method": TEXT},
-    may={"r": MAYBE_WHOLE, "alpha": MAYBE_NUMBER, "alpha_rule": MAYBE_TEXT, "targets": MAYBE_TEXT, "trainable": MAYBE_WHOLE,
-         "extra": is_a("a mapping or null", lambda v: isinstance(v, Mapping), or_none=True)},
-)  # fmt: skip
-_SOLO = fields(
-    may=dict.fromkeys(
-        ("seconds", "tokens", "steps", "peak_memory_bytes", "reused_blocks", "trunk_seconds"), MAYBE_NUMBER
-    )
-)
-_CELL = fields(
-    needs={"id": TEXT, "label": _LABEL, "runs": fields(may={"tune": each(RUN), "confirm": each(RUN)})},
-    may={"solo": _SOLO},
-)
-_LISTED = fields(needs={"lr": RATE, "seed": WHOLE}, may={"role": ROLE, "config": CONFIG, "asked": each(TEXT)})
-_STUDY = fields(
-    may={
-        "question": MAYBE_TEXT,
-        "reference": MAYBE_TEXT,
-        "margin": is_a("a number above 0", lambda v: _number(v) and v > 0, or_none=True),
-    }
-)
-MANIFEST = fields(
-    needs={"schema": is_a("1", lambda v: v == 1)},
-    may={
-        "name": MAYBE_TEXT, "experiment": MAYBE_TEXT, "command": each(TEXT), "study": _STUDY, "study_hash": MAYBE_TEXT, "units": each(TEXT, TEXT), "cells": each(_CELL),
-        "runs": each(_LISTED, RUN), "packs": each(fields(needs={"id": TEXT, "runs": each(RUN)})),
-        "settled": fields(may={"device": TEXT, "precision": TEXT}),
-    },
-)  # fmt: skip
+Number = Annotated[Any, AfterValidator(_finite_number)]
+Positive = Annotated[Number, Field(gt=0)]
+Whole = Annotated[int, Field(strict=True, ge=0, lt=2**63)]
+RunId = Annotated[Any, AfterValidator(_run_id)]
+Role = Literal["tune", "confirm"]
+Section = Annotated[Any, BeforeValidator(_mapping)]
+Names = str | list[str] | None
+
+
+@with_config(SHAPE)
+class Method(TypedDict):
+    name: str
+    r: NotRequired[Whole | None]
+    alpha: NotRequired[str | Number | None]
+    target_modules: NotRequired[Names]
+
+
+@with_config(SHAPE)
+class Optimizer(TypedDict):
+    lr: Positive
+
+
+@with_config(SHAPE)
+class Config(TypedDict):
+    method: Method
+    optimizer: Optimizer
+    seed: Whole
+    model: NotRequired[Section]
+    task: NotRequired[Section]
+    trainer: NotRequired[Section]
+    role: NotRequired[Role]
+
+
+@with_config(SHAPE)
+class Resources(TypedDict, total=False):
+    train_seconds: Number | None
+    eval_seconds: Number | None
+    pack_seconds: Number | None
+    peak_memory_bytes: Number | None
+    tokens_per_second: Number | None
+    pack_size: Whole | None
+    trainable_parameters: Whole | None
+    total_parameters: Whole | None
+    steps: Whole | None
+    examples: Whole | None
+    tokens: Whole | None
+    train_examples: Whole | None
+    val_examples: Whole | None
+    test_examples: Whole | None
+
+
+@with_config(SHAPE)
+class Metrics(TypedDict, total=False):
+    best_step: Whole | None
+    pruned_step: Whole | None
+
+
+@with_config(SHAPE)
+class Record(TypedDict):
+    run_id: RunId
+    role: Role
+    status: Literal["completed", "failed", "diverged", "pruned"]
+    config: Config
+    metrics: NotRequired[Annotated[Metrics, AfterValidator(_scores)]]
+    resources: NotRequired[Resources]
+    provenance: NotRequired[Section]
+    error: NotRequired[str | None]
+    schema: NotRequired[Literal[1]]
+
+
+@with_config(SHAPE)
+class Label(TypedDict):
+    method: str
+    r: NotRequired[Whole | None]
+    alpha: NotRequired[Number | None]
+    alpha_rule: NotRequired[str | None]
+    targets: NotRequired[str | None]
+    trainable: NotRequired[Whole | None]
+    extra: NotRequired[Section | None]
+
+
+@with_config(SHAPE)
+class CellRuns(TypedDict, total=False):
+    tune: list[RunId]
+    confirm: list[RunId]
+
+
+@with_config(SHAPE)
+class Solo(TypedDict, total=False):
+    seconds: Number | None
+    tokens: Number | None
+    steps: Number | None
+    peak_memory_bytes: Number | None
+    reused_blocks: Number | None
+    trunk_seconds: Number | None
+
+
+@with_config(SHAPE)
+class Cell(TypedDict):
+    id: str
+    label: Label
+    runs: CellRuns
+    solo: NotRequired[Solo]
+
+
+@with_config(SHAPE)
+class Listed(TypedDict):
+    lr: Positive
+    seed: Whole
+    role: NotRequired[Role]
+    config: NotRequired[Config]
+    asked: NotRequired[list[str]]
+
+
+@with_config(SHAPE)
+class Pack(TypedDict):
+    id: str
+    runs: list[RunId]
+
+
+@with_config(SHAPE)
+class Study(TypedDict, total=False):
+    question: str | None
+    reference: str | None
+    margin: Positive | None
+
+
+@with_config(SHAPE)
+class Settled(TypedDict, total=False):
+    device: str
+    precision: str
+
+
+@with_config(SHAPE)
+class Manifest(TypedDict):
+    schema: Literal[1]
+    name: NotRequired[str | None]
+    experiment: NotRequired[str | None]
+    command: NotRequired[list[str]]
+    study: NotRequired[Study]
+    study_hash: NotRequired[str | None]
+    units: NotRequired[dict[str, str]]
+    cells: NotRequired[list[Cell]]
+    runs: NotRequired[dict[RunId, Listed]]
+    packs: NotRequired[list[Pack]]
+    settled: NotRequired[Settled]
+
+
+RECORD = TypeAdapter(Record)
+MANIFEST = TypeAdapter(Manifest)
+
+
+def first_error(shape: TypeAdapter[Any], value: Any) -> str | None:
+    """Return the first thing wrong with a value, as `cells.0.label: Field required`; None where it fits. Never
+    raises."""
+    try:
+        shape.validate_python(value, strict=True)
+    except ValidationError as e:
+        error = e.errors(include_url=False, include_input=False, include_context=False)[0]
+        place = ".".join(str(part) for part in error["loc"])
+        message = error["msg"].removeprefix("Value error, ")
+        return f"{place}: {message}" if place else message
+    except RecursionError:
+        return "nested too deeply"
+    return None

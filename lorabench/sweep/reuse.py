@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import shutil
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from lorabench.config.errors import ConfigError, ExistingWork
+from lorabench.config.errors import ConfigError, ExistingWork, Unwritable
 from lorabench.config.runs import RunConfig
-from lorabench.runtime.files import atomic_write, name_unwritable, sync
+from lorabench.runtime.files import atomic_folder, atomic_write, name_unwritable, remove_temporaries
 from lorabench.store import arrays as columns
 from lorabench.store.integrity import damaged_files
 from lorabench.store.records import MANIFEST, Record, Store, dump_json
@@ -121,28 +122,26 @@ def _made_here(record: Record, here: dict[str, str]) -> bool:
 def _copy(other: Store, store: Store, record: Record) -> bool:
     """All of a run or nothing of it; False where another launcher has begun it just now."""
     target = store.run_dir(record.run_id)
-    made = target.with_name(f".{record.run_id}.reuse")
-    with name_unwritable(target):
-        target.parent.mkdir(parents=True, exist_ok=True)
-        shutil.rmtree(made, ignore_errors=True)  # of a process that was killed here
-        shutil.copytree(other.run_dir(record.run_id), made, ignore=_skipped)
-        data = json.loads((made / "run.json").read_text(encoding="utf-8"))
-        data["provenance"]["reused_from"] = other.root.name
-        atomic_write(made / "run.json", dump_json(data))
-        slim = (other.root / columns.SHARED_FILE).is_file()  # a part of its results stands there
-        if slim and (arrays := other.arrays(record.run_id, "test")):
-            atomic_write(made / "test.npz", columns.pack(arrays))
-        for path in (*made.rglob("*"), made):
-            sync(path)
-        try:
-            made.rename(target)
-        except OSError:
-            if not target.exists():
-                raise
-            shutil.rmtree(made)
-            return False
-        sync(target.parent)
+    remove_temporaries(target)
+    try:
+        with name_unwritable(target), atomic_folder(target, replace=False) as made:
+            _fill_copy(other, record, made)
+    except Unwritable as e:
+        if e.errno != errno.EEXIST:
+            raise
+        return False
     return True
+
+
+def _fill_copy(other: Store, record: Record, made: Path) -> None:
+    """Copy a run's folder into `made`; its record says where it comes from."""
+    shutil.copytree(other.run_dir(record.run_id), made, ignore=_skipped, dirs_exist_ok=True)
+    data = json.loads((made / "run.json").read_text(encoding="utf-8"))
+    data["provenance"]["reused_from"] = other.root.name
+    atomic_write(made / "run.json", dump_json(data))
+    slim = (other.root / columns.SHARED_FILE).is_file()  # a part of its results stands there
+    if slim and (arrays := other.arrays(record.run_id, "test")):
+        atomic_write(made / "test.npz", columns.pack(arrays))
 
 
 def _skipped(folder: str, names: list[str]) -> list[str]:

@@ -34,7 +34,7 @@ def sweep(tmp_path: Path) -> Path:
     (store.run_dir("0" * 12) / "adapter" / "adapter_model.safetensors").write_bytes(b"0" * 10000)
     (store.root / "analysis").mkdir()
     (store.root / "analysis" / "costs.json").write_text("{}")
-    begun = Store(store.root).own_dir("9" * 12)
+    begun = Store(store.root).make_run_dir("9" * 12)
     (begun / "history.jsonl").write_text('{"step": 1}\n')
     return store.root
 

@@ -40,7 +40,7 @@ WHERE = {
     print("swallowed")
 """,
     "twice": "    try:\n        told()\n    finally:\n        told()\n        print('not cut short')",
-    "where it is deferred": "    with stopping.deferred() as stopped:\n        told()\n        assert stopped()\n        raise ValueError",
+    "where it is deferred": "    with stopping.defer_stop() as stopped:\n        told()\n        assert stopped()\n        raise ValueError",
 }
 
 
@@ -49,11 +49,11 @@ import os, signal, sys, time
 from lorabench.runtime import signals as stopping
 signal.signal(signal.SIGTERM, lambda *_: print("a handler"))
 signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
-stopping.watch(lambda: (print("leave", flush=True), os._exit(7)))
+stopping.watch_for_sigterm(lambda: (print("leave", flush=True), os._exit(7)))
 if sys.argv[1] == "outside":
     os.kill(os.getpid(), signal.SIGTERM)
     time.sleep(100)
-with stopping.deferred() as stopped:
+with stopping.defer_stop() as stopped:
     assert not stopped()
     os.kill(os.getpid(), signal.SIGTERM)
     while not stopped():

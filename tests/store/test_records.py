@@ -13,7 +13,7 @@ import pytest
 
 from lorabench.config.errors import ExistingWork, Unwritable
 from lorabench.runtime.files import atomic_write
-from lorabench.store.records import Record, Store, dump_json, frame
+from lorabench.store.records import Record, Store, dump_json
 
 ID = "0123456789ab"
 
@@ -133,13 +133,6 @@ def test_json_never_holds_nan():
         "a": None,
         "b": [None, 3],
     }
-
-
-def test_frame_has_one_dotted_row_a_record():
-    table = frame([record(), record("ba9876543210", status="failed", error="boom")])
-    assert table["config.method.r"].tolist() == [4, 4]
-    assert table["metrics.val/loss"].tolist() == [0.5, 0.5]
-    assert table["status"].tolist() == ["completed", "failed"]
 
 
 def test_the_lock_holds_between_processes_and_dies_with_its_holder(tmp_path):

@@ -129,7 +129,7 @@ def test_torn_and_pruned_runs_train_here(sweep: Cli) -> None:
 def test_a_copy_that_was_cut_is_made_again(sweep: Cli) -> None:
     assert sweep("first", "method.r=2")[0] == 0
     (run_id,) = Store("sweeps/first").run_ids()
-    cut = Path(f"sweeps/second/runs/.{run_id}.reuse")
+    cut = Path(f"sweeps/second/runs/.{run_id}.0123abcd.tmp")
     cut.mkdir(parents=True)
     (cut / "history.jsonl").write_text('{"step": 1')
     (Path("sweeps/first/runs") / run_id / "link").symlink_to("/etc/passwd")

@@ -76,7 +76,7 @@ def write(session: Session, samples: Samples) -> None:
             continue
         columns = zip(samples.items, samples.before[k], answers, strict=True)
         shown = [{**item, "before": before, "after": answer} for item, before, answer in columns]
-        atomic_write(session.store.own_dir(run_id) / SAMPLES_FILE, dump_json(shown))
+        atomic_write(session.store.make_run_dir(run_id) / SAMPLES_FILE, dump_json(shown))
 
 
 def _has_replies(session: Session) -> bool:
