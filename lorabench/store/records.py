@@ -18,7 +18,6 @@ from __future__ import annotations
 import errno
 import json
 import os
-import re
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, fields
@@ -31,11 +30,10 @@ from lorabench.config.errors import ExistingWork, Unwritable
 from lorabench.runtime.files import atomic_write, name_unwritable
 from lorabench.runtime.leases import Lease, Leases, check_held, refuse_link
 from lorabench.store import arrays as columns
+from lorabench.store.identifiers import RUN_ID, STATUSES
 
 MANIFEST, HISTORY = "sweep.json", "history.jsonl"
 APPEND_FLAGS = os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_NOFOLLOW
-STATUSES = ("completed", "failed", "diverged", "pruned")
-RUN_ID = re.compile(r"[0-9a-f]{12}")
 OWN_NAMES = {
     MANIFEST,
     "runs",

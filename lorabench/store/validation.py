@@ -12,7 +12,7 @@ from typing import Annotated, Any, Literal, NotRequired
 from pydantic import AfterValidator, BeforeValidator, ConfigDict, Field, TypeAdapter, ValidationError, with_config
 from typing_extensions import TypedDict
 
-from lorabench.store.records import RUN_ID
+from lorabench.store.identifiers import RUN_ID
 
 SHAPE = ConfigDict(extra="allow", strict=True)
 

@@ -340,7 +340,7 @@ def _convert_slowly(file: Path, out: Path) -> None:
     import os
     import time
 
-    out.mkdir()
+    out.mkdir(exist_ok=True)
     (out / "half").write_text("")
     time.sleep(0.3)
     (out / f"made-by-{os.getpid()}").write_text("")
@@ -374,7 +374,7 @@ def test_a_conversion_that_fails_leaves_nothing(monkeypatch: pytest.MonkeyPatch,
     file.write_bytes(b"no gguf at all")
 
     def fail(file: Path, out: Path) -> None:
-        out.mkdir()
+        out.mkdir(exist_ok=True)
         raise OSError("disk full")
 
     monkeypatch.setattr(gguf, "_convert", fail)

@@ -14,7 +14,8 @@ from pathlib import Path
 
 from lorabench.runtime.files import atomic_write
 from lorabench.runtime.leases import Holder
-from lorabench.store.records import RUN_ID, Record, Store
+from lorabench.store.identifiers import RUN_ID
+from lorabench.store.records import Record, Store
 
 BEGUN = ".wandb/begun"  # in the sweep's directory
 
