@@ -21,7 +21,7 @@ from lorabench.config.errors import ConfigError
 from lorabench.runtime.command import command
 from lorabench.store.records import Store
 
-COLUMNS = ("correct", "loss", "weight", "label", "prediction")
+EXAMPLE_COLUMNS = ("correct", "loss", "weight", "label", "prediction")
 
 
 def parser() -> argparse.ArgumentParser:
@@ -44,7 +44,7 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("--attach", type=Path, metavar="RUN", help="add an evaluation to a run's record instead")
     p.add_argument("--score", action="append", default=[], metavar="NAME=NUMBER", help="with --attach")
     p.add_argument(
-        "--examples", type=Path, metavar="CSV", help=f"with --attach: example and some of {', '.join(COLUMNS)}"
+        "--examples", type=Path, metavar="CSV", help=f"with --attach: example and some of {', '.join(EXAMPLE_COLUMNS)}"
     )
     return p
 
@@ -111,7 +111,9 @@ def attach(args: argparse.Namespace) -> str:
         )
         raise ConfigError("--attach", record.run_id, allowed)
     if arrays:
-        store.write_arrays(record.run_id, "test", arrays if held is None else _beside(held, arrays, str(args.examples)))
+        store.write_arrays(
+            record.run_id, "test", arrays if held is None else _add_columns(held, arrays, str(args.examples))
+        )
     record.metrics |= scores
     record.provenance["attached"] = sorted({*record.provenance.get("attached", []), *scores})
     if any(name.startswith("test/") for name in scores):
@@ -120,7 +122,7 @@ def attach(args: argparse.Namespace) -> str:
     return f"{record.run_id}: {', '.join(f'{name} = {value:.4g}' for name, value in sorted(scores.items()))}"
 
 
-def _beside(held: Mapping[str, np.ndarray], new: Mapping[str, np.ndarray], path: str) -> dict[str, np.ndarray]:
+def _add_columns(held: Mapping[str, np.ndarray], new: Mapping[str, np.ndarray], path: str) -> dict[str, np.ndarray]:
     """Columns [N] of the same examples, whatever their order, beside those that a run holds. Raises `ConfigError`."""
     if sorted(held["example"].tolist()) != sorted(new["example"].tolist()):
         allowed = f"the {len(held['example'])} test examples whose results this run holds already; of others attach the mean, --score test/<name>=NUMBER"
@@ -138,7 +140,7 @@ def _examples(path: Path) -> dict[str, np.ndarray]:
             rows = list(csv.DictReader(f))
     except (OSError, UnicodeDecodeError, csv.Error) as e:
         raise ConfigError("--examples", str(path), f"a csv file with a header, in UTF-8 ({e})") from e
-    have = [name for name in COLUMNS if rows and name in rows[0]]
+    have = [name for name in EXAMPLE_COLUMNS if rows and name in rows[0]]
     if not rows or "example" not in rows[0] or not {"correct", "loss"} & set(have):
         raise ConfigError("--examples", str(path), "columns example (a whole number each) and correct or loss")
     try:

@@ -29,14 +29,14 @@ METHODS = {
 }
 
 
-STATUS = {"finished": "completed", "completed": "completed", "success": "completed", "failed": "failed", "crashed": "failed",
+STATUSES = {"finished": "completed", "completed": "completed", "success": "completed", "failed": "failed", "crashed": "failed",
           "killed": "failed", "diverged": "diverged", "pruned": "pruned", "": "completed"}  # fmt: skip
 
 
-RESULTS = ("trainer_state.json", "all_results.json", "eval_results.json")
+RESULT_FILES = ("trainer_state.json", "all_results.json", "eval_results.json")
 
 
-WANTED = (
+WANTED_SETTINGS = (
     "method.name",
     "method.r",
     "method.alpha",
@@ -48,10 +48,12 @@ WANTED = (
 )
 
 
-WHOLE = {"method.r": 1, "seed": 0}  # settings that are whole numbers, and the least of each
+WHOLE_NUMBERS = {"method.r": 1, "seed": 0}  # settings that are whole numbers, and the least of each
 
 
-NO_SEED = 2**30  # runs without a seed get a number from here on, by what they say: no two are taken for the same seed
+FIRST_MADE_UP_SEED = (
+    2**30
+)  # runs without a seed get a number from here on, by what they say: no two are taken for the same seed
 
 
 def from_table(
@@ -84,7 +86,7 @@ def from_table(
     values = [{name: _number(row[column], f"{path.name}, row {i + 1}, {column}") for name, column in scored.items()}
               for i, row in enumerate(rows)]  # fmt: skip
     primary = primary or _primary(name for row in values for name, value in row.items() if value is not None)
-    return _in_their_phase(
+    return _mark_phases(
         [
             _record(*row, primary, {"file": path.name, "row": i + 1})
             for i, row in enumerate(zip(said, values, strict=True))
@@ -92,7 +94,7 @@ def from_table(
     )
 
 
-def _in_their_phase(records: list[Record]) -> list[Record]:
+def _mark_phases(records: list[Record]) -> list[Record]:
     """A run that measured nothing (it crashed) is one of those it was started with: of the tested runs, where there are
     any of the same settings but the seed, else of the others."""
 
@@ -124,16 +126,16 @@ def from_folders(folders: Sequence[Path], *, fixed: Mapping[str, str], primary: 
         }
         values = {name: float(v) for name, v in by_score({**last, **results}).items() if isinstance(v, (int, float))}
         if not values:
-            below = sorted({p.parent.name for p in folder.glob("*/*.json") if p.name in RESULTS})
+            below = sorted({p.parent.name for p in folder.glob("*/*.json") if p.name in RESULT_FILES})
             hint = f"; its folders {', '.join(below[:3])} have such files: give {folder}/*/" if below else ""
             allowed = f"a folder with trainer_state.json or eval_results.json with eval_ or test_ numbers{hint}"
             raise ConfigError("source", str(folder), allowed)
-        said = _of_adapter(adapter) | _of_state(state) | {k: _value(v) for k, v in fixed.items()}
+        said = _adapter_settings(adapter) | _state_settings(state) | {k: _value(v) for k, v in fixed.items()}
         records.append(_record(said, values, primary, {"folder": folder.name}))
     return records
 
 
-def _of_adapter(config: Mapping[str, Any]) -> dict[str, Any]:
+def _adapter_settings(config: Mapping[str, Any]) -> dict[str, Any]:
     if not config:
         return {"method.name": "full"}
     kind = "dora" if config.get("use_dora") else str(config.get("peft_type", "LORA")).lower()
@@ -146,7 +148,7 @@ def _of_adapter(config: Mapping[str, Any]) -> dict[str, Any]:
     }  # fmt: skip
 
 
-def _of_state(state: Mapping[str, Any]) -> dict[str, Any]:
+def _state_settings(state: Mapping[str, Any]) -> dict[str, Any]:
     rates = [row["learning_rate"] for row in state.get("log_history", []) if "learning_rate" in row]
     said = {"optimizer.lr": max(rates) if rates else None, "trainer.max_steps": state.get("max_steps")}
     return said | {
@@ -189,7 +191,7 @@ def _record(
 ) -> Record:
     said = {key: value for key, value in said.items() if value is not None and value != ""}
     place = ", ".join(f"{key} {value}" for key, value in where.items())
-    said |= {key: _whole(key, said[key], least, place) for key, least in WHOLE.items() if key in said}
+    said |= {key: _whole(key, said[key], least, place) for key, least in WHOLE_NUMBERS.items() if key in said}
     for key, number in values.items():
         check_share(key, number, place)
     said |= {"method.name": "dora"} if said.pop("method.use_dora", None) is True else {}
@@ -199,9 +201,9 @@ def _record(
     if name not in METHODS:
         raise ConfigError("method.name", name, f"allowed: {', '.join([*METHODS, 'rslora'])}; or --set method.name=...")
     state = str(said.pop("status", ""))
-    status = STATUS.get(state.lower())
+    status = STATUSES.get(state.lower())
     if status is None:
-        allowed = f"allowed: {', '.join(filter(None, STATUS))} ({place}); a run that has not ended has no result yet"
+        allowed = f"allowed: {', '.join(filter(None, STATUSES))} ({place}); a run that has not ended has no result yet"
         raise ConfigError("status", state, allowed)
     if not _positive(said.get("optimizer.lr")):
         raise ConfigError(
@@ -211,7 +213,9 @@ def _record(
         )
     none_of_its_own = METHODS[name] == "full"
     missing = [
-        k for k in WANTED if k not in said and not (none_of_its_own and k.startswith("method.") and k != "method.name")
+        k
+        for k in WANTED_SETTINGS
+        if k not in said and not (none_of_its_own and k.startswith("method.") and k != "method.name")
     ]
     config: dict[str, Any] = {
         "model": {"name": "unknown"},
@@ -221,7 +225,7 @@ def _record(
         "trainer": {},
     }
     told = json.dumps([dict(said), dict(values), dict(where)], sort_keys=True).encode()
-    config["seed"] = said.get("seed", NO_SEED + int(hashlib.sha256(told).hexdigest()[:7], 16))
+    config["seed"] = said.get("seed", FIRST_MADE_UP_SEED + int(hashlib.sha256(told).hexdigest()[:7], 16))
     for key, value in said.items():
         section, _, field = key.partition(".")
         if field:
@@ -288,7 +292,7 @@ def _number(text: str | None, where: str) -> float | None:
         raise ConfigError(where, text, "a number, or empty") from e
 
 
-NO_RESULT = ("runtime", "per_second", "samples", "model_preparation")
+NO_RESULT_WORDS = ("runtime", "per_second", "samples", "model_preparation")
 
 
 def scores_of(names: Sequence[str]) -> dict[str, str]:
@@ -305,6 +309,6 @@ def score_of(name: str) -> str | None:
     for prefix, ours in (("eval", "val"), ("validation", "val"), ("val", "val"), ("test", "test")):
         for mark in ("/", "_"):
             rest = low.removeprefix(prefix + mark)
-            if rest and rest != low and not any(word in rest for word in NO_RESULT):
+            if rest and rest != low and not any(word in rest for word in NO_RESULT_WORDS):
                 return f"{ours}/{rest}"
     return None

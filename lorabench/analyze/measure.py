@@ -35,12 +35,12 @@ def analyze(
     """
     from lorabench.analyze import scope
     from lorabench.results import cells as result_cells
-    from lorabench.results.cells import results
+    from lorabench.results.cells import cell_results
     from lorabench.results.sweep import load
 
     path = Path(sweep_dir) / FILE
-    every = results(load(sweep_dir)).by_cell
-    chosen = result_cells.cells(every, asked.cells)
+    every = cell_results(load(sweep_dir)).by_cell
+    chosen = result_cells.select_cells(every, asked.cells)
     source = scope.opened(sweep_dir, every, chosen)
     from lorabench.analyze.deltas import Bases
 

@@ -40,10 +40,10 @@ CLAIMS: tuple[Callable[[Evidence], Verdict], ...] = (
 
 def judge(sweep: Sweep) -> list[Verdict]:
     """Every claim of the table, in its order. Raises `ConfigError` for an analysis file that is none."""
-    return judged(gather(sweep))
+    return judge_evidence(gather(sweep))
 
 
-def judged(evidence: Evidence) -> list[Verdict]:
+def judge_evidence(evidence: Evidence) -> list[Verdict]:
     return [claim(evidence) for claim in CLAIMS]
 
 
@@ -52,8 +52,8 @@ def rows(verdicts: Sequence[Verdict]) -> list[dict[str, Any]]:
     return [{**asdict(v), "interval": None if v.interval is None else list(v.interval)} for v in verdicts]
 
 
-COLOURS = {"holds": "green", "contradicted": "red", "not enough evidence": "yellow", "not applicable": "dim"}
-ASKS = {"not enough evidence": "To settle it", "not applicable": "To ask it"}
+STATUS_COLOURS = {"holds": "green", "contradicted": "red", "not enough evidence": "yellow", "not applicable": "dim"}
+SETTLE_HEADS = {"not enough evidence": "To settle it", "not applicable": "To ask it"}
 
 
 def table(name: str, verdicts: Sequence[Verdict]) -> Table:
@@ -71,13 +71,13 @@ def table(name: str, verdicts: Sequence[Verdict]) -> Table:
                         "Claims are judged one by one, without a correction for their number.")  # fmt: skip
     made.caption_justify = "left"
     for v in verdicts:
-        why = v.reason + (f". {ASKS[v.status]}: {v.settle}" if v.settle else "")
+        why = v.reason + (f". {SETTLE_HEADS[v.status]}: {v.settle}" if v.settle else "")
         claim = Text(v.claim).append(f"\n{v.source}", style="dim")
-        made.add_row(claim, Text(v.status, style=COLOURS[v.status]), Text(shown(v)), Text(why))
+        made.add_row(claim, Text(v.status, style=STATUS_COLOURS[v.status]), Text(number_text(v)), Text(why))
     return made
 
 
-def shown(v: Verdict) -> str:
+def number_text(v: Verdict) -> str:
     """`9.6 times (7.1 to 13.0)`: the bounds with the decimals of the number."""
     if v.interval is None:
         return v.number

@@ -8,33 +8,41 @@ from itertools import combinations
 from typing import Any
 
 from lorabench.claims.rates import REGRET
-from lorabench.claims.verdict import Claim, Status, Verdict, decided, more_seeds, negated
+from lorabench.claims.verdict import Claim, Status, Verdict, decide, negate, seeds_to_settle
 from lorabench.config.method_names import DORA, LORA, PISSA
 from lorabench.results import scores
 from lorabench.results.best_rate import Missing
 from lorabench.results.cells import Result
-from lorabench.results.evidence import MATCHED, Evidence, alike, apart, few, scale, untuned
+from lorabench.results.evidence import (
+    MAX_PARAMETER_GAP,
+    Evidence,
+    has_same_conditions,
+    missing_tuning,
+    parameter_gap,
+    scale,
+    too_few_seeds,
+)
 from lorabench.results.formatting import plural
 from lorabench.results.scores import Sample
 from lorabench.stats import estimates
 from lorabench.stats.estimates import Direction, Estimate
 
-MATTERS = "Learning Rate Matters (arXiv 2602.04998)"
+RATE_MATTERS = "Learning Rate Matters (arXiv 2602.04998)"
 
 
-HIDDEN = "Hidden Power of the Scaling Factor (arXiv 2606.12883)"
+HIDDEN_POWER = "Hidden Power of the Scaling Factor (arXiv 2606.12883)"
 
 
 VARIANTS = (LORA, DORA, PISSA, "MiLoRA")
 
 
-OCTAVE = 2.0  # of s: over less there is nothing to exchange
+MIN_SCALE_RATIO = 2.0  # of s: over less there is nothing to exchange
 
 
-ATTENTION = ({"attention"}, {"q", "k", "v", "o"}, {"q_proj", "k_proj", "v_proj", "o_proj"}, {"fused", "o"})
+ATTENTION_TARGETS = ({"attention"}, {"q", "k", "v", "o"}, {"q_proj", "k_proj", "v_proj", "o_proj"}, {"fused", "o"})
 
 
-MLP = ({"mlp"}, {"gate_proj", "up_proj", "down_proj"}, {"fc1", "fc2"})
+MLP_TARGETS = ({"mlp"}, {"gate_proj", "up_proj", "down_proj"}, {"fc1", "fc2"})
 
 
 # -- targets -------------------------------------------------------------------------------------------------------------
@@ -46,30 +54,30 @@ def attention_is_worse(e: Evidence) -> Verdict:
     """The pair of cells nearest in trainable parameters."""
     pairs = [
         (a, b)
-        for a in _on(e, ATTENTION)
-        for b in _on(e, MLP)
-        if a.cell.method == b.cell.method and alike(a.cell, b.cell)
+        for a in _cells_on(e, ATTENTION_TARGETS)
+        for b in _cells_on(e, MLP_TARGETS)
+        if a.cell.method == b.cell.method and has_same_conditions(a.cell, b.cell)
     ]
     if not pairs:
         return TARGETS.absent(
             "it takes a cell on attention and one on the MLP", "python -m lorabench +experiment=target_sweep"
         )
-    a, b = min(pairs, key=lambda pair: apart(*pair))
-    if apart(a, b) > MATCHED:
+    a, b = min(pairs, key=lambda pair: parameter_gap(*pair))
+    if parameter_gap(a, b) > MAX_PARAMETER_GAP:
         rank = round((a.cell.trainable or 0) / ((b.cell.trainable or 1) / (b.cell.r or 1)))
         said = f"{a.name} trains {a.cell.trainable or 0:,} parameters, {b.name} {b.cell.trainable or 0:,}"
         return TARGETS.needs(said, f"the MLP at r about {max(1, rank)}, for {a.name}")
-    made = untuned((a, b)) or e.difference(a, b)
+    made = missing_tuning((a, b)) or e.difference(a, b)
     if isinstance(made, Missing):
         return TARGETS.lacks(made)
     way = estimates.direction(made, p=made.p_value(), lower_is_better=e.sweep.lower_is_better)
-    status = decided(way == "worse", way == "better" or estimates.size(made, e.sweep.margin) == "within")
+    status = decide(way == "worse", way == "better" or estimates.size(made, e.sweep.margin) == "within")
     reason = f"{a.name} minus {b.name}, {a.cell.trainable or 0:,} and {b.cell.trainable or 0:,} parameters"
-    reason += _by_margin(e, status, way)
-    return _of_metric(e, TARGETS, status, made, reason, 0.0)
+    reason += _margin_note(e, status, way)
+    return _metric_verdict(e, TARGETS, status, made, reason, 0.0)
 
 
-def _on(e: Evidence, named: Sequence[set[str]]) -> list[Result]:
+def _cells_on(e: Evidence, named: Sequence[set[str]]) -> list[Result]:
     return [r for r in e.cells if r.cell.adapter and set(r.cell.targets.split("+")) in named]
 
 
@@ -82,7 +90,7 @@ BATCH = Claim(
 
 def gap_grows_with_batch(e: Evidence) -> Verdict:
     """(LoRA − full at the largest batch) − (the same at the smallest), at the largest rank that has all four cells."""
-    four = max(_four(e), key=lambda found: found[0].cell.r or 0, default=None)
+    four = max(_gap_pairs(e), key=lambda found: found[0].cell.r or 0, default=None)
     if four is None:
         settle = "LoRA and full fine-tuning at two batch sizes, task.train_examples unchanged, five rates each"
         return BATCH.absent("it takes LoRA and full fine-tuning at two batch sizes", settle)
@@ -92,9 +100,9 @@ def gap_grows_with_batch(e: Evidence) -> Verdict:
         return BATCH.outside(
             "made at a fixed number of examples; here the larger batch also sees another number of them"
         )
-    if lacking := untuned(four):
+    if lacking := missing_tuning(four):
         return BATCH.lacks(lacking)
-    made = _growth(four)
+    made = _gap_growth(four)
     if made is None or any(r.lost for r in four):
         return BATCH.needs(
             "not all four cells are confirmed with the same seeds",
@@ -102,15 +110,17 @@ def gap_grows_with_batch(e: Evidence) -> Verdict:
         )
     estimate = made.estimate()
     if not estimate.allows_verdict:
-        return BATCH.lacks(few(estimate.seeds))
+        return BATCH.lacks(too_few_seeds(estimate.seeds))
     way = estimates.direction(estimate, p=estimate.p_value(), lower_is_better=e.sweep.lower_is_better)
-    status = decided(way == "worse", way == "better" or estimates.size(estimate, e.sweep.margin) == "within")
-    reason = f"LoRA minus full fine-tuning at r = {lora.cell.r}, batch {_batch(lora)} minus batch {_batch(small)}"
-    reason += _by_margin(e, status, way)
-    return _of_metric(e, BATCH, status, estimate, reason, 0.0)
+    status = decide(way == "worse", way == "better" or estimates.size(estimate, e.sweep.margin) == "within")
+    reason = (
+        f"LoRA minus full fine-tuning at r = {lora.cell.r}, batch {_batch_size(lora)} minus batch {_batch_size(small)}"
+    )
+    reason += _margin_note(e, status, way)
+    return _metric_verdict(e, BATCH, status, estimate, reason, 0.0)
 
 
-def _growth(four: Sequence[Result]) -> Sample | None:
+def _gap_growth(four: Sequence[Result]) -> Sample | None:
     """A difference of two differences, seed by seed and example by example."""
     lora, full, small, small_full = (r.sample for r in four)
     if lora is None or full is None or small is None or small_full is None:
@@ -119,20 +129,20 @@ def _growth(four: Sequence[Result]) -> Sample | None:
     return scores.difference(large_gap, small_gap) if large_gap and small_gap else None
 
 
-def _four(e: Evidence) -> Iterator[tuple[Result, Result, Result, Result]]:
+def _gap_pairs(e: Evidence) -> Iterator[tuple[Result, Result, Result, Result]]:
     """Of each rank, set of targets and alpha: LoRA and full at the largest batch, the same two at the smallest."""
     found: dict[Any, list[tuple[Result, Result]]] = {}
     for r in e.cells:
         full = e.full(r.cell) if r.cell.method == LORA else None
-        if full is not None and _batch(full) == _batch(r):
+        if full is not None and _batch_size(full) == _batch_size(r):
             found.setdefault((r.cell.r, r.cell.targets, r.cell.alpha_rule), []).append((r, full))
     for pairs in found.values():
-        small, large = (f(pairs, key=lambda pair: _batch(pair[0])) for f in (min, max))
-        if _batch(small[0]) < _batch(large[0]):
+        small, large = (f(pairs, key=lambda pair: _batch_size(pair[0])) for f in (min, max))
+        if _batch_size(small[0]) < _batch_size(large[0]):
             yield (*large, *small)
 
 
-def _batch(r: Result) -> int:
+def _batch_size(r: Result) -> int:
     """Examples an optimizer step sees."""
     trainer: dict[str, Any] = r.runs[0].config.get("trainer", {})
     return int(trainer.get("batch_size") or 0) * int(trainer.get("accumulate_grad_batches") or 1)
@@ -140,13 +150,13 @@ def _batch(r: Result) -> int:
 
 # -- methods and scale ---------------------------------------------------------------------------------------------------
 
-METHODS = Claim("Once rates are tuned, LoRA, DoRA, PiSSA and MiLoRA agree within 1 to 2 %", MATTERS)
+METHODS = Claim("Once rates are tuned, LoRA, DoRA, PiSSA and MiLoRA agree within 1 to 2 %", RATE_MATTERS)
 
 
-FREE = Claim("The scale s and the learning rate are interchangeable: tuned results are equal across s", MATTERS)
+FREE = Claim("The scale s and the learning rate are interchangeable: tuned results are equal across s", RATE_MATTERS)
 
 
-BOUND = Claim("The scale s and the learning rate are not interchangeable: tuned results differ across s", HIDDEN)
+BOUND = Claim("The scale s and the learning rate are not interchangeable: tuned results differ across s", HIDDEN_POWER)
 
 
 def methods_agree(e: Evidence) -> Verdict:
@@ -162,7 +172,7 @@ def methods_agree(e: Evidence) -> Verdict:
             f"{' and '.join(VARIANTS[:2])} at one rank and on the same targets, five rates each",
         )
     cells = list(best.values())
-    return _within(e, METHODS, cells, f"{', '.join(best)} at r = {cells[0].cell.r}", opposite=False)
+    return _within_margin(e, METHODS, cells, f"{', '.join(best)} at r = {cells[0].cell.r}", opposite=False)
 
 
 def scale_is_free(e: Evidence) -> Verdict:
@@ -185,16 +195,16 @@ def _across_scales(e: Evidence, claim: Claim, *, opposite: bool) -> Verdict:
         return claim.absent(
             "it takes one rank at several scales", "one rank with alpha a factor of 4 apart, five rates each"
         )
-    if max(best) < OCTAVE * min(best):
+    if max(best) < MIN_SCALE_RATIO * min(best):
         return claim.needs(f"s from {min(best):g} to {max(best):g} alone", "alpha a factor of 4 apart, five rates each")
     cells = [best[s] for s in sorted(best)]
     where = f"s = {', '.join(f'{s:.3g}' for s in sorted(best))} at r = {cells[0].cell.r} on {cells[0].cell.targets}"
-    return _within(e, claim, cells, where, opposite=opposite)
+    return _within_margin(e, claim, cells, where, opposite=opposite)
 
 
-def _within(e: Evidence, claim: Claim, cells: Sequence[Result], where: str, *, opposite: bool) -> Verdict:
+def _within_margin(e: Evidence, claim: Claim, cells: Sequence[Result], where: str, *, opposite: bool) -> Verdict:
     """Whether all pairs lie within the margin: shown for each pair, which needs no correction; one pair beyond it, which does."""
-    if lacking := untuned(cells):
+    if lacking := missing_tuning(cells):
         return claim.lacks(lacking)
     made: list[Estimate] = []
     for a, b in combinations(cells, 2):
@@ -204,13 +214,13 @@ def _within(e: Evidence, claim: Claim, cells: Sequence[Result], where: str, *, o
         made.append(found)
     margin, level = e.sweep.margin, 1 - 0.05 / len(made)
     beyond = any(x.interval(level)[0] > margin or x.interval(level)[1] < -margin for x in made)
-    status = decided(all(estimates.size(x, margin) == "within" for x in made), beyond)
+    status = decide(all(estimates.size(x, margin) == "within" for x in made), beyond)
     widest = max(made, key=lambda x: max(map(abs, x.interval(0.90))))
     reason = f"{where}; the widest of {plural(len(made), 'pair')} against the margin of {_margin(e)}"
-    return _of_metric(e, claim, negated(status) if opposite else status, widest, reason, margin)
+    return _metric_verdict(e, claim, negate(status) if opposite else status, widest, reason, margin)
 
 
-def _by_margin(e: Evidence, status: Status, way: Direction) -> str:
+def _margin_note(e: Evidence, status: Status, way: Direction) -> str:
     """Said where a difference of the claimed sign is not excluded, but one that matters is."""
     if status != "contradicted" or way == "better":
         return ""
@@ -222,10 +232,10 @@ def _margin(e: Evidence) -> str:
     return f"{e.metric.size(e.sweep.margin)}{declared}"
 
 
-def _of_metric(e: Evidence, claim: Claim, status: Status, made: Estimate, reason: str, margin: float) -> Verdict:
+def _metric_verdict(e: Evidence, claim: Claim, status: Status, made: Estimate, reason: str, margin: float) -> Verdict:
     """margin: half the range the number was held against; 0 where only its sign was asked for."""
     low, high = made.interval()
     k = e.metric.scale
     said = e.metric.difference(made.mean, unit=True)
-    settle = more_seeds(made, -margin if margin else 0.0, margin or math.inf, "confirmation")
+    settle = seeds_to_settle(made, -margin if margin else 0.0, margin or math.inf, "confirmation")
     return claim.verdict(status, said, (k * low, k * high), reason, settle)

@@ -37,7 +37,7 @@ class Claim:
     def verdict(
         self, status: Status, number: str, interval: tuple[float, float] | None, reason: str, settle: str = ""
     ) -> Verdict:
-        return Verdict(self.text, self.source, status, number, interval, reason, settle if _open(status) else "")
+        return Verdict(self.text, self.source, status, number, interval, reason, settle if _is_open(status) else "")
 
     def lacks(self, missing: Missing, number: str = "") -> Verdict:
         return Verdict(self.text, self.source, "not enough evidence", number, None, missing.reason, missing.settle)
@@ -53,11 +53,11 @@ class Claim:
         return Verdict(self.text, self.source, "not applicable", number, None, condition)
 
 
-def _open(status: Status) -> bool:
+def _is_open(status: Status) -> bool:
     return status == "not enough evidence"
 
 
-def inside(e: Estimate, low: float, high: float) -> Status:
+def judge_range(e: Estimate, low: float, high: float) -> Status:
     """A number against the range a claim gives it."""
     near, wide = e.interval(0.90), e.interval(0.95)
     if low < near[0] and near[1] < high:
@@ -65,17 +65,17 @@ def inside(e: Estimate, low: float, high: float) -> Status:
     return "contradicted" if wide[1] < low or wide[0] > high else "not enough evidence"
 
 
-def decided(holds: bool, beyond: bool) -> Status:
+def decide(holds: bool, beyond: bool) -> Status:
     return "holds" if holds else "contradicted" if beyond else "not enough evidence"
 
 
-def negated(status: Status) -> Status:
+def negate(status: Status) -> Status:
     """Of the claim that says the opposite."""
     turned: dict[Status, Status] = {"holds": "contradicted", "contradicted": "holds"}
     return turned.get(status, status)
 
 
-def more_seeds(e: Estimate, low: float, high: float, kind: str) -> str:
+def seeds_to_settle(e: Estimate, low: float, high: float, kind: str) -> str:
     """How many seeds would place a number inside or outside a range, if it stays as it is. kind: tuning, confirmation."""
     within = low < e.mean < high and math.isfinite(high - low)
     gap = min(abs(e.mean - low), abs(e.mean - high))

@@ -56,13 +56,13 @@ def costs(sweep_dir: str | Path, asked: Asked, tick: Tick = lambda cell, done, t
     The file is written whole after each cell, so that a killed measurement goes on where it was. Raises `ConfigError`
     for a directory without finished runs or saved weights, unknown cells, and bases that changed.
     """
-    from lorabench.results.cells import cells, results
+    from lorabench.results.cells import cell_results, select_cells
     from lorabench.results.sweep import load
 
     if asked.repeats < 3:
         raise ConfigError("--repeats", asked.repeats, "at least 3: a median and quartiles are taken")
-    every = results(load(sweep_dir)).by_cell
-    chosen = cells(every, asked.cells)
+    every = cell_results(load(sweep_dir)).by_cell
+    chosen = select_cells(every, asked.cells)
     source = _opened(sweep_dir, chosen)
     path, setting = Path(sweep_dir) / FILE, _setting(every, source)
     doc = _kept(_read(path), every, chosen, source, setting)

@@ -16,15 +16,17 @@ from lorabench.runtime.command import command
 
 if TYPE_CHECKING:
     from lorabench.launch.listing import Listing
-    from lorabench.plan.study import Hours, Study
+    from lorabench.plan.study import Hours, StudyPlan
     from lorabench.results.sweep import Sweep
     from lorabench.stats.power import Design
 
-SEEDS = (3, 5, 8, 10, 15, 20, 35)
-MOST = 500  # confirmation seeds that a budget is spent on: more would show no more, and no command line holds them
-ASSUMED = (0.01, 0.014, 0.02)  # SDs shown where none is known: of accuracies and other shares
-BESIDE = "Hours are without what confirmation runs measure beside the test (task.probe, replies): a pilot that measures it knows."
-ASSUMED_OF_MARGIN = (0.5, 0.7, 1.0)  # of other metrics: the same beside a margin of two points
+TABLE_SEEDS = (3, 5, 8, 10, 15, 20, 35)
+MAX_BUDGET_SEEDS = (
+    500  # confirmation seeds that a budget is spent on: more would show no more, and no command line holds them
+)
+ASSUMED_SDS = (0.01, 0.014, 0.02)  # SDs shown where none is known: of accuracies and other shares
+AUXILIARY_NOTE = "Hours are without what confirmation runs measure beside the test (task.probe, replies): a pilot that measures it knows."
+ASSUMED_MARGIN_SHARES = (0.5, 0.7, 1.0)  # of other metrics: the same beside a margin of two points
 
 
 def parser() -> argparse.ArgumentParser:
@@ -54,12 +56,12 @@ def plan(args: argparse.Namespace) -> dict[str, Any]:
     """All that is printed, as data. Differences and SDs are in the unit that reports show. Raises `ConfigError`."""
     _check(args)
     from lorabench.launch.listing import list_jobs
-    from lorabench.plan.study import cautions, count, facts
+    from lorabench.plan.study import cautions, count_study, facts
 
     listing = list_jobs(args.experiment, args.overrides, user_config_dir=args.config_dir)
-    study = count(listing.jobs)
+    study = count_study(listing.jobs)
     notes: list[str] = []
-    sweep = _pilot(args.pilot, study) if args.pilot else None
+    sweep = _load_pilot(args.pilot, study) if args.pilot else None
     designs = _designs(args, study, sweep, notes)
     hours = _hours(args, study, sweep, notes)
     notes += cautions(study)
@@ -96,7 +98,7 @@ def _check(args: argparse.Namespace) -> None:
         raise ConfigError("--json", str(args.json), "a file's name; this is a folder")
 
 
-def _pilot(folder: Path, study: Study) -> Sweep:
+def _load_pilot(folder: Path, study: StudyPlan) -> Sweep:
     """The pilot, after checking that it speaks of the same metric and base."""
     from lorabench.results.sweep import load
 
@@ -105,11 +107,13 @@ def _pilot(folder: Path, study: Study) -> Sweep:
         raise ConfigError("--pilot", str(folder), f"a sweep by {study.metric.name}; this one goes by {sweep.metric}")
     bases = {r.config.get("model", {}).get("source", "") for r in sweep.records.values()}
     if bases != {base}:
-        raise ConfigError("--pilot", str(folder), f"a sweep of the same base, {base}; this one's: {_joined(bases)}")
+        raise ConfigError("--pilot", str(folder), f"a sweep of the same base, {base}; this one's: {_join(bases)}")
     return sweep
 
 
-def _designs(args: argparse.Namespace, study: Study, sweep: Sweep | None, notes: list[str]) -> list[tuple[Design, str]]:
+def _designs(
+    args: argparse.Namespace, study: StudyPlan, sweep: Sweep | None, notes: list[str]
+) -> list[tuple[Design, str]]:
     """One design for each SD to show, and where that SD comes from. Seeds are filled in later."""
     from lorabench.stats.power import Design, example_half_width, sd_interval
 
@@ -126,7 +130,7 @@ def _designs(args: argparse.Namespace, study: Study, sweep: Sweep | None, notes:
         shares = scale != 1
         return [
             (design(x * scale if shares else x * study.margin), "assumed")
-            for x in (ASSUMED if shares else ASSUMED_OF_MARGIN)
+            for x in (ASSUMED_SDS if shares else ASSUMED_MARGIN_SHARES)
         ]
     from lorabench.plan.pilot import noise
 
@@ -146,10 +150,10 @@ def _designs(args: argparse.Namespace, study: Study, sweep: Sweep | None, notes:
     return [(made, source)]
 
 
-def _hours(args: argparse.Namespace, study: Study, sweep: Sweep | None, notes: list[str]) -> Hours | None:
-    from lorabench.plan.study import hours, measured, measures_beside, unpaced
+def _hours(args: argparse.Namespace, study: StudyPlan, sweep: Sweep | None, notes: list[str]) -> Hours | None:
+    from lorabench.plan.study import has_auxiliary_measures, hours, measure_paces, methods_without_pace
 
-    lacking = [BESIDE] if any(measures_beside(cell.run.to_dict()) for cell in study.cells) else []
+    lacking = [AUXILIARY_NOTE] if any(has_auxiliary_measures(cell.run.to_dict()) for cell in study.cells) else []
     if sweep is not None:
         from lorabench.plan.pilot import paces
         from lorabench.runtime.provenance import machine
@@ -158,31 +162,31 @@ def _hours(args: argparse.Namespace, study: Study, sweep: Sweep | None, notes: l
         found = hours(study, known, "the pilot's records")
         cpus = {(r.provenance.get("machine") or {}).get("cpu") for r in sweep.records.values()}
         if found and cpus != {machine()["cpu"]}:
-            notes.append(f"The pilot's seconds are those of other hardware ({_joined(cpus)}).")
+            notes.append(f"The pilot's seconds are those of other hardware ({_join(cpus)}).")
         if found:
-            notes += [] if any(measures_beside(r.config) for r in sweep.records.values()) else lacking
+            notes += [] if any(has_auxiliary_measures(r.config) for r in sweep.records.values()) else lacking
             return found
-        notes.append(f"The pilot has no times of method {', '.join(unpaced(study, known))}.")
+        notes.append(f"The pilot has no times of method {', '.join(methods_without_pace(study, known))}.")
     if args.no_measure:
         if args.hours is not None:
             raise ConfigError(
                 "--hours", args.hours, "a pilot with times of every method, or a measurement: hours are unknown"
             )
         return None
-    known, once = measured(study)
+    known, once = measure_paces(study)
     notes += lacking
     source = "a few steps of the smallest and the largest cell of each kind of method, alone"
     return hours(study, known, source, once)
 
 
-def _rows(study: Study, design: Design, power: float, hours: Hours | None) -> list[dict[str, Any]]:
+def _rows(study: StudyPlan, design: Design, power: float, hours: Hours | None) -> list[dict[str, Any]]:
     return [
-        _row(study, design.at(S), power, hours) if S > 1 else _blank(study, S, hours)
-        for S in sorted({*SEEDS, study.seeds} - {0})
+        _row(study, design.at(S), power, hours) if S > 1 else _row_without_verdict(study, S, hours)
+        for S in sorted({*TABLE_SEEDS, study.seeds} - {0})
     ]
 
 
-def _blank(study: Study, seeds: int, hours: Hours | None) -> dict[str, Any]:
+def _row_without_verdict(study: StudyPlan, seeds: int, hours: Hours | None) -> dict[str, Any]:
     """Too few seeds for a verdict."""
     shown = {
         "seeds": seeds,
@@ -194,10 +198,10 @@ def _blank(study: Study, seeds: int, hours: Hours | None) -> dict[str, Any]:
     return shown | {"runs": study.runs(seeds), "hours": hours.at(seeds) if hours else None}
 
 
-def _row(study: Study, design: Design, power: float, hours: Hours | None) -> dict[str, Any]:
+def _row(study: StudyPlan, design: Design, power: float, hours: Hours | None) -> dict[str, Any]:
     from lorabench.stats.power import MIN_SEEDS, equivalence, non_inferiority, smallest_detectable
 
-    blank = _blank(study, design.seeds, hours)
+    blank = _row_without_verdict(study, design.seeds, hours)
     if design.seeds < MIN_SEEDS:
         return blank
     return blank | {
@@ -207,7 +211,7 @@ def _row(study: Study, design: Design, power: float, hours: Hours | None) -> dic
     }
 
 
-def _needed(study: Study, design: Design, power: float) -> dict[str, int | None]:
+def _needed(study: StudyPlan, design: Design, power: float) -> dict[str, int | None]:
     """Seeds for the wanted power at the margin, where the true difference is none."""
     from lorabench.stats.power import equivalence, non_inferiority, seeds_needed
 
@@ -218,10 +222,10 @@ def _needed(study: Study, design: Design, power: float) -> dict[str, int | None]
 
 
 def _budget(
-    args: argparse.Namespace, study: Study, listing: Listing, designs: Sequence[Design], hours: Hours
+    args: argparse.Namespace, study: StudyPlan, listing: Listing, designs: Sequence[Design], hours: Hours
 ) -> dict[str, Any]:
     """The largest number of confirmation seeds that fit, and what it resolves for each SD."""
-    seeds = min(MOST, max(0, int((args.hours - hours.tuning) / hours.seed + 1e-9)))
+    seeds = min(MAX_BUDGET_SEEDS, max(0, int((args.hours - hours.tuning) / hours.seed + 1e-9)))
     found: dict[str, Any] = {"hours": args.hours, "seeds": seeds, "takes": hours.at(seeds), "rows": [], "command": None}
     if seeds >= 3:
         found["rows"] = [{"sd": d.sd} | _row(study, d.at(seeds), args.power, hours) for d in designs]
@@ -231,7 +235,7 @@ def _budget(
     return found
 
 
-def _command(args: argparse.Namespace, study: Study, listing: Listing, seeds: int) -> str:
+def _command(args: argparse.Namespace, study: StudyPlan, listing: Listing, seeds: int) -> str:
     """The sweep with so many confirmation seeds: those declared first, then fresh ones."""
     declared, tuning = list(study.settings.sweep.confirm_seeds), {run.seed for run in study.tuning}
     fresh = (s for s in range(max(declared, default=99) + 1, 2**31) if s not in tuning)
@@ -243,7 +247,7 @@ def _command(args: argparse.Namespace, study: Study, listing: Listing, seeds: in
     return shlex.join(words)
 
 
-def _joined(values: Iterable[Any]) -> str:
+def _join(values: Iterable[Any]) -> str:
     return ", ".join(sorted(map(str, values)))
 
 

@@ -12,7 +12,7 @@ import numpy as np
 
 from lorabench.config.errors import ConfigError
 from lorabench.results import scores
-from lorabench.results.cells import results
+from lorabench.results.cells import cell_results
 from lorabench.results.sweep import Sweep
 from lorabench.stats import estimates
 from lorabench.store.records import Record
@@ -48,7 +48,7 @@ def noise(sweep: Sweep, *, examples: int) -> Noise:
     One seed's score varies through the seed and through its own luck with the N examples, sd^2 = seed + interaction / N:
     the second part is carried over to the new N. Raises `ConfigError` where fewer than two adapters share two seeds.
     """
-    found = results(sweep)
+    found = cell_results(sweep)
     samples = [
         r.sample for r in found.by_cell.values() if r.cell.adapter and r.sample and r.sample.seeds == found.seeds
     ]
@@ -78,7 +78,7 @@ def paces(sweep: Sweep) -> list[Pace]:
     """One pace a cell: the median over its completed runs, each run's share of its pack's seconds."""
     made = []
     for cell in sweep.cells:
-        runs = sweep.done((*cell.tune, *cell.confirm))
+        runs = sweep.completed_records((*cell.tune, *cell.confirm))
         found = [p for r in runs if (p := _pace(r)) is not None]
         if found:
             train, evaluate = median(p.train for p in found), median(p.evaluate for p in found)

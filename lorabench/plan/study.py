@@ -13,7 +13,7 @@ from lorabench.config.errors import ConfigError
 from lorabench.config.runs import RunConfig, Settings
 from lorabench.plan.pilot import Pace, evaluations, pace_of
 from lorabench.results import formatting
-from lorabench.results.cells import POOL_FROM
+from lorabench.results.cells import MIN_POOLED_CELLS
 from lorabench.results.formatting import Metric
 from lorabench.stats.power import MIN_SEEDS
 from lorabench.store.records import Store
@@ -21,8 +21,10 @@ from lorabench.sweep.packs import Job, cell_id, plan_packs
 from lorabench.training import precision, preparation
 from lorabench.training.batches import steps_per_epoch
 
-FORWARD = 0.5  # of a training step's time, with a frozen base: the backward pass of its activations is the other half
-WHOLE = 1 / 3  # where the whole base trains, and the gradients of its weights are another pass
+FORWARD_SHARE = (
+    0.5  # of a training step's time, with a frozen base: the backward pass of its activations is the other half
+)
+FORWARD_SHARE_OF_FULL = 1 / 3  # where the whole base trains, and the gradients of its weights are another pass
 
 
 @dataclass(frozen=True)
@@ -37,7 +39,7 @@ class CellPlan:
 
 
 @dataclass(frozen=True)
-class Study:
+class StudyPlan:
     """What an experiment asks for. Lengths are in the unit that reports show: points of accuracy, nats of a
     classifier's loss."""
 
@@ -83,7 +85,7 @@ class Study:
     def pooled(self) -> int:
         """Cells whose seed variance the report pools for a comparison of adapters with the reference; 2: the pair's own."""
         adapters = [c for c in self.distinct if c.r is not None]
-        return len(adapters) if self.reference.r is not None and len(adapters) >= POOL_FROM else 2
+        return len(adapters) if self.reference.r is not None and len(adapters) >= MIN_POOLED_CELLS else 2
 
     @cached_property
     def examples(self) -> dict[str, int]:
@@ -116,7 +118,7 @@ class Hours:
         return self.tuning + seeds * self.seed
 
 
-def count(jobs: Sequence[Job]) -> Study:
+def count_study(jobs: Sequence[Job]) -> StudyPlan:
     """Raises `ConfigError` for an experiment that compares nothing or has no tuning."""
     settings = jobs[0].settings
     if settings.sweep.role != "tune":
@@ -133,7 +135,7 @@ def count(jobs: Sequence[Job]) -> Study:
     unit = task.units.get(name, "")
     unique = {job.run.run_id: job.run for job in jobs}
     cells = tuple(_cell(name, own) for name, own in by_cell.items())
-    return Study(settings, formatting.metric(name, lower_is_better=lower, unit=unit), cells, tuple(unique.values()))
+    return StudyPlan(settings, formatting.metric(name, lower_is_better=lower, unit=unit), cells, tuple(unique.values()))
 
 
 def _data(run: RunConfig) -> float:
@@ -148,9 +150,9 @@ def _cell(name: str, jobs: Sequence[Job]) -> CellPlan:
     return CellPlan(name, run, frozenset(j.run.run_id for j in jobs), jobs[0].label.get("r"), trainable)
 
 
-def hours(study: Study, paces: Sequence[Pace], source: str, once: float = 0.0) -> Hours | None:
+def hours(study: StudyPlan, paces: Sequence[Pace], source: str, once: float = 0.0) -> Hours | None:
     """None where the pace of some method is not known. once: seconds that the study pays once, in its tuning."""
-    if unpaced(study, paces):
+    if methods_without_pace(study, paces):
         return None
     sizes = {run_id: cell.trainable for cell in study.cells for run_id in cell.runs}
     tuning = sum(_seconds(run, sizes[run.run_id], paces, test=False) for run in study.tuning)
@@ -164,7 +166,7 @@ def hours(study: Study, paces: Sequence[Pace], source: str, once: float = 0.0) -
     return Hours(tuning / side_by_side[0] + once / 3600, seed / side_by_side[1], source)
 
 
-def unpaced(study: Study, paces: Sequence[Pace]) -> list[str]:
+def methods_without_pace(study: StudyPlan, paces: Sequence[Pace]) -> list[str]:
     """Methods whose pace is not known."""
     return sorted({c.run.method.name for c in study.cells if pace_of(paces, c.run.method.name, c.trainable) is None})
 
@@ -177,17 +179,17 @@ def _seconds(run: RunConfig, trainable: int, paces: Sequence[Pace], *, test: boo
     steps = preparation.total_steps(run, len(lengths["train"]))
     epochs = steps / steps_per_epoch(len(lengths["train"]), t.batch_size, t.accumulate_grad_batches)
     seen = evaluations(steps, t.eval_interval) * size["val"] + (size["test"] if test else 0)
-    more = pace.beside if test and measures_beside(run.to_dict()) else 0.0
+    more = pace.beside if test and has_auxiliary_measures(run.to_dict()) else 0.0
     return epochs * size["train"] * pace.train + seen * pace.evaluate + more
 
 
-def measures_beside(config: Mapping[str, Any]) -> bool:
+def has_auxiliary_measures(config: Mapping[str, Any]) -> bool:
     """Whether a run of this config, once confirmed, measures forgetting or tone, which takes time of its own."""
     task = config.get("task", {})
     return bool(task.get("probe") or task.get("style_prompts"))
 
 
-def _devices(study: Study, runs: Sequence[RunConfig]) -> int:
+def _devices(study: StudyPlan, runs: Sequence[RunConfig]) -> int:
     """Packs of these runs that train side by side on devices of their own, never more than there are packs. Workers on one
     CPU share its cores: no gain is counted."""
     from lorabench.sweep.workers import worker_count
@@ -199,7 +201,7 @@ def _devices(study: Study, runs: Sequence[RunConfig]) -> int:
     return worker_count(sweep.workers, device, len(plan_packs(runs, sweep.max_pack, prune=prune)))
 
 
-def measured(study: Study) -> tuple[list[Pace], float]:
+def measure_paces(study: StudyPlan) -> tuple[list[Pace], float]:
     """A few training steps of the cells that train the least and the most, alone, of every kind of method (those that share a
     pack); evaluation by its share of a step. And the seconds of what is computed once: the frozen trunk's pass over the data.
 
@@ -222,14 +224,14 @@ def measured(study: Study) -> tuple[list[Pace], float]:
             # a task without an attention mask counts no tokens; its seconds are then those of one step
             train = found["seconds"] / (tokens or t.batch_size * t.accumulate_grad_batches)
             unit = "tokens" if tokens else "examples"
-            forward = WHOLE if cell.run.method.pack_group is None else FORWARD
+            forward = FORWARD_SHARE_OF_FULL if cell.run.method.pack_group is None else FORWARD_SHARE
             paces += [Pace(name, cell.trainable, train, train * forward, unit) for name in names]
             trunk = max(trunk, found["trunk_seconds"])
     sizes = study.examples
     return paces, trunk * sum(sizes.values()) / sizes["train"] if trunk else 0.0
 
 
-def cautions(study: Study) -> Iterator[str]:
+def cautions(study: StudyPlan) -> Iterator[str]:
     """What stands in the way of a verdict, or changes the hours."""
     sweep = study.settings.sweep
     if not sweep.confirm_seeds:
@@ -242,7 +244,7 @@ def cautions(study: Study) -> Iterator[str]:
         yield "sweep.prune shortens the tuning; hours are without it."
 
 
-def facts(study: Study) -> dict[str, Any]:
+def facts(study: StudyPlan) -> dict[str, Any]:
     """Counts of the study as declared."""
     declared, metric = study.settings.study, study.metric
     return {

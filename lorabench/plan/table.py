@@ -25,7 +25,7 @@ def show(answer: Answer, console: Console | None = None) -> None:
     for table in answer["tables"]:
         say()
         console.print(_table(answer, table), highlight=False)
-        say(_needed(answer, table))
+        say(_needed_sentence(answer, table))
     if answer["budget"]:
         say()
         for line in _budget(answer):
@@ -77,7 +77,7 @@ def _table(a: Answer, table: Answer) -> Table:
     return shown
 
 
-def _needed(a: Answer, table: Answer) -> str:
+def _needed_sentence(a: Answer, table: Answer) -> str:
     within, worse = (_seeds(table["needed"][key]) for key in ("equivalence", "non_inferiority"))
     return f'power {a["power"]:g}: {within} to show "within ± {_size(a, a["margin"])}", {worse} to show "not worse" by as much'
 

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from rich.table import Table
 
-    from lorabench.results.sweep import Other
+    from lorabench.results.sweep import OtherMetric
 
 __all__ = ["Summary", "render", "terminal_table"]
 
@@ -34,7 +34,7 @@ def render(
     *,
     title: str | None = None,
     margin: float | None = None,
-    metric: Other | None = None,
+    metric: OtherMetric | None = None,
 ) -> Summary:
     """Write the report of a sweep. margin, metric: others than the study declares, shown as post hoc.
 

@@ -32,11 +32,11 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--lower-is-better", action="store_true", help="of that metric less is more")
     args = parser.parse_args(argv)
     from lorabench.report import render
-    from lorabench.results.sweep import Other
+    from lorabench.results.sweep import OtherMetric
 
     if args.lower_is_better and args.metric is None:
         raise ConfigError("--lower-is-better", True, "with --metric: of the declared metric the study's task says it")
-    other = None if args.metric is None else Other(args.metric, args.lower_is_better)
+    other = None if args.metric is None else OtherMetric(args.metric, args.lower_is_better)
     declared = args.margin is None and other is None
     name = args.sweep.resolve().name + ("" if declared else "-post-hoc")  # never over the declared report
     out = args.out or Path("reports", name)

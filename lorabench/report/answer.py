@@ -33,9 +33,9 @@ class Answer:
 
 def answer(f: Findings) -> Answer:
     if not f.confirmed:
-        command = unfinished.command(f.sweep) if unfinished.missing(f) else None
+        command = unfinished.continue_command(f.sweep) if unfinished.missing_runs(f) else None
         return Answer(_unconfirmed(f), tuple(_validation(f)), command, "Go on with it")
-    if chance := learned.nothing(f):
+    if chance := learned.majority_baseline(f):
         text = f"Nothing was learned: no cell does better on test than always answering {chance[0]} ({f.metric.value(chance[1], unit=True)}), so cells that agree show nothing. Train longer, at other rates or on more data."
         return Answer(text, tuple(_points(f)), None)
     command = _command(f, f.recommendation.cell) if f.recommendation and f.recommendation.cell else None
@@ -201,10 +201,10 @@ def _fraction(small: Result, large: Result) -> str:
 
 def _unconfirmed(f: Findings) -> str:
     done = [r for r in f.results.values() if r.runs]
-    if sum(len(f.sweep.done(r.cell.tune)) for r in f.results.values()) == 1 and len(done) == 1:
+    if sum(len(f.sweep.completed_records(r.cell.tune)) for r in f.results.values()) == 1 and len(done) == 1:
         r = done[0]
         return f"One run: {r.name} at {formats.rate(r.lr)} reaches {f.metric.value(r.val, unit=True)} {f.metric.title} on validation. One run compares nothing."
-    ended, planned = unfinished.tuning(f.sweep)
+    ended, planned = unfinished.tuning_progress(f.sweep)
     if ended < planned:
         return f"No verdict yet: {ended} of {plural(planned, 'tuning run')} have ended and nothing is confirmed, so every number here is from validation and none is a test result."
     return "No verdict yet. Tuning only: no confirmation run has finished, so every number here is from validation and none is a test result."
@@ -220,12 +220,12 @@ def _validation(f: Findings) -> Iterator[tuple[str, str]]:
     if len(said) > 1:
         text = f"{formats.capital('; '.join(said))} {f.metric.title}. The seeds that chose these rates measured them, so they are too good, most where more rates were tried."
         yield "On validation", text
-    if gaps := unfinished.missing(f):
+    if gaps := unfinished.missing_runs(f):
         yield (
             "Missing",
             f"{formats.capital(gaps)}. After them confirmation runs with fresh seeds, which alone see test.",
         )
-        yield "To go on", f"{formats.capital(unfinished.GO_ON)}."
+        yield "To go on", f"{formats.capital(unfinished.HOW_TO_CONTINUE)}."
         return
     yield (
         "To confirm",

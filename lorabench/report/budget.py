@@ -40,7 +40,7 @@ def _training(f: Findings) -> Iterator[tuple[str, str]]:
     done = [r for r in runs if r.status == "completed"]
     sizes = {"train": "train_examples", "validation": "val_examples", "test": "test_examples"}
     said = {
-        name: sorted({formats.count(n) for r in done if (n := r.resources.get(key))}, key=formats.natural)
+        name: sorted({formats.count(n) for r in done if (n := r.resources.get(key))}, key=formats.natural_key)
         for name, key in sizes.items()
     }
     yield "Examples", ", ".join(f"{' or '.join(counts)} {name}" for name, counts in said.items() if counts)
@@ -69,8 +69,8 @@ def _pruned(f: Findings) -> str:
     """How many tuning runs left early, when, and the share of the tuning steps that this spared."""
     full: dict[str, int] = {}  # steps of a run that is not pruned, by tuning run: its cell's
     for cell in f.sweep.cells:
-        steps = max((int(r.resources.get("steps") or 0) for r in f.sweep.done(cell.tune)), default=0)
-        full |= {r.run_id: steps for r in f.sweep.ended(cell.tune)}
+        steps = max((int(r.resources.get("steps") or 0) for r in f.sweep.completed_records(cell.tune)), default=0)
+        full |= {r.run_id: steps for r in f.sweep.records_of(cell.tune)}
     left = {i: int(r.metrics.get("pruned_step") or 0) for i in full if (r := f.sweep.records[i]).status == "pruned"}
     if not left:
         return ""
@@ -92,7 +92,7 @@ def _origin(f: Findings) -> Iterator[tuple[str, str]]:
 
 def _each(runs: Iterable[Record], of: Callable[[Record], Any]) -> str:
     """The distinct values, numbers by size, then words."""
-    return "; ".join(sorted({str(v) for r in runs if (v := of(r)) not in (None, "")}, key=formats.natural))
+    return "; ".join(sorted({str(v) for r in runs if (v := of(r)) not in (None, "")}, key=formats.natural_key))
 
 
 def _count(n: Any) -> str | None:

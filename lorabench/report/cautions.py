@@ -11,7 +11,7 @@ from lorabench.results import formatting as formats
 from lorabench.results import scores as measure
 from lorabench.results import unfinished
 from lorabench.results.cells import Result
-from lorabench.results.data_notes import left_out
+from lorabench.results.data_notes import data_caveats
 from lorabench.results.findings import Findings
 from lorabench.results.formatting import plural
 from lorabench.store.records import Record
@@ -36,13 +36,13 @@ def warnings(f: Findings) -> list[str]:
 
 
 def _learned(f: Findings) -> Iterator[str]:
-    if not f.confirmed and (chance := learned.nothing(f)):  # else the answer says it
+    if not f.confirmed and (chance := learned.majority_baseline(f)):  # else the answer says it
         yield f"No cell does better on validation than always answering {chance[0]} ({f.metric.value(chance[1], unit=True)}): nothing was learned."
 
 
 def _data(f: Findings) -> Iterator[str]:
     found = (r.provenance.get("data_notes") for r in f.sweep.records.values())
-    yield from dict.fromkeys(f"{formats.capital(line)}." for notes in found for line in left_out(notes))
+    yield from dict.fromkeys(f"{formats.capital(line)}." for notes in found for line in data_caveats(notes))
 
 
 def _declaration(f: Findings) -> Iterator[str]:
@@ -59,16 +59,18 @@ def _gaps(f: Findings) -> Iterator[str]:
     sweep, results = f.sweep, f.results.values()
     open_runs = [i for i in sweep.planned if i not in sweep.records]
     if open_runs:
-        command = unfinished.command(sweep)
-        how = f" {formats.capital(unfinished.GO_ON)}{f': {command}' if command else ''}."
+        command = unfinished.continue_command(sweep)
+        how = f" {formats.capital(unfinished.HOW_TO_CONTINUE)}{f': {command}' if command else ''}."
         how = how if f.confirmed else ""  # else the answer says it
         yield f"{plural(len(open_runs), 'run')} of {len(sweep.planned)} had not ended; this is a report of the others.{how}"
-    if empty := unfinished.untouched(f):
-        yield f"No run has ended yet of {plural(len(empty), 'cell')} of {len(results)}: {unfinished.names(empty)}."
+    if empty := unfinished.cells_without_runs(f):
+        yield f"No run has ended yet of {plural(len(empty), 'cell')} of {len(results)}: {unfinished.name_list(empty)}."
     if f.confirmed and (bare := [r.name for r in results if r.test is None]):
         yield f"Without a test result: {', '.join(bare)}."
     top = f.results[f.reference] if f.reference else None
-    if other := [r.name for r in results if r.sample and top and top.sample and measure.others(r.sample, top.sample)]:
+    if other := [
+        r.name for r in results if r.sample and top and top.sample and measure.has_other_examples(r.sample, top.sample)
+    ]:
         yield f"Tested on other examples than {top.name if top else ''}, so not compared with it: {', '.join(other)}."
     for r in results:
         if r.lost:
@@ -93,12 +95,12 @@ def _gaps(f: Findings) -> Iterator[str]:
 def _rates(f: Findings) -> Iterator[str]:
     """Cells of which the same is to be said share a line."""
     said: dict[str, list[Result]] = {}
-    empty = unfinished.untouched(f)
+    empty = unfinished.cells_without_runs(f)
     for r in (r for r in f.results.values() if r not in empty):
         if text := _rate(f, r):
             said.setdefault(text, []).append(r)
     for text, cells in said.items():
-        yield f"{unfinished.names(cells)}: {text}"
+        yield f"{unfinished.name_list(cells)}: {text}"
 
 
 def _rate(f: Findings, r: Result) -> str:
@@ -119,7 +121,7 @@ def _rate(f: Findings, r: Result) -> str:
     if len(rates) == 1:
         return f"one learning rate only ({formats.rate(r.lr)}), so it is not tuned."
     if not rates and r.runs:
-        tested = {float(x.config["optimizer"]["lr"]) for x in f.sweep.ended(r.cell.confirm)}
+        tested = {float(x.config["optimizer"]["lr"]) for x in f.sweep.records_of(r.cell.confirm)}
         how = ("without tuning" if len(tested) == 1 else f"without tuning, although runs at {plural(len(tested), 'rate')} were tested: "
                "that of most runs, then the best on validation; the seeds that chose are those that are tested, so its result is too good")  # fmt: skip
         return f"confirmed at {formats.rate(r.lr)} {how}."
@@ -160,7 +162,7 @@ def _conditions(f: Findings) -> Iterator[str]:
                 groups = sorted(found.items(), key=lambda item: (-len(item[1]), item[0]))
                 rest = "; ".join(f"{value} for {', '.join(names)}" for value, names in groups[1:])
                 yield f"Cells compared here differ in {what}: {groups[0][0]}, but {rest}."
-        tuned = {x.name: _made(f.sweep.done(x.cell.tune), key) for x in f.results.values()}
+        tuned = {x.name: _made(f.sweep.completed_records(x.cell.tune), key) for x in f.results.values()}
         if mixed := [name for name, values in tuned.items() if len(values) > 1]:
             values = sorted({value for name in mixed for value in tuned[name]})
             yield f"Learning rates were chosen among runs that differ in {what} ({', '.join(values)}): {', '.join(mixed)}."

@@ -20,7 +20,7 @@ from lorabench.results import scores as measure
 from lorabench.results.cells import Result
 from lorabench.results.derived import flatten
 from lorabench.results.evidence import gather
-from lorabench.results.sweep import Cell, Sweep, short
+from lorabench.results.sweep import Cell, Sweep, shorten
 from lorabench.stats import estimates as st
 from lorabench.store.records import Record
 
@@ -111,7 +111,7 @@ def _obstacles(a: Side, b: Side) -> Iterator[str]:
         for name, values in zip("AB", found, strict=True):
             if values <= {UNKNOWN}:
                 yield f"the data of {name} are not known"
-        left, right = (", ".join(sorted(short(v, 12) for v in values)) for values in found)
+        left, right = (", ".join(sorted(shorten(v, 12) for v in values)) for values in found)
         yield f"no cell met the same data in both (fingerprint {left} in A, {right} in B)"
 
 
@@ -210,7 +210,9 @@ def _differing(a: Sweep, b: Sweep) -> Iterator[tuple[str, str, str]]:
     for found in (_study, _settings, _provenance):
         left, right = found(a), found(b)
         for key in sorted(left.keys() | right.keys()):
-            one, two = (", ".join(sorted(x.get(key, ()), key=formats.natural)) or formats.DASH for x in (left, right))
+            one, two = (
+                ", ".join(sorted(x.get(key, ()), key=formats.natural_key)) or formats.DASH for x in (left, right)
+            )
             if one != two:
                 yield key, one, two
 
@@ -273,7 +275,7 @@ def cells(c: Comparison) -> Table:
 
 
 def differing(c: Comparison) -> Table:
-    rows = tuple(Row((key, short(a, 60), short(b, 60))) for key, a, b in c.differing)
+    rows = tuple(Row((key, shorten(a, 60), shorten(b, 60))) for key, a, b in c.differing)
     return Table("differing", "What differs", (Column("what", "what"), Column("a", "A"), Column("b", "B")), rows)
 
 

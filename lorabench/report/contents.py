@@ -32,11 +32,11 @@ class More:
 def sections(f: Findings) -> More:
     """Tables are those that have rows. Raises `ConfigError` for an analysis file that is none."""
     evidence, looks = gather(f.sweep), style.looks(f.sweep.cells)
-    read, paid = analysis.read(f.sweep.store.root), costs.read(f.sweep.store.root)
+    read, paid = analysis.read_analysis(f.sweep.store.root), costs.read(f.sweep.store.root)
     found = weights.tidy(read) if read else None
     parts = _parts(f, evidence, looks)
     made = [t for p in parts for t in p.tables]
-    made += [claimed(claims.judged(evidence)), *([weights.table(found)] if found else [])]
+    made += [claimed(claims.judge_evidence(evidence)), *([weights.table(found)] if found else [])]
     made += costs.tables(paid) if paid else []
     drawn = [d for p in parts for d in p.drawings] + (weights_figures.draw(found, looks) if found else [])
     return More(parts, {t.key: t for t in made if t.rows}, tuple(drawn))
@@ -57,7 +57,7 @@ def claimed(verdicts: list[Verdict]) -> Table:
         Column("source", "source"),
     )  # fmt: skip
     asked = [v for v in verdicts if v.status != "not applicable"]
-    rows = tuple(Row((v.claim, v.status, claims.shown(v) or "–", _why(v), v.source)) for v in asked)
+    rows = tuple(Row((v.claim, v.status, claims.number_text(v) or "–", _why(v), v.source)) for v in asked)
     notes = [
         "Holds: the 90 % interval lies inside what is claimed; contradicted: the 95 % interval lies outside. Claims are judged one by one, without a "
         "correction for their number."

@@ -16,7 +16,7 @@ from lorabench.results import units
 from lorabench.results.cells import Result
 from lorabench.results.findings import Findings
 from lorabench.results.selection import Rate
-from lorabench.results.sweep import short
+from lorabench.results.sweep import shorten
 from lorabench.store.records import Record
 
 MOST = 8  # cells in one picture of training curves
@@ -94,7 +94,7 @@ def _rate_panel(
                 _mark(ax, x.lr * 1.05 ** (i - (len(here) - 1) / 2), high + room, "|", looks[r.id])
     ax.set_ylim(low - room, high + 1.6 * room)
     style.tidy(ax, x="learning rate (log scale)", y=loss)
-    ax.set_title(short(title, style.MOST))
+    ax.set_title(shorten(title, style.MOST))
     # Under a panel's title a rank alone names a cell, unless two cells have it.
     ranks_do = bool(title) and all(r.cell.adapter for r in here) and len({r.cell.r for r in here}) == len(here)
     ends = [(r, _finished(r)[-1]) for r in here]

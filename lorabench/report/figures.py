@@ -13,7 +13,7 @@ from lorabench.report.theme import FAINT, Drawing
 from lorabench.results import formatting as formats
 from lorabench.results.cells import Result
 from lorabench.results.findings import Findings
-from lorabench.results.sweep import short
+from lorabench.results.sweep import shorten
 
 
 def draw(f: Findings) -> list[Drawing]:
@@ -163,7 +163,7 @@ def metric_by_cell(f: Findings, found: dict[str, style.Look]) -> Drawing:
             assert s is not None
             ax.hlines(y, s[0], s[2], color=found[r.id].colour, linewidth=2.8, alpha=0.55)
             _point(ax, s[1], y, found[r.id], ringed=_recommended(f, r))
-        ax.set_yticks(range(len(shown)), [short(r.name, style.MOST) for r in shown])
+        ax.set_yticks(range(len(shown)), [shorten(r.name, style.MOST) for r in shown])
         ax.set_ylim(len(shown) - 0.4, -0.6)
         style.tidy(ax, x=_what(f), y="", grid="x")
         style.per_metric(ax, f.metric, "x")

@@ -19,7 +19,7 @@ def runs_csv(f: Findings) -> str:
     """A row a run of a cell, by cell, then run_id; then the runs outside. A run in two cells has two rows."""
     listed: list[tuple[str, Record]] = []
     for r in f.results.values():
-        found = sorted(f.sweep.ended((*r.cell.tune, *r.cell.confirm)), key=lambda x: x.run_id)
+        found = sorted(f.sweep.records_of((*r.cell.tune, *r.cell.confirm)), key=lambda x: x.run_id)
         listed += [(r.id, x) for x in found]
     listed += [("", x) for x in f.sweep.outside]
     metrics = sorted({k for _, x in listed for k, v in x.metrics.items() if "/" in k and not isinstance(v, str)})

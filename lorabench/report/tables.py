@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Literal
 from lorabench.config import alpha_rules
 from lorabench.report import declared
 from lorabench.results import formatting as formats
-from lorabench.results.cells import Result, same_runs
+from lorabench.results.cells import Result, has_same_runs
 from lorabench.results.findings import Comparison, Findings
 from lorabench.store.records import Record
 
@@ -124,7 +124,7 @@ def _versus(f: Findings, r: Result) -> dict[str, str]:
         return {"difference": "reference", "direction": "", "size": ""}
     made = f.versus.get(r.id)
     if made is None:
-        twin = f.reference is not None and same_runs(r, f.results[f.reference])
+        twin = f.reference is not None and has_same_runs(r, f.results[f.reference])
         return {"difference": "the reference's runs"} if twin else {}
     bounds = f" ({f.metric.bounds(*made.interval)})" if made.bounded else ""
     text = f.metric.difference(made.estimate.mean) + bounds
@@ -225,7 +225,7 @@ def lost(f: Findings) -> Table:
     rows = [
         Row((r.name, x.role, formats.rate(x.config["optimizer"]["lr"]), str(x.config["seed"]), x.status, _why(x), x.run_id), (x.run_id,), "lost")
         for r in f.results.values()
-        for x in sorted(f.sweep.ended((*r.cell.tune, *r.cell.confirm)), key=lambda x: x.run_id)
+        for x in sorted(f.sweep.records_of((*r.cell.tune, *r.cell.confirm)), key=lambda x: x.run_id)
         if x.status != "completed"
     ]  # fmt: skip
     return Table("lost", "Runs that failed, diverged or were pruned", columns, tuple(rows))

@@ -22,7 +22,7 @@ from matplotlib.ticker import FuncFormatter, NullFormatter
 
 from lorabench.config.method_names import BITFIT, DORA, FULL, HEAD_ONLY, LORA, RSLORA
 from lorabench.results import formatting as formats
-from lorabench.results.sweep import Cell, short
+from lorabench.results.sweep import Cell, shorten
 
 HUES = {
     LORA: "#0072B2",
@@ -227,7 +227,7 @@ def end_labels(ax: Axes, labels: Sequence[Label], *, size: float = 9.5) -> None:
     for at, (x, y, text, colour) in zip(spread(wanted, gap), ordered, strict=True):
         xy, coords = ((1.0, y), ax.get_yaxis_transform()) if x is None else ((x, y), ax.transData)
         ax.annotate(
-            short(text, MOST), xy=xy, xycoords=coords, xytext=(1.04, at), textcoords="axes fraction", color=readable(colour), fontsize=size,
+            shorten(text, MOST), xy=xy, xycoords=coords, xytext=(1.04, at), textcoords="axes fraction", color=readable(colour), fontsize=size,
             va="center", ha="left", annotation_clip=False,
             arrowprops={"arrowstyle": "-", "color": colour, "lw": 0.9, "ls": (0, (1, 1.6)), "shrinkA": 1, "shrinkB": 4 if x else 0, "relpos": (0, 0.5)},
         )  # fmt: skip

@@ -24,9 +24,9 @@ from lorabench.results import formatting
 from lorabench.results.selection import Choice, Rate
 from lorabench.stats.estimates import Estimate
 
-REACH = 2  # rates on either side of the best one
-LEAST = 3  # rates: a parabola has three coefficients
-FLAT = 1e-12  # of loss per octave squared; below it there is no minimum
+RATES_EACH_SIDE = 2  # rates on either side of the best one
+MIN_RATES = 3  # rates: a parabola has three coefficients
+MIN_CURVATURE = 1e-12  # of loss per octave squared; below it there is no minimum
 
 
 @dataclass(frozen=True)
@@ -51,7 +51,7 @@ class Optimum:
         if made is None:
             return 0.0, math.inf
         low, high = made.interval(level)
-        return power(low), power(high)
+        return power_of_two(low), power_of_two(high)
 
 
 @dataclass(frozen=True)
@@ -67,13 +67,13 @@ def optimum(choice: Choice) -> Optimum | Missing:
     eligible = [r for r in choice.rates if r.eligible]
     if choice.lr is None or not eligible:
         return Missing("no learning rate is eligible", "rates at which every seed trains to its end")
-    if len(eligible) < LEAST:
+    if len(eligible) < MIN_RATES:
         said = formatting.plural(len(eligible), "eligible rate")
         return Missing(f"{said}, and a parabola takes three", "five rates a factor of 2 apart")
     at = next(i for i, r in enumerate(eligible) if r.lr == choice.lr)
     if at in (0, len(eligible) - 1):
         return _at_the_edge(choice, eligible[at], high=at > 0)
-    near = eligible[max(0, at - REACH) : at + REACH + 1]
+    near = eligible[max(0, at - RATES_EACH_SIDE) : at + RATES_EACH_SIDE + 1]
     x = np.log2([r.lr for r in near]) - math.log2(choice.lr)
     found = _fit(x, [r.losses for r in near])
     if isinstance(found, Missing):
@@ -92,14 +92,14 @@ def _at_the_edge(choice: Choice, best: Rate, *, high: bool) -> Missing:
     if not rest:
         return Missing(reason, f"rates {way} {formatting.rate(best.lr)}")
     if choice.beyond:
-        return Missing(reason, unpruned(choice))
+        return Missing(reason, unpruned_rerun(choice))
     beyond = min(rest) if high else max(rest)
     return Missing(
         reason, f"rates between {formatting.rate(best.lr)} and {formatting.rate(beyond)}, where every seed trains"
     )
 
 
-def unpruned(choice: Choice) -> str:
+def unpruned_rerun(choice: Choice) -> str:
     """What settles where the best lies when the rates beyond it were pruned."""
     tried = ", ".join(formatting.rate(r.lr) for r in choice.beyond)
     return f"the rates that were pruned, {tried}, trained to their end: the same command with sweep.prune=false"
@@ -111,10 +111,10 @@ def _fit(x: np.ndarray, losses: Sequence[Sequence[float]]) -> Optimum | Missing:
     paired = len(seeds) == 1
     y = np.array(losses, dtype=np.float64) if paired else np.concatenate([np.asarray(row) for row in losses])[:, None]
     at = x if paired else np.repeat(x, [len(row) for row in losses])
-    X = np.vander(at, LEAST, increasing=True)  # [n, 3]: 1, x, x^2
+    X = np.vander(at, MIN_RATES, increasing=True)  # [n, 3]: 1, x, x^2
     each = np.linalg.pinv(X) @ y  # [3, S]
     a, b, c = each.mean(1)
-    if c <= FLAT:
+    if c <= MIN_CURVATURE:
         return Missing("the losses do not curve upwards around the best rate", "wider-spaced rates, or more seeds")
     lowest = -b / (2 * c)
     if not at.min() <= lowest <= at.max():
@@ -138,7 +138,7 @@ def _covariance(X: np.ndarray, y: np.ndarray, each: np.ndarray) -> tuple[np.ndar
     n, S = y.shape
     if S > 1:
         return np.cov(each) / S, float(S - 1)
-    df = n - LEAST
+    df = n - MIN_RATES
     if df == 0:
         return None, 0.0
     left = float(((y - X @ each) ** 2).sum()) / df
@@ -157,20 +157,20 @@ def contrast(optima: Sequence[Optimum], weights: Sequence[float]) -> Estimate | 
     total = sum(v for v, _ in parts)
     below = sum(v * v / df for v, df in parts if v > 0)
     df = total**2 / below if below > 0 else math.inf
-    mean = point(optima, weights)
+    mean = contrast_mean(optima, weights)
     return Estimate(mean, total, 0.0, 0.0, df, 0.0, 0.0, min(o.seeds for o in optima), None)
 
 
-def point(optima: Sequence[Optimum], weights: Sequence[float]) -> float:
+def contrast_mean(optima: Sequence[Optimum], weights: Sequence[float]) -> float:
     return float(sum(w * o.log2_rate for o, w in zip(optima, weights, strict=True)))
 
 
-def slope(x: Sequence[float]) -> list[float]:
+def slope_weights(x: Sequence[float]) -> list[float]:
     """Weights [n] that turn values at x into the slope of their least-squares line."""
     centred = np.asarray(x, dtype=np.float64) - np.mean(x)
     return [float(w) for w in centred / (centred @ centred)]
 
 
-def power(x: float) -> float:
+def power_of_two(x: float) -> float:
     """2**x without overflow: an interval of one degree of freedom can span more octaves than floats have."""
     return 0.0 if x < -1000 else math.inf if x > 1000 else float(2.0**x)

@@ -20,10 +20,10 @@ from lorabench.stats import estimates
 from lorabench.stats.estimates import Estimate, Pooled
 from lorabench.store.records import Record
 
-POOL_FROM = 3  # cells; two would gain no degree of freedom
+MIN_POOLED_CELLS = 3  # cells; two would gain no degree of freedom
 
 
-HOMOGENEOUS = (
+MIN_BARTLETT_P = (
     0.01  # Bartlett's p below which seed variances are not pooled; at .10 the check itself costs family-wise error
 )
 
@@ -58,7 +58,7 @@ class Result:
     @property
     def timed(self) -> Mapping[str, Any]:
         """What was measured of this cell alone, as far as that is what its runs do."""
-        return timed(self.cell.solo, self.runs)
+        return usable_timing(self.cell.solo, self.runs)
 
     @property
     def solo(self) -> bool:
@@ -88,7 +88,7 @@ class Result:
         )
 
 
-def timed(solo: Mapping[str, Any] | None, runs: Iterable[Record]) -> Mapping[str, Any]:
+def usable_timing(solo: Mapping[str, Any] | None, runs: Iterable[Record]) -> Mapping[str, Any]:
     """A cell's measurement alone; empty where its runs were served a frozen trunk's output and the measurement, by an older
     version, was not: it computed in every step what a run computes once."""
     solo = solo or {}
@@ -96,11 +96,11 @@ def timed(solo: Mapping[str, Any] | None, runs: Iterable[Record]) -> Mapping[str
     return {} if stale else solo
 
 
-def timed_cells(manifest: Mapping[str, Any], records: Mapping[str, Record]) -> set[str]:
+def cells_with_timing(manifest: Mapping[str, Any], records: Mapping[str, Record]) -> set[str]:
     """Cells that need not be measured alone again. records: of runs that ended well, by run_id."""
     cells = manifest["cells"]
     runs = {c["id"]: [records[i] for ids in c["runs"].values() for i in ids if i in records] for c in cells}
-    return {c["id"] for c in cells if timed(c.get("solo"), runs[c["id"]])}
+    return {c["id"] for c in cells if usable_timing(c.get("solo"), runs[c["id"]])}
 
 
 @dataclass(frozen=True)
@@ -112,7 +112,7 @@ class Results:
     seeds: tuple[int, ...]
 
 
-def results(sweep: Sweep) -> Results:
+def cell_results(sweep: Sweep) -> Results:
     found = {c.id: _result(sweep, c) for c in sweep.cells}
     pooled, seeds = _pool(list(found.values()))
     return Results({i: _with_test(r, pooled, seeds) for i, r in found.items()}, pooled, seeds)
@@ -120,13 +120,13 @@ def results(sweep: Sweep) -> Results:
 
 def _result(sweep: Sweep, cell: Cell) -> Result:
     choice = sweep.choices[cell.id]
-    confirm = sweep.ended(cell.confirm)
+    confirm = sweep.records_of(cell.confirm)
     lr = choice.lr if choice.rates else _untuned_rate(sweep, confirm)
     here = [r for r in confirm if r.config["optimizer"]["lr"] == lr]
     done = [r for r in here if r.status == "completed"]
     role = "confirm" if done else "tune"
     if not done:
-        done = [r for r in sweep.done(cell.tune) if r.config["optimizer"]["lr"] == lr]
+        done = [r for r in sweep.completed_records(cell.tune) if r.config["optimizer"]["lr"] == lr]
     chosen = _mean(done, f"val/{sweep.selection}")
     return Result(
         cell, sweep.names[cell.id], choice, lr, role, tuple(done), sum(r.status in ("failed", "diverged") for r in here),
@@ -153,20 +153,20 @@ def _mean(records: Sequence[Record], name: str) -> float | None:
     return fmean(values) if values else None
 
 
-def same_runs(a: Result, b: Result) -> bool:
+def has_same_runs(a: Result, b: Result) -> bool:
     """One cell under two names: two rules of alpha list the same runs where they meet."""
-    return _runs(a) == _runs(b)
+    return _run_ids(a) == _run_ids(b)
 
 
-def distinct(results: Sequence[Result]) -> list[Result]:
+def unique_results(results: Sequence[Result]) -> list[Result]:
     """The first of those that are the same runs."""
     found: dict[Any, Result] = {}
     for r in results:
-        found.setdefault(_runs(r), r)
+        found.setdefault(_run_ids(r), r)
     return list(found.values())
 
 
-def _runs(r: Result) -> Any:
+def _run_ids(r: Result) -> Any:
     return frozenset(x.run_id for x in r.runs) or r.id
 
 
@@ -179,20 +179,20 @@ def _with_test(r: Result, pooled: Pooled | None, seeds: tuple[int, ...]) -> Resu
 
 def _pool(results: Sequence[Result]) -> tuple[Pooled | None, tuple[int, ...]]:
     """Seed variance over the adapter cells that share the commonest set of seeds, if it looks the same in all of them."""
-    adapters = distinct([r for r in results if r.cell.adapter])
+    adapters = unique_results([r for r in results if r.cell.adapter])
     samples = [r.sample for r in adapters if r.sample is not None and len(r.sample.seeds) > 1]
     sets = [s.seeds for s in samples]
     if not sets:
         return None, ()
     seeds = max(sorted(set(sets)), key=sets.count)
     scores = [s.scores for s in samples if s.seeds == seeds]
-    if len(scores) < POOL_FROM:
+    if len(scores) < MIN_POOLED_CELLS:
         return None, seeds
     pooled = estimates.pool(np.stack(scores))
-    return (pooled if pooled.p >= HOMOGENEOUS else None), seeds
+    return (pooled if pooled.p >= MIN_BARTLETT_P else None), seeds
 
 
-def cells(every: Mapping[str, Result], patterns: Sequence[str]) -> dict[str, Result]:
+def select_cells(every: Mapping[str, Result], patterns: Sequence[str]) -> dict[str, Result]:
     """Those that a pattern matches. Raises `ConfigError` for a pattern that matches none."""
     for pattern in patterns:
         if not any(fnmatchcase(i, pattern) for i in every):

@@ -7,11 +7,11 @@ from typing import Any
 
 from lorabench.results.formatting import plural
 
-MANY = 0.05  # share of the training texts that are cut, from which on a reader should know
-OWN = ("file", "text")  # sources that are the user's: what shipped data leave out is known
+MIN_TRUNCATED_SHARE = 0.05  # share of the training texts that are cut, from which on a reader should know
+USER_SOURCES = ("file", "text")  # sources that are the user's: what shipped data leave out is known
 
 
-def left_out(notes: Any) -> list[str]:
+def data_caveats(notes: Any) -> list[str]:
     """One sentence each, without its full stop. notes: a record's `provenance.data_notes`, whatever that may be."""
     notes = notes if isinstance(notes, Mapping) else {}
     said = []
@@ -20,12 +20,12 @@ def left_out(notes: Any) -> list[str]:
     if twice := _count(notes, "duplicates_removed"):
         clash = _count(notes, "label_conflicts")
         parts.append(plural(twice, "duplicate") + (f" ({plural(clash, 'text')} with unlike labels)" if clash else ""))
-    if parts and notes.get("source") in OWN:
+    if parts and notes.get("source") in USER_SOURCES:
         said.append(f"of {plural(_count(notes, 'rows'), 'row')} of data {' and '.join(parts)} are left out")
     cut: Any = notes.get("truncation")
     cut = cut.get("train") if isinstance(cut, Mapping) else None
     share = cut.get("truncated_share") if isinstance(cut, Mapping) else None
-    if isinstance(share, float) and share >= MANY:
+    if isinstance(share, float) and share >= MIN_TRUNCATED_SHARE:
         said.append(
             f"{100 * share:.0f} % of the training texts are cut at task.max_length={cut.get('max_length')} tokens"
         )

@@ -9,11 +9,11 @@ from lorabench.config import alpha_rules
 from lorabench.config.method_names import display_name
 from lorabench.store.records import Record
 
-LABELLED = {"method.name", "method.r", "method.alpha", "method.target_modules", "method.use_rslora"}
+LABEL_FIELDS = {"method.name", "method.r", "method.alpha", "method.target_modules", "method.use_rslora"}
 TARGETS = {"full": "everything", "head": "head", "bitfit": "biases"}
 
 
-def derived(records: Mapping[str, Record]) -> dict[str, Any]:
+def derive_cells(records: Mapping[str, Record]) -> dict[str, Any]:
     """Cells from configs: one for each method, r, alpha, targets and value of any other field that differs."""
     axes, times = _axes([r.config for r in records.values()]), _multiples(records.values())
     cells: dict[str, dict[str, Any]] = {}
@@ -33,7 +33,7 @@ def derived(records: Mapping[str, Record]) -> dict[str, Any]:
 
 def _kind(config: Mapping[str, Any]) -> tuple[str, ...]:
     method = config["method"]
-    return tuple(plain(method.get(key)) for key in ("name", "target_modules", "use_rslora"))
+    return tuple(setting_text(method.get(key)) for key in ("name", "target_modules", "use_rslora"))
 
 
 def _multiples(records: Iterable[Record]) -> dict[tuple[str, ...], str]:
@@ -55,8 +55,8 @@ def _axes(configs: Sequence[Mapping[str, Any]]) -> list[str]:
     seen: dict[str, set[str]] = {}
     for config in configs:
         for key, value in flatten(config):
-            seen.setdefault(key, set()).add(plain(value))
-    apart = LABELLED | {"seed", "role", "optimizer.lr"}
+            seen.setdefault(key, set()).add(setting_text(value))
+    apart = LABEL_FIELDS | {"seed", "role", "optimizer.lr"}
     return sorted(key for key, values in seen.items() if len(values) > 1 and key not in apart)
 
 
@@ -73,19 +73,19 @@ def _label(config: Mapping[str, Any], axes: Sequence[str]) -> dict[str, Any]:
     name, target, alpha = str(method["name"]), method.get("target_modules"), method.get("alpha")
     use_rslora = bool(method.get("use_rslora"))
     shown = display_name(name, use_rslora=use_rslora)
-    rule = None if alpha is None else alpha_rules.rule_text(plain(alpha), use_rslora=use_rslora)
+    rule = None if alpha is None else alpha_rules.rule_text(setting_text(alpha), use_rslora=use_rslora)
     flat = dict(flatten(config))
     return {
         "method": shown, "r": method.get("r"), "alpha": alpha, "alpha_rule": rule,
-        "targets": plain(target) if target is not None else TARGETS.get(name, ""),
-        "extra": {key: plain(flat[key]) for key in axes if key in flat},
+        "targets": setting_text(target) if target is not None else TARGETS.get(name, ""),
+        "extra": {key: setting_text(flat[key]) for key in axes if key in flat},
     }  # fmt: skip
 
 
-def plain(value: Any) -> str:
+def setting_text(value: Any) -> str:
     """A setting as text: 16 for 16.0, a+b for a list."""
     if isinstance(value, (list, tuple)):
-        return "+".join(plain(v) for v in value)
+        return "+".join(setting_text(v) for v in value)
     if isinstance(value, float) and not isinstance(value, bool):
         return f"{value:g}"
     return "none" if value is None else str(value)

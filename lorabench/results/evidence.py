@@ -16,16 +16,16 @@ from lorabench.config import alpha_rules
 from lorabench.config.method_names import FULL, PLAIN_LORA, RSLORA
 from lorabench.results import best_rate, formatting, scores, units
 from lorabench.results.best_rate import Missing, Optimum
-from lorabench.results.cells import Result, Results, results, same_runs
+from lorabench.results.cells import Result, Results, cell_results, has_same_runs
 from lorabench.results.formatting import Metric, plural
 from lorabench.results.sweep import Cell, Sweep
-from lorabench.results.weights import Analysis, read
+from lorabench.results.weights import Analysis, read_analysis
 from lorabench.stats.estimates import Estimate
 
-MATCHED = 0.02  # share by which parameters may differ and still count as equal
+MAX_PARAMETER_GAP = 0.02  # share by which parameters may differ and still count as equal
 
 
-def apart(a: Result, b: Result) -> float:
+def parameter_gap(a: Result, b: Result) -> float:
     """0 where both train the same number of parameters, 1 where one trains none."""
     x, y = a.cell.trainable or 0, b.cell.trainable or 0
     return abs(x - y) / max(x, y, 1)
@@ -72,7 +72,7 @@ class Evidence:
 
     @cached_property
     def weights(self) -> Analysis | None:
-        return read(self.sweep.store.root)
+        return read_analysis(self.sweep.store.root)
 
     def lines(self, power: float) -> list[Line]:
         """LoRA's cells on which s * r^power is constant, the line of most ranks first, of equals the one that trained on most
@@ -101,7 +101,7 @@ class Evidence:
 
     def full(self, like: Cell) -> Result | None:
         """Full fine-tuning under the conditions of a cell."""
-        return next((r for r in self.cells if r.cell.method == FULL and alike(r.cell, like)), None)
+        return next((r for r in self.cells if r.cell.method == FULL and has_same_conditions(r.cell, like)), None)
 
     def located(self, cells: Sequence[Result]) -> list[Optimum] | Missing:
         """The best rates of all these cells. One that lies beyond its grid says how far rates move: it cannot be left out."""
@@ -115,7 +115,7 @@ class Evidence:
 
     def difference(self, a: Result, b: Result) -> Estimate | Missing:
         """a − b in the primary metric on test; pooled seed variance for adapter against adapter, as in the report."""
-        lacking = _untested((a, b)) or _apart(a, b)
+        lacking = _missing_test((a, b)) or _other_test_sets(a, b)
         made = None if a.sample is None or b.sample is None else scores.difference(a.sample, b.sample)
         if lacking or made is None:
             return lacking or Missing(
@@ -124,27 +124,27 @@ class Evidence:
         pooled = self.measured.pooled
         shared = pooled and a.cell.adapter and b.cell.adapter and made.seeds == self.measured.seeds
         e = made.estimate((pooled.difference, pooled.df) if pooled and shared else None)
-        if e.allows_verdict and e.variance == 0 and not same_runs(a, b):
+        if e.allows_verdict and e.variance == 0 and not has_same_runs(a, b):
             return Missing(
                 f"{a.name} minus {b.name} is the same for every seed and every test example known",
                 "results of single test examples, or more of them",
             )
-        return e if e.allows_verdict else few(e.seeds)
+        return e if e.allows_verdict else too_few_seeds(e.seeds)
 
 
-def _apart(a: Result, b: Result) -> Missing | None:
-    if a.sample and b.sample and scores.others(a.sample, b.sample):
+def _other_test_sets(a: Result, b: Result) -> Missing | None:
+    if a.sample and b.sample and scores.has_other_examples(a.sample, b.sample):
         return Missing(f"{a.name} and {b.name} were tested on different examples", "one test set for both")
     return None
 
 
-def few(seeds: int) -> Missing:
+def too_few_seeds(seeds: int) -> Missing:
     return Missing(
         f"{plural(seeds, 'confirmation seed')} in common, a verdict takes three", "three or more confirmation seeds"
     )
 
 
-def _untested(cells: Sequence[Result]) -> Missing | None:
+def _missing_test(cells: Sequence[Result]) -> Missing | None:
     for r in cells:
         if r.lost:
             said = f"{plural(r.lost, 'confirmation run')} of {r.name} did not survive"
@@ -155,8 +155,8 @@ def _untested(cells: Sequence[Result]) -> Missing | None:
 
 
 def gather(sweep: Sweep) -> Evidence:
-    measured = results(sweep)
-    metric = units.primary(sweep, (r.val for r in measured.by_cell.values()))
+    measured = cell_results(sweep)
+    metric = units.primary_metric(sweep, (r.val for r in measured.by_cell.values()))
     return Evidence(sweep, measured, metric)
 
 
@@ -167,21 +167,23 @@ def scale(cell: Cell) -> float | None:
     return alpha_rules.scaling(cell.alpha, cell.r, use_rslora=cell.method == RSLORA)
 
 
-def alike(a: Cell, b: Cell) -> bool:
+def has_same_conditions(a: Cell, b: Cell) -> bool:
     """Of one value on every axis that both have, beside method, rank, alpha and targets."""
     left, right = dict(a.extra), dict(b.extra)
     return all(left[k] == right[k] for k in left.keys() & right.keys())
 
 
-def untuned(cells: Sequence[Result]) -> Missing | None:
+def missing_tuning(cells: Sequence[Result]) -> Missing | None:
     """A comparison of tuned cells takes cells that are tuned: several rates, and the best of them not at an end."""
     for r in cells:
-        if len(r.choice.rates) < best_rate.LEAST:
+        if len(r.choice.rates) < best_rate.MIN_RATES:
             said = f"{r.name} was tried at {plural(len(r.choice.rates), 'learning rate')}, so it is not tuned"
             return Missing(said, f"{r.name} at three or more rates")
         if r.choice.edge:
             way = "above" if r.choice.side == "high" else "below"
             said = f"the best rate of {r.name}, {formatting.rate(r.choice.lr)}, is at an end of its grid"
-            widen = best_rate.unpruned(r.choice) if r.choice.beyond else f"rates {way} {formatting.rate(r.choice.lr)}"
+            widen = (
+                best_rate.unpruned_rerun(r.choice) if r.choice.beyond else f"rates {way} {formatting.rate(r.choice.lr)}"
+            )
             return Missing(said, f"{r.name} at {widen}")
     return None

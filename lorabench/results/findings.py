@@ -12,8 +12,8 @@ from statistics import fmean
 
 from lorabench.config.method_names import FULL, HEAD_ONLY
 from lorabench.results import formatting, scores, units
-from lorabench.results.cells import Result, Results, same_runs
-from lorabench.results.cells import results as measure_cells
+from lorabench.results.cells import Result, Results, has_same_runs
+from lorabench.results.cells import cell_results as measure_cells
 from lorabench.results.formatting import Metric
 from lorabench.results.sweep import Cell, Sweep
 from lorabench.stats import estimates
@@ -84,21 +84,21 @@ class Findings:
     @property
     def alone(self) -> bool:
         """One cell has a test result and no other does."""
-        return _alone(self.results)
+        return _is_only_one_tested(self.results)
 
 
 def find(sweep: Sweep) -> Findings:
     measured = measure_cells(sweep)
     results, pooled = measured.by_cell, measured.pooled
-    metric = units.primary(sweep, (r.val for r in results.values()))
+    metric = units.primary_metric(sweep, (r.val for r in results.values()))
     compare = _comparer(measured, sweep)
     reference = _reference(sweep, results)
-    versus = _versus(compare, reference, list(results), sweep.study.get("family")) if reference else {}
+    versus = _against_reference(compare, reference, list(results), sweep.study.get("family")) if reference else {}
     best = _best([r for r in results.values() if r.cell.adapter])
     controls = {}
     for method in (HEAD_ONLY, FULL):
         other = _control(results, method, best)
-        if best and other and (found := _declared(versus, reference, best, other) or compare(best, other)):
+        if best and other and (found := _pair_in_family(versus, reference, best, other) or compare(best, other)):
             controls[method] = found
     recommendation = _recommend(results, compare, reference, sweep) if reference else None
     return Findings(
@@ -111,7 +111,7 @@ def _comparer(measured: Results, sweep: Sweep) -> Compare:
 
     def compare(cell: str, other: str) -> Comparison | None:
         a, b = results[cell], results[other]
-        if a.sample is None or b.sample is None or same_runs(a, b):
+        if a.sample is None or b.sample is None or has_same_runs(a, b):
             return None
         made = scores.difference(a.sample, b.sample)
         if made is None:
@@ -119,7 +119,7 @@ def _comparer(measured: Results, sweep: Sweep) -> Compare:
         # Methods may differ in their seed noise, so the pooled variance serves adapter against adapter only.
         shared = pooled and a.cell.adapter and b.cell.adapter and made.seeds == measured.seeds
         e = made.estimate((pooled.difference, pooled.df) if pooled and shared else None)
-        blocked = _blocked(a, b, e)
+        blocked = _why_no_verdict(a, b, e)
         p = e.p_value()
         way: Direction = "not resolved"
         size: Size = "not resolved"
@@ -133,19 +133,19 @@ def _comparer(measured: Results, sweep: Sweep) -> Compare:
     return compare
 
 
-def _blocked(a: Result, b: Result, e: Estimate) -> str | None:
+def _why_no_verdict(a: Result, b: Result, e: Estimate) -> str | None:
     for r in (a, b):
         if r.lost:
             return f"{formatting.plural(r.lost, 'confirmation run')} of {r.name} did not survive"
     if not e.allows_verdict:
         return f"{formatting.plural(e.seeds, 'seed')} in common, a verdict takes three"
-    return SILENT if e.variance == 0 else None
+    return NO_SPREAD if e.variance == 0 else None
 
 
-SILENT = "the difference is the same for every seed and every test example known, so nothing says how sure it is"
+NO_SPREAD = "the difference is the same for every seed and every test example known, so nothing says how sure it is"
 
 
-def _versus(
+def _against_reference(
     compare: Compare, reference: str, cells: Sequence[str], declared: Sequence[str] | None
 ) -> dict[str, Comparison]:
     """Every cell against the one reference; directions in the family by Holm's adjusted p, the others exploratory."""
@@ -159,7 +159,9 @@ def _versus(
     return found | family
 
 
-def _declared(versus: Mapping[str, Comparison], reference: str | None, cell: str, other: str) -> Comparison | None:
+def _pair_in_family(
+    versus: Mapping[str, Comparison], reference: str | None, cell: str, other: str
+) -> Comparison | None:
     """A pair as the family has it, whichever of the two is the reference; None for any other pair."""
     if other == reference:
         return versus.get(cell)
@@ -191,15 +193,15 @@ def _best(results: Sequence[Result]) -> str | None:
 def _control(results: Mapping[str, Result], method: str, best: str | None) -> str | None:
     """The cell of a method without adapters, under the conditions of the best adapter."""
     found = [r for r in results.values() if r.cell.method == method and r.runs]
-    return _best([r for r in found if best and _same(r.cell.conditions, results[best].cell.conditions)])
+    return _best([r for r in found if best and _has_same_conditions(r.cell.conditions, results[best].cell.conditions)])
 
 
-def _alone(results: Mapping[str, Result]) -> bool:
+def _is_only_one_tested(results: Mapping[str, Result]) -> bool:
     return sum(r.test is not None for r in results.values()) == 1
 
 
 def _recommend(results: Mapping[str, Result], compare: Compare, reference: str, sweep: Sweep) -> Recommendation | None:
-    if results[reference].test is None or _alone(results):  # nothing to choose from
+    if results[reference].test is None or _is_only_one_tested(results):  # nothing to choose from
         return None
     passed: list[str] = []
     skipped: list[str] = []
@@ -214,7 +216,7 @@ def _recommend(results: Mapping[str, Result], compare: Compare, reference: str, 
             continue
         found = compare(cell.id, reference)
         if found is None:
-            skipped += [] if same_runs(results[cell.id], results[reference]) else [cell.id]
+            skipped += [] if has_same_runs(results[cell.id], results[reference]) else [cell.id]
             continue
         if found.blocked or not estimates.non_inferior(
             found.estimate, sweep.margin, lower_is_better=sweep.lower_is_better
@@ -233,13 +235,13 @@ def ladder(cells: Sequence[Cell], reference: Cell) -> list[Cell]:
     series = [c for c in cells if c.adapter and c.series == reference.series and (c.r or 0) <= (reference.r or 0)]
     if len({c.r for c in series}) > 1:
         return sorted(series, key=lambda c: (-(c.r or 0), c.id))
-    every = [c for c in cells if c.adapter and _same(c.conditions, reference.conditions)]
+    every = [c for c in cells if c.adapter and _has_same_conditions(c.conditions, reference.conditions)]
     if reference.adapter:  # what is no smaller than the reference is not on the way down
-        every = [c for c in every if c.id == reference.id or _smaller(c, reference)]
+        every = [c for c in every if c.id == reference.id or _is_smaller(c, reference)]
     return sorted(every, key=lambda c: (-(c.trainable or 0), -(c.r or 0), c.id != reference.id, c.id))
 
 
-def _smaller(cell: Cell, reference: Cell) -> bool:
+def _is_smaller(cell: Cell, reference: Cell) -> bool:
     """By parameters; where a source does not say them (results of other tools) by rank, on the same layers."""
     if cell.trainable and reference.trainable:
         return cell.trainable < reference.trainable
@@ -247,12 +249,12 @@ def _smaller(cell: Cell, reference: Cell) -> bool:
     return alike and (cell.r or 0) < (reference.r or 0)
 
 
-def _same(a: Mapping[str, str], b: Mapping[str, str]) -> bool:
+def _has_same_conditions(a: Mapping[str, str], b: Mapping[str, str]) -> bool:
     """Of one value wherever both have one."""
     return all(a[k] == b[k] for k in a.keys() & b.keys())
 
 
-def nothing(f: Findings) -> tuple[str, float] | None:
+def majority_baseline(f: Findings) -> tuple[str, float] | None:
     """The commonest label and its share, where no cell's accuracy is above what always answering it would give.
 
     Of the test examples in a confirmed sweep, else of those validated on; None for other metrics and where records do not

@@ -133,7 +133,7 @@ def memory(n: float | None) -> str:
     return f"{n / 2**20:,.0f} MiB" if n < 2**30 else f"{n / 2**30:,.1f} GiB"
 
 
-def natural(text: str) -> tuple[float, str]:
+def natural_key(text: str) -> tuple[float, str]:
     """A key to sort by: numbers by size, then words."""
     try:
         return float(text.replace(",", "")), text

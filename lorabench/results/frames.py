@@ -100,5 +100,5 @@ def _of_cell(r: Result) -> dict[str, Any]:
 
 def _listed(f: Findings) -> Iterable[tuple[Result, Record]]:
     for r in f.results.values():
-        for x in f.sweep.ended((*r.cell.tune, *r.cell.confirm)):
+        for x in f.sweep.records_of((*r.cell.tune, *r.cell.confirm)):
             yield r, x

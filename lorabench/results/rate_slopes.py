@@ -18,8 +18,8 @@ from lorabench.results.evidence import Evidence, Line
 from lorabench.results.weights import width
 from lorabench.stats.estimates import Estimate
 
-WIDE = 8  # "width much larger than r": r up to a width / 8
-LEAST = 3  # ranks: a slope through two says nothing of whether a line fits
+MIN_WIDTH_PER_RANK = 8  # "width much larger than r": r up to a width / 8
+MIN_RANKS = 3  # ranks: a slope through two says nothing of whether a line fits
 
 
 @dataclass(frozen=True)
@@ -60,13 +60,13 @@ def slopes(e: Evidence) -> list[Slope]:
     """Of every rule the line of most ranks, where that has three."""
     side = width(e.sweep, e.weights)
     lines = [(rule, next(iter(e.lines(rule.power)), None)) for rule in RULES]
-    return [_slope(e, rule, line, side) for rule, line in lines if line is not None and len(line.cells) >= LEAST]
+    return [_slope(e, rule, line, side) for rule, line in lines if line is not None and len(line.cells) >= MIN_RANKS]
 
 
 def _slope(e: Evidence, rule: Rule, line: Line, side: int | None) -> Slope:
-    small = narrow(line, side)
+    small = narrow_line(line, side)
     optima = tuple(e.optima[r.id] for r in line.cells)
-    if len(small.cells) < LEAST:
+    if len(small.cells) < MIN_RANKS:
         few = Missing(f"{len(small.cells)} of its ranks lie far below the width, {side}", "smaller ranks")
         return Slope(rule, line, optima, small, None, None, few)
     found = e.located(small.cells)
@@ -75,15 +75,17 @@ def _slope(e: Evidence, rule: Rule, line: Line, side: int | None) -> Slope:
     return Slope(rule, line, optima, small, *fit(found, small.ranks), None)
 
 
-def narrow(line: Line, side: int | None) -> Line:
+def narrow_line(line: Line, side: int | None) -> Line:
     """The line's cells of r far below the width; all where the width is not known."""
-    return replace(line, cells=tuple(r for r in line.cells if side is None or (r.cell.r or 0) * WIDE <= side))
+    return replace(
+        line, cells=tuple(r for r in line.cells if side is None or (r.cell.r or 0) * MIN_WIDTH_PER_RANK <= side)
+    )
 
 
 def fit(found: Sequence[Optimum], ranks: Sequence[int]) -> tuple[float, Estimate | None]:
     """Least-squares slope of log best rate on log r, and with its variance where every rate's is known."""
-    weights = best_rate.slope([math.log2(n) for n in ranks])
-    return best_rate.point(found, weights), best_rate.contrast(found, weights)
+    weights = best_rate.slope_weights([math.log2(n) for n in ranks])
+    return best_rate.contrast_mean(found, weights), best_rate.contrast(found, weights)
 
 
 def anchors(made: Sequence[Slope]) -> list[tuple[int, float]]:

@@ -11,7 +11,7 @@ from lorabench.stats import estimates
 from lorabench.stats.estimates import Estimate, Statistic
 from lorabench.store.records import Record, Store
 
-DRAWS = 1000
+BOOTSTRAP_DRAWS = 1000
 Arrays = Mapping[str, np.ndarray]
 
 
@@ -52,7 +52,7 @@ class Sample:
         return estimates.mean_over_seeds(self.scores, pooled=pooled)
 
 
-def others(a: Sample, b: Sample) -> bool:
+def has_other_examples(a: Sample, b: Sample) -> bool:
     """Whether the two are known to have met other examples: their difference is one of test sets, too."""
     return a.examples is not None and b.examples is not None and not np.array_equal(a.examples, b.examples)
 
@@ -61,7 +61,7 @@ def difference(a: Sample, b: Sample) -> Sample | None:
     """a − b over the seeds both have; None without a common seed, and where they met other examples. Per example where both
     sides know theirs."""
     common = sorted(set(a.seeds) & set(b.seeds))
-    if not common or others(a, b):
+    if not common or has_other_examples(a, b):
         return None
     a, b = a.at(common), b.at(common)
     same = a.examples is not None and b.examples is not None
@@ -82,19 +82,19 @@ def sample(records: Sequence[Record], store: Store, metric: str) -> Sample | Non
         return None
     seeds = tuple(sorted(runs))
     scores = np.array([runs[s].metrics[f"test/{metric}"] for s in seeds], dtype=np.float64)
-    arrays = _aligned([store.arrays(runs[s].run_id, "test") for s in seeds])
+    arrays = _align([store.arrays(runs[s].run_id, "test") for s in seeds])
     if arrays is None:
         return Sample(seeds, scores)
     examples, groups = arrays[0]["example"], next((a["group"] for a in arrays if "group" in a), None)
-    if metric in PER_EXAMPLE:
-        table = PER_EXAMPLE[metric](arrays)
+    if metric in EXAMPLE_MEANS:
+        table = EXAMPLE_MEANS[metric](arrays)
         if table is not None and _agrees(table.mean(1), scores):
             return Sample(seeds, scores, table=table, examples=examples, groups=groups)
-    if metric in WHOLE and WHOLE_NEEDS[metric] <= set(arrays[0]):
-        statistic = WHOLE[metric](arrays)
+    if metric in TEST_SET_STATISTICS and STATISTIC_COLUMNS[metric] <= set(arrays[0]):
+        statistic = TEST_SET_STATISTICS[metric](arrays)
         if _agrees(statistic(np.ones((1, len(examples))))[0], scores):
             # One fixed stream for all cells: they meet the same resamples of the same examples.
-            draws = estimates.resample(statistic, len(examples), DRAWS, np.random.default_rng(0), groups)
+            draws = estimates.resample(statistic, len(examples), BOOTSTRAP_DRAWS, np.random.default_rng(0), groups)
             return Sample(seeds, scores, draws=draws, examples=examples, groups=groups)
     return Sample(seeds, scores)
 
@@ -104,7 +104,7 @@ def _agrees(found: np.ndarray, recorded: np.ndarray) -> bool:
     return bool(np.allclose(found, recorded, rtol=1e-3, atol=1e-4))
 
 
-def _aligned(found: Sequence[dict[str, np.ndarray] | None]) -> list[dict[str, np.ndarray]] | None:
+def _align(found: Sequence[dict[str, np.ndarray] | None]) -> list[dict[str, np.ndarray]] | None:
     """Every seed's arrays in the order of the example ids; None where some are missing or the examples differ."""
     arrays = []
     for a in found:
@@ -143,7 +143,7 @@ def _stack(arrays: Sequence[Arrays], name: str) -> np.ndarray:
     return np.stack([a[name].astype(np.float64) for a in arrays])
 
 
-PER_EXAMPLE: dict[str, Callable[[Sequence[Arrays]], np.ndarray | None]] = {
+EXAMPLE_MEANS: dict[str, Callable[[Sequence[Arrays]], np.ndarray | None]] = {
     "accuracy": _correct, "loss": _loss, "token_accuracy": _token_accuracy,
 }  # fmt: skip
 
@@ -157,7 +157,7 @@ def _perplexity(arrays: Sequence[Arrays]) -> Statistic:
     return lambda counts: np.exp((counts @ losses.T) / (counts @ weight)[:, None])
 
 
-def _of_confusion(score: Callable[[np.ndarray], float]) -> Callable[[Sequence[Arrays]], Statistic]:
+def _confusion_statistic(score: Callable[[np.ndarray], float]) -> Callable[[Sequence[Arrays]], Statistic]:
     """A statistic from a function of an [L, L] confusion table (rows are labels)."""
 
     def make(arrays: Sequence[Arrays]) -> Statistic:
@@ -186,7 +186,11 @@ def mcc(table: np.ndarray) -> float:
     return float((np.trace(table) * n - said @ true) / np.sqrt(below)) if below > 0 else 0.0
 
 
-WHOLE: dict[str, Callable[[Sequence[Arrays]], Statistic]] = {
-    "perplexity": _perplexity, "macro_f1": _of_confusion(macro_f1), "mcc": _of_confusion(mcc),
+TEST_SET_STATISTICS: dict[str, Callable[[Sequence[Arrays]], Statistic]] = {
+    "perplexity": _perplexity, "macro_f1": _confusion_statistic(macro_f1), "mcc": _confusion_statistic(mcc),
 }  # fmt: skip
-WHOLE_NEEDS = {"perplexity": {"loss", "weight"}, "macro_f1": {"label", "prediction"}, "mcc": {"label", "prediction"}}
+STATISTIC_COLUMNS = {
+    "perplexity": {"loss", "weight"},
+    "macro_f1": {"label", "prediction"},
+    "mcc": {"label", "prediction"},
+}

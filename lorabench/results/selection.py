@@ -88,7 +88,7 @@ class Choice:
         return {r.lr: r.failures for r in self.rates if r.failures}
 
 
-def selection(manifest: Mapping[str, Any]) -> str:
+def selection_metric(manifest: Mapping[str, Any]) -> str:
     """The validation metric that the study declares to choose rates by."""
     return str((manifest.get("study") or {}).get("selection") or "loss")
 
@@ -100,7 +100,7 @@ def lower_is_better(manifest: Mapping[str, Any], metric: str) -> bool:
 
 def choose(manifest: Mapping[str, Any], records: Mapping[str, Record]) -> dict[str, Choice]:
     """For every cell of the manifest its chosen rate. records: by run_id; runs without one count as not ended."""
-    listed, metric = manifest.get("runs", {}), selection(manifest)
+    listed, metric = manifest.get("runs", {}), selection_metric(manifest)
     sign = 1 if metric == "loss" or lower_is_better(manifest, metric) else -1
     return {
         c["id"]: _choose(c["runs"].get("tune", ()), listed, records, metric, sign) for c in manifest.get("cells", ())
@@ -113,7 +113,9 @@ def _choose(
     by_rate: dict[float, list[tuple[int, str]]] = {}
     for run_id in run_ids:
         record = records.get(run_id)
-        found = (record.config["optimizer"]["lr"], record.config["seed"]) if record else _listed(listed.get(run_id))
+        found = (
+            (record.config["optimizer"]["lr"], record.config["seed"]) if record else _rate_and_seed(listed.get(run_id))
+        )
         if found is not None:
             by_rate.setdefault(float(found[0]), []).append((int(found[1]), run_id))
     rates = tuple(_rate(lr, [records.get(i) for _, i in sorted(by_rate[lr])], metric) for lr in sorted(by_rate))
@@ -124,7 +126,7 @@ def _choose(
     return Choice(best.lr, rates, _side(best, rates))
 
 
-def _listed(entry: Mapping[str, Any] | None) -> tuple[float, int] | None:
+def _rate_and_seed(entry: Mapping[str, Any] | None) -> tuple[float, int] | None:
     """Rate and seed of a run that has no record yet, from the manifest."""
     return (entry["lr"], entry["seed"]) if entry else None
 

@@ -11,12 +11,12 @@ from typing import Any
 from lorabench.config import alpha_rules
 from lorabench.config.errors import ConfigError
 from lorabench.config.method_names import ORDER, in_words
-from lorabench.results.derived import derived, plain
-from lorabench.results.formatting import natural
-from lorabench.results.selection import Choice, choose, lower_is_better, selection
+from lorabench.results.derived import derive_cells, setting_text
+from lorabench.results.formatting import natural_key
+from lorabench.results.selection import Choice, choose, lower_is_better, selection_metric
 from lorabench.store.records import Record, Store
 
-MARGIN = 0.02  # of a sweep that declares none
+DEFAULT_MARGIN = 0.02  # of a sweep that declares none
 
 
 @dataclass(frozen=True)
@@ -53,7 +53,7 @@ class Cell:
 
 
 @dataclass(frozen=True)
-class Other:
+class OtherMetric:
     """A metric of the records that the report is to be about instead of the declared one."""
 
     name: str
@@ -70,7 +70,7 @@ class Sweep:
     records: Mapping[str, Record]
     store: Store
     post_hoc: float | None = None  # a margin that was asked for after the sweep ran
-    other: Other | None = None  # and a metric
+    other: OtherMetric | None = None  # and a metric
 
     @cached_property
     def choices(self) -> dict[str, Choice]:
@@ -92,12 +92,12 @@ class Sweep:
 
     @property
     def margin(self) -> float:
-        return self.post_hoc or self.declared_margin or MARGIN
+        return self.post_hoc or self.declared_margin or DEFAULT_MARGIN
 
     @property
     def selection(self) -> str:
         """The validation metric that chooses rates."""
-        return selection(self.manifest)
+        return selection_metric(self.manifest)
 
     def worse(self, score: float) -> float:
         """A validation score of the selection metric, so that the least is the best."""
@@ -107,7 +107,7 @@ class Sweep:
     @property
     def confirmed(self) -> bool:
         """Whether any confirmation run has ended well: only then is there a test result."""
-        return any(self.done(c.confirm) for c in self.cells)
+        return any(self.completed_records(c.confirm) for c in self.cells)
 
     @property
     def outside(self) -> list[Record]:
@@ -120,13 +120,13 @@ class Sweep:
         """Runs that cells list, each once."""
         return sorted({i for c in self.cells for i in (*c.tune, *c.confirm)})
 
-    def ended(self, run_ids: Sequence[str]) -> list[Record]:
+    def records_of(self, run_ids: Sequence[str]) -> list[Record]:
         """Their records, by seed, then run_id."""
         found = [self.records[i] for i in run_ids if i in self.records]
         return sorted(found, key=lambda r: (r.config["seed"], r.run_id))
 
-    def done(self, run_ids: Sequence[str]) -> list[Record]:
-        return [r for r in self.ended(run_ids) if r.status == "completed"]
+    def completed_records(self, run_ids: Sequence[str]) -> list[Record]:
+        return [r for r in self.records_of(run_ids) if r.status == "completed"]
 
     @cached_property
     def metric(self) -> str:
@@ -154,7 +154,7 @@ class Sweep:
         return bool(said[0]) if said else lower_is_better(self.manifest, self.metric)
 
 
-def load(sweep_dir: str | Path, *, margin: float | None = None, metric: Other | None = None) -> Sweep:
+def load(sweep_dir: str | Path, *, margin: float | None = None, metric: OtherMetric | None = None) -> Sweep:
     """Read a sweep directory. margin, metric: others than the declared ones, post hoc. Raises `ConfigError` where there is no
     sweep, where no run of it has finished, for a margin that is not above 0, and for a metric that no test result has."""
     if margin is not None and not 0 < margin < float("inf"):
@@ -172,21 +172,21 @@ def load(sweep_dir: str | Path, *, margin: float | None = None, metric: Other | 
         )
     if not any(r.status == "completed" for r in records.values()):
         planned = len(manifest.get("runs", {}))
-        state = ", ".join(f"{n} {s}" for s, n in _statuses(records.values())) or "none has ended"
+        state = ", ".join(f"{n} {s}" for s, n in _status_counts(records.values())) or "none has ended"
         raise ConfigError(
             "sweep dir", str(sweep_dir), f"a sweep with finished runs; of {planned or len(records)} runs: {state}"
         )
     if not manifest.get("cells"):
-        manifest = {**manifest, **derived(records)}
-    cells = sorted((_cell(c, records) for c in manifest["cells"]), key=_order)
+        manifest = {**manifest, **derive_cells(records)}
+    cells = sorted((_cell(c, records) for c in manifest["cells"]), key=_table_order)
     name = str(manifest.get("name") or root.resolve().name)
     sweep = Sweep(name, manifest, tuple(cells), records, store)
     if metric is not None and metric.name != sweep.primary:
-        return _about(sweep, metric, margin)
+        return _by_metric(sweep, metric, margin)
     return sweep if margin in (None, sweep.declared_margin) else replace(sweep, post_hoc=margin)
 
 
-def _about(sweep: Sweep, metric: Other, margin: float | None) -> Sweep:
+def _by_metric(sweep: Sweep, metric: OtherMetric, margin: float | None) -> Sweep:
     """The sweep by another metric, which takes a margin of its own."""
     known = sorted(
         {k.removeprefix("test/") for r in sweep.records.values() for k in r.metrics if k.startswith("test/")}
@@ -198,7 +198,7 @@ def _about(sweep: Sweep, metric: Other, margin: float | None) -> Sweep:
     return replace(sweep, post_hoc=margin, other=metric)
 
 
-def _statuses(records: Any) -> list[tuple[str, int]]:
+def _status_counts(records: Any) -> list[tuple[str, int]]:
     statuses = [r.status for r in records]
     return [(s, statuses.count(s)) for s in sorted(set(statuses))]
 
@@ -208,17 +208,17 @@ def _cell(entry: Mapping[str, Any], records: Mapping[str, Record]) -> Cell:
     tune, confirm = tuple(runs.get("tune", ())), tuple(runs.get("confirm", ()))
     counted = [records[i].resources.get("trainable_parameters") for i in (*tune, *confirm) if i in records]
     trainable = next((int(n) for n in counted if n is not None), label.get("trainable"))
-    extra = tuple(sorted((str(k), plain(v)) for k, v in (label.get("extra") or {}).items()))
+    extra = tuple(sorted((str(k), setting_text(v)) for k, v in (label.get("extra") or {}).items()))
     return Cell(
         entry["id"], str(label["method"]), label.get("r"), label.get("alpha"), label.get("alpha_rule"),
         str(label.get("targets") or ""), extra, trainable, tune, confirm, entry.get("solo") or {},
     )  # fmt: skip
 
 
-def _order(cell: Cell) -> tuple[Any, ...]:
+def _table_order(cell: Cell) -> tuple[Any, ...]:
     """Adapters first, by series and rank; then what else trains, from little to much."""
     known = ORDER.index(cell.method) if cell.method in ORDER else len(ORDER)
-    extra = tuple((k, natural(v)) for k, v in cell.extra)  # 500 before 2500
+    extra = tuple((k, natural_key(v)) for k, v in cell.extra)  # 500 before 2500
     series = (known, cell.method, str(cell.alpha_rule), cell.targets, extra) if cell.adapter else ()
     return (not cell.adapter, series, cell.r or 0, cell.trainable or 0, known, extra, cell.id)
 
@@ -238,12 +238,12 @@ def _names(cells: Sequence[Cell]) -> dict[str, str]:
     for c in cells:
         name = f"{c.method} r = {c.r}" if c.adapter else in_words(c.method)
         if c.adapter and targets:
-            name += f" on {short(c.targets)}"
+            name += f" on {shorten(c.targets)}"
         apart = [f"α = {alpha_rules.rounded(c.alpha_rule)}"] if c.adapter and c.method in ruled else []
-        apart += [f"{k.split('.')[-1]} {short(v)}" for k, v in c.extra if k in varied]
+        apart += [f"{k.split('.')[-1]} {shorten(v)}" for k, v in c.extra if k in varied]
         names[c.id] = f"{name} ({', '.join(apart)})" if apart else name
     return names
 
 
-def short(text: str, most: int = 32) -> str:
+def shorten(text: str, most: int = 32) -> str:
     return text if len(text) <= most else text[: most - 1] + "…"

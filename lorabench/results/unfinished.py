@@ -9,28 +9,28 @@ from lorabench.results.findings import Findings
 from lorabench.results.formatting import plural
 from lorabench.results.sweep import Sweep
 
-MOST = 4  # cells named one by one
+MAX_NAMED_CELLS = 4  # cells named one by one
 
 
-def tuning(sweep: Sweep) -> tuple[int, int]:
+def tuning_progress(sweep: Sweep) -> tuple[int, int]:
     """Tuning runs that have ended, and those that are planned."""
     planned = {i for c in sweep.cells for i in c.tune}
     return len(planned & sweep.records.keys()), len(planned)
 
 
-def untouched(f: Findings) -> list[Result]:
+def cells_without_runs(f: Findings) -> list[Result]:
     """Cells of which no run has ended."""
-    return [r for r in f.results.values() if not f.sweep.ended((*r.cell.tune, *r.cell.confirm))]
+    return [r for r in f.results.values() if not f.sweep.records_of((*r.cell.tune, *r.cell.confirm))]
 
 
-def names(cells: list[Result]) -> str:
+def name_list(cells: list[Result]) -> str:
     """`A, B, C, D and 5 more`."""
     said = [r.name for r in cells]
-    rest = f" and {len(said) - MOST} more" if len(said) > MOST + 1 else ""
-    return ", ".join(said[:MOST] if rest else said) + rest
+    rest = f" and {len(said) - MAX_NAMED_CELLS} more" if len(said) > MAX_NAMED_CELLS + 1 else ""
+    return ", ".join(said[:MAX_NAMED_CELLS] if rest else said) + rest
 
 
-def missing(f: Findings) -> str:
+def missing_runs(f: Findings) -> str:
     """Which runs, by phase and cell; empty where all have ended."""
     said = []
     for role, what in (("tune", "tuning run"), ("confirm", "confirmation run")):
@@ -38,15 +38,17 @@ def missing(f: Findings) -> str:
         runs = {i for ids in cells.values() for i in ids}
         if runs:
             few = [r for r in f.results.values() if cells[r.id]]
-            of = f"{len(few)} of {plural(len(f.results), 'cell')}" if len(few) > MOST + 1 else names(few)
+            of = f"{len(few)} of {plural(len(f.results), 'cell')}" if len(few) > MAX_NAMED_CELLS + 1 else name_list(few)
             said.append(f"{plural(len(runs), what)} ({of})")
     return " and ".join(said)
 
 
-GO_ON = "the command that began it, overrides included, goes on where it stopped; what has ended is not trained again"
+HOW_TO_CONTINUE = (
+    "the command that began it, overrides included, goes on where it stopped; what has ended is not trained again"
+)
 
 
-def command(sweep: Sweep) -> str | None:
+def continue_command(sweep: Sweep) -> str | None:
     """That command. Of an older manifest, which does not know overrides, without them; None where it does not know the
     experiment either.
 

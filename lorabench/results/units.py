@@ -20,11 +20,11 @@ def unit(sweep: Sweep, metric: str) -> str:
     declared = sweep.manifest.get("units")
     if declared is not None:
         return str(declared.get(metric, ""))
-    found = {of_task(r.config.get("task", {})).get(metric, "") for r in sweep.records.values()}
+    found = {task_units(r.config.get("task", {})).get(metric, "") for r in sweep.records.values()}
     return found.pop() if len(found) == 1 else ""
 
 
-def primary(sweep: Sweep, values: Iterable[float | None]) -> Metric:
+def primary_metric(sweep: Sweep, values: Iterable[float | None]) -> Metric:
     """The way to show the primary metric. values: those to be shown."""
     largest = max((abs(x) for x in values if x is not None), default=None)
     name, lower = sweep.metric, sweep.lower_is_better
@@ -36,7 +36,7 @@ def loss_axis(sweep: Sweep, split: str) -> str:
     return formatting.in_unit(f"{split} loss", unit(sweep, "loss"))
 
 
-def of_task(task: Mapping[str, Any] | None) -> Mapping[str, str]:
+def task_units(task: Mapping[str, Any] | None) -> Mapping[str, str]:
     """`units` of a record's task by its kind. A `local` task's file is not run for the sake of a report: none."""
     try:
         units: Mapping[str, str] = getattr(component("task", str((task or {}).get("kind")), None), "units", {})

@@ -18,11 +18,11 @@ from typing import Any
 from lorabench.config.errors import ConfigError
 from lorabench.results.sweep import Sweep
 
-FILE = Path("analysis", "weights.json")
-SCHEMA = 1
-ADAPTER = Path("adapter", "adapter_model.safetensors")
-INTRUDER = 0.5  # cosine to every singular vector of W below which a direction counts (2410.21228, section 4)
-HEADER = 2**26  # bytes; a longer one is not a header
+ANALYSIS_FILE = Path("analysis", "weights.json")
+ANALYSIS_SCHEMA = 1
+ADAPTER_FILE = Path("adapter", "adapter_model.safetensors")
+INTRUDER_COSINE = 0.5  # cosine to every singular vector of W below which a direction counts (2410.21228, section 4)
+MAX_HEADER_BYTES = 2**26  # bytes; a longer one is not a header
 MEASURES = (
     "relative_norm",
     "stable_rank",
@@ -58,7 +58,7 @@ class Layer:
 
 
 @dataclass(frozen=True)
-class About:
+class AnalysedCell:
     """A cell as it was when it was analysed."""
 
     name: str
@@ -73,7 +73,7 @@ class Analysis:
     """The file's content. cells: in the order of the report's tables; similarity: its entries as they are."""
 
     runs: Mapping[str, Mapping[str, Layer]]  # run_id -> layer -> what was measured
-    cells: Mapping[str, About] = field(default_factory=dict)
+    cells: Mapping[str, AnalysedCell] = field(default_factory=dict)
     similarity: Sequence[Mapping[str, Any]] = ()
     left_out: Mapping[str, str] = field(default_factory=dict)  # run_id -> why it was not analysed
     layers_left_out: Mapping[str, Mapping[str, str]] = field(default_factory=dict)  # run_id -> layer -> why
@@ -83,7 +83,7 @@ class Analysis:
     def threshold(self) -> float:
         """Of intruder counts: .5, else the measured one nearest to it."""
         found = {t for run in self.runs.values() for x in run.values() for t in x.intruders}
-        return min(sorted(found), key=lambda t: abs(t - INTRUDER), default=INTRUDER)
+        return min(sorted(found), key=lambda t: abs(t - INTRUDER_COSINE), default=INTRUDER_COSINE)
 
     @property
     def width(self) -> int | None:
@@ -107,9 +107,9 @@ class Analysis:
         return fmean(found) if found else None
 
 
-def read(root: Path) -> Analysis | None:
+def read_analysis(root: Path) -> Analysis | None:
     """root: the sweep's directory. None where nothing was analysed. Raises `ConfigError` for a file that is no analysis."""
-    path = root / FILE
+    path = root / ANALYSIS_FILE
     try:
         doc = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
@@ -118,8 +118,8 @@ def read(root: Path) -> Analysis | None:
         raise ConfigError(
             "analysis", str(path), f"a whole JSON file ({type(e).__name__}); analyse the sweep again"
         ) from e
-    if not isinstance(doc, dict) or doc.get("schema") != SCHEMA:
-        raise ConfigError("analysis", str(path), f"an analysis of schema {SCHEMA}; analyse the sweep again")
+    if not isinstance(doc, dict) or doc.get("schema") != ANALYSIS_SCHEMA:
+        raise ConfigError("analysis", str(path), f"an analysis of schema {ANALYSIS_SCHEMA}; analyse the sweep again")
     try:
         return parse(doc)
     except (KeyError, TypeError, ValueError, AttributeError) as e:
@@ -134,7 +134,7 @@ def parse(doc: Mapping[str, Any]) -> Analysis:
     runs = doc["runs"].items()
     return Analysis(
         {str(i): {str(name): _layer(x) for name, x in run["layers"].items()} for i, run in runs},
-        {i: About(c["name"], c["method"], c["r"], c["role"], tuple(c["runs"])) for i, c in cells},
+        {i: AnalysedCell(c["name"], c["method"], c["r"], c["role"], tuple(c["runs"])) for i, c in cells},
         tuple(doc["similarity"]), dict(doc["left_out"]),
         {str(i): dict(run["left_out"]) for i, run in runs if run.get("left_out")}, tuple(doc["notes"]),
     )  # fmt: skip
@@ -158,7 +158,7 @@ def width(sweep: Sweep, analysis: Analysis | None) -> int | None:
     if analysis is not None and analysis.width is not None:
         return analysis.width
     for run_id in sweep.planned:
-        sides = _sides(sweep.store.run_dir(run_id) / ADAPTER)
+        sides = _sides(sweep.store.run_dir(run_id) / ADAPTER_FILE)
         if sides:
             return min(sides)
     return None
@@ -169,7 +169,7 @@ def _sides(path: Path) -> list[int]:
     try:
         with open(path, "rb") as f:
             (size,) = struct.unpack("<Q", f.read(8))
-            header = json.loads(f.read(size)) if size < HEADER else {}
+            header = json.loads(f.read(size)) if size < MAX_HEADER_BYTES else {}
     except (OSError, ValueError, struct.error):
         return []
     shapes = {name: x["shape"] for name, x in header.items() if "shape" in x}

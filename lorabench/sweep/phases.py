@@ -62,19 +62,19 @@ def measure_cells(settings: Settings, jobs: Sequence[Job]) -> None:
 
     if not settings.sweep.measure_solo or settings.sweep.dry_run:
         return
-    from lorabench.results.cells import timed_cells
+    from lorabench.results.cells import cells_with_timing
 
     store = Store(settings.sweep.dir)
     done = {r.run_id: r for r in store.records() if r.status == "completed"}
     alone = [job for job in jobs if job.run.run_id in done and job.run.trainer.strategy != "fsdp"]
     first = {cell_id(job.label): job for job in reversed(alone)}
-    if first.keys() <= timed_cells(store.manifest(), done):
+    if first.keys() <= cells_with_timing(store.manifest(), done):
         store.leases.tidy("solo")  # one who died as all were measured is put out
         return
     with name_unwritable(store.leases.folder):
         lease = store.leases.wait("solo")
     with lease:  # two that measure at a time would measure each other
-        timed = timed_cells(store.manifest(), done)
+        timed = cells_with_timing(store.manifest(), done)
         for name in [name for name in first if name not in timed]:
             found = measure(first[name].run, store)
             with store.locked():

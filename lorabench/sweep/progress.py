@@ -13,7 +13,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, SpinnerColumn, TaskID, 
 from rich.progress import Progress as Bars
 
 from lorabench.config.runs import Pack
-from lorabench.results.data_notes import left_out
+from lorabench.results.data_notes import data_caveats
 from lorabench.store.records import Record
 from lorabench.training import preparation as prep
 
@@ -128,7 +128,7 @@ def data_notices(jobs: Sequence[Any]) -> list[str]:
     for job in jobs:
         prepared = prep.prepare(job.run)
         notes = {**prepared.data.notes, **prepared.encoded.notes}
-        found |= dict.fromkeys(f"{job.run.task.name}: {line}" for line in left_out(notes))
+        found |= dict.fromkeys(f"{job.run.task.name}: {line}" for line in data_caveats(notes))
     new = [line for line in found if line not in _told]
     _told.update(new)
     return new

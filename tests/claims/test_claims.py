@@ -20,7 +20,7 @@ from lorabench.claims import judge as claims
 from lorabench.claims import quality as claims_quality
 from lorabench.claims import rates as claims_rates
 from lorabench.claims import weights as claims_weights
-from lorabench.claims.verdict import Verdict, inside, more_seeds, negated
+from lorabench.claims.verdict import Verdict, judge_range, negate, seeds_to_settle
 from lorabench.results.evidence import Evidence, gather
 from lorabench.results.selection import choose
 from lorabench.results.sweep import load
@@ -483,9 +483,9 @@ def test_fishers_interval() -> None:
     x = rng.normal(size=20)
     y = x + rng.normal(size=20)
     test = stats.pearsonr(x, y)
-    found = claims_weights.fisher(test.statistic, 20, held=0)
+    found = claims_weights.fisher_interval(test.statistic, 20, held=0)
     assert found == pytest.approx(tuple(test.confidence_interval()))
-    assert claims_weights.fisher(test.statistic, 21, held=1) == pytest.approx(found)
+    assert claims_weights.fisher_interval(test.statistic, 21, held=1) == pytest.approx(found)
 
 
 def test_a_foreign_analysis_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -503,18 +503,18 @@ def test_holds_takes_90_and_contradicts_95_percent() -> None:
     """An interval at either bound: what a one-sided test at 5 % and a two-sided one at 5 % would say."""
     e = mean_over_seeds([0.9, 1.0, 1.1])
     near, wide = e.interval(0.90), e.interval(0.95)
-    assert inside(e, near[0] - 1e-9, near[1] + 1e-9) == HOLDS
-    assert inside(e, near[0] + 1e-9, 9) == OPEN
-    assert inside(e, wide[1] + 1e-9, 9) == NOT
-    assert inside(e, wide[1] - 1e-9, 9) == OPEN
-    assert [negated(x) for x in (HOLDS, NOT, OPEN, NA)] == [NOT, HOLDS, OPEN, NA]  # type: ignore[arg-type]
+    assert judge_range(e, near[0] - 1e-9, near[1] + 1e-9) == HOLDS
+    assert judge_range(e, near[0] + 1e-9, 9) == OPEN
+    assert judge_range(e, wide[1] + 1e-9, 9) == NOT
+    assert judge_range(e, wide[1] - 1e-9, 9) == OPEN
+    assert [negate(x) for x in (HOLDS, NOT, OPEN, NA)] == [NOT, HOLDS, OPEN, NA]  # type: ignore[arg-type]
 
 
 def test_the_seeds_asked_for_are_enough() -> None:
     """That many seeds of the same mean and spread do hold, one fewer does not."""
     values = [0.9, 1.0, 1.1]
     e, low, high = mean_over_seeds(values), 0.88, 1.12
-    said = more_seeds(e, low, high, "tuning")
+    said = seeds_to_settle(e, low, high, "tuning")
     wanted = int(said.split()[1])
 
     def half(n: int) -> float:

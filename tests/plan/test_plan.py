@@ -19,9 +19,9 @@ from fixtures.sweeps import RANK_SWEEP, build
 from lorabench.plan import __main__ as plan
 from lorabench.plan import pilot, study
 from lorabench.plan.pilot import pace_of
-from lorabench.plan.study import CellPlan, Study
+from lorabench.plan.study import CellPlan, StudyPlan
 from lorabench.results import formatting
-from lorabench.results.cells import results
+from lorabench.results.cells import cell_results
 from lorabench.results.sweep import load
 from lorabench.stats import power
 from lorabench.stats.power import Design
@@ -131,7 +131,7 @@ def test_hours_hold_what_is_measured_beside_the_test(command: Command, tmp_path:
     assert known["hours"]["seed"] * 3600 == pytest.approx(3 * (0.256 + 7.0))
     assert known["hours"]["tuning"] == plain["hours"]["tuning"]
     unknown = planned(command, *asked, bare)["notes"]
-    assert [plan.BESIDE in notes for notes in (plain["notes"], known["notes"], unknown)] == [False, False, True]
+    assert [plan.AUXILIARY_NOTE in notes for notes in (plain["notes"], known["notes"], unknown)] == [False, False, True]
 
 
 def test_what_a_budget_buys(command: Command, cli: Any, tmp_path: Path) -> None:
@@ -157,7 +157,7 @@ def test_what_a_budget_buys(command: Command, cli: Any, tmp_path: Path) -> None:
 def test_the_sd_comes_from_a_pilots_pooled_variance(command: Command, tmp_path: Path) -> None:
     folder = a_pilot(tmp_path / "pilot")
     sweep = load(folder)
-    pooled = results(sweep).pooled
+    pooled = cell_results(sweep).pooled
     assert pooled is not None
     seen = pilot.noise(sweep, examples=500)
     assert (seen.sd, seen.df, seen.pooled) == (pytest.approx(math.sqrt(pooled.difference)), pooled.df, True)
@@ -269,7 +269,7 @@ def test_one_kind_of_method_says_nothing_of_anothers_pace(monkeypatch: pytest.Mo
     monkeypatch.setattr(train, "measure", measure)
     cells = [cell("full", 10**7), cell("lora", 10**4), cell("lora", 10**5), cell("dora", 10**4), cell("head", 10**3)]
     asked: Any = SimpleNamespace(cells=cells, examples={"train": 400, "val": 100, "test": 300})
-    paces, once = study.measured(asked)
+    paces, once = study.measure_paces(asked)
     assert sorted(timed) == ["dora", "full", "head", "lora", "lora"], "the least and the most of each, or its only one"
     found = {name: pace_of(paces, name, 10**4) for name in seconds}
     assert {name: p and p.train for name, p in found.items()} == {"head": 0.001, "lora": 0.1, "dora": 0.3, "full": 0.4}
@@ -305,9 +305,9 @@ def test_a_few_steps_are_timed_where_there_is_no_pilot(command: Command, tmp_pat
     assert np.isfinite(found["budget"]["takes"]) and found["budget"]["seeds"] > 3
     assert f"--config-dir '{conf}'" in found["budget"]["command"]
     assert os.listdir() == ["plan.json"]
-    assert plan.BESIDE not in found["notes"]
+    assert plan.AUXILIARY_NOTE not in found["notes"]
     probed = planned(command, "mine", "task@task.probe=bbc", "--config-dir", str(conf), "--sd", "1")
-    assert plan.BESIDE in probed["notes"]
+    assert plan.AUXILIARY_NOTE in probed["notes"]
 
 
 def test_a_sweep_by_hydras_own_sweeper_is_refused(command: Command, tmp_path: Path) -> None:
@@ -328,7 +328,7 @@ def test_of_equal_ranks_the_one_with_most_data_is_the_reference() -> None:
                      frozenset(), 64, 1000) for n in sizes
         )  # fmt: skip
         settings: Any = SimpleNamespace(study=SimpleNamespace(reference=None))
-        return Study(settings, formatting.metric("accuracy", lower_is_better=False), cells, ()).reference.id
+        return StudyPlan(settings, formatting.metric("accuracy", lower_is_better=False), cells, ()).reference.id
 
     assert chosen(500, 9600, 2500) == "of 9600"
     assert chosen(500, None, 2500) == "of None"
@@ -343,8 +343,10 @@ def test_steps_and_examples_are_those_of_the_longest_run(monkeypatch: pytest.Mon
         splits = {"train": range(asked.task.train_examples), "val": range(100), "test": range(200)}
         return SimpleNamespace(encoded=SimpleNamespace(splits=splits))
 
-    monkeypatch.setattr(study.prep, "prepare", prepared)
+    monkeypatch.setattr(study.preparation, "prepare", prepared)
     settings: Any = SimpleNamespace()
-    found = Study(settings, formatting.metric("accuracy", lower_is_better=False), (), (run(500), run(9600), run(2500)))
+    found = StudyPlan(
+        settings, formatting.metric("accuracy", lower_is_better=False), (), (run(500), run(9600), run(2500))
+    )
     assert found.steps == 300
     assert found.examples == {"train": 9600, "val": 100, "test": 200}

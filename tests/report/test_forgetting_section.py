@@ -41,7 +41,7 @@ def part(f: Findings, e: Evidence) -> Part:
 
 
 def test_the_change_is_after_minus_before(made: tuple[Findings, Evidence]) -> None:
-    found = forgetting.measured(*made)
+    found = forgetting.find_forgetting(*made)
     assert found is not None
     assert found.probe.key == "probe/after/loss" and found.probe.before == "probe/before/loss" and found.probe.less
     for c in found.cells:
@@ -53,7 +53,7 @@ def test_the_change_is_after_minus_before(made: tuple[Findings, Evidence]) -> No
 
 def test_cells_are_matched_where_the_target_passes_one_value(made: tuple[Findings, Evidence]) -> None:
     """The planted probe is a straight line in the target, so interpolation gives it exactly."""
-    found = forgetting.measured(*made)
+    found = forgetting.find_forgetting(*made)
     assert found is not None and found.how == "rates" and found.value is not None
     matched = {c.result.id: c.matched for c in found.cells if c.matched}
     assert "full-everything" in matched and len(matched) > 1
@@ -65,16 +65,16 @@ def test_cells_are_matched_where_the_target_passes_one_value(made: tuple[Finding
 
 def test_passing() -> None:
     path = ((0.5, 0.1), (0.6, 0.3), (0.55, 0.9), (0.7, 1.0))
-    assert forgetting.passing(path, 0.55, 1.0) == pytest.approx(0.2)  # first
-    assert forgetting.passing(path, 0.65, 1.0) == pytest.approx(0.9 + 0.1 * 2 / 3)
-    assert forgetting.passing(path, 0.4, 1.0) is None  # begins beyond it
-    assert forgetting.passing(path, 0.8, 1.0) is None  # ends short of it
-    assert forgetting.passing(((2.0, 0.0), (1.0, 0.4)), 1.25, -1.0) == pytest.approx(0.3)  # less is better
+    assert forgetting.change_at(path, 0.55, 1.0) == pytest.approx(0.2)  # first
+    assert forgetting.change_at(path, 0.65, 1.0) == pytest.approx(0.9 + 0.1 * 2 / 3)
+    assert forgetting.change_at(path, 0.4, 1.0) is None  # begins beyond it
+    assert forgetting.change_at(path, 0.8, 1.0) is None  # ends short of it
+    assert forgetting.change_at(((2.0, 0.0), (1.0, 0.4)), 1.25, -1.0) == pytest.approx(0.3)  # less is better
 
 
 def test_the_text_says_what_was_matched(made: tuple[Findings, Evidence]) -> None:
     f, e = made
-    found = forgetting.measured(f, e)
+    found = forgetting.find_forgetting(f, e)
     said = part(f, e)
     assert found is not None and found.value is not None
     text = " ".join(said.texts)
@@ -97,7 +97,7 @@ def test_evaluations_of_a_run_serve_where_histories_have_the_probe(tmp_path: Pat
                 {"step": k, "val/accuracy": 0.5 + 0.05 * k, "probe/after/loss": 3.0 + share * 0.1 * k} for k in range(5)
             ]
             store.append_history(record.run_id, rows)
-    found = forgetting.measured(*opened(store))
+    found = forgetting.find_forgetting(*opened(store))
     assert found is not None and found.how == "evaluations" and found.value == pytest.approx(0.7)
     assert [c.matched.mean if c.matched else None for c in found.cells] == pytest.approx([0.4, 0.8])
     assert "the evaluations of the chosen runs" in " ".join(part(*opened(store)).texts)
@@ -107,23 +107,23 @@ def test_without_tuning_probes_only_the_margin_matches(tmp_path: Path) -> None:
     store = build(tmp_path / "s", CELLS, study={"reference": "full-everything", "margin": 0.05})
     with_probe(store, tuned=False)
     f, e = opened(store)
-    found = forgetting.measured(f, e)
+    found = forgetting.find_forgetting(f, e)
     assert found is not None and found.how is None and found.value is None
     text = " ".join(part(f, e).texts)
     assert "Not matched along rates or evaluations" in text
     assert "LoRA r = 32 is shown to be within the margin of full fine-tuning on the test accuracy" in text
-    c, reference, estimate = forgetting.versus(found, f)[0]
+    c, reference, estimate = forgetting.matched_differences(found, f)[0]
     assert estimate.mean == pytest.approx(c.change.mean - reference.change.mean)
 
 
 def test_claims_read_the_same_probe(made: tuple[Findings, Evidence]) -> None:
     """The pair the claim judges is one of those shown, and its number is that of the page."""
     f, e = made
-    found = forgetting.measured(f, e)
-    assert found is not None and forgetting_.probed(e) == found.probe.key
+    found = forgetting.find_forgetting(f, e)
+    assert found is not None and forgetting_.probe_key(e) == found.probe.key
     verdict = claims_weights.forgets_less(e)
     assert verdict.status == "holds"
-    shown = {c.result.name: estimate for c, _, estimate in forgetting.versus(found, f)}
+    shown = {c.result.name: estimate for c, _, estimate in forgetting.matched_differences(found, f)}
     name = next(n for n in shown if f"{n} minus full fine-tuning" in verdict.reason)
     assert verdict.interval == pytest.approx(shown[name].interval())
 
@@ -133,7 +133,7 @@ def test_the_base_alone_is_no_forgetting(tmp_path: Path) -> None:
     for record in store.records():
         store.write(dataclasses.replace(record, metrics={**record.metrics, "probe/before/loss": 3.0}))
     f, e = opened(store)
-    assert forgetting_.probed(e) is None and forgetting.measured(f, e) is None
+    assert forgetting_.probe_key(e) is None and forgetting.find_forgetting(f, e) is None
 
 
 def test_an_accuracy_of_which_more_is_better_and_no_value_before(tmp_path: Path) -> None:
@@ -142,7 +142,7 @@ def test_an_accuracy_of_which_more_is_better_and_no_value_before(tmp_path: Path)
         if record.role == "confirm":
             store.write(dataclasses.replace(record, metrics={**record.metrics, "probe/other/accuracy": 0.5}))
     f, e = opened(store)
-    found = forgetting.measured(f, e)
+    found = forgetting.find_forgetting(f, e)
     assert found is not None and found.probe.before is None and not found.probe.less
     said = part(f, e)
     assert "no value before it is recorded" in said.texts[0] and "a fall is forgetting" in said.texts[0]
@@ -157,8 +157,8 @@ def test_a_probe_under_its_own_name(tmp_path: Path) -> None:
             own = {"probe/plain/accuracy": 0.4, "probe/plain/before": 0.5, "probe/plain/examples": 200}
             store.write(dataclasses.replace(record, metrics={**record.metrics, **own}))
     f, e = opened(store)
-    found = forgetting.measured(f, e)
-    assert found is not None and forgetting_.probed(e) == "probe/plain/accuracy"
+    found = forgetting.find_forgetting(f, e)
+    assert found is not None and forgetting_.probe_key(e) == "probe/plain/accuracy"
     assert (found.probe.name, found.probe.before, found.probe.less) == ("plain's", "probe/plain/before", False)
     assert [c.change.mean for c in found.cells] == pytest.approx([-0.1, -0.1])
     assert part(f, e).tables[0].rows[0].texts[-3:] == ("50.0", "40.0", "−10.0 ± 0.0")

@@ -23,7 +23,7 @@ from lorabench.report import render, terminal_table
 from lorabench.report.answer import answer
 from lorabench.report.cautions import warnings
 from lorabench.report.tables import comparison
-from lorabench.results.cells import timed_cells
+from lorabench.results.cells import cells_with_timing
 from lorabench.results.findings import Findings, find
 from lorabench.results.sweep import load
 from lorabench.store.records import Record, Store
@@ -190,7 +190,7 @@ def test_what_an_older_version_measured_without_the_trunk_is_not_shown(tmp_path:
     stale, *others = sorted(f.results.values(), key=lambda r: r.id != reusing["id"])
     assert (stale.seconds, stale.memory) == (stale.resource("train_seconds"), stale.resource("peak_memory_bytes"))
     assert not stale.solo and all(r.solo and r.memory == 3 << 30 for r in others)
-    assert timed_cells(store.manifest(), load(store.root).records) == {r.id for r in others}
+    assert cells_with_timing(store.manifest(), load(store.root).records) == {r.id for r in others}
     text = " ".join(comparison(f).notes)
     assert f"No seconds and memory of a run alone for {stale.name}: " in text and "one pass" not in text
     f = measured(reused_blocks=5, trunk_seconds=2.5)

@@ -181,17 +181,17 @@ class TestFile:
         return root
 
     def test_none_where_nothing_was_analysed(self, tmp_path: Path) -> None:
-        assert analysis.read(tmp_path) is None
+        assert analysis.read_analysis(tmp_path) is None
 
     def test_as_it_was_written(self, tmp_path: Path, doc: dict[str, Any]) -> None:
-        assert analysis.read(self.write(tmp_path, json.dumps(doc))) == analysis.parse(doc)
+        assert analysis.read_analysis(self.write(tmp_path, json.dumps(doc))) == analysis.parse(doc)
 
     @pytest.mark.parametrize(
         "text", ["", "{", "[]", '{"schema": 2}', '{"schema": 1}', '{"schema": 1, "cells": {"a": 1}}', "\x00"]
     )
     def test_torn_and_foreign_files(self, tmp_path: Path, text: str) -> None:
         with pytest.raises(ConfigError, match="weights.json"):
-            analysis.read(self.write(tmp_path, text))
+            analysis.read_analysis(self.write(tmp_path, text))
 
 
 class TestFigures:

@@ -158,4 +158,4 @@ def test_a_contrast_of_two_is_welchs() -> None:
 
 def test_slope_weights_are_least_squares() -> None:
     x, y = [2.0, 3.0, 4.0, 6.0], [-8.0, -8.4, -9.1, -9.9]
-    assert np.dot(best_rate.slope(x), y) == pytest.approx(np.polyfit(x, y, 1)[0])
+    assert np.dot(best_rate.slope_weights(x), y) == pytest.approx(np.polyfit(x, y, 1)[0])

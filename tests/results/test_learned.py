@@ -13,7 +13,7 @@ from rich.console import Console
 from fixtures.sweeps import RANK_SWEEP, build
 from lorabench.report.answer import answer
 from lorabench.report.cautions import warnings
-from lorabench.results.data_notes import left_out
+from lorabench.results.data_notes import data_caveats
 from lorabench.results.findings import Findings, find
 from lorabench.results.sweep import load
 from lorabench.sweep.progress import announced
@@ -67,7 +67,7 @@ def test_rows_that_were_left_out_are_told_once(tmp_path: Path) -> None:
     ],
 )
 def test_what_is_said_of_data(notes: dict[str, object], said: list[str]) -> None:
-    assert left_out(notes) == said
+    assert data_caveats(notes) == said
 
 
 def test_what_takes_long_is_announced() -> None:

@@ -52,20 +52,20 @@ def test_tuning_under_way(tmp_path: Path) -> None:
 def test_confirmation_under_way(tmp_path: Path) -> None:
     f = without(build(tmp_path / "synthetic"), "confirm", 4)
     assert not answer(f).lead.startswith("No verdict yet")
-    assert unfinished.missing(f).startswith("14 confirmation runs (LoRA r = 4, LoRA r = 16")
+    assert unfinished.missing_runs(f).startswith("14 confirmation runs (LoRA r = 4, LoRA r = 16")
     assert "is not trained again: python -m lorabench +experiment=rank_sweep sweep.name=synthetic." in warnings(f)[0]
 
 
 def test_nothing_is_missing_of_what_has_ended(tmp_path: Path) -> None:
     f = find(load(build(tmp_path / "s", RANK_SWEEP, confirm=()).root))
-    assert answer(f).command is None and unfinished.missing(f) == "" and unfinished.untouched(f) == []
+    assert answer(f).command is None and unfinished.missing_runs(f) == "" and unfinished.cells_without_runs(f) == []
     assert answer(f).lead.startswith("No verdict yet. Tuning only") and "To confirm" in dict(answer(f).points)
 
 
 def test_an_experiment_that_is_not_known_has_no_command(tmp_path: Path) -> None:
     store = build(tmp_path / "s")
     store.write_manifest({**store.manifest(), "experiment": None})
-    assert unfinished.command(load(store.root)) is None
+    assert unfinished.continue_command(load(store.root)) is None
 
 
 def test_the_command_that_goes_on_is_the_one_that_launched_it(tmp_path: Path) -> None:
@@ -73,6 +73,6 @@ def test_the_command_that_goes_on_is_the_one_that_launched_it(tmp_path: Path) ->
     words = ["-m", "--config-dir", "mine", "method.r=1,4", "task.train_examples=500"]
     store.write_manifest({**store.manifest(), "command": [*words, "sweep.dir=old/place"], "experiment": None})
     launched = "python -m lorabench " + " ".join(words)
-    assert unfinished.command(load(store.root)) == f"{launched} sweep.dir={tmp_path.name}/s"
+    assert unfinished.continue_command(load(store.root)) == f"{launched} sweep.dir={tmp_path.name}/s"
     store.write_manifest({**store.manifest(), "command": [*words, "sweep.dir=/elsewhere/s"]})
-    assert unfinished.command(load(store.root)) == f"{launched} sweep.dir=/elsewhere/s"
+    assert unfinished.continue_command(load(store.root)) == f"{launched} sweep.dir=/elsewhere/s"

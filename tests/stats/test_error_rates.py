@@ -15,7 +15,7 @@ from dataclasses import dataclass
 import numpy as np
 import pytest
 
-from lorabench.results.cells import HOMOGENEOUS
+from lorabench.results.cells import MIN_BARTLETT_P
 from lorabench.stats import estimates
 from lorabench.stats.estimates import Estimate
 
@@ -120,7 +120,7 @@ def test_coverage_and_family_wise_error_in_full(setting: Setting) -> None:
 )
 def test_with_variance_pooled_only_where_bartletts_test_does_not_object(setting: Setting) -> None:
     """What the report does: `results.HOMOGENEOUS`."""
-    check(setting, 5000, HOMOGENEOUS)
+    check(setting, 5000, MIN_BARTLETT_P)
 
 
 def test_intervals_without_the_examples_share_would_be_caught() -> None:

@@ -21,7 +21,7 @@ from lorabench.report.answer import answer
 from lorabench.report.cautions import warnings
 from lorabench.results.findings import Findings, find
 from lorabench.results.selection import choose
-from lorabench.results.sweep import Other, load
+from lorabench.results.sweep import OtherMetric, load
 from lorabench.store.records import Record, Store
 from lorabench.sweep.declaration import check_unchanged
 
@@ -283,7 +283,7 @@ def test_another_metric_is_post_hoc_and_takes_a_margin_of_its_own(
     assert "reports/rank-post-hoc/report.html" in out and "The metric is wer" in out
     text = re.sub(r"\\(.)", r"\1", Path("reports/rank-post-hoc/report.md").read_text(encoding="utf-8"))
     assert "wer (post hoc; the primary one: accuracy), lower is better" in text and "margin 0.020 (post hoc)" in text
-    by_accuracy, by_wer = (find(load(root, **kw)) for kw in ({}, {"margin": 0.02, "metric": Other("wer", True)}))
+    by_accuracy, by_wer = (find(load(root, **kw)) for kw in ({}, {"margin": 0.02, "metric": OtherMetric("wer", True)}))
     for cell, made in by_wer.versus.items():
         assert made.estimate.mean == pytest.approx(-by_accuracy.versus[cell].estimate.mean)
     assert face.main([str(root), "--metric", "accuracy", "--out", "same"]) == 0

@@ -27,7 +27,7 @@ from lorabench.results import units
 from lorabench.results.cells import Result
 from lorabench.results.evidence import Evidence, scale
 from lorabench.results.selection import Rate
-from lorabench.results.sweep import Cell, short
+from lorabench.results.sweep import Cell, shorten
 
 MOST = 9  # panels in one picture
 COLOURS = "cividis_r"  # lightness falls evenly with the loss: the same order for colour-blind readers and in grey print
@@ -75,7 +75,7 @@ def panels(e: Evidence) -> list[Panel]:
 
 
 def _where(cell: Cell) -> str:
-    return "".join(f", {short(x, 24)}" for x in (cell.targets, *(f"{k.split('.')[-1]} {v}" for k, v in cell.extra)))
+    return "".join(f", {shorten(x, 24)}" for x in (cell.targets, *(f"{k.split('.')[-1]} {v}" for k, v in cell.extra)))
 
 
 def _scales(cells: Sequence[Result]) -> list[Band]:
@@ -89,7 +89,7 @@ def _scales(cells: Sequence[Result]) -> list[Band]:
     for key in sorted(rows):
         s = scale(rows[key][0].cell)
         rules = ", ".join(dict.fromkeys(_rule(r.cell) for r in rows[key]))
-        out.append(Band(f"s = {s:.3g}\n{short(rules, 22)}", rows[key][0]))
+        out.append(Band(f"s = {s:.3g}\n{shorten(rules, 22)}", rows[key][0]))
     return out
 
 
@@ -158,7 +158,7 @@ def _panel(ax: Axes, p: Panel, rates: Sequence[float], norm: PowerNorm, *, tall:
     ax.set_yticks([low + i + 0.5 for i in range(len(p.bands))], [b.label for b in p.bands])
     ax.tick_params(length=0)
     ax.set_xlabel("learning rate")
-    ax.set_title(short(p.title, style.MOST))
+    ax.set_title(shorten(p.title, style.MOST))
     sns.despine(ax=ax, left=True, bottom=True)
 
 

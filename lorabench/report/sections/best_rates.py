@@ -19,7 +19,7 @@ from lorabench.results.best_rate import Missing, Optimum
 from lorabench.results.cells import Result
 from lorabench.results.evidence import Evidence, scale
 from lorabench.results.rate_slopes import Slope
-from lorabench.results.sweep import short
+from lorabench.results.sweep import shorten
 
 THEORY = "μA (arXiv 2602.06204)"
 
@@ -92,7 +92,7 @@ def _rule(ax: Axes, s: Slope, looks: Mapping[str, Look]) -> None:
         ax.plot(at, o.lr, marker=look.marker, color=look.colour, markersize=6.8, zorder=5, **edge)
     _lines(ax, s, style.hue(s.line.cells[-1].cell, looks))
     second = f"slope {bounds(s)}" if s.slope is not None else "no slope: a best rate is not located"
-    title = f"{s.rule.name}: {s.constant}\n{short(second, 44)}\ntheory {formats.number(s.rule.theory, 2)}"
+    title = f"{s.rule.name}: {s.constant}\n{shorten(second, 44)}\ntheory {formats.number(s.rule.theory, 2)}"
     ax.set_title(title, fontsize=10, linespacing=1.35)
 
 

@@ -14,13 +14,13 @@ from lorabench.report.theme import FAINT, Drawing, Look
 from lorabench.results import formatting as formats
 from lorabench.results.evidence import Evidence
 from lorabench.results.findings import Findings
-from lorabench.results.forgetting import Forgetting, Forgot, Probe, measured, versus
+from lorabench.results.forgetting import CellForgetting, Forgetting, Probe, find_forgetting, matched_differences
 from lorabench.stats import estimates as st
 
 
 def part(f: Findings, e: Evidence, looks: Mapping[str, Look]) -> Part | None:
     """Where runs behind the numbers have a probe."""
-    made = measured(f, e)
+    made = find_forgetting(f, e)
     if made is None:
         return None
     drawings = (draw(f, made, looks),) if any(score(f, c.result) for c in made.cells) else ()
@@ -55,7 +55,7 @@ def _words(f: Findings, made: Forgetting) -> list[str]:
             "Not matched along rates or evaluations: fewer than two cells have the probe there and pass one value of the target metric "
             "(task.probe_along=true measures it at every evaluation)."
         )
-    pairs = versus(made, f)
+    pairs = matched_differences(made, f)
     for c, reference, d in pairs[:4]:
         low, high = d.interval()
         out.append(
@@ -96,7 +96,7 @@ def _axis(p: Probe) -> str:
     return formats.in_unit(short, p.metric.points)
 
 
-def _point(ax: Axes, f: Findings, c: Forgot, look: Look) -> None:
+def _point(ax: Axes, f: Findings, c: CellForgetting, look: Look) -> None:
     s = score(f, c.result)
     assert s is not None
     low, high = c.change.interval() if c.change.seeds > 1 else (c.change.mean, c.change.mean)
@@ -114,7 +114,7 @@ def _point(ax: Axes, f: Findings, c: Forgot, look: Look) -> None:
     )
 
 
-def _label(f: Findings, c: Forgot, look: Look) -> style.Label:
+def _label(f: Findings, c: CellForgetting, look: Look) -> style.Label:
     s = score(f, c.result)
     return (s[1] if s else None), c.change.mean, c.result.name, look.colour
 

@@ -18,10 +18,10 @@ from lorabench.report.tables import Column, Row, Table, plus_minus
 from lorabench.report.theme import INK, Drawing, Look
 from lorabench.results import formatting as formats
 from lorabench.results.best_rate import Missing
-from lorabench.results.cells import Result, distinct
+from lorabench.results.cells import Result, unique_results
 from lorabench.results.evidence import Evidence
 from lorabench.results.findings import Findings
-from lorabench.results.sweep import short
+from lorabench.results.sweep import shorten
 
 GREY = "#9A9A9A"
 LONGEST = 28  # characters of a name beside a point
@@ -94,7 +94,7 @@ def fronts(f: Findings) -> list[Front]:
 
 def _priced(f: Findings, cost: Cost) -> tuple[Result, ...]:
     """Tested cells that have the cost, cheapest first; one of those that are the same runs."""
-    tested = distinct([r for r in f.results.values() if r.test is not None])
+    tested = unique_results([r for r in f.results.values() if r.test is not None])
     return tuple(sorted((r for r in tested if cost.of(r)), key=lambda r: (cost.of(r) or 0.0, r.id)))
 
 
@@ -158,7 +158,7 @@ def _said(f: Findings, e: Evidence, made: Front) -> str:
 def draw(f: Findings, found: Sequence[Front], looks: Mapping[str, Look]) -> Drawing:
     """A panel a cost, one below the other."""
     with style.canvas(
-        style.single(short(r.name, LONGEST) for made in found for r in made.on), 0.3 + 2.4 * len(found)
+        style.single(shorten(r.name, LONGEST) for made in found for r in made.on), 0.3 + 2.4 * len(found)
     ) as figure:
         axes = np.atleast_1d(figure.subplots(len(found), 1, sharey=True))
         for ax, made in zip(axes, found, strict=True):
@@ -216,7 +216,7 @@ def _panel(ax: Axes, f: Findings, made: Front, looks: Mapping[str, Look]) -> Non
     if made.cost.log:
         _decades(ax, [xy[r.id][0] for r in made.cells])
     ax.margins(y=0.13)  # a name beyond the outermost point stays inside
-    names = [(xy[r.id][0], xy[r.id][2], short(r.name, LONGEST), looks[r.id].colour) for r in made.on]
+    names = [(xy[r.id][0], xy[r.id][2], shorten(r.name, LONGEST), looks[r.id].colour) for r in made.on]
     _room(ax, [(x, text) for x, _, text, _ in names])
     _names(ax, names, below=f.metric.lower_is_better)
 

@@ -16,9 +16,9 @@ from lorabench.report.theme import Drawing, Look
 from lorabench.results import formatting as formats
 from lorabench.results.best_rate import Missing
 from lorabench.results.cells import Result
-from lorabench.results.evidence import MATCHED, Evidence, apart
+from lorabench.results.evidence import MAX_PARAMETER_GAP, Evidence, parameter_gap
 from lorabench.results.findings import Findings
-from lorabench.results.sweep import short
+from lorabench.results.sweep import shorten
 
 
 @dataclass(frozen=True)
@@ -30,7 +30,7 @@ class Group:
     by_rank: bool
 
     def label(self, r: Result) -> str:
-        return short(r.cell.targets, 24) + ("" if self.by_rank else f", r = {r.cell.r}")
+        return shorten(r.cell.targets, 24) + ("" if self.by_rank else f", r = {r.cell.r}")
 
 
 def part(f: Findings, e: Evidence, looks: Mapping[str, Look]) -> Part | None:
@@ -63,7 +63,11 @@ def groups(f: Findings) -> list[Group]:
 def _equal(least: Result, other: Result) -> bool:
     """No smaller than the first, and within what counts as equal."""
     same = (least.cell.method, least.cell.extra) == (other.cell.method, other.cell.extra)
-    return same and (other.cell.trainable or 0) >= (least.cell.trainable or 0) and apart(least, other) <= MATCHED
+    return (
+        same
+        and (other.cell.trainable or 0) >= (least.cell.trainable or 0)
+        and parameter_gap(least, other) <= MAX_PARAMETER_GAP
+    )
 
 
 def _widest(found: Sequence[Sequence[Result]]) -> list[Result]:
@@ -111,7 +115,7 @@ def draw(f: Findings, found: Sequence[Group], looks: Mapping[str, Look]) -> Draw
         for ax, g in zip(axes, found, strict=True):
             _panel(ax, f, g, looks, tall)
         caption = ("Test metric at each cell's chosen rate, best first; bars are 95 % intervals over seeds and test examples."
-                   + (f" Parameters count as equal within {MATCHED:.0%}." if not found[-1].by_rank else "")
+                   + (f" Parameters count as equal within {MAX_PARAMETER_GAP:.0%}." if not found[-1].by_rank else "")
                    + (" Both panels have one horizontal axis." if len(found) > 1 else "")).replace("%.", " %.")  # fmt: skip
         said = "; ".join(f"{g.title}: " + ", ".join(f"{g.label(r)} {plus_minus(f, r)}" for r in g.cells) for g in found)
         title = f"{f.metric.title[:1].upper() + f.metric.title[1:]} by target modules"

@@ -19,8 +19,8 @@ from lorabench.report import theme as style
 from lorabench.report.tables import Column, Row, Table
 from lorabench.report.theme import Drawing, Look
 from lorabench.results import formatting as formats
-from lorabench.results.sweep import short
-from lorabench.results.weights import MEASURES, About, Analysis, Layer
+from lorabench.results.sweep import shorten
+from lorabench.results.weights import MEASURES, AnalysedCell, Analysis, Layer
 
 RATIOS = ("amplification",)  # one direction that W hardly holds makes a layer's vast: the median over layers is shown
 
@@ -118,7 +118,7 @@ def tidy(a: Analysis) -> Weights:
 Runs = Sequence[tuple[str, Mapping[str, Layer]]]  # run_id, layers
 
 
-def _cell(cell: str, about: About, runs: Runs) -> CellWeights:
+def _cell(cell: str, about: AnalysedCell, runs: Runs) -> CellWeights:
     by_run = [list(layers.values()) for _, layers in runs]
     measures = {
         name: _mean([[x.measures[name] for x in layers] for layers in by_run], np.median if name in RATIOS else np.mean)
@@ -146,7 +146,7 @@ def _layers(cell: str, runs: Runs) -> Iterator[LayerWeights]:
             yield LayerWeights(cell, run, name, x.measures, {t: int(n) for t, n in x.intruders.items()})
 
 
-def _similarity(x: Mapping[str, Any], cells: Mapping[str, About]) -> Similarity:
+def _similarity(x: Mapping[str, Any], cells: Mapping[str, AnalysedCell]) -> Similarity:
     a, b = x["cells"]
     width = 1 / x["inverse_width"]
     random = np.maximum.outer(np.array(x["i"]), np.array(x["j"])) / width
@@ -310,9 +310,9 @@ def _heat(ax: Axes, s: Similarity, phi: np.ndarray, title: str, *, named: bool) 
         axis.set_ticks([k + 0.5 for k in kept], [str(ticks[k]) for k in kept])
     ax.invert_yaxis()
     ax.set_title(title)
-    ax.set_xlabel(f"j ({short(s.names[1], 24)})")
+    ax.set_xlabel(f"j ({shorten(s.names[1], 24)})")
     if named:
-        ax.set_ylabel(f"i ({short(s.names[0], 24)})")
+        ax.set_ylabel(f"i ({shorten(s.names[0], 24)})")
     ax.tick_params(length=0)
     sns.despine(ax=ax, left=True, bottom=True)
     return mesh
