@@ -124,7 +124,7 @@ def following(folder: Path) -> float:
 def mirrored(arm: str, folder: Path, server: Any) -> dict[str, int]:
     """Runs whose mirror holds all of it: offline those with a file, online those with every step of the records."""
     from lorabench.store.records import Store
-    from lorabench.trackers.wandb.runs import steps, wandb_id
+    from lorabench.trackers.wandb.runs import history_steps, wandb_id
 
     store = Store(folder / "sweeps/s")
     ids = store.run_ids()
@@ -133,7 +133,7 @@ def mirrored(arm: str, folder: Path, server: Any) -> dict[str, int]:
     whole = 0
     for run_id in () if arm == "none" else ids:
         found = server.runs.get(f"me/lorabench/{wandb_id('s', run_id)}")
-        whole += found is not None and found.steps == [s for s, _ in steps(store.history(run_id))]
+        whole += found is not None and found.steps == [s for s, _ in history_steps(store.history(run_id))]
     return {"runs": len(ids), "mirrored": whole}
 
 

@@ -14,7 +14,6 @@ import time
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -22,85 +21,60 @@ from lorabench.config.errors import ConfigError
 from lorabench.runtime.command import command
 from lorabench.store.records import Record, Store
 from lorabench.trackers.wandb import report as wandb_report
-from lorabench.trackers.wandb import runs as wb
-from lorabench.trackers.wandb.api import Server, api_key, base_url
+from lorabench.trackers.wandb import runs
+from lorabench.trackers.wandb.server import Server, api_key, base_url
 from lorabench.trackers.wandb.state import SENDING
-from lorabench.trackers.wandb.tracker import TARGET
+from lorabench.trackers.wandb.tracker import TARGET_FILE
 
-AT_ONCE = 8  # questions to the server side by side
+Verdicts = Mapping[str, Mapping[str, Any]]  # by run_id
+
+REQUESTS_AT_ONCE = 8
 PROJECT = "lorabench"
 
 
-@dataclass(frozen=True)
-class Lack:
-    """What the server lacks of one run. rows: of its history; values: of its summary; end: it is not over there."""
+def target(sweep_dir: Path, *, project: str | None, entity: str | None, artifacts: bool) -> runs.Target:
+    """Return where a sweep's runs go: as asked, else where its tracker sent them.
 
-    record: Record
-    new: bool
-    rows: int
-    values: int
-    end: bool = False
-
-    @property
-    def nothing(self) -> bool:
-        return not (self.new or self.rows or self.values or self.end)
-
-
-def target(sweep_dir: Path, *, project: str | None, entity: str | None, artifacts: bool) -> wb.Target:
-    """Where a sweep's runs go: as asked, else where its tracker sent them. Raises `ConfigError` for no sweep, for no key."""
+    Raises `ConfigError` where there is no sweep or no key.
+    """
     store = Store(sweep_dir)
     if not (sweep_dir.is_dir() and (store.manifest() or store.run_ids())):
         raise ConfigError("sweep", str(sweep_dir), "a directory that `python -m lorabench` wrote, with runs/ in it")
     try:
-        before = json.loads((sweep_dir / TARGET).read_text(encoding="utf-8"))
+        earlier = json.loads((sweep_dir / TARGET_FILE).read_text(encoding="utf-8"))
     except (OSError, ValueError):
-        before = {}
+        earlier = {}
     key = api_key()
     if key is None:
         raise ConfigError("WANDB_API_KEY", None, "no W&B key: set WANDB_API_KEY, or run `wandb login` once")
-    project = project or before.get("project") or PROJECT
-    entity = entity or before.get("entity")
+    project = project or earlier.get("project") or PROJECT
+    entity = entity or earlier.get("entity")
     server = Server(base_url(), key, project, entity)
-    return wb.Target(store, sweep_dir.resolve().name, project, entity, server, artifacts=artifacts)
+    return runs.Target(store, sweep_dir.resolve().name, project, entity, server, artifacts=artifacts)
 
 
-def lacks(to: wb.Target, records: Sequence[Record], verdicts: Mapping[str, Mapping[str, Any]]) -> list[Lack]:
-    """Ask the server about each run. Raises `Away`."""
-    server = to.server
-    assert server is not None
-
-    def one(record: Record) -> Lack:
-        known, want = to.known(record.run_id), wb.steps(to.store.history(record.run_id))
-        has = server.run(known)
-        values = wb.lacking(to.summary(record, verdicts.get(record.run_id)), has.summary if has else {})
-        if has is None:
-            return Lack(record, True, len(want), len(values))
-        if wb.complete(has, want):
-            return Lack(record, False, 0, len(values), end=not has.ended(failed=record.status == "failed"))
-        back_to = wb.gap(server, known, has, want)
-        last = has.last_step if back_to is None else back_to
-        return Lack(record, False, max(1, sum(step > last for step, _ in want)), len(values))
-
-    with ThreadPoolExecutor(AT_ONCE) as threads:
-        return list(threads.map(one, records))
+def missing(to: runs.Target, records: Sequence[Record], verdicts: Verdicts) -> list[runs.Missing]:
+    """Ask the server what it lacks of each run. Raises `ServerUnavailable`."""
+    with ThreadPoolExecutor(REQUESTS_AT_ONCE) as threads:
+        return list(threads.map(lambda record: runs.missing(to, record, verdicts.get(record.run_id)), records))
 
 
-def send(to: wb.Target, todo: Sequence[Lack], verdicts: Mapping[str, Mapping[str, Any]]) -> tuple[int, list[str]]:
-    """Send what is lacking; returns the history rows sent, and a line for each run that did not arrive."""
-    rows, left = 0, []
-    with _bar(len(todo)) as step:
+def send(to: runs.Target, todo: Sequence[runs.Missing]) -> tuple[int, list[str]]:
+    """Send what is missing. Return the number of history rows sent, and a line for each run that did not arrive."""
+    rows, failures = 0, []
+    with _progress_bar(len(todo)) as advance:
         for lack in todo:
-            run_id = lack.record.run_id
             try:
-                rows += wb.bring(to, lack.record, verdicts.get(run_id))
+                runs.send(to, lack)
+                rows += len(lack.rows)
             except Exception as e:
-                left.append(f"{run_id}: {' '.join(f'{type(e).__name__}: {e}'.split())}")
-            step()
-    return rows, left
+                failures.append(f"{lack.record.run_id}: {' '.join(f'{type(e).__name__}: {e}'.split())}")
+            advance()
+    return rows, failures
 
 
 @contextmanager
-def _bar(total: int) -> Iterator[Any]:
+def _progress_bar(total: int) -> Iterator[Any]:
     from rich.console import Console
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
@@ -113,9 +87,9 @@ def _bar(total: int) -> Iterator[Any]:
 
 @command
 def main(argv: Sequence[str] | None = None) -> int | None:
-    """Exit code 0: all is at W&B; 1: something did not arrive; 2: bad input, no key, or a server that does not answer."""
+    """Send what is missing. Exit code 0: all is at W&B; 1: something did not arrive; 2: bad input, no key, or a server that does not answer."""
     args = parser().parse_args(argv)
-    for key, value in wb.QUIET.items():
+    for key, value in runs.QUIET.items():
         os.environ.setdefault(key, value)
     to = target(args.sweep, project=args.project, entity=args.entity, artifacts=args.artifacts)
     assert to.server is not None
@@ -124,24 +98,24 @@ def main(argv: Sequence[str] | None = None) -> int | None:
     where = f"{to.server.url}, {to.server.entity()}/{to.project}"
     records = to.store.records()
     tables = _tables(args.sweep)
-    found = lacks(to, records, tables["verdicts"])
-    todo = [lack for lack in found if not lack.nothing]
+    lacks = missing(to, records, tables["verdicts"])
+    todo = [lack for lack in lacks if not lack.is_nothing]
     report = args.report or Path("reports", to.sweep)
-    print(f"{to.sweep} at {where}: {_counted(found)}")
+    print(f"{to.sweep} at {where}: {_counts(lacks)}")
     if args.dry_run:
         print("nothing was sent (--dry-run)")
         return 0
-    rows, left = send(to, todo, tables["verdicts"])
-    done = len(todo) - len(left)
-    said = _report(to, report, tables, left)
-    print(f"sent {rows} history rows; {done} runs brought up to date; {said}")
-    for line in left:
+    rows, failures = send(to, todo)
+    done = len(todo) - len(failures)
+    report_status = _send_report(to, report, tables, failures)
+    print(f"sent {rows} history rows; {done} runs brought up to date; {report_status}")
+    for line in failures:
         print(f"not sent: {line}", file=sys.stderr)
-    return 1 if left else 0
+    return 1 if failures else 0
 
 
-def _wait_for_mirror(to: wb.Target) -> None:
-    """What the sweep's own process still sends in the background is not sent twice."""
+def _wait_for_mirror(to: runs.Target) -> None:
+    """Wait while the sweep's mirror still sends in the background, so that nothing is sent twice."""
     if (holder := to.store.leases.holder(SENDING)) is not None:
         print(f"waiting for {holder}, which still sends", file=sys.stderr)
         while to.store.leases.holder(SENDING) is not None:
@@ -149,7 +123,7 @@ def _wait_for_mirror(to: wb.Target) -> None:
 
 
 def _tables(sweep_dir: Path) -> dict[str, Any]:
-    """Of the sweep's report; empty where no run has completed."""
+    """Return the tables of the sweep's report, without any where no run has completed."""
     from lorabench.report.summary import mirrored
 
     try:
@@ -158,30 +132,30 @@ def _tables(sweep_dir: Path) -> dict[str, Any]:
         return {"verdicts": {}}
 
 
-def _report(to: wb.Target, folder: Path, tables: Mapping[str, Any], left: list[str]) -> str:
-    """The sweep-level run; a failure goes to `left`."""
+def _send_report(to: runs.Target, folder: Path, tables: Mapping[str, Any], failures: list[str]) -> str:
+    """Send the rendered report and return a line about it. A failure is added to `failures`."""
     if not (folder / "report.html").is_file() or "comparison" not in tables:
         return f"no report at {folder} (python -m lorabench.report {to.store.root} renders one)"
     try:
-        return (
-            "report sent" if wandb_report.bring(to, {"dir": str(folder), "tables": tables}) else "report there already"
-        )
+        return "report sent" if wandb_report.send(to, folder, tables) else "report there already"
     except Exception as e:
-        left.append(f"report: {' '.join(f'{type(e).__name__}: {e}'.split())}")
+        failures.append(f"report: {' '.join(f'{type(e).__name__}: {e}'.split())}")
         return "report not sent"
 
 
-def _counted(found: Sequence[Lack]) -> str:
-    new = [x for x in found if x.new]
-    cut = [x for x in found if x.rows and not x.new]
-    bare = [x for x in found if x.values and not x.rows and not x.new]
-    open_ = [x for x in found if x.end]
-    parts = [f"{sum(x.nothing for x in found)} of {len(found)} ended runs are there"]
+def _counts(lacks: Sequence[runs.Missing]) -> str:
+    new = [x for x in lacks if x.remote is None]
+    known = [x for x in lacks if x.remote is not None]
+    cut = [x for x in known if x.rows or x.back_to is not None]
+    whole = [x for x in known if x not in cut]
+    bare = [x for x in whole if x.values]
+    not_over = [x for x in whole if not x.is_over]
+    parts = [f"{sum(x.is_nothing for x in lacks)} of {len(lacks)} ended runs are there"]
     parts += [f"{len(new)} are not"] if new else []
     parts += [f"{len(cut)} lack part of their history"] if cut else []
     parts += [f"{len(bare)} lack values of their summary"] if bare else []
-    parts += [f"{len(open_)} are not over"] if open_ else []
-    return f"{', '.join(parts)}; {sum(x.rows for x in found)} history rows to send"
+    parts += [f"{len(not_over)} are not over"] if not_over else []
+    return f"{', '.join(parts)}; {sum(len(x.rows) for x in lacks)} history rows to send"
 
 
 def parser() -> argparse.ArgumentParser:

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from fixtures.wandb_server import KEY, WandbServer
-from lorabench.trackers.wandb.api import Away, Server
+from lorabench.trackers.wandb.server import Server, ServerUnavailable
 
 
 @pytest.fixture
@@ -34,7 +34,7 @@ def server() -> Iterator[WandbServer]:
 def test_a_bad_server_is_what_its_name_says_and_good_afterwards(
     arm: str, words: str, overhead: Any, server: WandbServer
 ) -> None:
-    with overhead.served(arm, server, 2.0) as url, pytest.raises(Away, match=words):
+    with overhead.served(arm, server, 2.0) as url, pytest.raises(ServerUnavailable, match=words):
         Server(url, KEY, "p", None, timeout=0.2).entity()
     with overhead.served("online", server, 2.0) as url:
         assert Server(url, KEY, "p", None).entity() == "me"

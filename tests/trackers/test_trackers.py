@@ -17,8 +17,8 @@ from lorabench.config.settings import TrackerConfig
 from lorabench.store.records import Record, Store
 from lorabench.trackers import make_tracker
 from lorabench.trackers.contract import Mirror, Tracker
-from lorabench.trackers.wandb.runs import name, wandb_id
-from lorabench.trackers.wandb.tracker import WandbTracker, mode
+from lorabench.trackers.wandb.runs import display_name, wandb_id
+from lorabench.trackers.wandb.tracker import WandbTracker, resolve_mode
 
 RUNS = ("0123456789ab", "ba9876543210", "aaaabbbbcccc")
 CONFIG: dict[str, Any] = {"method": {"name": "lora", "r": 8, "alpha": 16.0}, "optimizer": {"lr": 1e-3}, "seed": 3}
@@ -52,7 +52,10 @@ def mirror(kind: str, sweep_dir: Path, runs: tuple[str, ...] = RUNS) -> None:
     tracker.close()
     if isinstance(tracker.tracker, WandbTracker):
         with pytest.MonkeyPatch.context() as m:
-            for name, value in {"MOST": 90.0, "SHARE": math.inf}.items():  # the machine may do other things, too
+            for name, value in {
+                "MAX_WAIT": 90.0,
+                "WAIT_SHARE": math.inf,
+            }.items():  # the machine may do other things, too
                 m.setattr(f"lorabench.trackers.wandb.tracker.{name}", value)
             tracker.tracker.leave()
 
@@ -188,24 +191,27 @@ def test_wandb_ids_are_stable_and_legal() -> None:
 
 
 def test_wandb_names_say_what_varies() -> None:
-    assert name(RUNS[0], CONFIG) == "lora r=8 alpha=16.0 lr=0.001 seed=3"
-    assert name(RUNS[0], {"method": {"name": "head"}, "optimizer": {"lr": 0.01}, "seed": 0}) == "head lr=0.01 seed=0"
+    assert display_name(RUNS[0], CONFIG) == "lora r=8 alpha=16.0 lr=0.001 seed=3"
+    assert (
+        display_name(RUNS[0], {"method": {"name": "head"}, "optimizer": {"lr": 0.01}, "seed": 0})
+        == "head lr=0.01 seed=0"
+    )
 
 
 def test_wandb_is_offline_without_a_key(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setenv("NETRC", str(tmp_path / "netrc"))
-    assert mode("auto") == "offline"
+    assert resolve_mode("auto") == "offline"
     (tmp_path / "netrc").write_text("machine somewhere.else login user password key\n")
-    assert mode("auto") == "offline"
+    assert resolve_mode("auto") == "offline"
     monkeypatch.setenv("WANDB_BASE_URL", "http://somewhere.else:8080")
-    assert mode("auto") == "online"
+    assert resolve_mode("auto") == "online"
     monkeypatch.setenv("WANDB_MODE", "offline")
-    assert mode("auto") == "offline"
-    assert mode("online") == "online"
+    assert resolve_mode("auto") == "offline"
+    assert resolve_mode("online") == "online"
     monkeypatch.delenv("WANDB_MODE")
     monkeypatch.setenv("WANDB_BASE_URL", "http://elsewhere")
     monkeypatch.setenv("WANDB_API_KEY", "k" * 40)
-    assert mode("auto") == "online"
+    assert resolve_mode("auto") == "online"
 
 
 class Broken(Tracker):

@@ -24,13 +24,11 @@ from lorabench import sync
 from lorabench.config.settings import TrackerConfig
 from lorabench.store.records import Record, Store
 from lorabench.trackers import make_tracker
-from lorabench.trackers.wandb import mirror, report
-from lorabench.trackers.wandb import mirror as ending
-from lorabench.trackers.wandb import runs as wb
+from lorabench.trackers.wandb import mirror, report, runs
 from lorabench.trackers.wandb import tracker as parent
-from lorabench.trackers.wandb.api import Away, Server, api_key
 from lorabench.trackers.wandb.mirror import Follower
-from lorabench.trackers.wandb.state import SENDING, begun, left_behind
+from lorabench.trackers.wandb.server import Server, ServerUnavailable, api_key
+from lorabench.trackers.wandb.state import SENDING, abandoned, mark_pending
 
 RUNS = ("0123456789ab", "ba9876543210", "aaaabbbbcccc")
 CONFIG: dict[str, Any] = {
@@ -58,7 +56,7 @@ def server(_server: WandbServer, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
     _server.start()
     _server.reset()
     for key, value in {
-        **wb.QUIET,
+        **runs.QUIET,
         "WANDB_BASE_URL": _server.url,
         "WANDB_API_KEY": KEY,
         "NETRC": str(tmp_path / "none"),
@@ -78,27 +76,27 @@ def record(run_id: str, status: str = "completed", **changes: Any) -> Record:
     return Record(run_id, "confirm", status, CONFIG, metrics, found, **changes)
 
 
-def to(server: WandbServer | None, store: Store, **changes: Any) -> wb.Target:
+def to(server: WandbServer | None, store: Store, **changes: Any) -> runs.Target:
     asked = Server(server.url, KEY, "lorabench", None, timeout=20) if server else None
-    return wb.Target(store, "my sweep", "lorabench", None, asked, "online" if server else "offline", **changes)
+    return runs.Target(store, "my sweep", "lorabench", None, asked, "online" if server else "offline", **changes)
 
 
 @pytest.fixture(autouse=True)
 def at_once(monkeypatch: pytest.MonkeyPatch) -> None:
     """In this process runs are opened when they begin, however short they are."""
-    monkeypatch.setattr(mirror, "YOUNG", 0.0)
+    monkeypatch.setattr(mirror, "MIN_AGE", 0.0)
     monkeypatch.setattr(parent, "OPENING", 0.0)
 
 
-def follow(target: wb.Target, *runs: str, said: list[str] | None = None) -> Follower:
+def follow(target: runs.Target, *run_ids: str, said: list[str] | None = None) -> Follower:
     follower = Follower(target, (said if said is not None else []).append)
-    for run_id in runs:
+    for run_id in run_ids:
         follower.hear({"do": "start", "run": run_id, "config": CONFIG, "method": "lora", "tags": ["minilm", "tweets"]})
     return follower
 
 
-def end(follower: Follower, *runs: str, **changes: Any) -> None:
-    for run_id in runs:
+def end(follower: Follower, *run_ids: str, **changes: Any) -> None:
+    for run_id in run_ids:
         follower.target.store.write(record(run_id, **changes))
         follower.hear({"do": "finish", "run": run_id})
 
@@ -123,12 +121,12 @@ def until(it_is_so: Callable[[], bool]) -> None:
 
 
 def bucket(server: WandbServer, run_id: str, sweep: str = "my sweep") -> Bucket:
-    return server.runs[f"me/lorabench/{wb.wandb_id(sweep, run_id)}"]
+    return server.runs[f"me/lorabench/{runs.wandb_id(sweep, run_id)}"]
 
 
 def arrived(server: WandbServer, run_id: str, rows: list[dict[str, Any]] = ROWS, sweep: str = "my sweep") -> Bucket:
     """The run, after checking that its history is the records': no gap, nothing twice, no line written over."""
-    run, want = bucket(server, run_id, sweep), wb.steps(rows)
+    run, want = bucket(server, run_id, sweep), runs.history_steps(rows)
     assert run.steps == [step for step, _ in want] and not run.faults
     for step, values in want:
         row = next(r for r in run.history if r["_step"] == step)
@@ -146,7 +144,7 @@ def test_several_live_runs_arrive_as_recorded(server: WandbServer, store: Store)
     end(follower, RUNS[1], status="diverged", error="the loss was not finite")
     end(follower, RUNS[2], status="failed", error="no more")
     turns(follower, lambda: follower.idle)
-    assert not follower.lost
+    assert not follower.why
     for run_id in RUNS:
         run = arrived(server, run_id)
         assert run.fields["groupName"] == "my sweep" and run.fields["jobType"] == "lora"
@@ -224,15 +222,15 @@ def test_a_slow_server_gets_all_of_it(server: WandbServer, store: Store) -> None
     store.append_history(RUNS[0], ROWS)
     end(follower, RUNS[0])
     turns(follower, lambda: follower.idle)
-    assert arrived(server, RUNS[0]).sent == 20 and not follower.lost
+    assert arrived(server, RUNS[0]).sent == 20 and not follower.why
 
 
 def test_rows_that_were_refused_are_missed_and_sent_again(
     server: WandbServer, store: Store, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """W&B's client reports no failure when it gives up on a stream; the server's own count does."""
-    monkeypatch.setattr(wb, "FINISH", 0.5)
-    monkeypatch.setattr(wb.time, "sleep", lambda seconds: None)
+    monkeypatch.setattr(runs, "FINISH_TIMEOUT", 0.5)
+    monkeypatch.setattr(runs, "ARRIVAL_PAUSES", (0.0,))
     follower = follow(to(server, store), RUNS[0])
     store.append_history(RUNS[0], ROWS)
     server.refuse_streams = True
@@ -240,7 +238,7 @@ def test_rows_that_were_refused_are_missed_and_sent_again(
     follower.turn()
     assert follower.silences == 1 and "has 0 of 20 history rows" in follower.why
     server.refuse_streams = False
-    monkeypatch.setattr(wb, "FINISH", 30.0)
+    monkeypatch.setattr(runs, "FINISH_TIMEOUT", 30.0)
     turns(follower, lambda: follower.idle)
     assert bucket(server, RUNS[0]).steps == STEPS
 
@@ -250,7 +248,7 @@ def test_a_run_resumed_from_a_checkpoint_goes_on_where_the_server_is(server: Wan
     first = follow(to(server, store), RUNS[0])
     store.append_history(RUNS[0], ROWS[:14])
     first.turn()
-    first.live[RUNS[0]].run.finish(exit_code=1)  # what is left of a killed process reaches the server
+    first.live[RUNS[0]].wandb_run.finish(exit_code=1)  # what is left of a killed process reaches the server
     assert bucket(server, RUNS[0]).steps == list(range(1, 13))  # step 13 was not complete
     store.reset_history(RUNS[0])
     store.append_history(RUNS[0], ROWS[:6])
@@ -300,23 +298,23 @@ def test_an_adapter_is_an_artifact_if_asked(server: WandbServer, store: Store) -
     turns(follower, lambda: follower.idle)
     (made,) = server.artifacts.values()
     assert made["state"] == "COMMITTED" and made["files"]["adapter_config.json"] == b'{"r": 8}'
-    assert bucket(server, RUNS[0]).summary["adapter"] == f"adapter-{wb.wandb_id('my sweep', RUNS[0])}"
-    assert wb.bring(to(server, store, artifacts=True), record(RUNS[0])) == 0 and len(server.artifacts) == 1
+    assert bucket(server, RUNS[0]).summary["adapter"] == f"adapter-{runs.wandb_id('my sweep', RUNS[0])}"
+    assert runs.missing(to(server, store, artifacts=True), record(RUNS[0])).is_nothing and len(server.artifacts) == 1
 
 
 # -- the whole tracker, with its process -------------------------------------------------------------------------------------
 
 
-def track(store: Store, *runs: str, sweep: str = "my sweep", **settings: Any) -> Any:
+def track(store: Store, *run_ids: str, sweep: str = "my sweep", **settings: Any) -> Any:
     tracker = make_tracker(TrackerConfig(name="wandb", **settings), sweep=sweep, sweep_dir=store.root)
     assert tracker is not None
-    for run_id in runs:
+    for run_id in run_ids:
         tracker.start(run_id, CONFIG, method="lora", tags=["minilm"])
     for row in ROWS:
-        for run_id in runs:
+        for run_id in run_ids:
             store.append_history(run_id, [row])
             tracker.log(run_id, row)
-    for run_id in runs:
+    for run_id in run_ids:
         store.write(record(run_id))
         tracker.finish(run_id, record(run_id))
     return tracker
@@ -333,7 +331,12 @@ def leave(tracker: Any) -> None:
 def patient() -> Iterator[None]:
     """An end has time enough for a machine that does other things, too, and does not announce that it waits."""
     with pytest.MonkeyPatch.context() as m:
-        for name, value in {"MOST": 90.0, "STOPPED": 90.0, "SHARE": math.inf, "SAID": math.inf}.items():
+        for name, value in {
+            "MAX_WAIT": 90.0,
+            "MAX_WAIT_STOPPED": 90.0,
+            "WAIT_SHARE": math.inf,
+            "ANNOUNCE_AFTER": math.inf,
+        }.items():
             m.setattr(parent, name, value)
         yield
 
@@ -352,7 +355,7 @@ def test_the_tracker_sends_and_no_key_is_left_anywhere(
     offline = track(store, RUNS[2], mode="offline")
     leave(offline)
     assert list(store.run_dir(RUNS[2]).glob("wandb/offline-run-*/*.wandb"))
-    assert wb.wandb_id("my sweep", RUNS[2]) not in {r.name for r in server.runs.values()}
+    assert runs.wandb_id("my sweep", RUNS[2]) not in {r.name for r in server.runs.values()}
     files = [p for p in store.root.rglob("*") if p.is_file()]
     assert len(files) > 10 and not [p for p in files if KEY.encode() in p.read_bytes()]
 
@@ -362,8 +365,7 @@ def test_a_bad_server_is_not_waited_for_and_a_sync_sends_the_rest(
     kind: str, server: WandbServer, store: Store, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """Ten minutes would be there, in which a slow server takes everything: that anything is left shows that none waited."""
-    monkeypatch.setattr(parent, "PATIENCE", 600.0)
-    monkeypatch.setattr(parent, "SHARE", 0.0)
+    monkeypatch.setattr(parent, "WAIT_SHARE", 0.0)
     with ExitStack() as stack:
         if kind == "down":
             server.stop()
@@ -400,12 +402,12 @@ def test_a_bad_server_is_not_waited_for_and_a_sync_sends_the_rest(
 def test_a_wait_that_is_broken_off_ends_the_mirrors_process(
     server: WandbServer, store: Store, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    def ctrl_c(tracker: Any, wait: float) -> bool:
+    def ctrl_c(tracker: Any, wait: float, alone: bool) -> bool:
         raise KeyboardInterrupt
 
     server.delay = 3600.0
     tracker = track(store, RUNS[0])
-    monkeypatch.setattr(parent.WandbTracker, "_ended", ctrl_c)
+    monkeypatch.setattr(parent.WandbTracker, "_wait_for_mirror", ctrl_c)
     tracker.tracker.leave()
     assert tracker.tracker.process.poll() is not None
     assert "the wait was broken off" in capsys.readouterr().err
@@ -420,45 +422,25 @@ def wandb_core(parent: int) -> bool:
     return False
 
 
-def test_how_long_an_end_waits_is_the_servers_pace(
-    server: WandbServer, store: Store, monkeypatch: pytest.MonkeyPatch
+def test_what_is_left_goes_on_alone_where_the_server_answers(
+    server: WandbServer, store: Store, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    asked = Server(server.url, KEY, "p", None)
-    monkeypatch.setattr(ending, "PROMPT", 30.0)
-    assert ending.late(asked, 30.0) == ""
-    server.refuse = 401
-    assert "the key is refused" in ending.late(asked, 30.0)
-    server.refuse, server.delay = 0, 0.5
-    monkeypatch.setattr(ending, "PROMPT", 2.0)
-    assert "to answer, too long" in ending.late(asked, 0.0)
-    limits: list[float] = []
-    monkeypatch.setattr(ending, "late", lambda server, limit: limits.append(limit) or "too long")
-    monkeypatch.setattr(ending, "PROMPT", 1e9)
-    for runs in (RUNS[:1], RUNS):
-        assert ending.outlast(follow(to(server, store), *runs), 0.0, 900.0) == "too long"
-    alone, three = limits
-    assert three < alone / 2 and alone < 900.0
-
-
-def test_what_is_left_goes_on_alone_where_the_server_is_worth_it(
-    server: WandbServer, store: Store, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    said: list[dict[str, Any]] = []
-    monkeypatch.setattr(ending, "PROMPT", 1e-3)
-    pace = iter(["", "", "too slow"])
-    monkeypatch.setattr(ending, "late", lambda server, limit: next(pace))
-    follower = follow(to(server, store), *RUNS)
-    follower.report = {"dir": "r"}
-    last = ending.Ending(follower, queue.Queue(), lambda **words: said.append(words))
-    assert ending.outlast(follower, 0.0, 900.0, last.go_on_alone) == "too slow"
-    assert said == [{"rest": "3 runs and the report"}]
+    monkeypatch.setattr(parent, "WAIT_SHARE", 0.0)
+    monkeypatch.setattr(parent, "START_UP", 90.0)
+    server.delay = 0.25
+    tracker = track(store, *RUNS)
+    process = tracker.tracker.process
+    tracker.close()
+    tracker.tracker.leave()
+    said = capsys.readouterr().err
+    assert f"still sent in the background: 3 runs; python -m lorabench.sync {store.root} sends what is missing" in said
     holder = store.leases.holder(SENDING)
-    assert holder and holder.pid == os.getpid() and not list(left_behind(store))  # nobody else sends them meanwhile
-    monkeypatch.setattr(ending.os, "_exit", lambda code: None)
-    last("too slow")
+    assert holder and holder.pid == process.pid and not list(abandoned(store))  # nobody else sends them meanwhile
+    server.delay = 0.0
+    process.wait(90)
     assert store.leases.holder(SENDING) is None
-    pace = iter(["too slow"])
-    assert ending.outlast(follower, 0.0, 900.0, last.go_on_alone) == "too slow" and len(said) == 2
+    for run_id in RUNS:
+        arrived(server, run_id)
 
 
 def test_an_end_does_not_wait_for_what_goes_on_alone(
@@ -466,17 +448,17 @@ def test_an_end_does_not_wait_for_what_goes_on_alone(
 ) -> None:
     code = """import json, sys, time
 while json.loads(sys.stdin.readline())["do"] != "close": pass
-print(json.dumps({"rest": "2 runs"}), flush=True)
+print(json.dumps({"alone": True}), flush=True)
 time.sleep(3600)"""
     begin = subprocess.Popen
     monkeypatch.setattr(parent.subprocess, "Popen", lambda argv, **how: begin([sys.executable, "-c", code], **how))
-    for name, value in {"SAID": math.inf, "GRACE": 600.0}.items():
+    for name, value in {"ANNOUNCE_AFTER": math.inf, "START_UP": 600.0}.items():
         monkeypatch.setattr(parent, name, value)
     first = track(store, *RUNS).tracker
     first.close()
     first.leave()
     said = capsys.readouterr().err
-    assert f"still sent in the background: 2 runs; python -m lorabench.sync {store.root} sends what is missing" in said
+    assert f"still sent in the background: 3 runs; python -m lorabench.sync {store.root} sends what is missing" in said
     assert first.process.poll() is None
     second = track(store, *RUNS).tracker  # the next sweep of this process has one of its own
     assert second is not first
@@ -540,7 +522,7 @@ def test_a_mirror_rests_while_a_sweep_trains_and_hurries_at_its_end(monkeypatch:
 def test_a_run_that_is_over_soon_is_sent_whole(
     server: WandbServer, store: Store, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(mirror, "YOUNG", math.inf)
+    monkeypatch.setattr(mirror, "MIN_AGE", math.inf)
     follower = follow(to(server, store), *RUNS)
     for run_id in RUNS:
         store.append_history(run_id, ROWS)
@@ -553,16 +535,18 @@ def test_a_run_that_is_over_soon_is_sent_whole(
 
 
 def test_runs_that_nobody_had_time_for_are_named_too(
-    store: Store, server: WandbServer, monkeypatch: pytest.MonkeyPatch
+    store: Store, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """The follower hangs in a question: what stands in the queue has not been heard, and is not at W&B."""
-    said: dict[str, Any] = {}
-    monkeypatch.setattr(ending.os, "_exit", lambda code: None)
-    heard: queue.Queue[Any] = queue.Queue()
-    for run_id in RUNS[1:]:
-        heard.put({"do": "start", "run": run_id, "config": CONFIG, "method": "lora", "tags": []})
-    ending.Ending(follow(to(server, store), RUNS[0]), heard, lambda **words: said.update(words))("too slow")
-    assert said == {"left": list(RUNS), "why": "too slow"}
+    """The mirror's process hangs and hears nothing."""
+    begin = subprocess.Popen
+    hangs = [sys.executable, "-c", "import time; time.sleep(3600)"]
+    monkeypatch.setattr(parent.subprocess, "Popen", lambda argv, **how: begin(hangs, **how))
+    for name in ("WAIT_SHARE", "START_UP"):
+        monkeypatch.setattr(parent, name, 0.0)
+    tracker = track(store, *RUNS).tracker
+    tracker.leave()
+    assert tracker.process.poll() is not None
+    assert f"not at W&B: {', '.join(RUNS)} (not done 0 s after the end)" in capsys.readouterr().err
 
 
 def test_phases_of_a_sweep_share_one_process(server: WandbServer, store: Store) -> None:
@@ -581,12 +565,12 @@ def test_what_a_killed_launcher_had_not_sent_the_next_one_sends(server: WandbSer
     """Runs that ended while nobody mirrored them, as jobs do, or whose mirror died with its launcher: nothing trains them again."""
     finished(store, *RUNS[:2])
     for run_id, start in zip(RUNS, ("1", None), strict=False):  # of a process that is no more, of this one
-        begun(store, run_id)
+        mark_pending(store, run_id)
         path = store.root / ".wandb/begun" / run_id
         path.write_text(json.dumps(json.loads(path.read_text()) | ({"start": start} if start else {})))
     half = to(server, store)
     run = half.open(RUNS[0], CONFIG, method="lora", tags=[])
-    wb.log(run, wb.steps(ROWS)[:7])
+    runs.log(run, runs.history_steps(ROWS)[:7])
     run.finish()
     bucket(server, RUNS[0]).exit_code = None
     tracker = track(store, RUNS[2])
@@ -644,7 +628,7 @@ time.sleep(60)
 def sweep(cli: Callable[..., tuple[int, str]], tmp_path: Path) -> Callable[..., str]:
     """A real sweep of two tuning and four confirmation runs on a tiny base; returns what it said."""
     from fixtures.runs import make_base, make_data
-    from lorabench.trackers.wandb.tracker import _running
+    from lorabench.trackers.wandb.tracker import _trackers
 
     base, data = make_base(tmp_path / "base", "bert"), make_data(tmp_path / "data.csv")
 
@@ -655,7 +639,7 @@ def sweep(cli: Callable[..., tuple[int, str]], tmp_path: Path) -> Callable[..., 
             "trainer.batch_size=4", "trainer.precision=64", "trainer.accelerator=cpu", *more,
         )  # fmt: skip
         with patient():
-            for tracker in _running.values():
+            for tracker in _trackers.values():
                 if tracker.process.poll() is None:
                     tracker.leave()
         assert code == 0, out
@@ -676,13 +660,13 @@ def test_a_sweep_its_report_and_its_verdicts_arrive_and_no_key_is_written(
     assert len(records) == 6
     for one in records:
         run = bucket(server, one.run_id, "s")
-        assert run.steps == [step for step, _ in wb.steps(store.history(one.run_id))] and not run.faults
+        assert run.steps == [step for step, _ in runs.history_steps(store.history(one.run_id))] and not run.faults
         assert run.fields["groupName"] == "s" and run.fields["tags"] == ["tiny", "text file", one.role]
         assert run.summary["val/loss"] == one.metrics["val/loss"] and run.summary["status"] == "completed"
         assert ("test/accuracy" in run.summary) == (one.role == "confirm")
         assert run.summary["verdict/cell"] in {c["id"] for c in store.manifest()["cells"]}
     adapters = {a["artifactCollectionName"] for a in server.artifacts.values() if a["state"] == "COMMITTED"}
-    assert {f"adapter-{wb.wandb_id('s', r.run_id)}" for r in records} <= adapters
+    assert {f"adapter-{runs.wandb_id('s', r.run_id)}" for r in records} <= adapters
     assert "report/answer" in bucket(server, "report", "s").summary
     written = [p for p in tmp_path.rglob("*") if p.is_file() and not p.is_relative_to(tmp_path / "base")]
     assert len(written) > 50 and not [p for p in written if KEY.encode() in p.read_bytes()]
@@ -706,8 +690,8 @@ def test_a_sweep_without_its_server_is_the_same_sweep(
 # -- sync ----------------------------------------------------------------------------------------------------------------------
 
 
-def finished(store: Store, *runs: str) -> Store:
-    for run_id in runs:
+def finished(store: Store, *run_ids: str) -> Store:
+    for run_id in run_ids:
         store.append_history(run_id, ROWS)
         store.write(record(run_id))
     store.write_manifest({"schema": 1, "name": store.root.name, "cells": [], "runs": {}, "packs": []})
@@ -799,7 +783,7 @@ def test_a_run_that_an_agent_of_a_wandb_sweep_started_is_the_agents(
     assert capsys.readouterr().err == ""
     for key in (*given, "WANDB_SWEEP_PARAM_PATH"):
         monkeypatch.delenv(key)
-    own, other = server.runs["team/theirs/abc123"], server.runs[f"team/theirs/{wb.wandb_id('my sweep', RUNS[1])}"]
+    own, other = server.runs["team/theirs/abc123"], server.runs[f"team/theirs/{runs.wandb_id('my sweep', RUNS[1])}"]
     assert len(server.runs) == 2 and own.fields["sweep"] == "sw7" and "sweep" not in other.fields
     for run in (own, other):
         assert run.steps == STEPS and not run.faults and run.state == "finished"
@@ -813,12 +797,12 @@ def test_a_run_that_an_agent_of_a_wandb_sweep_started_is_the_agents(
 def test_sync_says_what_did_not_arrive(
     server: WandbServer, store: Store, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(wb, "FINISH", 0.5)
-    monkeypatch.setattr(wb.time, "sleep", lambda seconds: None)
+    monkeypatch.setattr(runs, "FINISH_TIMEOUT", 0.5)
+    monkeypatch.setattr(runs, "ARRIVAL_PAUSES", (0.0,))
     finished(store, RUNS[0])
     server.refuse_streams = True
     assert sync.main([str(store.root)]) == 1
-    assert f"not sent: {RUNS[0]}: Away: {server.url} has 0 of 20 history rows" in capsys.readouterr().err
+    assert f"not sent: {RUNS[0]}: ServerUnavailable: {server.url} has 0 of 20 history rows" in capsys.readouterr().err
 
 
 def test_sync_refuses_in_one_line(
@@ -851,7 +835,7 @@ def test_sync_goes_where_the_tracker_went(server: WandbServer, store: Store) -> 
     (store.root / ".wandb").mkdir()
     (store.root / ".wandb/target.json").write_text(json.dumps({"project": "other", "entity": "team"}))
     assert sync.main([str(store.root)]) == 0
-    assert list(server.runs) == [f"team/other/{wb.wandb_id('test', RUNS[0])}"]
+    assert list(server.runs) == [f"team/other/{runs.wandb_id('test', RUNS[0])}"]
 
 
 # -- the report ------------------------------------------------------------------------------------------------------------------
@@ -877,12 +861,12 @@ def test_one_run_a_sweep_carries_the_report_and_runs_get_verdicts(
 
     build(store.root, RANK_SWEEP[1:3], examples=200)
     one = store.records()[0]
-    assert wb.bring(to(server, store), one)
+    runs.send(to(server, store), runs.missing(to(server, store), one))
     tables = mirrored(store.root)
     follower = follow(to(server, store))
     follower.hear({"do": "report", "dir": str(rendered), "tables": json.loads(json.dumps(tables))})
     turns(follower, lambda: follower.idle)
-    assert not follower.lost, follower.why
+    assert not follower.why, follower.why
     run = bucket(server, "report")
     assert run.fields["groupName"] == "my sweep" and run.fields["jobType"] == "report" and run.exit_code == 0
     assert run.summary["report/confirmed"] is True and "LoRA" in run.summary["report/answer"]
@@ -894,17 +878,17 @@ def test_one_run_a_sweep_carries_the_report_and_runs_get_verdicts(
     assert told["verdict/direction"] in ("reference", "better", "worse", "not resolved")
     assert told["verdict/reference"] == "lora-r16-a16-all-linear" and told["val/loss"] == one.metrics["val/loss"]
     before = sent(server)
-    assert report.bring(to(server, store), {"dir": str(rendered), "tables": tables}) is False
+    assert report.send(to(server, store), rendered, tables) is False
     assert sent(server) == before
     (rendered / "report.html").write_text("<p>another answer</p>")
-    assert report.bring(to(server, store), {"dir": str(rendered), "tables": tables}) is True
+    assert report.send(to(server, store), rendered, tables) is True
     assert run.steps == [0, 1] and not run.faults
 
 
 def test_the_report_is_kept_offline_too(server: WandbServer, store: Store, rendered: Path) -> None:
     tables = {"comparison": {"columns": ["method"], "rows": [["LoRA"]]}, "verdicts": {}, "summary": {"report/cells": 1}}
     for _ in range(2):  # a new one takes the old one's place
-        assert report.bring(to(None, store), {"dir": str(rendered), "tables": tables})
+        assert report.send(to(None, store), rendered, tables)
     assert len(list(store.root.glob(".wandb/wandb/offline-run-*/*.wandb"))) == 1
     assert not server.operations
 
@@ -914,20 +898,20 @@ def test_the_report_is_kept_offline_too(server: WandbServer, store: Store, rende
 
 def test_steps_are_one_row_each_of_finite_values() -> None:
     rows = [{"step": 2, "a": 1.0}, {"step": 1, "a": None}, {"step": 2, "b": float("nan"), "c": 3}, {"step": 3, "a": 4}]
-    assert wb.steps(rows) == [(2, {"a": 1.0, "c": 3}), (3, {"a": 4})]
+    assert runs.history_steps(rows) == [(2, {"a": 1.0, "c": 3}), (3, {"a": 4})]
 
 
 def test_an_answer_that_is_none_of_w_and_b_is_away(server: WandbServer, monkeypatch: pytest.MonkeyPatch) -> None:
     asked = Server(server.url, KEY, "p", None)
     server.refuse = 404
-    with pytest.raises(Away, match="the server failed \\(HTTP 404\\)"):
+    with pytest.raises(ServerUnavailable, match="the server failed \\(HTTP 404\\)"):
         asked.entity()
     server.refuse = 0
     monkeypatch.setattr(server, "answer", lambda name, v: ["a page"])
-    with pytest.raises(Away, match="an answer that is none of W&B"):
+    with pytest.raises(ServerUnavailable, match="an answer that is none of W&B"):
         asked.entity()
     monkeypatch.setattr(server, "answer", lambda name, v: {"viewer": None})
-    with pytest.raises(Away, match="does not know this key"):
+    with pytest.raises(ServerUnavailable, match="does not know this key"):
         asked.entity()
 
 
@@ -948,11 +932,11 @@ def test_looking_for_a_key_starts_no_process_of_wandb(monkeypatch: pytest.Monkey
     settings = tmp_path / ".config/wandb/settings"
     settings.parent.mkdir(parents=True)
     settings.write_text("[default]\nbase_url = https://wandb.example\n")
-    for name, value in {**wb.QUIET, "NETRC": str(tmp_path / "netrc"), "HOME": str(tmp_path)}.items():
+    for name, value in {**runs.QUIET, "NETRC": str(tmp_path / "netrc"), "HOME": str(tmp_path)}.items():
         monkeypatch.setenv(name, value)
     for name in ("WANDB_API_KEY", "WANDB_BASE_URL"):
         monkeypatch.delenv(name, raising=False)
-    code = "from lorabench.trackers.wandb.api import api_key; print(api_key(), flush=True); input()"
+    code = "from lorabench.trackers.wandb.server import api_key; print(api_key(), flush=True); input()"
     asked = [sys.executable, "-c", code]
     with subprocess.Popen(asked, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as process:
         assert process.stdin and process.stdout
@@ -984,8 +968,8 @@ def test_workspace_panels_name_what_is_written(workspace: Any, repo: Path, capsy
     rows: set[str] = set()
     for one in store.records():
         configs |= {f"{k}.{x}" for k, v in one.config.items() if isinstance(v, dict) for x in v}
-        values |= set(wb.summary(one, verdicts.get(one.run_id)))
-        rows |= {key for _, found in wb.steps(store.history(one.run_id)) for key in found}
+        values |= set(runs.summary(one, verdicts.get(one.run_id)))
+        rows |= {key for _, found in runs.history_steps(store.history(one.run_id)) for key in found}
     figures = {f"figures/{p.stem}" for p in (repo / "reports/ref_rank_sweep/figures").glob("*.png")}
     assert workspace.main(["ref_rank_sweep", "--entity", "me", "--print"]) == 0
     made = json.loads(capsys.readouterr().out)

@@ -1,7 +1,13 @@
 """The process that mirrors a sweep to W&B: it hears which runs live and reads the rest from their records.
 
-A sweep never waits for W&B: what is not sent yet stands in the records, so a slow or absent server leaves no gap, and no
-queue grows. Started by `trackers.wandb`, which talks to it in lines of JSON.
+A sweep never waits for W&B. What is not sent yet stands in the records, so a slow or absent server leaves no gap and no
+queue grows. `WandbTracker` starts this process and writes one JSON message a line to its stdin:
+
+    {"do": "start", "run", "config", "method", "tags"}    {"do": "finish", "run"}    {"do": "report", "dir", "tables"}
+    {"do": "rest"}: a phase is over; runs without a record were stopped
+    {"do": "close", "alone"}: no more will come; alone: this process may go on after the sweep's
+
+It answers on stdout with {"say": a line for the terminal}, {"why": the reason why something is not sent} and {"alone": true}.
 """
 
 from __future__ import annotations
@@ -13,33 +19,30 @@ import signal
 import sys
 import threading
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, TextIO
+from typing import Any
 
 from lorabench.config.errors import ExistingWork
 from lorabench.runtime.leases import Lease
 from lorabench.store.records import Record, Store
 from lorabench.trackers.wandb import report as wandb_report
-from lorabench.trackers.wandb import runs as wb
-from lorabench.trackers.wandb.api import Away, Server, api_key, base_url
-from lorabench.trackers.wandb.state import SENDING, Agent, arrived, begun
+from lorabench.trackers.wandb import runs
+from lorabench.trackers.wandb.server import Server, ServerUnavailable, api_key, base_url
+from lorabench.trackers.wandb.state import REPORT, SENDING, Agent, mark_arrived, mark_pending
 
-LOOK = 0.5  # seconds between looks at the histories of live runs
+LOOK_EVERY = 0.5  # seconds between looks at the histories of live runs
+CORE_SHARE, MAX_REST = 0.05, 10.0  # of a core while the sweep goes on, and the longest rest in seconds
+MIN_AGE = 15.0  # seconds: a run that ends sooner is sent whole, which costs half of following it
+PAUSES = (1.0, 2.0, 5.0, 10.0, 30.0)  # seconds after a server's first, second, ... silence in a row
+MAX_ERRORS = 3  # of W&B's client, after which a run is given up
+END_PING_TIMEOUT = 0.5  # seconds in which a server must answer at the sweep's end to be worth waiting for
+MAX_ALONE = 600.0  # seconds that this process goes on after the sweep's at most
+ORPHAN_GRACE = 2.0  # seconds that it goes on where the sweep's process died
 
-
-DUTY, REST = 0.05, 10.0  # of a core that this takes while the sweep goes on, and the longest rest in seconds
-
-
-YOUNG = 15.0  # seconds: a run that has ended by then is sent whole, which costs half of following it
-
-
-PAUSES = (1.0, 2.0, 5.0, 10.0, 30.0)  # after a server's first, second, ... silence in a row
-
-
-TRIES = 3  # at a run that W&B's client itself gives up on
+Tell = Callable[..., None]  # writes its keyword arguments to the sweep's process, as one message
 
 
 @dataclass
@@ -51,53 +54,53 @@ class Live:
     method: str
     tags: list[str]
     record: Record | None = None  # there once it has ended
-    run: Any = None  # W&B's
-    last: int = -1  # the last step logged
-    size: int = -1  # of the history when it was last read
+    wandb_run: Any = None
+    last_step: int = -1  # that was logged
+    history_size: int = -1  # bytes, when it was last read
     errors: int = 0
     since: float = field(default_factory=time.monotonic)
 
 
 @dataclass
 class Follower:
-    """Keeps W&B's runs at what the records say. say: one line for the sweep's terminal."""
+    """Keeps W&B's runs at what the records say. say: prints one line on the sweep's terminal."""
 
-    target: wb.Target
+    target: runs.Target
     say: Callable[[str], None]
     live: dict[str, Live] = field(default_factory=dict)
     report: dict[str, Any] | None = None
-    silences: int = 0
+    silences: int = 0  # of the server, in a row
     resume_at: float = 0.0
-    lost: list[str] = field(default_factory=list)
-    why: str = ""
+    why: str = ""  # the last reason why something was not sent
 
     def hear(self, message: Mapping[str, Any]) -> None:
-        what, run_id = message["do"], message.get("run", "")
-        if what == "start":
+        """Take a message of the sweep's process."""
+        kind, run_id = message["do"], message.get("run", "")
+        if kind == "start":
             before = self.live.get(run_id)
             self.live[run_id] = fresh = Live(run_id, message["config"], message["method"], message["tags"])
             if before:  # a pack that starts again: the same run goes on, its rows come again
-                fresh.run, fresh.last = before.run, before.last
-        elif what == "finish" and run_id in self.live:
+                fresh.wandb_run, fresh.last_step = before.wandb_run, before.last_step
+        elif kind == "finish" and run_id in self.live:
             self.live[run_id].record = self.target.store.read(run_id)
-        elif what == "report":
+        elif kind == "report":
             self.report = dict(message)
-        elif what == "rest":  # what has no record by now was stopped; its W&B run goes on when the sweep does
+        elif kind == "rest":  # the W&B run of a stopped run goes on when the sweep does
             for stopped in [i for i, one in self.live.items() if one.record is None]:
                 del self.live[stopped]
 
     def turn(self) -> None:
-        """One look at everything; a server that does not answer ends it, until its pause is over."""
+        """Look once at every run. A server that does not answer ends the turn and makes the next ones wait."""
         if time.monotonic() < self.resume_at:
             return
         try:
             for one in list(self.live.values()):
                 self._try(one)
             if self.report and not self.live:
-                wandb_report.bring(self.target, self.report)
-                self.report = None
+                wandb_report.send(self.target, Path(self.report["dir"]), self.report["tables"])
+                self._arrive(REPORT)
             self.silences = 0
-        except Away as e:
+        except ServerUnavailable as e:
             if not self.silences:
                 self.say(f"{e}; the records hold everything, tried again from time to time")
             self.why = str(e)
@@ -105,89 +108,85 @@ class Follower:
             self.silences += 1
         except Exception as e:  # of the sweep's report: its runs are there
             self.why, self.report = f"{type(e).__name__}: {e}", None
-            self.lost.append("the report")
 
     @property
     def idle(self) -> bool:
         return not self.live and self.report is None
 
-    @property
-    def left(self) -> list[str]:
-        """What is not at W&B, as far as this has heard."""
-        return [*self.lost, *self.live, *(["the report"] if self.report else [])]
-
     def _try(self, one: Live) -> None:
         try:
             self._advance(one)
-        except Away:
+        except ServerUnavailable:
             raise
         except Exception as e:
-            one.errors, one.run = one.errors + 1, None
+            one.errors, one.wandb_run = one.errors + 1, None
             self.why = " ".join(f"{type(e).__name__}: {e}".split())
-            if one.errors >= TRIES:
-                del self.live[one.run_id]
-                self.lost.append(one.run_id)
+            if one.errors >= MAX_ERRORS:
+                del self.live[one.run_id]  # it stays pending
             elif self.target.server is not None:
-                self.target.server.entity()  # raises Away where it is the server's silence that the client reports
+                self.target.server.ping()  # raises where the server's silence is what the client reports
 
     def _advance(self, one: Live) -> None:
-        """Open the run if it is not, log the steps that are complete, end it once its record is there."""
-        server, known = self.target.server, self.target.known(one.run_id)
-        if one.run is None and one.record is not None and server is not None:
-            wb.bring(self.target, one.record)  # it was cut off, or ended before it was opened
-            self._arrived(one)
+        """Open the run if it is not, log the steps that are complete, and end it once its record is there."""
+        server = self.target.server
+        if one.wandb_run is None and one.record is not None and server is not None:
+            runs.send(self.target, runs.missing(self.target, one.record))  # cut off, or over before it was opened
+            self._arrive(one.run_id)
             return
-        if one.run is None and one.record is None and time.monotonic() < one.since + YOUNG:
+        if one.wandb_run is None and one.record is None and time.monotonic() < one.since + MIN_AGE:
             return
-        if one.run is None:
-            has = server.run(known) if server else None
-            one.last, one.size = has.last_step if has else -1, -1
-            one.run = self.target.open(one.run_id, one.config, method=one.method, tags=one.tags)
+        if one.wandb_run is None:
+            remote = server.run(self.target.wandb_id(one.run_id)) if server else None
+            one.last_step, one.history_size = remote.last_step if remote else -1, -1
+            one.wandb_run = self.target.open(one.run_id, one.config, method=one.method, tags=one.tags)
         self._log(one)
         if one.record is not None:
             if server is not None:
-                server.entity()  # ending waits for the server: first see whether it answers
-            run, one.run = one.run, None
-            self.target.end(run, one.record)
+                server.ping()  # ending waits for the server
+            wandb_run, one.wandb_run = one.wandb_run, None
+            self.target.end(wandb_run, one.record)
             if server is not None:
-                want = wb.steps(self.target.store.history(one.run_id))
-                wb.check(server, known, want, self.target.summary(one.record))
-            self._arrived(one)
+                runs.check_arrived(self.target, one.record)
+            self._arrive(one.run_id)
 
-    def _arrived(self, one: Live) -> None:
-        del self.live[one.run_id]
-        arrived(self.target.store, one.run_id)
+    def _arrive(self, run_id: str) -> None:
+        if run_id == REPORT:
+            self.report = None
+        else:
+            del self.live[run_id]
+        mark_arrived(self.target.store, run_id)
 
     def _log(self, one: Live) -> None:
-        """A step is complete once a later one has begun, or the run has ended: train and validation rows share one."""
+        """Log the steps that are complete: a later one has begun, or the run has ended. Several rows may share a step."""
         path = self.target.store.run_dir(one.run_id) / "history.jsonl"
         size = path.stat().st_size if path.is_file() else 0
-        if size == one.size and one.record is None:
+        if size == one.history_size and one.record is None:
             return
-        one.size = size
-        found = wb.steps(self.target.store.history(one.run_id))
-        new = [(step, values) for step, values in (found if one.record else found[:-1]) if step > one.last]
-        wb.log(one.run, new)
-        one.last = new[-1][0] if new else one.last
+        one.history_size = size
+        rows = runs.history_steps(self.target.store.history(one.run_id))
+        new = [(step, values) for step, values in (rows if one.record else rows[:-1]) if step > one.last_step]
+        runs.log(one.wandb_run, new)
+        one.last_step = new[-1][0] if new else one.last_step
 
 
-def serve(follower: Follower, heard: queue.Queue[dict[str, Any] | None], opening: float = 0.0) -> None:
-    """Until told to close and done, or the server is silent then; or until the sweep's process is gone.
+def serve(follower: Follower, messages: queue.Queue[dict[str, Any] | None], opening: float = 0.0) -> None:
+    """Follow the runs until the sweep has closed and all is sent, or until the server is silent after that.
 
-    opening: seconds of a core that are rested for before the first look, as `DUTY` says.
+    Message None: the sweep's process died. opening: seconds of a core that starting W&B's client takes. The mirror rests
+    for them before its first look, so that a sweep which is over soon is sent after its end.
     """
-    closing, resumes = False, time.monotonic() + opening / DUTY
+    closing, resumes = False, time.monotonic() + opening / CORE_SHARE
     while not (closing and (follower.idle or follower.silences)):
         try:
             while True:
-                message = heard.get(timeout=LOOK)
+                message = messages.get(timeout=LOOK_EVERY)
                 if message is None:
                     return
                 if message["do"] == "close":
                     closing, follower.resume_at = True, 0.0
                 else:
                     follower.hear(message)
-                if heard.empty():
+                if messages.empty():
                     break
         except queue.Empty:
             pass
@@ -195,149 +194,114 @@ def serve(follower: Follower, heard: queue.Queue[dict[str, Any] | None], opening
             before = time.process_time()
             follower.turn()
             took = time.process_time() - before
-            resumes = time.monotonic() + min(REST, took * (1 / DUTY - 1))
+            resumes = time.monotonic() + min(MAX_REST, took * (1 / CORE_SHARE - 1))
+
+
+class Listener:
+    """Hands messages on to `serve`, and ends this process where nobody waits: W&B's client may hang in the other thread."""
+
+    def __init__(self, target: runs.Target, messages: queue.Queue[dict[str, Any] | None], tell: Tell) -> None:
+        self.target, self.messages, self.tell = target, messages, tell
+        self.lease: Lease | None = None
+
+    def run(self, lines: Iterable[str]) -> None:
+        """Read until the sweep's process closes its end, which it does last."""
+        alone = False
+        for line in lines:
+            message = json.loads(line)
+            if message["do"] == "start":
+                mark_pending(self.target.store, message["run"])
+            elif message["do"] == "close":
+                self._check_server()
+                if alone := message["alone"]:
+                    self._go_on_alone()
+            self.messages.put(message)
+        if not alone:
+            self.messages.put(None)
+            time.sleep(ORPHAN_GRACE)
+            self.exit()
+
+    def exit(self, why: str = "") -> None:
+        """End this process without W&B's exit hook, which would wait for a server that does not answer."""
+        self.tell(why=why)
+        if self.lease is not None:
+            self.lease.release()
+        os._exit(0)
+
+    def _check_server(self) -> None:
+        """End this process if the server does not answer now. Looking up a host's name knows no time limit: hence a thread."""
+        server = self.target.server
+        if server is None:
+            return
+        why = [f"{server.url} does not answer in {END_PING_TIMEOUT:g} s"]
+
+        def ping() -> None:
+            try:
+                server.ping(END_PING_TIMEOUT)
+                why[0] = ""
+            except ServerUnavailable as e:
+                why[0] = str(e)
+
+        thread = threading.Thread(target=ping, daemon=True)
+        thread.start()
+        thread.join(2 * END_PING_TIMEOUT)
+        if why[0]:
+            self.exit(why[0])
+
+    def _go_on_alone(self) -> None:
+        """Take the lease under which nobody else sends what is left, and limit how long this goes on."""
+        with suppress(OSError, ExistingWork):  # of a sweep that cannot be written any more
+            self.lease = self.target.store.leases.take(SENDING)
+        timer = threading.Timer(MAX_ALONE, self.exit)
+        timer.daemon = True
+        timer.start()
+        self.tell(alone=True)
 
 
 def main() -> None:
-    """argv: {"dir", "sweep", "project", "entity", "mode", "artifacts", "agent", "opening"} as JSON."""
+    """Run the process. argv: {"dir", "sweep", "project", "entity", "mode", "artifacts", "agent", "opening"} as JSON."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the sweep's: it says when to end
     if hasattr(os, "nice"):
         os.nice(10)
-    out = os.fdopen(os.dup(1), "w")  # for us alone: what others print, and W&B's own process, get stderr
-    os.dup2(2, 1)
+    answers = os.fdopen(os.dup(1), "w")
+    os.dup2(2, 1)  # what others print, W&B's own process among them, goes to stderr
 
-    def tell(**what: Any) -> None:
+    def tell(**message: Any) -> None:
         with suppress(OSError):  # nobody listens any more
-            out.write(json.dumps(what) + "\n")
-            out.flush()
+            answers.write(json.dumps(message) + "\n")
+            answers.flush()
 
-    given = json.loads(sys.argv[1])
+    settings = json.loads(sys.argv[1])
     try:
-        follower = Follower(_target(given), lambda text: tell(say=text))
-        heard: queue.Queue[dict[str, Any] | None] = queue.Queue()
-        end = Ending(follower, heard, tell)
-        threading.Thread(target=end.listen, args=(sys.stdin,), daemon=True).start()
-        serve(follower, heard, given["opening"])
-        end()
+        follower = Follower(_target(settings), lambda text: tell(say=text))
+        messages: queue.Queue[dict[str, Any] | None] = queue.Queue()
+        listener = Listener(follower.target, messages, tell)
+        threading.Thread(target=listener.run, args=(sys.stdin,), daemon=True).start()
+        serve(follower, messages, settings["opening"])
+        listener.exit(follower.why)
     except Exception as e:
-        tell(left=["every run"], why=f"{type(e).__name__}: {e}")
+        tell(why=f"{type(e).__name__}: {e}")
     os._exit(0)
 
 
-def _target(given: Mapping[str, Any]) -> wb.Target:
+def _target(settings: Mapping[str, Any]) -> runs.Target:
     server = None
-    if given["mode"] == "online":
+    if settings["mode"] == "online":
         key = api_key()
         if key is None:
             raise ValueError("tracker.mode=online, and no key: set WANDB_API_KEY, or run `wandb login`")
-        server = Server(base_url(), key, given["project"], given["entity"])
-    return wb.Target(
-        Store(Path(given["dir"])), given["sweep"], given["project"], given["entity"], server, given["mode"],
-        given["artifacts"], Agent(**given["agent"]) if given["agent"] else None,
-    )  # fmt: skip
+        server = Server(base_url(), key, settings["project"], settings["entity"])
+    return runs.Target(
+        Store(Path(settings["dir"])),
+        settings["sweep"],
+        settings["project"],
+        settings["entity"],
+        server,
+        settings["mode"],
+        settings["artifacts"],
+        Agent(**settings["agent"]) if settings["agent"] else None,
+    )
 
 
 if __name__ == "__main__":
     main()
-
-
-PROMPT = 0.5  # seconds in which a server answers that is worth waiting for
-
-
-QUESTIONS = 10  # that a server answers, about, until it has a run
-
-
-ORPHAN = 2.0  # seconds after the sweep's process is gone
-
-
-class Ending:
-    """The process's last word, said once, by whichever thread comes first: W&B's client may hang in the other."""
-
-    def __init__(
-        self, follower: Follower, heard: queue.Queue[dict[str, Any] | None], tell: Callable[..., None]
-    ) -> None:
-        self.follower, self.heard, self.tell = follower, heard, tell
-        self.lock = threading.Lock()
-        self.lease: Lease | None = None
-
-    def listen(self, lines: TextIO) -> None:
-        """Hand on what the sweep says, until it closes or is gone; then see to it that this process ends."""
-        for line in lines:
-            self.heard.put(message := json.loads(line))
-            if message["do"] == "close":
-                alone = self.go_on_alone if message.get("alone") else None
-                self(outlast(self.follower, message["wait"], message["most"], alone))
-        self.heard.put(None)
-        time.sleep(ORPHAN)
-        self()
-
-    def __call__(self, why: str = "") -> None:
-        self.lock.acquire()  # for good
-        try:
-            self._hear_all()
-            self.tell(left=self.follower.left, why=self.follower.why if self.follower.silences or not why else why)
-        finally:
-            if self.lease is not None:
-                self.lease.release()
-            os._exit(0)  # W&B's own exit hook would wait for a server that does not answer
-
-    def go_on_alone(self) -> None:
-        """The sweep's process need not wait: what is left is this one's, and nobody else sends it meanwhile."""
-        store, left = self.follower.target.store, self.follower.left
-        with suppress(OSError, ExistingWork):  # of a sweep that cannot be written any more
-            self.lease = store.leases.take(SENDING)
-            for run_id in list(self.follower.live):  # from here on they are this process's, and not left behind
-                begun(store, run_id)
-        runs = len(left) - left.count("the report")
-        parts = [f"{runs} run{'s' * (runs != 1)}"] * bool(runs) + ["the report"] * (len(left) > runs)
-        self.tell(rest=" and ".join(parts) or "the last values")
-
-    def _hear_all(self) -> None:
-        """Runs that the follower had no time to hear of are left over, too."""
-        with suppress(queue.Empty):
-            while True:
-                if (message := self.heard.get_nowait()) is not None:
-                    self.follower.hear(message)
-
-
-def outlast(follower: Follower, wait: float, most: float, alone: Callable[[], None] | None = None) -> str:
-    """Return when what is left has been waited for long enough, and why it is not done.
-
-    wait: seconds for any server. most: seconds for one that answers so fast that what is left arrives by then; for another
-    that would be in vain. alone: called once after `wait`, where this goes on for `most`.
-    """
-    start, why = time.monotonic(), ""
-    server = follower.target.server
-    time.sleep(max(0.0, wait - PROMPT) if server else wait)
-    while not why and (rest := start + most - time.monotonic()) > 0:
-        if server:
-            why = late(server, min(PROMPT, rest / (QUESTIONS * max(1, len(follower.left)))))
-        if alone and not why:
-            alone()
-            alone = None
-        time.sleep(0.0 if why else min(rest, PROMPT))
-    return why or f"not done {most:.0f} s after the end"
-
-
-def late(server: Server, limit: float) -> str:
-    """Why a server is not worth waiting for; "" where it answers within `limit` seconds. Takes `PROMPT` seconds at most."""
-    said: list[str] = []
-    enough = threading.Event()
-    over = time.monotonic() + PROMPT
-
-    def ask() -> None:
-        while not enough.is_set() and (start := time.monotonic()) < over:
-            try:
-                server.entity()
-            except Away as e:
-                said.append(str(e))
-                break
-            took = time.monotonic() - start
-            said.append("" if took <= limit else f"{server.url} takes {took:.2g} s to answer, too long to wait for it")
-            if not said[-1]:
-                break
-        enough.set()
-
-    threading.Thread(target=ask, daemon=True).start()  # a thread: looking up a host's name knows no time limit
-    enough.wait(PROMPT)
-    return said[-1] if said else f"{server.url} does not answer in {PROMPT:g} s"

@@ -1,4 +1,4 @@
-"""One W&B run a sweep: the comparison table, the figures and the HTML report; and each run's verdict in its summary."""
+"""The sweep's report as one W&B run, with table, figures and page; and each run's verdict in its summary."""
 
 from __future__ import annotations
 
@@ -10,66 +10,64 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from lorabench.trackers.wandb.api import Away
-from lorabench.trackers.wandb.runs import Target, lacking, quiet, wandb_id
+from lorabench.trackers.wandb.runs import ARRIVAL_PAUSES, Target, client_settings, missing_values, wandb_id
+from lorabench.trackers.wandb.server import ServerUnavailable
+from lorabench.trackers.wandb.state import REPORT
 
 if TYPE_CHECKING:
     import wandb
 
-REPORT = "report"  # takes a run_id's place in the W&B id
-AT_ONCE = 8  # summaries written side by side
+REQUESTS_AT_ONCE = 8
 
 
-def bring(target: Target, given: Mapping[str, Any]) -> bool:
-    """Show a report; returns whether it was sent (one that the server has is not). given: {"dir", "tables"}.
+def send(target: Target, folder: Path, tables: Mapping[str, Any]) -> bool:
+    """Send a rendered report and the runs' verdicts. Return False where the server has this report already.
 
-    tables: what `report.mirrored` makes. Raises `Away` where the server is silent.
+    tables: what `lorabench.report.summary.mirrored` returns. Raises `ServerUnavailable`.
     """
-    folder, tables = Path(given["dir"]), given["tables"]
-    verdicts(target, tables["verdicts"])
-    known, mark = wandb_id(target.sweep, REPORT), digest(folder)
-    has = target.server.run(known) if target.server else None
-    if has is not None and has.summary.get("report/digest") == mark and has.ended():
+    write_verdicts(target, tables["verdicts"])
+    its_id, content = wandb_id(target.sweep, REPORT), folder_digest(folder)
+    remote = target.server.run(its_id) if target.server else None
+    if remote is not None and remote.summary.get("report/digest") == content and remote.is_over(failed=False):
         return False
-    run = _open(target, known)
-    media = _media(folder, tables)
-    run.log(media, step=has.last_step + 1 if has else 0, commit=True)
-    run.summary.update({**tables["summary"], "report/digest": mark})
+    run = _open(target, its_id)
+    run.log(_media(folder, tables), step=remote.last_step + 1 if remote else 0, commit=True)
+    run.summary.update({**tables["summary"], "report/digest": content})
     run.finish()
     if target.server is not None:
-        _arrived(target, known, mark)
+        _check_arrived(target, its_id, content)
     return True
 
 
-def verdicts(target: Target, found: Mapping[str, Mapping[str, Any]]) -> int:
-    """Write each run's verdict into its summary, where the server has the run; returns how many were written.
+def write_verdicts(target: Target, verdicts: Mapping[str, Mapping[str, Any]]) -> int:
+    """Write each run's verdict into its summary where the server has the run. Return how many were written.
 
-    Offline runs are closed files by then: theirs are in the report's table, and in what `lorabench.sync` sends.
+    Offline runs are closed files by then. Their verdicts are in the report's table and in what `lorabench.sync` sends.
     """
     server = target.server
     if server is None:
         return 0
 
     def write(run_id: str) -> bool:
-        has = server.run(target.known(run_id))
-        new = lacking(found[run_id], has.summary) if has else {}
-        if has and new:
-            server.write_summary(has, new)
-        return bool(new)
+        remote = server.run(target.wandb_id(run_id))
+        values = missing_values(verdicts[run_id], remote.summary) if remote else {}
+        if remote and values:
+            server.write_summary(remote, values)
+        return bool(values)
 
-    with ThreadPoolExecutor(AT_ONCE) as threads:
-        return sum(threads.map(write, found))
+    with ThreadPoolExecutor(REQUESTS_AT_ONCE) as threads:
+        return sum(threads.map(write, verdicts))
 
 
-def digest(folder: Path) -> str:
-    """Of the report's files: equal records give equal bytes, and an equal report is not sent again."""
+def folder_digest(folder: Path) -> str:
+    """Return a hash of the names and bytes of all files in a folder."""
     sums = hashlib.sha256()
     for path in sorted(p for p in folder.rglob("*") if p.is_file()):
         sums.update(f"{path.relative_to(folder)}\0".encode() + path.read_bytes())
     return sums.hexdigest()[:16]
 
 
-def _open(target: Target, known: str) -> wandb.Run:
+def _open(target: Target, its_id: str) -> wandb.Run:
     import wandb
 
     folder = target.store.root / ".wandb"
@@ -78,14 +76,14 @@ def _open(target: Target, known: str) -> wandb.Run:
         shutil.rmtree(folder / "wandb", ignore_errors=True)  # one report a sweep: the last
     how: dict[str, Any] = {"resume": "allow"} if target.server else {}
     return wandb.init(
-        id=known, name=f"{target.sweep}: report", project=target.project, entity=target.entity, group=target.sweep,
+        id=its_id, name=f"{target.sweep}: report", project=target.project, entity=target.entity, group=target.sweep,
         job_type=REPORT, tags=["report"], dir=str(folder.resolve()), mode=target.mode, reinit="create_new",
-        settings=quiet(target.server), **how,
+        settings=client_settings(target.server), **how,
     )  # fmt: skip
 
 
 def _media(folder: Path, tables: Mapping[str, Any]) -> dict[str, Any]:
-    """Everything that is shown, by key."""
+    """Return everything that is shown, by key."""
     import wandb
 
     shown = tables["comparison"]
@@ -97,11 +95,11 @@ def _media(folder: Path, tables: Mapping[str, Any]) -> dict[str, Any]:
     return media
 
 
-def _arrived(target: Target, known: str, mark: str) -> None:
+def _check_arrived(target: Target, its_id: str, content: str) -> None:
     assert target.server is not None
-    for pause in (0.0, 0.3, 1.0, 2.0):
+    for pause in ARRIVAL_PAUSES:
         time.sleep(pause)
-        has = target.server.run(known)
-        if has is not None and has.summary.get("report/digest") == mark:
+        remote = target.server.run(its_id)
+        if remote is not None and remote.summary.get("report/digest") == content:
             return
-    raise Away(f"{target.server.url} has not got the report")
+    raise ServerUnavailable(f"{target.server.url} has not got the report")

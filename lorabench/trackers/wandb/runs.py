@@ -1,4 +1,4 @@
-"""A record as a W&B run: its id, name, history by step and summary, and how it is opened, filled and ended."""
+"""One record as one W&B run: its id, name, history and summary, what the server lacks of it, and how that is sent."""
 
 from __future__ import annotations
 
@@ -13,60 +13,73 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from lorabench.config.runs import digest
 from lorabench.store.records import Record, Store
-from lorabench.trackers.wandb.api import Away, Mirrored, Server
-from lorabench.trackers.wandb.state import Agent, agents_name
+from lorabench.trackers.wandb.server import RemoteRun, Server, ServerUnavailable
+from lorabench.trackers.wandb.state import Agent, agent_id
 
 if TYPE_CHECKING:
     import wandb
 
-INIT, FINISH = 60.0, 120.0  # seconds that W&B's client may take to open a run, and to send the last of it
+INIT_TIMEOUT, FINISH_TIMEOUT = 60.0, 120.0  # seconds W&B's client may take to open a run, and to send the last of it
+ARRIVAL_PAUSES = (0.0, 0.3, 1.0, 2.0)  # seconds between looks at whether the server has counted what was sent
 QUIET = {"WANDB_ERROR_REPORTING": "false", "WANDB_SILENT": "true"}  # read when W&B's client is imported
 Steps = list[tuple[int, dict[str, Any]]]  # (step, what was measured at it), by step
 
 
 def wandb_id(sweep: str, run_id: str) -> str:
-    """Stable over restarts, unique over sweeps: W&B allows 64 characters and no punctuation of paths."""
+    """Return a run's id at W&B: stable over restarts, unique over sweeps, at most 64 characters legal there."""
     plain = re.sub(r"[^A-Za-z0-9_-]", "-", sweep)[:40]
     return f"{plain}-{run_id}" if plain == sweep else f"{plain}-{digest(sweep)[:8]}-{run_id}"
 
 
-def name(run_id: str, config: Mapping[str, Any]) -> str:
-    """What W&B's run list shows: `lora r=8 lr=0.001 seed=0`."""
+def display_name(run_id: str, config: Mapping[str, Any]) -> str:
+    """Return what W&B's run list shows, such as `lora r=8 lr=0.001 seed=0`."""
     method, optimizer = config.get("method", {}), config.get("optimizer", {})
     parts = {"r": method.get("r"), "alpha": method.get("alpha"), "lr": optimizer.get("lr"), "seed": config.get("seed")}
     return " ".join([str(method.get("name", run_id)), *(f"{k}={v}" for k, v in parts.items() if v is not None)])
 
 
-def steps(rows: Iterable[Mapping[str, Any]]) -> Steps:
-    """History rows as W&B keeps them: one row a step, of finite values; a step without any is left out."""
+def method_name(config: Mapping[str, Any]) -> str:
+    """Return the name of the method of a record's config."""
+    return str((config.get("method") or {}).get("name", "run"))
+
+
+def run_tags(config: Mapping[str, Any]) -> list[str]:
+    """Return the tags a sweep gives a run: model, task, role."""
+    names = [(config.get(key) or {}).get("name") for key in ("model", "task")]
+    return [str(x) for x in (*names, config.get("role")) if x]
+
+
+def history_steps(rows: Iterable[Mapping[str, Any]]) -> Steps:
+    """Merge history rows into one row a step, of finite values, as W&B keeps them. A step without values is left out."""
     out: dict[int, dict[str, Any]] = {}
     for row in rows:
-        values = {k: v for k, v in row.items() if k != "step" and _plain(v)}
+        values = {k: v for k, v in row.items() if k != "step" and _is_plain(v)}
         if values:
             out.setdefault(int(row["step"]), {}).update(values)
     return sorted(out.items())
 
 
 def summary(record: Record, verdict: Mapping[str, Any] | None = None) -> dict[str, Any]:
-    """What W&B's run table shows: status, metrics (test ones where there are any), resources and the cell's verdict."""
-    found = {"status": record.status, "role": record.role, "run_id": record.run_id, "error": record.error}
+    """Return what W&B's run table shows: status, metrics, resources, and the verdict on the run's cell."""
+    identity = {"status": record.status, "role": record.role, "run_id": record.run_id, "error": record.error}
     resources = {f"resources/{key}": value for key, value in record.resources.items()}
-    return {k: v for k, v in (found | record.metrics | resources | dict(verdict or {})).items() if _plain(v)}
+    values = identity | record.metrics | resources | dict(verdict or {})
+    return {k: v for k, v in values.items() if _is_plain(v)}
 
 
-def _plain(value: Any) -> bool:
+def _is_plain(value: Any) -> bool:
     return isinstance(value, (bool, int, str)) or (isinstance(value, float) and math.isfinite(value))
 
 
-def lacking(want: Mapping[str, Any], has: Mapping[str, Any]) -> dict[str, Any]:
-    """The values of `want` that `has` does not have; None for what a run that failed once left in it."""
+def missing_values(want: Mapping[str, Any], has: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the values of `want` that `has` lacks, and None for those that an earlier failure of the run left in it."""
     stale = {k: None for k in ("error", "pruned_step") if k in has and k not in want}
     return {k: v for k, v in want.items() if k not in has or has[k] != v} | stale
 
 
 @dataclass(frozen=True)
 class Target:
-    """Where runs of a sweep go. mode: W&B's; only `online` has a server, offline its files lie in `<run dir>/wandb`."""
+    """Where the runs of a sweep go. Only the mode `online` has a server; offline, W&B's files lie in `<run dir>/wandb`."""
 
     store: Store
     sweep: str
@@ -77,146 +90,180 @@ class Target:
     artifacts: bool = False
     agent: Agent | None = None
 
-    def known(self, run_id: str) -> str:
-        """A run's id at W&B: what an agent of W&B Sweeps has called it, else made of its sweep and its own."""
-        return agents_name(self.store, run_id) or wandb_id(self.sweep, run_id)
+    def wandb_id(self, run_id: str) -> str:
+        """Return a run's id at W&B: the one an agent of W&B Sweeps gave it, else one made of its sweep and its own."""
+        return agent_id(self.store, run_id) or wandb_id(self.sweep, run_id)
 
     def open(
         self, run_id: str, config: Mapping[str, Any], *, method: str, tags: Sequence[str], back_to: int | None = None
     ) -> wandb.Run:
-        """A run to log to, continued where the server has it already. back_to: drop what it has after this step first."""
+        """Open a run to log to, and continue it where the server has it already.
+
+        back_to: the server first drops what it has after this step. Offline, an earlier folder of the run is replaced.
+        """
         import wandb
 
         folder = self.store.run_dir(run_id)
         folder.mkdir(parents=True, exist_ok=True)
-        known, settings = self.known(run_id), quiet(self.server)
-        if self.agent and known == self.agent.run:
+        its_id, settings = self.wandb_id(run_id), client_settings(self.server)
+        if self.agent and its_id == self.agent.run:
             settings.sweep_id = self.agent.sweep
         if self.mode == "offline":
-            for old in folder.glob(f"wandb/offline-run-*-{known}"):
+            for old in folder.glob(f"wandb/offline-run-*-{its_id}"):
                 shutil.rmtree(old, ignore_errors=True)  # one folder a run, complete in itself
         how: dict[str, Any] = {}
         if self.server is not None:
-            how = {"resume": "allow"} if back_to is None else {"resume_from": f"{known}?_step={back_to}"}
+            how = {"resume": "allow"} if back_to is None else {"resume_from": f"{its_id}?_step={back_to}"}
         return wandb.init(
-            id=known, name=name(run_id, config), project=self.project, entity=self.entity, group=self.sweep,
+            id=its_id, name=display_name(run_id, config), project=self.project, entity=self.entity, group=self.sweep,
             job_type=method, tags=[t[:64] for t in tags if t], config=dict(config), dir=str(folder.resolve()),
             mode=self.mode, reinit="create_new", settings=settings, **how,
         )  # fmt: skip
 
     def end(self, run: wandb.Run, record: Record, verdict: Mapping[str, Any] | None = None) -> None:
-        """The summary, the adapter if asked for, and the end. Online it may return with something still unsent."""
+        """Write the summary, log the adapter if asked for, and end the run. Online, something may still be unsent."""
         run.summary.update(self.summary(record, verdict))
-        if called := self._adapter(record):
+        if artifact_name := self._artifact_name(record):
             import wandb
 
-            adapter = wandb.Artifact(called, type="adapter")
+            adapter = wandb.Artifact(artifact_name, type="adapter")
             adapter.add_dir(str(self.store.run_dir(record.run_id) / "adapter"))
             run.log_artifact(adapter)
         run.finish(exit_code=1 if record.status == "failed" else 0)
 
     def summary(self, record: Record, verdict: Mapping[str, Any] | None = None) -> dict[str, Any]:
-        """`summary`, with the name of the adapter's artifact where there is one."""
-        called = self._adapter(record)
-        return summary(record, verdict) | ({"adapter": called} if called else {})
+        """Return the run's summary, with the name of the adapter's artifact where there is one."""
+        artifact_name = self._artifact_name(record)
+        return summary(record, verdict) | ({"adapter": artifact_name} if artifact_name else {})
 
-    def _adapter(self, record: Record) -> str | None:
-        there = self.artifacts and (self.store.run_dir(record.run_id) / "adapter").is_dir()
-        return f"adapter-{self.known(record.run_id)}" if there else None
+    def _artifact_name(self, record: Record) -> str | None:
+        has_adapter = self.artifacts and (self.store.run_dir(record.run_id) / "adapter").is_dir()
+        return f"adapter-{self.wandb_id(record.run_id)}" if has_adapter else None
 
 
-def log(run: wandb.Run, new: Steps) -> None:
-    for step, values in new:
+def log(run: wandb.Run, rows: Steps) -> None:
+    """Log rows to an open run, one W&B row a step."""
+    for step, values in rows:
         run.log(values, step=step, commit=True)
 
 
-def gap(server: Server, known: str, has: Mirrored, want: Steps) -> int | None:
-    """The step up to which the server's history is that of the records, where the two part; None where they do not."""
-    have = [step for step, _ in want if step <= has.last_step]
-    if len(have) == has.rows and (not have or have[-1] == has.last_step):
-        return None
-    same = -1
-    for ours, theirs in zip(have, server.steps(known, has.last_step)):
-        if ours != theirs:
-            break
-        same = ours
-    return same
+@dataclass(frozen=True)
+class Missing:
+    """What the server lacks of a run that has ended.
 
-
-def bring(target: Target, record: Record, verdict: Mapping[str, Any] | None = None) -> int:
-    """Send what the server lacks of a run that has ended, and look whether it arrived; returns the history rows sent. A run that
-    is all there and not over there (its sender was killed) is opened and ended.
-
-    Raises `Away` without a server, and where it has not all of it afterwards.
+    remote: the run as the server has it. rows: to be sent. back_to: the step after which the server's history is another
+    than the records'; None where it is the same. values: of the summary. is_over: the server knows that the run has ended.
     """
-    server = target.server
+
+    record: Record
+    verdict: Mapping[str, Any] | None
+    remote: RemoteRun | None
+    rows: Steps
+    back_to: int | None
+    values: dict[str, Any]
+    is_over: bool
+
+    @property
+    def is_nothing(self) -> bool:
+        return self.is_over and not (self.rows or self.values or self.back_to is not None)
+
+
+def missing(target: Target, record: Record, verdict: Mapping[str, Any] | None = None) -> Missing:
+    """Ask the server what it lacks of a run. Raises `ServerUnavailable`."""
+    assert target.server is not None
+    remote, rows = target.server.run(target.wandb_id(record.run_id)), history_steps(target.store.history(record.run_id))
+    want = target.summary(record, verdict)
+    if remote is None:
+        return Missing(record, verdict, None, rows, None, want, is_over=False)
+    back_to = last_common_step(target.server, remote, rows)
+    last = remote.last_step if back_to is None else back_to
+    is_over = remote.is_over(failed=record.status == "failed")
+    unsent = [(step, values) for step, values in rows if step > last]
+    return Missing(record, verdict, remote, unsent, back_to, missing_values(want, remote.summary), is_over)
+
+
+def last_common_step(server: Server, remote: RemoteRun, rows: Steps) -> int | None:
+    """Return the step up to which the server's history is that of the records, or None where all of it is."""
+    ours = [step for step, _ in rows if step <= remote.last_step]
+    if len(ours) == remote.rows and (not ours or ours[-1] == remote.last_step):
+        return None
+    common = -1
+    for our_step, their_step in zip(ours, server.steps(remote)):
+        if our_step != their_step:
+            break
+        common = our_step
+    return common
+
+
+def send(target: Target, lack: Missing) -> None:
+    """Send what the server lacks of a run that has ended, and check that it arrived.
+
+    A run that is all there and not over there, since its sender was killed, is opened and ended.
+    Raises `ServerUnavailable`, also where the server has not all of it afterwards. Raises `ValueError` where its history
+    begins otherwise than the records'.
+    """
+    server, record, remote = target.server, lack.record, lack.remote
     assert server is not None
-    known, want = target.known(record.run_id), steps(target.store.history(record.run_id))
-    has = server.run(known)
-    if has is not None and complete(has, want) and has.ended(failed=record.status == "failed"):
-        values = lacking(target.summary(record, verdict), has.summary)
-        if "adapter" not in values:
-            if values:
-                server.write_summary(has, values)
-            return 0
-    back_to = None if has is None else gap(server, known, has, want)
-    if back_to == -1:
+    if lack.is_nothing:
+        return
+    if remote is not None and lack.is_over and not lack.rows and lack.back_to is None and "adapter" not in lack.values:
+        server.write_summary(remote, lack.values)
+        return
+    its_id = target.wandb_id(record.run_id)
+    if lack.back_to == -1:
         raise ValueError(
-            f"{known}: the history at the server begins otherwise than the records'; delete that run there"
+            f"{its_id}: the history at the server begins otherwise than the records'; delete that run there"
         )
-    last = -1 if has is None else has.last_step if back_to is None else back_to
-    if has is not None and has.summary.get("_step", -1) > last:
-        server.write_summary(has, {"_step": last if last >= 0 else None})  # from here W&B's client counts on
-    run = target.open(
-        record.run_id, record.config, method=method(record.config), tags=tags(record.config), back_to=back_to
-    )
-    new = [(step, values) for step, values in want if step > last]
-    log(run, new)
-    target.end(run, record, verdict)
-    check(server, known, want, target.summary(record, verdict))
-    return len(new)
+    if remote is not None:
+        last = remote.last_step if lack.back_to is None else lack.back_to
+        if remote.summary.get("_step", -1) > last:  # W&B's client counts on from this value
+            server.write_summary(remote, {"_step": last if last >= 0 else None})
+    config = record.config
+    run = target.open(record.run_id, config, method=method_name(config), tags=run_tags(config), back_to=lack.back_to)
+    log(run, lack.rows)
+    target.end(run, record, lack.verdict)
+    check_arrived(target, record, lack.verdict)
 
 
-def complete(has: Mirrored, want: Steps) -> bool:
-    """Whether a history is there row for row, by number and end; `summary` tells that the run was ended."""
-    return has.rows == len(want) and has.last_step == (want[-1][0] if want else -1) and "status" in has.summary
+def check_arrived(target: Target, record: Record, verdict: Mapping[str, Any] | None = None) -> None:
+    """Check that the server has the whole history of a run, and write the values that its summary lacks.
 
-
-def check(server: Server, known: str, want: Steps, values: Mapping[str, Any]) -> None:
-    """Raises `Away` unless the server has the history that was sent; it may take a moment to count. Mends the summary."""
-    for pause in (0.0, 0.3, 1.0, 2.0):
+    The server may take a moment to count. Raises `ServerUnavailable` where it has not all of it.
+    """
+    server, its_id = target.server, target.wandb_id(record.run_id)
+    assert server is not None
+    rows = history_steps(target.store.history(record.run_id))
+    for pause in ARRIVAL_PAUSES:
         time.sleep(pause)
-        has = server.run(known)
-        if has is not None and complete(has, want):
-            if new := lacking(values, has.summary):
-                server.write_summary(has, new)
+        remote = server.run(its_id)
+        if remote is None or (remote.rows, remote.last_step) != (len(rows), rows[-1][0] if rows else -1):
+            continue
+        if "status" in remote.summary:  # written as the run ended
+            if values := missing_values(target.summary(record, verdict), remote.summary):
+                server.write_summary(remote, values)
             return
-    raise Away(f"{server.url} has {has.rows if has else 0} of {len(want)} history rows of {known}")
+    raise ServerUnavailable(f"{server.url} has {remote.rows if remote else 0} of {len(rows)} history rows of {its_id}")
 
 
-def method(config: Mapping[str, Any]) -> str:
-    return str((config.get("method") or {}).get("name", "run"))
+def client_settings(server: Server | None) -> wandb.Settings:
+    """Return settings under which W&B's client prints nothing and sends nothing but what the record holds.
 
-
-def tags(config: Mapping[str, Any]) -> list[str]:
-    """As a sweep gives them: model, task, role."""
-    named = [(config.get(key) or {}).get("name") for key in ("model", "task")]
-    return [str(x) for x in (*named, config.get("role")) if x]
-
-
-def quiet(server: Server | None) -> wandb.Settings:
-    """Nothing on the terminal, and nothing sent but what the record holds: no console, source, machine or its load."""
+    Neither the console nor source code, git, the machine or its load is sent.
+    """
     import wandb
 
     online: dict[str, Any] = {} if server is None else {"base_url": server.url, "api_key": server.key}
     return wandb.Settings(
         console="off", silent=True, disable_code=True, disable_git=True, save_code=False, x_disable_stats=True,
-        x_disable_meta=True, x_disable_machine_info=True, x_save_requirements=False, init_timeout=INIT,
-        finish_timeout=FINISH, x_file_stream_transmit_interval=2.0, x_file_stream_retry_wait_max_seconds=15.0, **online,
+        x_disable_meta=True, x_disable_machine_info=True, x_save_requirements=False, init_timeout=INIT_TIMEOUT,
+        finish_timeout=FINISH_TIMEOUT, x_file_stream_transmit_interval=2.0, x_file_stream_retry_wait_max_seconds=15.0,
+        **online,
     )  # fmt: skip
 
 
-def environment() -> dict[str, str]:
-    """For a process with W&B's client: nothing on the terminal, no error reports, a service process of its own. It is not told of
-    an agent: it would take the agent's project and id for every run, whatever it is asked for."""
+def client_environment() -> dict[str, str]:
+    """Return the environment of a process with W&B's client: quiet, with a service process of its own.
+
+    It names no agent: W&B's client would take the agent's project and id for every run.
+    """
     return {k: v for k, v in os.environ.items() if k not in ("WANDB_SERVICE", "WANDB_SWEEP_ID", "WANDB_RUN_ID")} | QUIET

@@ -1,7 +1,4 @@
-"""Which runs a launcher has begun at W&B and has not seen arrive: a file a run, so that one that is killed leaves word of them.
-
-The next launcher of the sweep sends those that have ended meanwhile, from their records; of others it hears when they train.
-"""
+"""Files in a sweep's directory that outlive a process: which runs are not at W&B yet, and what W&B's agents call runs."""
 
 from __future__ import annotations
 
@@ -10,34 +7,41 @@ import os
 import re
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
-from pathlib import Path
 
 from lorabench.runtime.files import atomic_write
 from lorabench.runtime.leases import Holder
 from lorabench.store.identifiers import RUN_ID
 from lorabench.store.records import Record, Store
 
-BEGUN = ".wandb/begun"  # in the sweep's directory
+REPORT = "report"  # takes a run_id's place for the sweep's report
+PENDING_DIR = ".wandb/begun"  # a file for each run that has begun and not arrived; it names the process that sends it
+AGENTS_DIR = ".wandb/agents"  # a file for each run that an agent of W&B Sweeps started; it holds the agent's id of it
+SENDING = "wandb"  # the lease of a mirror that goes on after its sweep's process; `lorabench.sync` waits for it
 
 
-SENDING = "wandb"  # the lease of a mirror's process that goes on after its sweep's; `lorabench.sync` waits for it
-
-
-def begun(store: Store, run_id: str) -> None:
-    """By this process. Not synced to disk: it is heard where training waits."""
-    path = _path(store, run_id)
+def mark_pending(store: Store, run_id: str) -> None:
+    """Note that this process sends a run. Not synced to disk, since training waits for it."""
+    path = store.root / PENDING_DIR / run_id
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(json.dumps(asdict(Holder.here())), encoding="utf-8")
 
 
-def arrived(store: Store, run_id: str) -> None:
-    _path(store, run_id).unlink(missing_ok=True)
+def mark_arrived(store: Store, run_id: str) -> None:
+    """Note that the server has all of a run."""
+    (store.root / PENDING_DIR / run_id).unlink(missing_ok=True)
 
 
-def left_behind(store: Store) -> Iterator[Record]:
-    """Records of runs that launchers which are no more have begun and not seen arrive. Of one that may still be there, on
-    another machine, nothing is taken over: `lorabench.sync` sends what it leaves."""
-    for path in sorted((store.root / BEGUN).glob("*")):
+def is_pending(store: Store, run_id: str) -> bool:
+    """Return whether a run has begun and not arrived."""
+    return (store.root / PENDING_DIR / run_id).is_file()
+
+
+def abandoned(store: Store) -> Iterator[Record]:
+    """Yield the records of pending runs whose process is gone.
+
+    A process on another machine may still be there. Its runs are left to it, and to `lorabench.sync`.
+    """
+    for path in sorted((store.root / PENDING_DIR).glob("*")):
         try:
             gone = Holder(**json.loads(path.read_text(encoding="utf-8"))).gone
         except (OSError, ValueError, TypeError):
@@ -46,16 +50,9 @@ def left_behind(store: Store) -> Iterator[Record]:
             yield record
 
 
-def _path(store: Store, run_id: str) -> Path:
-    return store.root / BEGUN / run_id
-
-
-AGENTS = ".wandb/agents"  # in the sweep's directory: what agents call its runs, a file a run
-
-
 @dataclass(frozen=True)
 class Agent:
-    """The agent that started this process for a run: its sweep at W&B, what it calls the run, and where that is."""
+    """The agent of W&B Sweeps that started this process: its sweep, the id it gave the run, and where that is."""
 
     sweep: str
     run: str
@@ -63,21 +60,23 @@ class Agent:
     entity: str | None = None
 
     @classmethod
-    def here(cls) -> Agent | None:
+    def from_environment(cls) -> Agent | None:
+        """Return the agent of this process, or None where no agent started it."""
         sweep, run = os.environ.get("WANDB_SWEEP_ID"), os.environ.get("WANDB_RUN_ID")
         if not (sweep and run):
             return None
         return cls(sweep, run, os.environ.get("WANDB_PROJECT"), os.environ.get("WANDB_ENTITY"))
 
 
-def note_agent(store: Store, run_id: str, agent: Agent) -> None:
-    """From here on the run is the agent's at W&B."""
-    atomic_write(store.root / AGENTS / run_id, agent.run)
+def write_agent_id(store: Store, run_id: str, agent: Agent) -> None:
+    """Note that a run has an agent's id at W&B."""
+    atomic_write(store.root / AGENTS_DIR / run_id, agent.run)
 
 
-def agents_name(store: Store, run_id: str) -> str | None:
+def agent_id(store: Store, run_id: str) -> str | None:
+    """Return the id that an agent gave a run, or None where there is none or it is not legal at W&B."""
     try:
-        found = (store.root / AGENTS / run_id).read_text(encoding="utf-8", errors="replace").strip()
+        text = (store.root / AGENTS_DIR / run_id).read_text(encoding="utf-8", errors="replace").strip()
     except OSError:
         return None
-    return found if re.fullmatch(r"[\w-]{1,64}", found, re.ASCII) else None
+    return text if re.fullmatch(r"[\w-]{1,64}", text, re.ASCII) else None
