@@ -12,7 +12,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from lorabench.config.components import available, component
+from lorabench.config.components import component_names, load_component
 from lorabench.config.settings import (
     OptimizerConfig,
     ReportConfig,
@@ -47,10 +47,12 @@ def page() -> str:
     for name, section in SECTIONS.items():
         parts.append(f"## {name}\n{table(section, name, packs=name in ('trainer', 'optimizer'))}")
     for kind in ("model", "task", "method"):
-        for name in available(kind):
+        for name in component_names(kind):
             if name != "local":
                 selector = "name" if kind == "method" else "kind"
-                parts.append(f"## {kind}, {selector} {name}\n{table(component(kind, name, None), kind, packs=True)}")
+                parts.append(
+                    f"## {kind}, {selector} {name}\n{table(load_component(kind, name, None), kind, packs=True)}"
+                )
     return "\n".join(parts)
 
 

@@ -13,7 +13,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from lorabench.config.aliases import settings_of
+from lorabench.config.aliases import match_columns
 from lorabench.config.errors import ConfigError
 from lorabench.results.formatting import SHARES
 from lorabench.store.records import Record
@@ -77,7 +77,7 @@ def from_table(
     for key, column in {**columns, **metrics}.items():
         if column not in names:
             raise ConfigError(key, column, f"a column of {path.name}: {', '.join(names)}")
-    taken = {**settings_of(names), **columns}
+    taken = {**match_columns(names), **columns}
     scored = {**scores_of([n for n in names if n not in taken.values()]), **metrics}
     if not scored:
         raise ConfigError("--metric", None, f"test/<name>=<column>, for one of: {', '.join(names)}")

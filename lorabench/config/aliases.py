@@ -1,11 +1,10 @@
-"""What other tools call a setting or a result. Pure: names in, our names out."""
+"""What other tools call our settings."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 
-# Our settings, and what others call them (lower case; W&B exports put `config.` or nothing in front, transformers' Trainer
-# PEFT's settings under `peft_config.default.`).
+# Our settings, and what others call them, in lower case and without the prefixes below.
 ALIASES: dict[str, tuple[str, ...]] = {
     "method.name": ("method", "peft_type", "adapter", "tuner"),
     "method.r": ("r", "rank", "lora_r", "lora_rank"),
@@ -33,15 +32,23 @@ ALIASES: dict[str, tuple[str, ...]] = {
 }
 
 
-def settings_of(names: Sequence[str]) -> dict[str, str]:
-    """Setting -> column, for columns whose name is one of ours or of `ALIASES`; the first of several."""
-    plain = {
-        name: name.lower().strip().removeprefix("config.").removeprefix("peft_config.default.").replace(" ", "_")
-        for name in names
-    }
-    found: dict[str, str] = {}
-    for key, aliases in ALIASES.items():
-        hits = [name for name, low in plain.items() if low == key or low in aliases]
-        if hits:
-            found[key] = hits[0]
-    return found
+# W&B's exports put the first in front of a setting, transformers' Trainer the second in front of PEFT's.
+_PREFIXES = ("config.", "peft_config.default.")
+
+
+def match_columns(columns: Sequence[str]) -> dict[str, str]:
+    """Return setting to column, for the columns named like a setting or one of its aliases; of several the first."""
+    plain = {column: _plain_name(column) for column in columns}
+    matched: dict[str, str] = {}
+    for setting, aliases in ALIASES.items():
+        columns_of_it = [column for column, name in plain.items() if name == setting or name in aliases]
+        if columns_of_it:
+            matched[setting] = columns_of_it[0]
+    return matched
+
+
+def _plain_name(column: str) -> str:
+    name = column.lower().strip()
+    for prefix in _PREFIXES:
+        name = name.removeprefix(prefix)
+    return name.replace(" ", "_")

@@ -1,4 +1,4 @@
-"""Methods, tasks and model families by file name: one dataclass `Config`, one file, one YAML. No registry to edit."""
+"""Methods, tasks and models by file name: one dataclass `Config`, one file, one YAML. There is no registry to edit."""
 
 from __future__ import annotations
 
@@ -16,15 +16,18 @@ from typing import Any
 from lorabench.config.contracts.component import Component
 from lorabench.config.errors import ConfigError
 
-# What a user's own dataclass that inherits no contract is taken for: a task of such a file reads tokens.
-DEFAULTS = {"model": ("lorabench.config.contracts.model", "Model"), "task": ("lorabench.tasks.text_task", "TextTask")}
+# The contract of a user's own dataclass that inherits none. Such a task reads tokens.
+_DEFAULT_CONTRACTS = {
+    "model": ("lorabench.config.contracts.model", "Model"),
+    "task": ("lorabench.tasks.text_task", "TextTask"),
+}
 
 
-def available(section: str) -> list[str]:
-    """Names a section's selector takes: the modules of its package that hold a `Config`."""
+def component_names(section: str) -> list[str]:
+    """Return what a section's selector may name. section: `model`, `task` or `method`."""
     package = importlib.import_module(f"lorabench.{section}s")
-    names = [m.name for m in pkgutil.iter_modules(package.__path__) if not m.name.startswith("_")]
-    return sorted(n for n in names if _defines_config(package, n)) + (["local"] if section != "method" else [])
+    names = sorted(m.name for m in pkgutil.iter_modules(package.__path__) if _defines_config(package, m.name))
+    return names if section == "method" else [*names, "local"]
 
 
 def _defines_config(package: ModuleType, name: str) -> bool:
@@ -32,46 +35,58 @@ def _defines_config(package: ModuleType, name: str) -> bool:
     return source.is_file() and "class Config" in source.read_text(encoding="utf-8")
 
 
-def component(section: str, name: str, file: str | None) -> type[Component]:
-    """The `Config` dataclass behind a selector. `local` reads a Python file the user names: it runs that file."""
-    key = f"{section}.{'name' if section == 'method' else 'kind'}"
+def load_component(section: str, name: str, file: str | None) -> type[Component]:
+    """Return the `Config` dataclass that a selector names. Raises `ConfigError`.
+
+    file: for the name `local`, a Python file of the user's own, which is run.
+    """
     if name == "local" and section != "method":
-        return _local(section, file)
-    if name not in available(section):
-        raise ConfigError(key, name, f"allowed: {', '.join(available(section))}")
+        return _load_local(section, file)
+    if name not in component_names(section):
+        key = f"{section}.{'name' if section == 'method' else 'kind'}"
+        raise ConfigError(key, name, f"allowed: {', '.join(component_names(section))}")
     config: type[Component] = importlib.import_module(f"lorabench.{section}s.{name}").Config
     return config
 
 
-def _local(section: str, file: str | None) -> type[Component]:
+def _load_local(section: str, file: str | None) -> type[Component]:
+    key = f"{section}.file"
     if not file:
-        raise ConfigError(f"{section}.file", file, f"the Python file that holds your {section}'s `Config` dataclass")
+        raise ConfigError(key, file, f"the Python file that holds your {section}'s `Config` dataclass")
     path = Path(file).expanduser().resolve()
     if not path.is_file() or path.suffix != ".py":
-        raise ConfigError(f"{section}.file", file, "an existing .py file")
-    name = f"lorabench_local_{hashlib.sha256(str(path).encode() + path.read_bytes()).hexdigest()[:16]}"
-    if name not in sys.modules:
-        spec = importlib.util.spec_from_file_location(name, path)
-        assert spec and spec.loader
-        module = importlib.util.module_from_spec(spec)
-        sys.modules[name] = module
-        try:
-            spec.loader.exec_module(module)
-        except Exception as e:
-            del sys.modules[name]
-            raise ConfigError(f"{section}.file", file, f"the file does not import: {type(e).__name__}: {e}") from e
-    config: Any = getattr(sys.modules[name], "Config", None)
+        raise ConfigError(key, file, "an existing .py file")
+    try:
+        module = _import_file(path)
+    except Exception as e:
+        raise ConfigError(key, file, f"the file does not import: {type(e).__name__}: {e}") from e
+    config: Any = getattr(module, "Config", None)
     if not dataclasses.is_dataclass(config) or not isinstance(config, type):
-        raise ConfigError(f"{section}.file", file, "the file must define a dataclass named Config")
+        raise ConfigError(key, file, "the file must define a dataclass named Config")
     config = _with_contract(section, config)
-    if missing := sorted(config.__abstractmethods__):
-        raise ConfigError(f"{section}.file", file, f"its Config must define {', '.join(missing)}")
+    if undefined := sorted(config.__abstractmethods__):
+        raise ConfigError(key, file, f"its Config must define {', '.join(undefined)}")
     config.local_file = str(path)
     return config
 
 
+def _import_file(path: Path) -> ModuleType:
+    """Return a Python file as a module, named by its path and content and run once."""
+    name = f"lorabench_local_{hashlib.sha256(str(path).encode() + path.read_bytes()).hexdigest()[:16]}"
+    if name not in sys.modules:
+        spec = importlib.util.spec_from_file_location(name, path)
+        assert spec and spec.loader
+        sys.modules[name] = importlib.util.module_from_spec(spec)
+        try:
+            spec.loader.exec_module(sys.modules[name])
+        except Exception:
+            del sys.modules[name]
+            raise
+    return sys.modules[name]
+
+
 def _with_contract(section: str, config: type) -> Any:
-    """Return a user's dataclass itself where it inherits the contract, else a subclass with the contract's defaults.
+    """Return a user's dataclass itself where it inherits a contract, else a subclass with the contract's defaults.
 
     A class that inherits nothing is not asked for its methods: one that is missing raises where it is called.
     """
@@ -79,10 +94,10 @@ def _with_contract(section: str, config: type) -> Any:
         return config
     module, name = sys.modules[config.__module__], "ConfigWithDefaults"
     if not hasattr(module, name):
-        path, contract = DEFAULTS[section]
-        bases = (config, getattr(importlib.import_module(path), contract))
-        names = {"__module__": config.__module__, "__doc__": config.__doc__}
-        adopted: Any = types.new_class(name, bases, exec_body=lambda space: space.update(names))
-        adopted.__abstractmethods__ = frozenset()
-        setattr(module, name, adopted)  # where pickle looks for it
+        contract_module, contract = _DEFAULT_CONTRACTS[section]
+        bases = (config, getattr(importlib.import_module(contract_module), contract))
+        attributes = {"__module__": config.__module__, "__doc__": config.__doc__}
+        subclass: Any = types.new_class(name, bases, exec_body=lambda namespace: namespace.update(attributes))
+        subclass.__abstractmethods__ = frozenset()
+        setattr(module, name, subclass)  # where pickle looks for it
     return getattr(module, name)

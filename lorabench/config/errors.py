@@ -1,29 +1,31 @@
-"""What an error about a setting says."""
+"""Errors whose text a user reads. The commands map them to exit codes."""
 
 from __future__ import annotations
 
 from typing import Any
 
+MAX_SHOWN_CHARACTERS = 200  # of a value in a message
+
 
 class ConfigError(ValueError):
-    """Bad input from a user: names the dotted key, the value got and what is allowed. Exit code 2."""
+    """Bad input: the message names the dotted key, the value it had and what is allowed. Exit code 2."""
 
     def __init__(self, key: str, value: Any, allowed: str) -> None:
         self.key, self.value, self.allowed = key, value, allowed
-        super().__init__(f"{key}={_show(value)}: {allowed}")
+        super().__init__(f"{key}={_shorten(value)}: {allowed}")
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return type(self), (self.key, self.value, self.allowed)  # a worker hands it on; its one argument would not do
+        return type(self), (self.key, self.value, self.allowed)  # pickle would call it with the message alone
 
 
 class ExistingWork(ConfigError):
-    """What is on disk does not fit what was asked (foreign files, changed data): nothing was touched."""
+    """What is on disk does not fit what was asked (foreign files, changed data). Nothing was touched. Exit code 2."""
 
 
 class Unwritable(OSError):
-    """A file of a store or a report cannot be written (disk full, gone, no right): no run's fault. Exit code 1."""
+    """A file of a store or a report cannot be written (disk full, gone, no right). No run failed by it. Exit code 1."""
 
 
-def _show(value: Any) -> str:
+def _shorten(value: Any) -> str:
     text = value if isinstance(value, str) else repr(value)
-    return text if len(text) <= 200 else text[:197] + "..."
+    return text if len(text) <= MAX_SHOWN_CHARACTERS else text[: MAX_SHOWN_CHARACTERS - 3] + "..."

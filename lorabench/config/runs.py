@@ -1,8 +1,7 @@
 """From a composed config to one validated `RunConfig`, its `run_id` and its pack key.
 
-The only module that knows OmegaConf. Methods, tasks and model families are found by file name (one dataclass
-`Config`, one file, one YAML): `method.name`, `task.kind` and `model.kind` name a module of their package, or `local`
-with `file=` a Python file of the user's own. Source of the rules: docs/architecture.md.
+Methods, tasks and models are found by file name: `method.name`, `task.kind` and `model.kind` name a module of their
+package, or `local` with `file=` a Python file of the user's own.
 """
 
 from __future__ import annotations
@@ -13,17 +12,17 @@ import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cache
-from typing import Any
+from typing import Any, TypeVar
 
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from lorabench.config.components import available, component
+from lorabench.config.components import component_names, load_component
 from lorabench.config.contracts.method import Method
 from lorabench.config.contracts.model import Model
 from lorabench.config.contracts.task import Task
 from lorabench.config.errors import ConfigError
-from lorabench.config.fields import check_ranges, field_dict
+from lorabench.config.fields import Section, check_ranges, field_dict
 from lorabench.config.settings import (
     OptimizerConfig,
     ReportConfig,
@@ -32,6 +31,8 @@ from lorabench.config.settings import (
     TrackerConfig,
     TrainerConfig,
 )
+
+AnySection = TypeVar("AnySection", bound=Section)
 
 
 @dataclass(frozen=True)
@@ -44,12 +45,12 @@ class RunConfig:
     optimizer: OptimizerConfig
     trainer: TrainerConfig
     seed: int
-    role: str
+    role: str  # tune or confirm
 
     SECTIONS = ("model", "task", "method", "optimizer", "trainer")
 
     def identity(self) -> dict[str, Any]:
-        """The fields that make two runs the same run."""
+        """Return the settings that make two runs the same run."""
         out: dict[str, Any] = {s: field_dict(getattr(self, s), role="identity") for s in self.SECTIONS}
         return out | {"seed": self.seed, "role": self.role}
 
@@ -60,21 +61,34 @@ class RunConfig:
 
     @property
     def pack_key(self) -> str:
-        """Runs with equal keys can share one frozen base; fields declared `varies` are left out."""
+        """Hash of the settings that slices of one pack share: runs with equal keys can share one frozen base."""
         fixed = {s: field_dict(getattr(self, s), role="fixed") for s in self.SECTIONS}
         fixed["method"].pop("name", None)
         return digest(fixed | {"pack_group": self.method.pack_group or self.run_id, "role": self.role})[:12]
 
     def to_dict(self) -> dict[str, Any]:
+        """Return all settings, as a record's `config` holds them."""
         out: dict[str, Any] = {s: dataclasses.asdict(getattr(self, s)) for s in self.SECTIONS}
         return out | {"seed": self.seed, "role": self.role}
 
     @classmethod
     def from_dict(cls, data: Mapping[str, Any]) -> RunConfig:
-        """Rebuild a run from `to_dict()` (a record's `config`)."""
-        return parse_run(
-            OmegaConf.create({k: v for k, v in data.items() if k != "role"}), role=data.get("role", "tune")
-        )
+        """Return the run of what `to_dict` gave. Raises `ConfigError`."""
+        cfg = OmegaConf.create({key: value for key, value in data.items() if key != "role"})
+        return parse_run(cfg, role=data.get("role", "tune"))
+
+
+@dataclass(frozen=True)
+class Pack:
+    """Runs that train together: slice k is run k."""
+
+    id: str
+    runs: tuple[RunConfig, ...]
+    prune: bool = False  # whether rates that fall behind may leave before the end
+
+    @property
+    def run_ids(self) -> list[str]:
+        return [run.run_id for run in self.runs]
 
 
 @dataclass(frozen=True)
@@ -88,7 +102,7 @@ class Settings:
 
 
 def digest(value: Any) -> str:
-    """SHA-256 of canonical JSON (sorted keys, no spaces, no NaN)."""
+    """Return the SHA-256 of canonical JSON (sorted keys, no spaces, no NaN) in hex digits."""
     text = json.dumps(value, sort_keys=True, separators=(",", ":"), ensure_ascii=False, allow_nan=False)
     return hashlib.sha256(text.encode()).hexdigest()
 
@@ -101,58 +115,72 @@ def parse(cfg: DictConfig) -> tuple[RunConfig, Settings]:
             hint = "; an experiment's file starts with `# @package _global_`" if key == "experiment" else ""
             raise ConfigError(str(key), cfg.get(key), f"unknown key; allowed: {', '.join(sorted(known))}{hint}")
     settings = Settings(
-        sweep=_section(SweepConfig, cfg, "sweep"),
-        report=_section(ReportConfig, cfg, "report"),
-        tracker=_section(TrackerConfig, cfg, "tracker"),
-        study=_section(StudyConfig, cfg, "study"),
+        sweep=_parse_section(SweepConfig, cfg, "sweep"),
+        report=_parse_section(ReportConfig, cfg, "report"),
+        tracker=_parse_section(TrackerConfig, cfg, "tracker"),
+        study=_parse_section(StudyConfig, cfg, "study"),
     )
     return parse_run(cfg, role=settings.sweep.role), settings
 
 
 def parse_run(cfg: DictConfig, *, role: str) -> RunConfig:
-    """The run of a composed config; other top-level keys are ignored here."""
-    model = _section(component("model", _name(cfg, "model", "kind"), _file(cfg, "model")), cfg, "model")
-    task = _probed(_section(component("task", _name(cfg, "task", "kind"), _file(cfg, "task")), cfg, "task"))
-    method = _section(component("method", _name(cfg, "method", "name"), None), cfg, "method")
+    """Return the run of a composed config; top-level keys that are not a run's are ignored. Raises `ConfigError`."""
     run = RunConfig(
-        model=model, task=task, method=method, optimizer=_section(OptimizerConfig, cfg, "optimizer"),
-        trainer=_section(TrainerConfig, cfg, "trainer"), seed=_seed(cfg), role=role,
-    )  # fmt: skip
+        model=parse_component(cfg, "model"),
+        task=_parse_probe(parse_component(cfg, "task")),
+        method=parse_component(cfg, "method"),
+        optimizer=_parse_section(OptimizerConfig, cfg, "optimizer"),
+        trainer=_parse_section(TrainerConfig, cfg, "trainer"),
+        seed=_parse_seed(cfg),
+        role=role,
+    )
     if run.trainer.max_steps is None and run.trainer.max_epochs is None:
         raise ConfigError("trainer.max_epochs", None, "set trainer.max_epochs or trainer.max_steps")
     return run
 
 
-PROBE = "the settings of another task; task@task.probe=<name> takes those of conf/task/<name>.yaml"
+def parse_component(cfg: DictConfig, section: str) -> Any:
+    """Return a model, task or method: the class that the section's selector names, with the section's settings.
+
+    section: its dotted name, `task.probe` for a task's probe.
+    """
+    kind = section.partition(".")[0]
+    if kind == "method":
+        config_class = load_component(kind, _selector(cfg, section, "name"), None)
+    else:
+        config_class = load_component(kind, _selector(cfg, section, "kind"), _local_file(cfg, section))
+    return _parse_section(config_class, cfg, section)
 
 
-def _probed(task: Task) -> Task:
-    """The task with its probe, so far a mapping, as the `Config` of that kind; errors have keys under `task.probe`."""
-    asked: Any = task.probe
-    if asked is None:
+def _parse_probe(task: Task) -> Task:
+    """Return the task with its probe, so far a mapping, as that task's own `Config`."""
+    settings: Any = task.probe
+    if settings is None:
         return task
-    if not isinstance(asked, Mapping):
-        raise ConfigError("task.probe", asked, PROBE)
-    cfg = OmegaConf.create({"task": {"probe": dict(asked)}})
+    if not isinstance(settings, Mapping):
+        allowed = "the settings of another task; task@task.probe=<name> takes those of conf/task/<name>.yaml"
+        raise ConfigError("task.probe", settings, allowed)
+    cfg = OmegaConf.create({"task": {"probe": dict(settings)}})
     try:
-        kind = component("task", _name(cfg, "task.probe", "kind"), _file(cfg, "task.probe"))
+        probe: Task = parse_component(cfg, "task.probe")
     except ConfigError as e:
+        if e.key.startswith("task.probe"):
+            raise
         raise ConfigError(f"task.probe.{e.key.rpartition('.')[2]}", e.value, e.allowed) from e
-    probe: Task = _section(kind, cfg, "task.probe")
     if probe.probe is not None:
         raise ConfigError("task.probe.probe", "(a task)", "null: a probe has none of its own")
     return task.replace(probe=probe)
 
 
-def _seed(cfg: DictConfig) -> int:
+def _parse_seed(cfg: DictConfig) -> int:
     seed = OmegaConf.select(cfg, "seed", default=0)
     if isinstance(seed, bool) or not isinstance(seed, int) or not 0 <= seed < 2**31:
         raise ConfigError("seed", seed, "a whole number from 0 to 2147483647")
     return int(seed)
 
 
-def _section(cls: type, cfg: DictConfig, key: str) -> Any:
-    """One section through its dataclass: unknown keys, types, ranges, then the dataclass's own `validate`."""
+def _parse_section(cls: type[AnySection], cfg: DictConfig, key: str) -> AnySection:
+    """Return one section as its dataclass, after its unknown keys, types, ranges and its own `validate` were checked."""
     node = OmegaConf.select(cfg, key)
     if node is None:
         node = {}
@@ -160,60 +188,49 @@ def _section(cls: type, cfg: DictConfig, key: str) -> Any:
         raise ConfigError(key, node, "a mapping of settings")
     try:
         plain = OmegaConf.to_container(node, resolve=True) if isinstance(node, DictConfig) else dict(node)
-        merged = OmegaConf.merge(_schema(cls), plain)
-        section: Any = OmegaConf.to_object(merged)
+        section: Any = OmegaConf.to_object(OmegaConf.merge(_schema(cls), plain))  # type: ignore[arg-type]  # a class is hashable
     except OmegaConfBaseException as e:
-        raise _translate(e, cls, key, cfg) from e
+        raise _config_error(e, cls, key, cfg) from e
     check_ranges(section, key)
-    if hasattr(section, "validate"):
-        section.validate(key)
+    section.validate(key)
     return section
 
 
 @cache
 def _schema(cls: type) -> Any:
-    """A dataclass as OmegaConf sees it, made once: `merge` copies it, and making it is half of what parsing a run takes."""
+    """Return a dataclass as OmegaConf sees it. Cached: `merge` copies it, and it is half of the time a run takes to parse."""
     return OmegaConf.structured(cls)
 
 
-def _translate(e: OmegaConfBaseException, cls: type, key: str, cfg: DictConfig) -> ConfigError:
+def _config_error(e: OmegaConfBaseException, cls: type, key: str, cfg: DictConfig) -> ConfigError:
+    """Return OmegaConf's error about a section as one that names the dotted key. key: the section's."""
     inner = e.full_key or ""
     dotted = inner if inner.startswith(key) else f"{key}.{inner}" if inner else key
     value = OmegaConf.select(cfg, dotted, default=None, throw_on_missing=False, throw_on_resolution_failure=False)
-    names = [f.name for f in dataclasses.fields(cls)]
+    fields = {f.name: f for f in dataclasses.fields(cls)}
     if type(e).__name__ == "ConfigKeyError":
-        return ConfigError(dotted, value, f"unknown key; allowed: {', '.join(names)}")
+        return ConfigError(dotted, value, f"unknown key; allowed: {', '.join(fields)}")
     if type(e).__name__ in ("MissingMandatoryValue", "InterpolationToMissingValueError"):
-        name = str(e).splitlines()[0].rpartition(": ")[2]  # the one that is missing, not one made of it
+        name = str(e).splitlines()[0].rpartition(": ")[2]  # the setting that is missing, not one made of it
         dotted = name if name.startswith(f"{key}.") else f"{key}.{name}"
-        told = {f.name: f.metadata.get("help") for f in dataclasses.fields(cls)}.get(dotted.rpartition(".")[2])
-        return ConfigError(dotted, "???", f"must be set{f': {told}' if told else ''}")
+        field = fields.get(dotted.rpartition(".")[2])
+        meaning = field.metadata.get("help") if field else None
+        return ConfigError(dotted, "???", f"must be set: {meaning}" if meaning else "must be set")
     return ConfigError(dotted, value, str(e).splitlines()[0])
 
 
-def _name(cfg: DictConfig, section: str, field: str) -> str:
-    node = cfg.get(section)
+def _selector(cfg: DictConfig, section: str, setting: str) -> str:
+    """Return the name of the module that defines a section. setting: `name` or `kind`."""
+    node = OmegaConf.select(cfg, section)
     if node is not None and not isinstance(node, (DictConfig, Mapping)):
         raise ConfigError(section, node, "a mapping of settings")
-    name = OmegaConf.select(cfg, f"{section}.{field}", default=None)
+    name = OmegaConf.select(cfg, f"{section}.{setting}", default=None)
     if not isinstance(name, str):
-        raise ConfigError(f"{section}.{field}", name, f"allowed: {', '.join(available(section.partition('.')[0]))}")
+        allowed = ", ".join(component_names(section.partition(".")[0]))
+        raise ConfigError(f"{section}.{setting}", name, f"allowed: {allowed}")
     return name
 
 
-def _file(cfg: DictConfig, section: str) -> str | None:
-    value = OmegaConf.select(cfg, f"{section}.file", default=None)
-    return None if value is None else str(value)
-
-
-@dataclass(frozen=True)
-class Pack:
-    """Runs that train together, slice k being run k."""
-
-    id: str
-    runs: tuple[RunConfig, ...]
-    prune: bool = False  # whether rates that fall behind may leave before the end
-
-    @property
-    def run_ids(self) -> list[str]:
-        return [r.run_id for r in self.runs]
+def _local_file(cfg: DictConfig, section: str) -> str | None:
+    file = OmegaConf.select(cfg, f"{section}.file", default=None)
+    return None if file is None else str(file)

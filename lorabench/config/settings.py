@@ -1,4 +1,4 @@
-"""What is set beside model, task and method: one dataclass a section of the config, with each setting's range and role."""
+"""The sections of a config beside model, task and method, with each setting's range and role."""
 
 from __future__ import annotations
 
@@ -7,13 +7,13 @@ from dataclasses import dataclass
 from typing import Any
 
 from lorabench.config.errors import ConfigError
-from lorabench.config.fields import knob
+from lorabench.config.fields import Section, knob
 
 ROLES = ("tune", "confirm")
 
 
 @dataclass(frozen=True)
-class OptimizerConfig:
+class OptimizerConfig(Section):
     """AdamW with a schedule; the peak rate and the decay may differ per slice, the schedule's shape may not."""
 
     name: str = knob("adamw", help="optimizer", choices=("adamw",))
@@ -29,7 +29,7 @@ class OptimizerConfig:
 
 
 @dataclass(frozen=True)
-class TrainerConfig:
+class TrainerConfig(Section):
     """How long, how large, how precise. `accelerator`, `devices`, `strategy` are Lightning's own."""
 
     max_epochs: int | None = knob(1, help="epochs; ignored when max_steps is set", low=1)
@@ -64,7 +64,7 @@ class TrainerConfig:
 
 
 @dataclass(frozen=True)
-class TrackerConfig:
+class TrackerConfig(Section):
     """Where records are mirrored to. Never the truth."""
 
     name: str = knob("none", help="mirror", choices=("none", "wandb", "tensorboard", "csv"))
@@ -77,7 +77,7 @@ class TrackerConfig:
 
 
 @dataclass(frozen=True)
-class SweepConfig:
+class SweepConfig(Section):
     """The sweep a run belongs to."""
 
     name: str | None = knob(None, help="null: the experiment's name, else a short hash of the overrides")
@@ -104,7 +104,7 @@ class SweepConfig:
     progress: bool = knob(True, help="live progress on the terminal")
 
     def validate(self, key: str) -> None:
-        """The name is a folder's, under `sweeps/` and `reports/`: no way out of them."""
+        """Raise `ConfigError` for a name that would lead out of `sweeps/` and `reports/`, where it is a folder's."""
         if self.name is not None and not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._+=,-]{0,99}", self.name):
             allowed = (
                 "letters, digits and . _ - + = , (at most 100, a letter or digit first); sweep.dir may be any folder"
@@ -113,7 +113,7 @@ class SweepConfig:
 
 
 @dataclass(frozen=True)
-class ReportConfig:
+class ReportConfig(Section):
     """Where the report goes."""
 
     dir: str = knob("reports/${sweep.name}", help="where the report goes")
@@ -122,7 +122,7 @@ class ReportConfig:
 
 
 @dataclass(frozen=True)
-class StudyConfig:
+class StudyConfig(Section):
     """What the sweep asks and how it will be judged: declared before it runs, stored and hashed in the manifest."""
 
     question: str | None = knob(None, help="one sentence, shown on the report")

@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from typing import TYPE_CHECKING, Any
 
-from lorabench.config.components import component
+from lorabench.config.components import load_component
+from lorabench.config.contracts.task import Task
 from lorabench.config.errors import ConfigError
 from lorabench.results import formatting
 from lorabench.results.formatting import Metric
@@ -39,7 +40,8 @@ def loss_axis(sweep: Sweep, split: str) -> str:
 def task_units(task: Mapping[str, Any] | None) -> Mapping[str, str]:
     """`units` of a record's task by its kind. A `local` task's file is not run for the sake of a report: none."""
     try:
-        units: Mapping[str, str] = getattr(component("task", str((task or {}).get("kind")), None), "units", {})
+        config = load_component("task", str((task or {}).get("kind")), None)
     except ConfigError:
         return {}
-    return units
+    assert issubclass(config, Task)
+    return config.units

@@ -29,7 +29,7 @@ from transformers import (
 from fixtures.bases import bert, conv, gpt2, llama
 from lorabench.config.contracts.model import BaseInfo
 from lorabench.config.errors import ConfigError
-from lorabench.config.runs import _section, component
+from lorabench.config.runs import parse_component
 from lorabench.methods import bitfit, full, head, ia3, lora
 from lorabench.models.inventory import inventory
 
@@ -183,7 +183,7 @@ def test_scalings_patterns_and_layers():
 
 def section(cfg):
     """A method's settings as the real configuration reads them."""
-    return _section(component("method", cfg.method.name, None), cfg, "method")
+    return parse_component(cfg, "method")
 
 
 def method(**fields):

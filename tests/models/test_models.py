@@ -18,7 +18,6 @@ from omegaconf import OmegaConf
 from fixtures import runs as tiny
 from lorabench.config.contracts.model import HeadSpec
 from lorabench.config.errors import ConfigError
-from lorabench.config.runs import component
 from lorabench.models import build, folder, gguf
 from lorabench.models.inventory import inventory
 from lorabench.models.transformers import Config
@@ -302,7 +301,7 @@ def test_shipped_settings_fit_their_dataclass(repo: Path, name: str) -> None:
     if name == "hf":
         settings.source = "owner/model"
     config: Any = OmegaConf.to_object(
-        OmegaConf.merge(OmegaConf.structured(component("model", settings.kind, None)), settings)
+        OmegaConf.merge(OmegaConf.structured(load_component("model", settings.kind, None)), settings)
     )
     assert config.dropout == 0.0
     assert config.name
@@ -310,7 +309,7 @@ def test_shipped_settings_fit_their_dataclass(repo: Path, name: str) -> None:
 
 def test_the_example_of_a_base_of_ones_own(repo: Path) -> None:
     file = str(repo / "docs" / "examples" / "my_model.py")
-    config = component("model", "local", file)(file=file)
+    config = load_component("model", "local", file)(file=file)
     info = config.info(LABELS)
     base = config.load(LABELS)
     assert base.info == info

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 
-from lorabench.config.components import component
+from lorabench.config.components import load_component
 from lorabench.config.contracts.task import Task
 from lorabench.config.errors import ConfigError
 from lorabench.config.fields import field_dict
@@ -38,7 +38,7 @@ METHODS = "".join(
 def make(tmp_path: Path, bases: str, body: str = FIELDS + METHODS) -> Any:
     path = tmp_path / "mine.py"
     path.write_text(f"{HEAD}class Config{bases}:{body}")
-    return component("task", "local", str(path))(file=str(path), data="a.csv")  # type: ignore[call-arg]
+    return load_component("task", "local", str(path))(file=str(path), data="a.csv")  # type: ignore[call-arg]
 
 
 @pytest.mark.parametrize("bases", ["", "(Task)", "(TextTask)"])

@@ -19,7 +19,6 @@ from fixtures import runs as tiny
 from lorabench.config.contracts.model import HeadSpec
 from lorabench.config.contracts.task import TaskData
 from lorabench.config.fields import check_ranges
-from lorabench.config.runs import component
 from lorabench.models.build import load_tokenizer
 from lorabench.models.transformers import Config as Model
 from lorabench.tasks import encoding, sources, split
@@ -587,7 +586,7 @@ def test_shipped_settings_fit_their_dataclass(repo: Path, name: str) -> None:
     if OmegaConf.is_missing(settings, "file"):
         settings.file = "mine.csv"
     task: Any = OmegaConf.to_object(
-        OmegaConf.merge(OmegaConf.structured(component("task", settings.kind, None)), settings)
+        OmegaConf.merge(OmegaConf.structured(load_component("task", settings.kind, None)), settings)
     )
     check_ranges(task, "task")
     task.validate("task")
@@ -600,7 +599,7 @@ def test_the_example_of_a_task_of_ones_own(repo: Path, tmp_path: Path, tokenizer
         "text,labels\n" + "".join(f"text {i},{['funny', 'rude', 'funny;rude'][i % 3]}\n" for i in range(60))
     )
     file = str(repo / "docs" / "examples" / "my_task.py")
-    task = component("task", "local", file)(data=str(data_file), file=file)
+    task = load_component("task", "local", file)(data=str(data_file), file=file)
     data = task.load()
     assert data.label_names == ("funny", "rude")
     encoded = task.encode(data, tokenizer)

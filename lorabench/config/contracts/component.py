@@ -6,6 +6,8 @@ import dataclasses
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar, Self
 
+from lorabench.config.fields import Section
+
 __all__ = ["Component", "attribute"]
 
 if TYPE_CHECKING:
@@ -32,7 +34,7 @@ else:
 
 
 @dataclass(frozen=True)
-class Component:
+class Component(Section):
     """One section of a run's config, in a file of its own: a frozen dataclass `Config` that inherits a contract.
 
     The fields of the dataclass are the section's settings. What is not a field there is neither part of a `run_id` nor
@@ -41,9 +43,6 @@ class Component:
 
     local_file: ClassVar[str | None] = None
     """The user's own Python file that defines the class. None: it is one of the package's own."""
-
-    def validate(self, key: str) -> None:
-        """Raise `ConfigError` for settings that do not fit together. key: the section's name, such as `task`."""
 
     def replace(self, **settings: Any) -> Self:
         """Return a copy with other settings. Raises `TypeError` for a name that is no setting of the class."""
