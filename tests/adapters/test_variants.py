@@ -22,10 +22,10 @@ from lorabench.adapters import Stack, inject
 from lorabench.adapters.files import load_slice, save_slice
 from lorabench.adapters.merge import merge
 from lorabench.adapters.product import AdaptedProduct, SharedProduct
+from lorabench.config.components import load_component
 from lorabench.config.contracts.method import SlicePlan
 from lorabench.config.contracts.model import BaseInfo
 from lorabench.config.errors import ConfigError
-from lorabench.config.runs import component
 from lorabench.training.module import PackModule
 
 STEPS, RATE = 20, 3e-3
@@ -46,7 +46,7 @@ def settings(method: str, kind: str, r: int = 4) -> dict[str, Any]:
 
 
 def plan_of(method: str, info: BaseInfo, kind: str, r: int = 4, seed: int = 0, **more: Any) -> SlicePlan:
-    made = component("method", method, None)(**settings(method, kind, r), **more)
+    made = load_component("method", method, None)(**settings(method, kind, r), **more)
     made.validate("method")
     plan: SlicePlan = made.plan(info, seed=seed)
     return plan
@@ -246,7 +246,7 @@ def test_pissa_is_saved_at_twice_the_rank_on_the_plain_base(tmp_path: Path) -> N
 )
 def test_bad_settings_are_told(method: str, change: dict[str, Any], says: str) -> None:
     _, info = BASES["llama"]()
-    made = component("method", method, None)(**{**settings(method, "llama"), **change})
+    made = load_component("method", method, None)(**{**settings(method, "llama"), **change})
 
     def plan() -> None:
         made.validate("method")

@@ -16,6 +16,7 @@ import transformers as tf
 from omegaconf import OmegaConf
 
 from fixtures import runs as tiny
+from lorabench.config.components import load_component
 from lorabench.config.contracts.model import HeadSpec
 from lorabench.config.errors import ConfigError
 from lorabench.models import build, folder, gguf

@@ -16,6 +16,7 @@ from omegaconf import OmegaConf
 from torch.nn import functional as F
 
 from fixtures import runs as tiny
+from lorabench.config.components import load_component
 from lorabench.config.contracts.model import HeadSpec
 from lorabench.config.contracts.task import TaskData
 from lorabench.config.fields import check_ranges
