@@ -36,7 +36,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             raise ConfigError("--out", str(args.out), "a file; this is a directory")
         atomic_write(args.out, faces.markdown(made))
     console = Console()
-    for part in faces.terminal(made):
+    for part in faces.terminal_parts(made):
         console.print(part)
     return 1 if made.obstacles else 0
 

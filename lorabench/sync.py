@@ -124,10 +124,10 @@ def _wait_for_mirror(to: runs.Target) -> None:
 
 def _tables(sweep_dir: Path) -> dict[str, Any]:
     """Return the tables of the sweep's report, without any where no run has completed."""
-    from lorabench.report.summary import mirrored
+    from lorabench.report.summary import tracker_summary
 
     try:
-        return mirrored(sweep_dir)
+        return tracker_summary(sweep_dir)
     except ConfigError:
         return {"verdicts": {}}
 

@@ -70,12 +70,12 @@ def sweep_dir(tmp_path: Path) -> Path:
 @pytest.fixture
 def undrawn(monkeypatch: pytest.MonkeyPatch) -> None:
     """A report's figures are made, and not rendered: that is nine tenths of a report, and its words do not need it."""
-    from lorabench.report import theme as style
+    from lorabench.report import theme
 
-    def drawing(key: str, title: str, caption: str, alt: str, figure: Any) -> style.Drawing:
-        return style.Drawing(key, title, caption, alt, '<svg viewBox="0 0 1 1"></svg>', b"", figure)
+    def drawing(key: str, title: str, caption: str, alt: str, figure: Any) -> theme.Drawing:
+        return theme.Drawing(key, title, caption, alt, '<svg viewBox="0 0 1 1"></svg>', b"", figure)
 
-    monkeypatch.setattr(style, "drawing", drawing)
+    monkeypatch.setattr(theme, "render_drawing", drawing)
 
 
 @pytest.fixture

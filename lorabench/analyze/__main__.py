@@ -47,15 +47,15 @@ def main(argv: Sequence[str] | None = None) -> None:
     from rich.progress import Progress
 
     from lorabench.analyze.scope import Asked
-    from lorabench.report import table_formats as faces
+    from lorabench.report import table_formats
     from lorabench.report.sections import weights
-    from lorabench.results import weights as analysis
+    from lorabench.results.weights import parse
 
     asked, console = Asked(tuple(args.cells), tuple(args.layers), args.intruders), Console(stderr=True)
     with Progress(console=console, transient=True, disable=not console.is_terminal) as bar:
         task = bar.add_task("layers", total=None)
         doc = analyze(args.sweep, asked, lambda done, total: bar.update(task, completed=done, total=total))
-    Console().print(faces.rich_table(weights.table(weights.tidy(analysis.parse(doc)))))
+    Console().print(table_formats.rich_table(weights.table(weights.tidy_rows(parse(doc)))))
     print(f"analysis: {args.sweep / FILE}")
 
 

@@ -46,9 +46,9 @@ def render(
     from lorabench.results.sweep import load
 
     out = Path(out_dir)
-    directory.check(out)
+    directory.check_replaceable(out)
     load(sweep_dir, margin=margin, metric=metric)  # raises before anything is written
-    with directory.alone(out):
+    with directory.locked(out):
         findings = find(load(sweep_dir, margin=margin, metric=metric))
         directory.replace(out, page.files(findings, title))
     return Summary(out, answer.answer(findings).lead, tuple(cautions.warnings(findings)), findings.confirmed)
@@ -56,10 +56,9 @@ def render(
 
 def terminal_table(sweep_dir: str | Path) -> Table:
     """The comparison as a rich table, the answer below it. Raises `ConfigError` as `render` does."""
-    from lorabench.report import answer
-    from lorabench.report import table_formats as faces
+    from lorabench.report import answer, table_formats
     from lorabench.results.findings import find
     from lorabench.results.sweep import load
 
     findings = find(load(sweep_dir))
-    return faces.terminal(findings, answer.answer(findings).lead)
+    return table_formats.terminal_comparison(findings, answer.answer(findings).lead)

@@ -11,16 +11,14 @@ from lorabench.config.method_names import FULL, HEAD_ONLY
 from lorabench.config.overrides import override_value
 from lorabench.report import declared
 from lorabench.report.sections import conditions
-from lorabench.results import findings as learned
-from lorabench.results import formatting as formats
-from lorabench.results import unfinished
+from lorabench.results import findings, formatting, unfinished
 from lorabench.results.cells import Result
 from lorabench.results.derived import flatten
 from lorabench.results.findings import Comparison, Findings
 from lorabench.results.formatting import plural
-from lorabench.stats import estimates as st
+from lorabench.stats import estimates
 
-SEEDS = 200  # up to which they are counted
+MAX_SEEDS_COUNTED = 200  # up to which they are counted
 
 
 @dataclass(frozen=True)
@@ -35,7 +33,7 @@ def answer(f: Findings) -> Answer:
     if not f.confirmed:
         command = unfinished.continue_command(f.sweep) if unfinished.missing_runs(f) else None
         return Answer(_unconfirmed(f), tuple(_validation(f)), command, "Go on with it")
-    if chance := learned.majority_baseline(f):
+    if chance := findings.majority_baseline(f):
         text = f"Nothing was learned: no cell does better on test than always answering {chance[0]} ({f.metric.value(chance[1], unit=True)}), so cells that agree show nothing. Train longer, at other rates or on more data."
         return Answer(text, tuple(_points(f)), None)
     command = _command(f, f.recommendation.cell) if f.recommendation and f.recommendation.cell else None
@@ -50,27 +48,27 @@ def _lead(f: Findings) -> str:
     margin = declared.margin(f)
     if rec and rec.cell is None and rec.passed and rec.stopped:
         best = f.results[rec.reference]
-        return f"{formats.capital(best.name)} reaches {_score(f, best)}; whether a smaller adapter would do gets no verdict ({rec.stopped.blocked})."
+        return f"{formatting.capital(best.name)} reaches {_score(f, best)}; whether a smaller adapter would do gets no verdict ({rec.stopped.blocked})."
     if rec is None or rec.cell is None:
         best = _leader(f)
         if f.alone:
-            return f"{formats.capital(best.name)} reaches {_score(f, best)} on test; there is no other test result to set it against."
-        text = f"{formats.capital(best.name)} has the best {declared.selection(f.sweep)} and reaches {_score(f, best)} on test."
+            return f"{formatting.capital(best.name)} reaches {_score(f, best)} on test; there is no other test result to set it against."
+        text = f"{formatting.capital(best.name)} has the best {declared.selection(f.sweep)} and reaches {_score(f, best)} on test."
         if rec is not None:
             none = not any(x.cell.adapter for x in f.results.values())
             text += "" if none else f" No adapter was shown to be within {margin} of {f.results[rec.reference].name}."
         return text
     r, ref = f.results[rec.cell], f.results[rec.reference]
     if rec.cell != rec.reference:
-        text = f"{formats.capital(r.name)} is enough: {_score(f, r)}, shown to fall short of {ref.name} by less than {margin}"
+        text = f"{formatting.capital(r.name)} is enough: {_score(f, r)}, shown to fall short of {ref.name} by less than {margin}"
         return text + f", with {_fraction(r, ref)} trainable parameters."
     if rec.stopped is None:
         why = "no smaller one has confirmation seeds and test examples in common with it, so none was set against it"
         why = why if rec.skipped else f"there is no smaller adapter here to set against it{_level(f, margin)}"
-        return f"{formats.capital(r.name)} reaches {_score(f, r)}; {why}."
+        return f"{formatting.capital(r.name)} reaches {_score(f, r)}; {why}."
     if rec.stopped.size == "beyond":
         small = f.results[rec.stopped.cell]
-        return f"{formats.capital(r.name)} is the one to keep ({_score(f, r)}): {small.name}, the next smaller one, falls short of it by more than {margin}."
+        return f"{formatting.capital(r.name)} is the one to keep ({_score(f, r)}): {small.name}, the next smaller one, falls short of it by more than {margin}."
     text = f"Not resolved how small an adapter can be: none below {r.name} was shown to be within {margin} of it, so it is the one to keep"
     return f"{text} ({_score(f, r)})."
 
@@ -90,7 +88,7 @@ def _points(f: Findings) -> Iterator[tuple[str, str]]:
             yield about, _sentence(f, made, f"the best adapter on {declared.selection(f.sweep)}, ")
     yield from _how_small(f)
     if found := conditions.conditions(f):
-        yield "Under each condition", " ".join(f"At {c.name}: {conditions.said(f, c)}." for c in found)
+        yield "Under each condition", " ".join(f"At {c.name}: {conditions.verdict_sentence(f, c)}." for c in found)
     if not f.controls:
         yield from _against_reference(f)
 
@@ -98,12 +96,12 @@ def _points(f: Findings) -> Iterator[tuple[str, str]]:
 def _against_reference(f: Findings) -> Iterator[tuple[str, str]]:
     """Every cell in a sentence while they are few, else in groups."""
     if len(f.versus) <= 3:
-        yield from ((formats.capital(f.results[made.cell].name), _sentence(f, made)) for made in f.versus.values())
+        yield from ((formatting.capital(f.results[made.cell].name), _sentence(f, made)) for made in f.versus.values())
         return
     ways = {"better": "better", "worse": "worse", "not resolved": "not told apart from it"}
     groups = {way: [f.results[c].name for c, made in f.versus.items() if made.direction == way] for way in ways}
     text = "; ".join(f"{ways[way]}: {', '.join(names)}" for way, names in groups.items() if names)
-    yield f"Against {f.results[f.reference].name if f.reference else ''}", f"{formats.capital(text)}."
+    yield f"Against {f.results[f.reference].name if f.reference else ''}", f"{formatting.capital(text)}."
 
 
 def _sentence(f: Findings, made: Comparison, prefix: str = "") -> str:
@@ -114,11 +112,11 @@ def _sentence(f: Findings, made: Comparison, prefix: str = "") -> str:
     bounds = f"({adjusted}95 % interval {f.metric.bounds(*made.interval)})" if made.bounded else "(no interval)"
     signed = f"{f.metric.difference(made.estimate.mean, unit=True)} {bounds}"
     if made.blocked:
-        return f"{formats.capital(subject)} against {other}: {signed}; no verdict ({made.blocked})."
+        return f"{formatting.capital(subject)} against {other}: {signed}; no verdict ({made.blocked})."
     if made.direction == "not resolved":
-        return f"{formats.capital(subject)} and {other} are not told apart: {signed}; {_margin_words(f, made)}."
+        return f"{formatting.capital(subject)} and {other} are not told apart: {signed}; {_margin_words(f, made)}."
     text = f"{subject} is {f.metric.size(made.estimate.mean)} {made.direction} than {other} {bounds}"
-    return f"{formats.capital(text)}; {_margin_words(f, made)}."
+    return f"{formatting.capital(text)}; {_margin_words(f, made)}."
 
 
 def _how_small(f: Findings) -> Iterator[tuple[str, str]]:
@@ -158,11 +156,11 @@ def _settle(f: Findings, made: Comparison, gap: float) -> str:
     """What it would take to place an unresolved difference against the margin, which lies a gap away from it."""
     if made.blocked or made.size != "not resolved" or gap < 1e-9:
         return ""
-    seeds = st.seeds_needed(made.estimate, gap, limit=SEEDS)
-    if seeds is None and st.least_half_width(made.estimate) >= gap:
+    seeds = estimates.seeds_needed(made.estimate, gap, limit=MAX_SEEDS_COUNTED)
+    if seeds is None and estimates.least_half_width(made.estimate) >= gap:
         return ", and no number of seeds alone would settle it: it takes more test examples"
     if seeds is None:
-        return f"; if the difference stays as it is, more than {SEEDS} confirmation seeds would settle it"
+        return f"; if the difference stays as it is, more than {MAX_SEEDS_COUNTED} confirmation seeds would settle it"
     return (
         f"; if the difference stays as it is, about {plural(seeds, 'confirmation seed')} would settle it"
         if seeds > made.estimate.seeds
@@ -193,7 +191,7 @@ def _leader(f: Findings) -> Result:
 
 def _fraction(small: Result, large: Result) -> str:
     a, b = small.cell.trainable, large.cell.trainable
-    return f"{formats.share(a, b)} of its" if a and b else "fewer"
+    return f"{formatting.share(a, b)} of its" if a and b else "fewer"
 
 
 # -- sweeps without a test result ----------------------------------------------------------------------------------------
@@ -203,7 +201,7 @@ def _unconfirmed(f: Findings) -> str:
     done = [r for r in f.results.values() if r.runs]
     if sum(len(f.sweep.completed_records(r.cell.tune)) for r in f.results.values()) == 1 and len(done) == 1:
         r = done[0]
-        return f"One run: {r.name} at {formats.rate(r.lr)} reaches {f.metric.value(r.val, unit=True)} {f.metric.title} on validation. One run compares nothing."
+        return f"One run: {r.name} at {formatting.rate(r.lr)} reaches {f.metric.value(r.val, unit=True)} {f.metric.title} on validation. One run compares nothing."
     ended, planned = unfinished.tuning_progress(f.sweep)
     if ended < planned:
         return f"No verdict yet: {ended} of {plural(planned, 'tuning run')} have ended and nothing is confirmed, so every number here is from validation and none is a test result."
@@ -214,18 +212,18 @@ def _validation(f: Findings) -> Iterator[tuple[str, str]]:
     named = [(f.best, "Best adapter")]
     named += [(next((r.id for r in f.results.values() if r.cell.method == m and r.runs), None), a)
               for m, a in ((HEAD_ONLY, "Head-only"), (FULL, "Full fine-tuning"))]  # fmt: skip
-    said = [f"{about.lower()} {f.results[i].name} at {formats.rate(f.results[i].lr)}: {f.metric.value(f.results[i].val, unit=True)}"
+    said = [f"{about.lower()} {f.results[i].name} at {formatting.rate(f.results[i].lr)}: {f.metric.value(f.results[i].val, unit=True)}"
             if about == "Best adapter" else f"{f.results[i].name}: {f.metric.value(f.results[i].val, unit=True)}"
             for i, about in named if i]  # fmt: skip
     if len(said) > 1:
-        text = f"{formats.capital('; '.join(said))} {f.metric.title}. The seeds that chose these rates measured them, so they are too good, most where more rates were tried."
+        text = f"{formatting.capital('; '.join(said))} {f.metric.title}. The seeds that chose these rates measured them, so they are too good, most where more rates were tried."
         yield "On validation", text
     if gaps := unfinished.missing_runs(f):
         yield (
             "Missing",
-            f"{formats.capital(gaps)}. After them confirmation runs with fresh seeds, which alone see test.",
+            f"{formatting.capital(gaps)}. After them confirmation runs with fresh seeds, which alone see test.",
         )
-        yield "To go on", f"{formats.capital(unfinished.HOW_TO_CONTINUE)}."
+        yield "To go on", f"{formatting.capital(unfinished.HOW_TO_CONTINUE)}."
         return
     yield (
         "To confirm",

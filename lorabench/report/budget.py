@@ -8,7 +8,7 @@ from typing import Any
 
 from lorabench.report import declared
 from lorabench.report.tables import at_steps
-from lorabench.results import formatting as formats
+from lorabench.results import formatting
 from lorabench.results.findings import Findings
 from lorabench.results.formatting import plural
 from lorabench.store.records import Record
@@ -31,7 +31,7 @@ def _study(f: Findings) -> Iterator[tuple[str, str]]:
     runs = list(f.sweep.records.values())
     yield "Base", _each(runs, lambda r: r.config.get("model", {}).get("name"))
     yield "Task", _each(runs, lambda r: r.config.get("task", {}).get("name"))
-    yield from declared.facts(f)
+    yield from declared.study_facts(f)
 
 
 def _training(f: Findings) -> Iterator[tuple[str, str]]:
@@ -40,7 +40,7 @@ def _training(f: Findings) -> Iterator[tuple[str, str]]:
     done = [r for r in runs if r.status == "completed"]
     sizes = {"train": "train_examples", "validation": "val_examples", "test": "test_examples"}
     said = {
-        name: sorted({formats.count(n) for r in done if (n := r.resources.get(key))}, key=formats.natural_key)
+        name: sorted({formatting.count(n) for r in done if (n := r.resources.get(key))}, key=formatting.natural_key)
         for name, key in sizes.items()
     }
     yield "Examples", ", ".join(f"{' or '.join(counts)} {name}" for name, counts in said.items() if counts)
@@ -61,7 +61,7 @@ def _training(f: Findings) -> Iterator[tuple[str, str]]:
     )
     yield "Pruned", _pruned(f)
     spent = sum(float(r.resources.get(k) or 0) for r in runs for k in ("train_seconds", "eval_seconds"))
-    yield "Time", f"{formats.duration(spent)} of training and evaluation in all" if spent else ""
+    yield "Time", f"{formatting.duration(spent)} of training and evaluation in all" if spent else ""
     yield "Precision", _each(done, lambda r: r.provenance.get("precision"))
 
 
@@ -74,7 +74,7 @@ def _pruned(f: Findings) -> str:
     left = {i: int(r.metrics.get("pruned_step") or 0) for i in full if (r := f.sweep.records[i]).status == "pruned"}
     if not left:
         return ""
-    spared = formats.share(sum(full[i] - step for i, step in left.items()), sum(full.values()))
+    spared = formatting.share(sum(full[i] - step for i, step in left.items()), sum(full.values()))
     return f"{len(left)} of {plural(len(full), 'tuning run')}, at step {at_steps(left.values())}; {spared} of the tuning steps were spared"
 
 
@@ -92,11 +92,11 @@ def _origin(f: Findings) -> Iterator[tuple[str, str]]:
 
 def _each(runs: Iterable[Record], of: Callable[[Record], Any]) -> str:
     """The distinct values, numbers by size, then words."""
-    return "; ".join(sorted({str(v) for r in runs if (v := of(r)) not in (None, "")}, key=formats.natural_key))
+    return "; ".join(sorted({str(v) for r in runs if (v := of(r)) not in (None, "")}, key=formatting.natural_key))
 
 
 def _count(n: Any) -> str | None:
-    return None if n is None else formats.count(n)
+    return None if n is None else formatting.count(n)
 
 
 def _batch(r: Record) -> str:

@@ -6,17 +6,14 @@ from collections.abc import Iterable, Iterator, Mapping
 
 from lorabench.config.runs import digest
 from lorabench.report import declared
-from lorabench.results import findings as learned
-from lorabench.results import formatting as formats
-from lorabench.results import scores as measure
-from lorabench.results import unfinished
+from lorabench.results import findings, formatting, scores, unfinished
 from lorabench.results.cells import Result
 from lorabench.results.data_notes import data_caveats
 from lorabench.results.findings import Findings
 from lorabench.results.formatting import plural
 from lorabench.store.records import Record
 
-DIFFER = {
+CONDITIONS = {
     "precision": "precision",
     "device": "kind of device",
     "cpu": "kind of CPU",
@@ -24,7 +21,7 @@ DIFFER = {
     "model_fingerprint": "version of the base",
 }
 
-ASKED = {
+CONFIG_SECTIONS = {
     "data_fingerprint": "task",
     "model_fingerprint": "model",
 }  # sections of a config whose axes change them, as they should
@@ -36,13 +33,13 @@ def warnings(f: Findings) -> list[str]:
 
 
 def _learned(f: Findings) -> Iterator[str]:
-    if not f.confirmed and (chance := learned.majority_baseline(f)):  # else the answer says it
+    if not f.confirmed and (chance := findings.majority_baseline(f)):  # else the answer says it
         yield f"No cell does better on validation than always answering {chance[0]} ({f.metric.value(chance[1], unit=True)}): nothing was learned."
 
 
 def _data(f: Findings) -> Iterator[str]:
     found = (r.provenance.get("data_notes") for r in f.sweep.records.values())
-    yield from dict.fromkeys(f"{formats.capital(line)}." for notes in found for line in data_caveats(notes))
+    yield from dict.fromkeys(f"{formatting.capital(line)}." for notes in found for line in data_caveats(notes))
 
 
 def _declaration(f: Findings) -> Iterator[str]:
@@ -60,7 +57,7 @@ def _gaps(f: Findings) -> Iterator[str]:
     open_runs = [i for i in sweep.planned if i not in sweep.records]
     if open_runs:
         command = unfinished.continue_command(sweep)
-        how = f" {formats.capital(unfinished.HOW_TO_CONTINUE)}{f': {command}' if command else ''}."
+        how = f" {formatting.capital(unfinished.HOW_TO_CONTINUE)}{f': {command}' if command else ''}."
         how = how if f.confirmed else ""  # else the answer says it
         yield f"{plural(len(open_runs), 'run')} of {len(sweep.planned)} had not ended; this is a report of the others.{how}"
     if empty := unfinished.cells_without_runs(f):
@@ -69,7 +66,7 @@ def _gaps(f: Findings) -> Iterator[str]:
         yield f"Without a test result: {', '.join(bare)}."
     top = f.results[f.reference] if f.reference else None
     if other := [
-        r.name for r in results if r.sample and top and top.sample and measure.has_other_examples(r.sample, top.sample)
+        r.name for r in results if r.sample and top and top.sample and scores.has_other_examples(r.sample, top.sample)
     ]:
         yield f"Tested on other examples than {top.name if top else ''}, so not compared with it: {', '.join(other)}."
     for r in results:
@@ -107,24 +104,24 @@ def _rate(f: Findings, r: Result) -> str:
     """What is wrong with the rates of a cell; empty where nothing is."""
     rates = r.choice.rates
     if r.choice.beyond:
-        tried = ", ".join(formats.rate(x.lr) for x in r.choice.beyond)
-        return (f"every rate {'above' if r.choice.side == 'high' else 'below'} the best one, {formats.rate(r.lr)}, was pruned ({tried}), so that side is "
+        tried = ", ".join(formatting.rate(x.lr) for x in r.choice.beyond)
+        return (f"every rate {'above' if r.choice.side == 'high' else 'below'} the best one, {formatting.rate(r.lr)}, was pruned ({tried}), so that side is "
                 "not covered: early losses favour some rates. The same command with sweep.prune=false trains them to the end.")  # fmt: skip
     if r.choice.side:
         end = "largest" if r.choice.side == "high" else "smallest"
         return (
-            f"the best rate, {formats.rate(r.lr)}, is the {end} of its grid. The true best may lie beyond: widen the grid, "
+            f"the best rate, {formatting.rate(r.lr)}, is the {end} of its grid. The true best may lie beyond: widen the grid, "
             "or let the same command with sweep.extend_lr=true do it."
         )
     if r.choice.lr is None and rates:
         return f"no learning rate is eligible; at every one a seed diverged, failed{', was pruned' if any(x.pruned for x in rates) else ''} or has not ended."
     if len(rates) == 1:
-        return f"one learning rate only ({formats.rate(r.lr)}), so it is not tuned."
+        return f"one learning rate only ({formatting.rate(r.lr)}), so it is not tuned."
     if not rates and r.runs:
         tested = {float(x.config["optimizer"]["lr"]) for x in f.sweep.records_of(r.cell.confirm)}
         how = ("without tuning" if len(tested) == 1 else f"without tuning, although runs at {plural(len(tested), 'rate')} were tested: "
                "that of most runs, then the best on validation; the seeds that chose are those that are tested, so its result is too good")  # fmt: skip
-        return f"confirmed at {formats.rate(r.lr)} {how}."
+        return f"confirmed at {formatting.rate(r.lr)} {how}."
     return ""
 
 
@@ -143,7 +140,7 @@ def _made(runs: Iterable[Record], key: str) -> list[str]:
 
 def _one_axis(f: Findings, key: str) -> Iterable[list[Result]]:
     """Cells that should agree in it: where the sweep varies data or base, those of one value of that axis."""
-    section = ASKED.get(key)
+    section = CONFIG_SECTIONS.get(key)
     made: dict[tuple[tuple[str, str], ...], list[Result]] = {}
     for x in f.results.values():
         axes = tuple((k, v) for k, v in x.cell.extra if section and k.split(".")[0] == section)
@@ -152,7 +149,7 @@ def _one_axis(f: Findings, key: str) -> Iterable[list[Result]]:
 
 
 def _conditions(f: Findings) -> Iterator[str]:
-    for key, what in DIFFER.items():
+    for key, what in CONDITIONS.items():
         for cells in _one_axis(f, key):
             found: dict[str, list[str]] = {}
             for x in cells:

@@ -13,15 +13,14 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from lorabench.report import table_formats as faces
+from lorabench.report import table_formats
 from lorabench.report.tables import Column, Row, Table
-from lorabench.results import formatting as formats
-from lorabench.results import scores as measure
+from lorabench.results import formatting, scores
 from lorabench.results.cells import Result
 from lorabench.results.derived import flatten
 from lorabench.results.evidence import gather
 from lorabench.results.sweep import Cell, Sweep, shorten
-from lorabench.stats import estimates as st
+from lorabench.stats import estimates
 from lorabench.store.records import Record
 
 if TYPE_CHECKING:
@@ -29,10 +28,10 @@ if TYPE_CHECKING:
     from rich.text import Text
 
 
-SEEN = ("packages", "machine", "git")  # provenance that is a mapping
+NESTED_PROVENANCE = ("packages", "machine", "git")  # provenance that is a mapping
 
 
-APART = {
+IGNORED_PROVENANCE = {
     "pack",
     "pack_runs",
     "data_notes",
@@ -52,7 +51,7 @@ class Side:
 
     sweep: Sweep
     results: Mapping[str, Result]
-    metric: formats.Metric
+    metric: formatting.Metric
 
 
 @dataclass(frozen=True)
@@ -62,12 +61,12 @@ class Pair:
     name: str
     a: Result | None
     b: Result | None
-    difference: st.Estimate | None  # B − A
+    difference: estimates.Estimate | None  # B − A
     how: str  # what the difference is over, or why there is none
 
 
 @dataclass(frozen=True)
-class Comparison:
+class SweepComparison:
     a: Side
     b: Side
     obstacles: tuple[str, ...]  # why the two cannot be compared; empty where they can
@@ -75,18 +74,18 @@ class Comparison:
     differing: tuple[tuple[str, str, str], ...]  # what, in A, in B
 
 
-def compare(a: Sweep, b: Sweep) -> Comparison:
+def compare(a: Sweep, b: Sweep) -> SweepComparison:
     """Cells in A's order, then those of B alone."""
     left, right = _side(a), _side(b)
     obstacles = tuple(_obstacles(left, right))
-    theirs = {label(r.cell): r for r in right.results.values()}
-    ours = {label(r.cell): r for r in left.results.values()}
+    theirs = {matching_key(r.cell): r for r in right.results.values()}
+    ours = {matching_key(r.cell): r for r in left.results.values()}
     pairs = [_pair(r, theirs.get(key), not obstacles) for key, r in ours.items()]
     pairs += [_pair(None, r, not obstacles) for key, r in theirs.items() if key not in ours]
-    return Comparison(left, right, obstacles, tuple(pairs), tuple(_differing(a, b)))
+    return SweepComparison(left, right, obstacles, tuple(pairs), tuple(_differing(a, b)))
 
 
-def label(cell: Cell) -> tuple[Any, ...]:
+def matching_key(cell: Cell) -> tuple[Any, ...]:
     """What a cell is matched by."""
     return cell.method, cell.r, cell.alpha_rule, cell.targets, cell.extra
 
@@ -104,8 +103,8 @@ def _obstacles(a: Side, b: Side) -> Iterator[str]:
         yield f"the primary metric differs: {a.metric.title} in A, {b.metric.title} in B"
     elif a.sweep.lower_is_better != b.sweep.lower_is_better:
         yield f"{a.metric.title} is better when lower in one sweep and when higher in the other"
-    theirs = {label(r.cell): r for r in b.results.values()}
-    both = [(r, theirs[key]) for r in a.results.values() if (key := label(r.cell)) in theirs]
+    theirs = {matching_key(r.cell): r for r in b.results.values()}
+    both = [(r, theirs[key]) for r in a.results.values() if (key := matching_key(r.cell)) in theirs]
     if both and all(_other_data(*pair) for pair in both):
         found = [{v for r in side for v in _data(r)} for side in zip(*both, strict=True)]
         for name, values in zip("AB", found, strict=True):
@@ -147,24 +146,24 @@ def _pair(a: Result | None, b: Result | None, comparable: bool) -> Pair:
     lost = [name for name, r in (("A", a), ("B", b)) if r.lost]
     if lost:
         return Pair(named.name, a, b, None, f"confirmation runs in {' and '.join(lost)} did not survive")
-    made, how = between(a.sample, b.sample)
+    made, how = difference(a.sample, b.sample)
     return Pair(named.name, a, b, made, how)
 
 
-def between(a: measure.Sample, b: measure.Sample) -> tuple[st.Estimate | None, str]:
+def difference(a: scores.Sample, b: scores.Sample) -> tuple[estimates.Estimate | None, str]:
     """B − A, and what it is over."""
     examples = ""
     if a.examples is not None and b.examples is not None:
         if not np.array_equal(a.examples, b.examples):
             return None, "other test examples"
         examples = "examples"
-    paired = measure.difference(b, a) if a.seeds == b.seeds else None
+    paired = scores.difference(b, a) if a.seeds == b.seeds else None
     if paired is not None:
         return paired.estimate(), f"same seeds{' and ' + examples if examples else ''}, paired"
     return independent(a, b), f"independent seeds{', same ' + examples if examples else ''}"
 
 
-def independent(a: measure.Sample, b: measure.Sample) -> st.Estimate:
+def independent(a: scores.Sample, b: scores.Sample) -> estimates.Estimate:
     """B − A of two independent sets of seeds [S] and [T], which met the same examples where those are known.
 
     V = V_seed(a) + V_seed(b) + V_example(b − a) − V_interaction(a) − V_interaction(b): each interaction is in the part of
@@ -183,13 +182,13 @@ def independent(a: measure.Sample, b: measure.Sample) -> st.Estimate:
     )  # fmt: skip
 
 
-def _example_variance(a: measure.Sample, b: measure.Sample) -> float | None:
+def _example_variance(a: scores.Sample, b: scores.Sample) -> float | None:
     """V_example of the difference, of examples that both met: over examples, or over resamples drawn once for both."""
     if a.table is not None and b.table is not None:
         groups = b.groups if a.groups is None else a.groups
         if groups is not None and len(np.unique(groups)) == 1:
             return None
-        means = st.cluster(b.table, groups).mean(0) - st.cluster(a.table, groups).mean(0)
+        means = estimates.cluster(b.table, groups).mean(0) - estimates.cluster(a.table, groups).mean(0)
         return float(means.var(ddof=1)) / len(means)
     if a.draws is not None and b.draws is not None:
         return float((b.draws.mean(1) - a.draws.mean(1)).var(ddof=1))
@@ -211,7 +210,7 @@ def _differing(a: Sweep, b: Sweep) -> Iterator[tuple[str, str, str]]:
         left, right = found(a), found(b)
         for key in sorted(left.keys() | right.keys()):
             one, two = (
-                ", ".join(sorted(x.get(key, ()), key=formats.natural_key)) or formats.DASH for x in (left, right)
+                ", ".join(sorted(x.get(key, ()), key=formatting.natural_key)) or formatting.DASH for x in (left, right)
             )
             if one != two:
                 yield key, one, two
@@ -242,13 +241,13 @@ def _provenance(sweep: Sweep) -> dict[str, set[str]]:
 
 def _facts(record: Record) -> Iterator[tuple[str, str]]:
     for key, value in record.provenance.items():
-        if key in SEEN and isinstance(value, Mapping):
-            yield from ((f"{key}.{k}", str(v)) for k, v in value.items() if f"{key}.{k}" not in APART)
-        elif key not in APART and not isinstance(value, Mapping) and value is not None:
+        if key in NESTED_PROVENANCE and isinstance(value, Mapping):
+            yield from ((f"{key}.{k}", str(v)) for k, v in value.items() if f"{key}.{k}" not in IGNORED_PROVENANCE)
+        elif key not in IGNORED_PROVENANCE and not isinstance(value, Mapping) and value is not None:
             yield {"code": "source hash"}.get(key, key), str(value)
 
 
-def top(c: Comparison) -> list[str]:
+def headline(c: SweepComparison) -> list[str]:
     """What a reader must know first."""
     if c.obstacles:
         return [
@@ -257,11 +256,11 @@ def top(c: Comparison) -> list[str]:
     said = sum(p.difference is not None for p in c.pairs)
     both = sum(p.a is not None and p.b is not None for p in c.pairs)
     return [
-        f"{formats.plural(both, 'cell')} in both sweeps, {said} with a difference on test: of one metric, on the same data."
+        f"{formatting.plural(both, 'cell')} in both sweeps, {said} with a difference on test: of one metric, on the same data."
     ]
 
 
-def cells(c: Comparison) -> Table:
+def cells_table(c: SweepComparison) -> Table:
     columns = (
         Column("cell", "cell"), Column("a", f"A: {_title(c.a)}", "right"), Column("b", f"B: {_title(c.b)}", "right"),
         Column("difference", "B − A (95 %)", "right"), Column("over", "over"), Column("lr", "best lr, A and B", "right"),
@@ -274,7 +273,7 @@ def cells(c: Comparison) -> Table:
     return Table("cells", "Cells", columns, rows, notes)
 
 
-def differing(c: Comparison) -> Table:
+def differences_table(c: SweepComparison) -> Table:
     rows = tuple(Row((key, shorten(a, 60), shorten(b, 60))) for key, a, b in c.differing)
     return Table("differing", "What differs", (Column("what", "what"), Column("a", "A"), Column("b", "B")), rows)
 
@@ -284,13 +283,13 @@ def _title(side: Side) -> str:
     return f"{'test' if side.sweep.confirmed else 'validation'} {side.metric.title}{unit}"
 
 
-def _texts(c: Comparison, p: Pair) -> tuple[str, ...]:
-    difference = formats.DASH
+def _texts(c: SweepComparison, p: Pair) -> tuple[str, ...]:
+    difference = formatting.DASH
     if p.difference is not None:
         bounds = f" ({c.a.metric.bounds(*p.difference.interval())})" if p.difference.seeds > 1 else ""
         difference = c.a.metric.difference(p.difference.mean) + bounds
-    rates = [formats.rate(r.lr if r else None) for r in (p.a, p.b)]
-    seconds = [formats.seconds(r.seconds if r else None) for r in (p.a, p.b)]
+    rates = [formatting.rate(r.lr if r else None) for r in (p.a, p.b)]
+    seconds = [formatting.seconds(r.seconds if r else None) for r in (p.a, p.b)]
     return (
         p.name, _score(c.a, p.a), _score(c.b, p.b), difference, p.how, rates[0] if rates[0] == rates[1] else " | ".join(rates),
         " | ".join(seconds),
@@ -305,32 +304,32 @@ def _named(side: Side) -> str:
 
 def _score(side: Side, r: Result | None) -> str:
     if r is None:
-        return formats.DASH
+        return formatting.DASH
     if r.test is None:
-        return formats.DASH if side.sweep.confirmed else side.metric.value(r.val)
+        return formatting.DASH if side.sweep.confirmed else side.metric.value(r.val)
     half = f" ± {side.metric.size(r.test.half_width(), unit=False)}" if r.test.seeds > 1 else ""
     return side.metric.value(r.test.mean) + half
 
 
-def markdown(c: Comparison) -> str:
+def markdown(c: SweepComparison) -> str:
     """The comparison as a file."""
-    names = [faces.escape_markdown(_named(s)) for s in (c.a, c.b)]
-    parts = [f"# {names[0]} and {names[1]}", *(f"**{faces.escape_markdown(x)}**" for x in top(c))]
+    names = [table_formats.escape_markdown(_named(s)) for s in (c.a, c.b)]
+    parts = [f"# {names[0]} and {names[1]}", *(f"**{table_formats.escape_markdown(x)}**" for x in headline(c))]
     parts += [f"A is {names[0]}, B is {names[1]}."]
-    for table in (cells(c), differing(c)):
-        body = faces.markdown(table) if table.rows else "Nothing."
-        parts += [f"## {table.title}", body, *(faces.escape_markdown(n) for n in table.notes)]
+    for table in (cells_table(c), differences_table(c)):
+        body = table_formats.markdown(table) if table.rows else "Nothing."
+        parts += [f"## {table.title}", body, *(table_formats.escape_markdown(n) for n in table.notes)]
     return "\n\n".join(parts) + "\n"
 
 
-def terminal(c: Comparison) -> Iterator[RichTable | Text]:
+def terminal_parts(c: SweepComparison) -> Iterator[RichTable | Text]:
     from rich.text import Text
 
-    for line in top(c):
+    for line in headline(c):
         yield Text(line, style="bold red" if c.obstacles else "bold")
     yield Text(f"A is {_named(c.a)}, B is {_named(c.b)}.")
-    for table in (cells(c), differing(c)):
+    for table in (cells_table(c), differences_table(c)):
         if not table.rows:
             yield Text(f"{table.title}: nothing.")
             continue
-        yield faces.rich_table(table)
+        yield table_formats.rich_table(table)

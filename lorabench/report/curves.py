@@ -9,23 +9,22 @@ import numpy as np
 from matplotlib.axes import Axes
 
 from lorabench.config import alpha_rules
-from lorabench.report import theme as style
+from lorabench.report import theme
 from lorabench.report.theme import Drawing, Look
-from lorabench.results import formatting as formats
-from lorabench.results import units
+from lorabench.results import formatting, units
 from lorabench.results.cells import Result
 from lorabench.results.findings import Findings
 from lorabench.results.selection import Rate
 from lorabench.results.sweep import shorten
 from lorabench.store.records import Record
 
-MOST = 8  # cells in one picture of training curves
-POINTS = 160  # of one training curve
+MAX_TRAINING_CURVES = 8  # cells in one picture of training curves
+MAX_CURVE_POINTS = 160  # of one training curve
 
 # -- learning rates ------------------------------------------------------------------------------------------------------
 
 
-def learning_rates(f: Findings, looks: Mapping[str, Look]) -> Drawing | None:
+def draw_learning_rates(f: Findings, looks: Mapping[str, Look]) -> Drawing | None:
     """Mean validation loss over the tuning seeds against the rate: a panel a family of adapters, one for the others."""
     tuned = [r for r in f.results.values() if len(_finished(r)) > 1]
     if not tuned:
@@ -35,12 +34,12 @@ def learning_rates(f: Findings, looks: Mapping[str, Look]) -> Drawing | None:
         panels.setdefault(_family(r), []).append(r)
     wide = min(len(panels), 2)
     tall = math.ceil(len(panels) / wide)
-    alone = style.single(r.name for r in tuned)
-    with style.canvas(alone if wide == 1 else 9.0, 0.4 + 3.2 * tall, between=0.1) as figure:
+    alone = theme.panel_width(r.name for r in tuned)
+    with theme.canvas(alone if wide == 1 else 9.0, 0.4 + 3.2 * tall, between=0.1) as figure:
         axes = [figure.add_subplot(tall, wide, i + 1) for i in range(len(panels))]
-        ranges = [_ends(here) for name, here in panels.items() if name != OTHERS]
+        ranges = [_ends(here) for name, here in panels.items() if name != NO_ADAPTERS]
         for ax, (name, here) in zip(axes, panels.items(), strict=True):
-            low, high = _ends(here) if name == OTHERS else (min(a for a, _ in ranges), max(b for _, b in ranges))
+            low, high = _ends(here) if name == NO_ADAPTERS else (min(a for a, _ in ranges), max(b for _, b in ranges))
             title = name if len(panels) > 1 else ""
             _rate_panel(ax, here, looks, low, high, title, loss=units.loss_axis(f.sweep, "validation"))
         dots = any(len(rate.losses) > 1 for r in tuned for rate in _finished(r))
@@ -56,12 +55,12 @@ def learning_rates(f: Findings, looks: Mapping[str, Look]) -> Drawing | None:
                 if len(ranges) > 1
                 else " Each panel has axes of its own."
             )
-        return style.drawing(
+        return theme.render_drawing(
             "learning_rates", "Validation loss against the learning rate", caption, _rates_alt(tuned), figure
         )
 
 
-OTHERS = "without adapters"
+NO_ADAPTERS = "without adapters"
 
 
 def _finished(r: Result) -> list[Rate]:
@@ -71,7 +70,7 @@ def _finished(r: Result) -> list[Rate]:
 
 def _family(r: Result) -> str:
     if not r.cell.adapter:
-        return OTHERS
+        return NO_ADAPTERS
     rule = alpha_rules.without_scaling(alpha_rules.rounded(r.cell.alpha_rule))  # the method's name says that part
     alpha = [f"α = {rule}"] if rule else []  # VeRA has none
     return ", ".join([r.cell.method, *alpha, *(f"{k.split('.')[-1]} {v}" for k, v in r.cell.extra)])
@@ -86,20 +85,20 @@ def _rate_panel(
     ax: Axes, here: Sequence[Result], looks: Mapping[str, Look], low: float, high: float, title: str, *, loss: str
 ) -> None:
     room = 0.08 * (high - low or 1.0)
-    style.rate_axis(ax, [x.lr for r in here for x in r.choice.rates])
+    theme.set_rate_axis(ax, [x.lr for r in here for x in r.choice.rates])
     for i, r in enumerate(here):
         _rate_curve(ax, r, looks[r.id], high + room)
         for x in r.choice.rates:
             if x.pruned and not x.failures:  # side by side: cells are often pruned at the same rate
                 _mark(ax, x.lr * 1.05 ** (i - (len(here) - 1) / 2), high + room, "|", looks[r.id])
     ax.set_ylim(low - room, high + 1.6 * room)
-    style.tidy(ax, x="learning rate (log scale)", y=loss)
-    ax.set_title(shorten(title, style.MOST))
+    theme.label_axes(ax, x="learning rate (log scale)", y=loss)
+    ax.set_title(shorten(title, theme.MAX_NAME_LENGTH))
     # Under a panel's title a rank alone names a cell, unless two cells have it.
     ranks_do = bool(title) and all(r.cell.adapter for r in here) and len({r.cell.r for r in here}) == len(here)
     ends = [(r, _finished(r)[-1]) for r in here]
     names = [(x.lr, x.mean, f"r = {r.cell.r}" if ranks_do else r.name, looks[r.id].colour) for r, x in ends]
-    style.end_labels(ax, names)
+    theme.draw_end_labels(ax, names)
 
 
 def _rate_curve(ax: Axes, r: Result, look: Look, top: float) -> None:
@@ -123,14 +122,14 @@ def _mark(ax: Axes, x: float, y: float, marker: str, look: Look) -> None:
 def _rates_alt(tuned: Sequence[Result]) -> str:
     said = []
     for r in tuned:
-        grid = f"{formats.rate(r.choice.rates[0].lr)} to {formats.rate(r.choice.rates[-1].lr)}"
+        grid = f"{formatting.rate(r.choice.rates[0].lr)} to {formatting.rate(r.choice.rates[-1].lr)}"
         best = (
-            f"lowest at {formats.rate(r.choice.lr)} ({formats.number(r.choice.loss, 3)})"
+            f"lowest at {formatting.rate(r.choice.lr)} ({formatting.number(r.choice.loss, 3)})"
             if r.choice.lr
             else "no rate eligible"
         )
-        out = f", out: {', '.join(formats.rate(lr) for lr in r.choice.ineligible)}" if r.choice.ineligible else ""
-        gone = [formats.rate(x.lr) for x in r.choice.rates if x.pruned and not x.failures]
+        out = f", out: {', '.join(formatting.rate(lr) for lr in r.choice.ineligible)}" if r.choice.ineligible else ""
+        gone = [formatting.rate(x.lr) for x in r.choice.rates if x.pruned and not x.failures]
         out += f", pruned: {', '.join(gone)}" if gone else ""
         said.append(f"{r.name} over {grid}, {best}{out}")
     return "Validation loss against the learning rate: " + "; ".join(said) + "."
@@ -141,7 +140,7 @@ def _rates_alt(tuned: Sequence[Result]) -> str:
 Curve = tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]  # steps, mean, lowest and highest over runs
 
 
-def training(f: Findings, looks: Mapping[str, Look]) -> Drawing | None:
+def draw_training(f: Findings, looks: Mapping[str, Look]) -> Drawing | None:
     """Training loss (smoothed) and the validation metric over steps, for the runs behind each cell's numbers."""
     shown = _telling(f)
     name = f"val/{f.sweep.metric}"
@@ -149,17 +148,17 @@ def training(f: Findings, looks: Mapping[str, Look]) -> Drawing | None:
     scores = {r.id: c for r in shown if (c := _curve(f, r.runs, name))}
     if not losses and not scores:
         return None
-    with style.canvas(8.6, 3.5) as figure:
+    with theme.canvas(8.6, 3.5) as figure:
         left, right = figure.subplots(1, 2)
         for r in shown:
             for ax, made in ((left, losses.get(r.id)), (right, scores.get(r.id))):
                 if made:
                     _training_curve(ax, made, looks[r.id], marked=ax is right)
-        style.tidy(left, x="optimizer step", y=units.loss_axis(f.sweep, "training"))
-        style.tidy(right, x="optimizer step", y=f"validation {f.metric.axis}")
-        style.per_metric(right, f.metric)
+        theme.label_axes(left, x="optimizer step", y=units.loss_axis(f.sweep, "training"))
+        theme.label_axes(right, x="optimizer step", y=f"validation {f.metric.axis}")
+        theme.format_metric_ticks(right, f.metric)
         ends = scores or losses
-        style.end_labels(
+        theme.draw_end_labels(
             right if scores else left, [_end(ends[r.id], r, looks[r.id]) for r in shown if r.id in ends], size=9
         )
         roles = "confirmation" if f.confirmed else "tuning"
@@ -173,17 +172,17 @@ def training(f: Findings, looks: Mapping[str, Look]) -> Drawing | None:
         alt = f"Training loss and validation {f.metric.axis} against the optimizer step" + (
             f": {said}." if said else "."
         )
-        return style.drawing("training", "How the chosen runs trained", caption, alt, figure)
+        return theme.render_drawing("training", "How the chosen runs trained", caption, alt, figure)
 
 
-def _end(made: Curve, r: Result, look: Look) -> style.Label:
+def _end(made: Curve, r: Result, look: Look) -> theme.Label:
     return float(made[0][-1]), float(made[1][-1]), r.name, look.colour
 
 
 def _telling(f: Findings) -> list[Result]:
     """All cells while they are few; else those the answer names, the controls, and the ends of the ladder."""
     have = [r for r in f.results.values() if r.runs]
-    if len(have) <= MOST:
+    if len(have) <= MAX_TRAINING_CURVES:
         return have
     named = [
         f.best,
@@ -194,7 +193,10 @@ def _telling(f: Findings) -> list[Result]:
     first = [r for r in have if r.id in named]
     adapters = [r for r in have if r.cell.adapter and r.id not in named]
     spread = (
-        [adapters[round(i * (len(adapters) - 1) / max(1, MOST - len(first) - 1))] for i in range(MOST - len(first))]
+        [
+            adapters[round(i * (len(adapters) - 1) / max(1, MAX_TRAINING_CURVES - len(first) - 1))]
+            for i in range(MAX_TRAINING_CURVES - len(first))
+        ]
         if adapters
         else []
     )
@@ -214,7 +216,7 @@ def _curve(f: Findings, runs: Sequence[Record], name: str, *, smooth: bool = Fal
     y = np.array([[s[t] for t in steps] for s in series], dtype=np.float64)
     if smooth:
         y = _smooth(y, span=max(1, len(steps) // 20))
-    keep = np.unique(np.linspace(0, len(steps) - 1, min(POINTS, len(steps))).round().astype(int))
+    keep = np.unique(np.linspace(0, len(steps) - 1, min(MAX_CURVE_POINTS, len(steps))).round().astype(int))
     y = y[:, keep]
     return np.array(steps)[keep], y.mean(0), y.min(0), y.max(0)
 

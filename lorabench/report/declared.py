@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from lorabench.config import alpha_rules
-from lorabench.results import formatting as formats
+from lorabench.results import formatting
 
 if TYPE_CHECKING:
     from lorabench.results.findings import Findings
@@ -39,7 +39,7 @@ def margin_fact(f: Findings) -> str:
 
 def selection(sweep: Sweep) -> str:
     """`validation loss`: what chooses a rate."""
-    return f"validation {formats.TITLES.get(sweep.selection, sweep.selection.replace('_', ' '))}"
+    return f"validation {formatting.TITLES.get(sweep.selection, sweep.selection.replace('_', ' '))}"
 
 
 def reference(f: Findings) -> str:
@@ -59,7 +59,7 @@ def family(f: Findings) -> str:
     if not own:
         return ""
     others = len(f.versus) - own
-    said = formats.plural(own, "comparison") + " with the reference"
+    said = formatting.plural(own, "comparison") + " with the reference"
     return f"{said} (declared), {others} more exploratory" if others else said
 
 
@@ -67,10 +67,10 @@ def _instead(sweep: Sweep) -> str:
     """After the name of a metric that is not the declared one."""
     if not sweep.other:
         return ""
-    return f" (post hoc; {'declared' if sweep.study.get('metric') else 'the primary one'}: {formats.TITLES.get(sweep.primary, sweep.primary)})"
+    return f" (post hoc; {'declared' if sweep.study.get('metric') else 'the primary one'}: {formatting.TITLES.get(sweep.primary, sweep.primary)})"
 
 
-def facts(f: Findings) -> list[tuple[str, str]]:
+def study_facts(f: Findings) -> list[tuple[str, str]]:
     """Name and value of all that a study declares; empty values are left out by who shows them."""
     way = "lower" if f.metric.lower_is_better else "higher"
     return [
@@ -86,9 +86,9 @@ def facts(f: Findings) -> list[tuple[str, str]]:
     ]
 
 
-def line(f: Findings) -> str:
+def study_line(f: Findings) -> str:
     """The declaration in one line, for the top of a report."""
-    said = {name: value for name, value in facts(f) if value}
+    said = {name: value for name, value in study_facts(f) if value}
     study = said.pop("Study hash", "")
     head = f"Declared before it ran (study {study}): " if study else "No study was declared: "
     parts = [said.pop("Primary metric"), *(f"{name.lower()} {value}" for name, value in said.items())]

@@ -7,10 +7,9 @@ from typing import Any
 
 from matplotlib.axes import Axes
 
-from lorabench.report import curves
-from lorabench.report import theme as style
+from lorabench.report import curves, theme
 from lorabench.report.theme import FAINT, Drawing
-from lorabench.results import formatting as formats
+from lorabench.results import formatting
 from lorabench.results.cells import Result
 from lorabench.results.findings import Findings
 from lorabench.results.sweep import shorten
@@ -18,20 +17,20 @@ from lorabench.results.sweep import shorten
 
 def draw(f: Findings) -> list[Drawing]:
     """The figures this sweep has the data for, the most telling first."""
-    found = style.looks(f.sweep.cells)
-    shown = [r for r in f.results.values() if score(f, r)]
-    main = None if len(shown) < 2 else metric_by_rank(f, found) if by_rank(f) else metric_by_cell(f, found)
-    return [d for d in (main, curves.learning_rates(f, found), curves.training(f, found)) if d is not None]
+    found = theme.looks(f.sweep.cells)
+    shown = [r for r in f.results.values() if score_interval(f, r)]
+    main = None if len(shown) < 2 else draw_by_rank(f, found) if is_by_rank(f) else draw_by_cell(f, found)
+    return [d for d in (main, curves.draw_learning_rates(f, found), curves.draw_training(f, found)) if d is not None]
 
 
-def by_rank(f: Findings) -> bool:
+def is_by_rank(f: Findings) -> bool:
     """Whether rank is an axis: most adapter cells stand in a series of at least two ranks."""
-    cells = [r.cell for r in f.results.values() if r.cell.adapter and score(f, r)]
+    cells = [r.cell for r in f.results.values() if r.cell.adapter and score_interval(f, r)]
     ladders = [c for c in cells if len({o.r for o in cells if o.series == c.series}) > 1]
     return len(ladders) > len(cells) / 2 and len({c.series for c in cells}) <= 4
 
 
-def score(f: Findings, r: Result) -> tuple[float, float, float] | None:
+def score_interval(f: Findings, r: Result) -> tuple[float, float, float] | None:
     """(low, mean, high): test with its 95 % interval, else the validation mean alone."""
     if f.confirmed:
         if r.test is None:
@@ -53,13 +52,13 @@ def _caption(f: Findings) -> str:
     return "Mean over confirmation seeds at each cell's chosen rate; bars and bands are 95 % intervals over seeds and test examples."
 
 
-def metric_by_rank(f: Findings, found: dict[str, style.Look]) -> Drawing:
-    cells = [r for r in f.results.values() if r.cell.adapter and score(f, r)]
+def draw_by_rank(f: Findings, found: dict[str, theme.Look]) -> Drawing:
+    cells = [r for r in f.results.values() if r.cell.adapter and score_interval(f, r)]
     series = list(dict.fromkeys(r.cell.series for r in cells))
     ranks = sorted({r.cell.r or 0 for r in cells})
-    with style.canvas(style.single(r.name for r in f.results.values() if not r.cell.adapter), 3.4) as figure:
+    with theme.canvas(theme.panel_width(r.name for r in f.results.values() if not r.cell.adapter), 3.4) as figure:
         ax = figure.add_subplot()
-        style.rank_axis(ax, ranks)
+        theme.set_rank_axis(ax, ranks)
         labels = [label for r in f.results.values() if not r.cell.adapter for label in _band(ax, f, r, found)]
         for i, key in enumerate(series):
             mine = sorted((r for r in cells if r.cell.series == key), key=lambda r: r.cell.r or 0)
@@ -67,20 +66,20 @@ def metric_by_rank(f: Findings, found: dict[str, style.Look]) -> Drawing:
                 _line(ax, f, mine, found, shift=2 ** (0.10 * (i - (len(series) - 1) / 2)), several=len(series) > 1)
             )
         ax.set_xlim(ranks[0] / 1.35, ranks[-1] * 1.35)
-        style.tidy(ax, x="rank r (log scale)", y=_what(f))
-        style.per_metric(ax, f.metric)
+        theme.label_axes(ax, x="rank r (log scale)", y=_what(f))
+        theme.format_metric_ticks(ax, f.metric)
         labels += _margin_line(ax, f, several=len(series) > 1)
-        style.end_labels(ax, labels)
-        title = f"{formats.capital(f.metric.title)} against rank"
-        return style.drawing("metric_by_rank", title, _caption(f) + _ring(f), _alt(f, "against rank"), figure)
+        theme.draw_end_labels(ax, labels)
+        title = f"{formatting.capital(f.metric.title)} against rank"
+        return theme.render_drawing("metric_by_rank", title, _caption(f) + _ring(f), _alt(f, "against rank"), figure)
 
 
 def _line(
-    ax: Axes, f: Findings, mine: Sequence[Result], found: dict[str, style.Look], *, shift: float, several: bool
-) -> style.Label:
+    ax: Axes, f: Findings, mine: Sequence[Result], found: dict[str, theme.Look], *, shift: float, several: bool
+) -> theme.Label:
     """One series with its intervals, points shaded by rank; answers with its label."""
-    colour, look = style.hue(mine[0].cell, found), found[mine[0].id]
-    points = [(r, (r.cell.r or 0) * shift, score(f, r)) for r in mine]
+    colour, look = theme.method_colour(mine[0].cell, found), found[mine[0].id]
+    points = [(r, (r.cell.r or 0) * shift, score_interval(f, r)) for r in mine]
     xs, ys = [x for _, x, _ in points], [s[1] for _, _, s in points if s]
     ax.plot(xs, ys, color=colour, linestyle=look.dashes, linewidth=1.8, zorder=3)
     for r, x, s in points:
@@ -91,23 +90,25 @@ def _line(
     return None, ys[-1], name, colour
 
 
-RING = "#B35900"
+RING_COLOUR = "#B35900"
 
 
-def _point(ax: Axes, x: float, y: float, look: style.Look, *, ringed: bool) -> None:
+def _point(ax: Axes, x: float, y: float, look: theme.Look, *, ringed: bool) -> None:
     edge: dict[str, Any] = {"markeredgecolor": "white", "markeredgewidth": 0.8}
     ax.plot(x, y, marker=look.marker, color=look.colour, markersize=6.8, zorder=4, **edge)
     if ringed:
-        ax.plot(x, y, "o", markersize=13, markerfacecolor="none", markeredgecolor=RING, markeredgewidth=1.6, zorder=5)
+        ax.plot(
+            x, y, "o", markersize=13, markerfacecolor="none", markeredgecolor=RING_COLOUR, markeredgewidth=1.6, zorder=5
+        )
 
 
 def _recommended(f: Findings, r: Result) -> bool:
     return f.recommendation is not None and f.recommendation.cell == r.id
 
 
-def _band(ax: Axes, f: Findings, r: Result, found: dict[str, style.Look]) -> list[style.Label]:
+def _band(ax: Axes, f: Findings, r: Result, found: dict[str, theme.Look]) -> list[theme.Label]:
     """A method without a rank: a line across, with its interval as a band."""
-    s = score(f, r)
+    s = score_interval(f, r)
     if s is None:
         return []
     colour = found[r.id].colour
@@ -116,7 +117,7 @@ def _band(ax: Axes, f: Findings, r: Result, found: dict[str, style.Look]) -> lis
     return [(None, s[1], r.name, colour)]
 
 
-def _margin_line(ax: Axes, f: Findings, *, several: bool) -> list[style.Label]:
+def _margin_line(ax: Axes, f: Findings, *, several: bool) -> list[theme.Label]:
     """Where a cell would fall short of the reference by the margin."""
     reference = f.results[f.reference] if f.reference else None
     if reference is None or reference.test is None or not f.versus:
@@ -141,17 +142,17 @@ def _ring(f: Findings) -> str:
 def _alt(f: Findings, what: str) -> str:
     said = []
     for r in f.results.values():
-        if s := score(f, r):
+        if s := score_interval(f, r):
             half = f" ± {f.metric.size((s[2] - s[0]) / 2, unit=False)}" if s[2] > s[0] else ""
             said.append(f"{r.name} {f.metric.value(s[1])}{half}")
     return f"{_what(f)} {what}: " + "; ".join(said) + "."
 
 
-def metric_by_cell(f: Findings, found: dict[str, style.Look]) -> Drawing:
+def draw_by_cell(f: Findings, found: dict[str, theme.Look]) -> Drawing:
     """A dot with its interval a cell; a band of one margin around the reference."""
-    shown = [r for r in f.results.values() if score(f, r)]
+    shown = [r for r in f.results.values() if score_interval(f, r)]
     caption = _caption(f)
-    with style.canvas(style.single(r.name for r in shown), 1.1 + 0.34 * len(shown)) as figure:
+    with theme.canvas(theme.panel_width(r.name for r in shown), 1.1 + 0.34 * len(shown)) as figure:
         ax = figure.add_subplot()
         if f.reference and f.versus and (reference := f.results[f.reference]).test:
             at, margin = reference.test.mean, f.sweep.margin
@@ -159,16 +160,16 @@ def metric_by_cell(f: Findings, found: dict[str, style.Look]) -> Drawing:
             ax.axvline(at, color=FAINT, linewidth=1.0, linestyle=(0, (1, 2)))
             caption += f" The grey band is one {_margin(f)} around {reference.name}."
         for y, r in enumerate(shown):
-            s = score(f, r)
+            s = score_interval(f, r)
             assert s is not None
             ax.hlines(y, s[0], s[2], color=found[r.id].colour, linewidth=2.8, alpha=0.55)
             _point(ax, s[1], y, found[r.id], ringed=_recommended(f, r))
-        ax.set_yticks(range(len(shown)), [shorten(r.name, style.MOST) for r in shown])
+        ax.set_yticks(range(len(shown)), [shorten(r.name, theme.MAX_NAME_LENGTH) for r in shown])
         ax.set_ylim(len(shown) - 0.4, -0.6)
-        style.tidy(ax, x=_what(f), y="", grid="x")
-        style.per_metric(ax, f.metric, "x")
+        theme.label_axes(ax, x=_what(f), y="", grid="x")
+        theme.format_metric_ticks(ax, f.metric, "x")
         ax.tick_params(axis="y", length=0)
         if f.recommendation and f.recommendation.cell:
             caption += " The ring marks the recommended adapter."
-        title = f"{formats.capital(f.metric.title)} by cell"
-        return style.drawing("metric_by_cell", title, caption, _alt(f, "by cell"), figure)
+        title = f"{formatting.capital(f.metric.title)} by cell"
+        return theme.render_drawing("metric_by_cell", title, caption, _alt(f, "by cell"), figure)

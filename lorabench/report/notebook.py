@@ -81,9 +81,9 @@ class Study:
     @cached_property
     def _drawings(self) -> dict[str, Drawing]:
         from lorabench.report import figures
-        from lorabench.report.contents import sections
+        from lorabench.report.contents import collect
 
-        return {d.key: d for d in (*figures.draw(self.findings), *sections(self.findings).drawings)}
+        return {d.key: d for d in (*figures.draw(self.findings), *collect(self.findings).drawings)}
 
     @property
     def figures(self) -> list[str]:

@@ -9,11 +9,7 @@ from typing import Any
 from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup, escape
 
-from lorabench.report import answer, cautions, declared, figures, tables
-from lorabench.report import contents as sections
-from lorabench.report import runs_csv as runs
-from lorabench.report import table_formats as faces
-from lorabench.report import theme as style
+from lorabench.report import answer, cautions, contents, declared, figures, runs_csv, table_formats, tables, theme
 from lorabench.report.budget import about, budget
 from lorabench.report.tables import Table
 from lorabench.results.findings import Findings
@@ -36,11 +32,11 @@ HOW_TO_READ = (
 
 def files(f: Findings, title: str | None) -> dict[str, str | bytes]:
     """Every file of the report by its relative name. Equal findings give equal bytes."""
-    more = sections.sections(f)
-    drawings, made = [*figures.draw(f), *more.drawings], {**tables.every(f), **more.tables}
+    more = contents.collect(f)
+    drawings, made = [*figures.draw(f), *more.drawings], {**tables.main_tables(f), **more.tables}
     words = {
         "title": title or f.sweep.name,
-        "about": about(f), "declared": declared.line(f), "question": f.sweep.study.get("question") or "", "confirmed": f.confirmed, "answer": answer.answer(f),
+        "about": about(f), "declared": declared.study_line(f), "question": f.sweep.study.get("question") or "", "confirmed": f.confirmed, "answer": answer.answer(f),
         "warnings": cautions.warnings(f), "budget": budget(f), "how": HOW_TO_READ, "tables": made, "drawings": {d.key: d for d in drawings},
         "main": next((d for d in drawings if d.key.startswith("metric")), None), "traces": _traces(f),
         "parts": more.parts,
@@ -48,12 +44,12 @@ def files(f: Findings, title: str | None) -> dict[str, str | bytes]:
     out: dict[str, str | bytes] = {
         "report.md": _markdown(words),
         "report.html": _html(f, words),
-        "runs.csv": runs.runs_csv(f),
+        "runs.csv": runs_csv.runs_csv(f),
     }
     for d in drawings:
         out |= {f"figures/{d.key}.svg": d.svg, f"figures/{d.key}.png": d.png}
     for key, t in made.items():
-        out |= {f"tables/{key}.tex": faces.latex(t), f"tables/{key}.csv": runs.table_csv(t)}
+        out |= {f"tables/{key}.tex": table_formats.latex(t), f"tables/{key}.csv": runs_csv.table_csv(t)}
     return out
 
 
@@ -70,7 +66,7 @@ def _environment(*, autoescape: bool) -> Environment:
     if autoescape:
         env.finalize = _unbroken
         env.filters["breakable"] = _breakable
-    env.filters |= {"md": faces.escape_markdown, "md_table": faces.markdown}
+    env.filters |= {"md": table_formats.escape_markdown, "md_table": table_formats.markdown}
     return env
 
 
@@ -95,7 +91,7 @@ def _html(f: Findings, words: Mapping[str, Any]) -> str:
     assert env.loader is not None
     css = Markup(env.loader.get_source(env, "page.css")[0])  # ours, not the user's
     drawn = {
-        key: Markup(style.inline(d)) for key, d in words["drawings"].items()
+        key: Markup(theme.inline_svg(d)) for key, d in words["drawings"].items()
     }  # made from numbers; its alt text is escaped there
     return env.get_template("report.html.j2").render(
         words, css=css, svg=drawn, forest=_forest(f, words["tables"].get("comparison"))

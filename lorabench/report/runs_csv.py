@@ -6,12 +6,12 @@ import csv
 import io
 from typing import Any
 
-from lorabench.report.tables import Table, reason
+from lorabench.report.tables import Table, error_summary
 from lorabench.results.derived import flatten
 from lorabench.results.findings import Findings
 from lorabench.store.records import Record
 
-CSV_RESOURCES = ("train_seconds", "eval_seconds", "pack_seconds", "pack_size", "solo_seconds", "peak_memory_bytes", "solo_peak_memory_bytes",
+RESOURCES = ("train_seconds", "eval_seconds", "pack_seconds", "pack_size", "solo_seconds", "peak_memory_bytes", "solo_peak_memory_bytes",
                  "trainable_parameters", "total_parameters", "steps", "examples", "tokens")  # fmt: skip
 
 
@@ -23,7 +23,7 @@ def runs_csv(f: Findings) -> str:
         listed += [(r.id, x) for x in found]
     listed += [("", x) for x in f.sweep.outside]
     metrics = sorted({k for _, x in listed for k, v in x.metrics.items() if "/" in k and not isinstance(v, str)})
-    resources = [k for k in CSV_RESOURCES if any(k in x.resources for _, x in listed)]
+    resources = [k for k in RESOURCES if any(k in x.resources for _, x in listed)]
     out = io.StringIO()
     writer = csv.writer(out, lineterminator="\n")
     marks = ["best_step", *(["pruned_step"] if any(x.status == "pruned" for _, x in listed) else [])]
@@ -49,7 +49,7 @@ def runs_csv(f: Findings) -> str:
             cell, x.run_id, x.role, x.status, config.get("method.name"), config.get("method.r"), config.get("method.alpha"),
             "+".join(targets) if isinstance(targets, list) else targets, config.get("optimizer.lr"), config.get("seed"),
             x.provenance.get("precision"), *(x.metrics.get(k) for k in marks), *(x.metrics.get(k) for k in metrics),
-            *(x.resources.get(k) for k in resources), reason(x.error),
+            *(x.resources.get(k) for k in resources), error_summary(x.error),
         ]  # fmt: skip
         writer.writerow([_csv(v) for v in row])
     return out.getvalue()

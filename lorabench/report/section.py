@@ -9,7 +9,7 @@ from lorabench.report.theme import Drawing
 
 
 @dataclass(frozen=True)
-class Part:
+class Section:
     """A heading and what is under it: figures, what they say in words, tables."""
 
     key: str

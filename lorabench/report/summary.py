@@ -9,7 +9,7 @@ from lorabench.results.findings import Findings, find
 from lorabench.results.sweep import load
 
 
-def mirrored(sweep_dir: str | Path) -> dict[str, Any]:
+def tracker_summary(sweep_dir: str | Path) -> dict[str, Any]:
     """{"comparison": {"columns", "rows"}, "verdicts": {run_id: {...}}, "summary": {...}}. Raises `ConfigError` as `render`."""
     from lorabench.report import tables
     from lorabench.report.answer import answer

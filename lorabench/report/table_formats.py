@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 from lorabench.report import declared
 from lorabench.report.tables import Table, comparison, plus_minus
-from lorabench.results import formatting as formats
+from lorabench.results import formatting
 from lorabench.results.findings import Findings
 
 if TYPE_CHECKING:
@@ -32,7 +32,7 @@ def escape_markdown(text: str) -> str:
     return re.sub(r"([\\`*_\[\]<>|#])", r"\\\1", " ".join(text.split()))
 
 
-TEX = {
+TEX_SYMBOLS = {
     "\\": r"\textbackslash{}", "&": r"\&", "%": r"\%", "$": r"\$", "#": r"\#", "_": r"\_", "{": r"\{", "}": r"\}", "~": r"\textasciitilde{}",
     "^": r"\textasciicircum{}", "<": r"\textless{}", ">": r"\textgreater{}", "|": r"\textbar{}", "±": r"$\pm$", "−": "$-$", "α": r"$\alpha$", "Δ": r"$\Delta$",
     "–": "--", "…": r"\ldots{}", "⚠": r"$\dagger$", "×": r"$\times$", "“": "``", "”": "''", "→": r"$\rightarrow$",
@@ -44,15 +44,15 @@ TEX = {
 def escape_tex(text: str) -> str:
     """LaTeX text. Characters that pdfTeX's own fonts lack and that have no name here become `?`: it would stop at them."""
     apart = re.sub(r"-(?=-)", "-\0", " ".join(text.split()))  # two hyphens would print as a dash
-    return "".join(TEX.get(ch, ch if ord(ch) < 256 and ch.isprintable() else "?") for ch in apart)
+    return "".join(TEX_SYMBOLS.get(ch, ch if ord(ch) < 256 and ch.isprintable() else "?") for ch in apart)
 
 
-LONG = 24  # characters of a text from which its column breaks lines
+MIN_WRAPPED_LENGTH = 24  # characters of a text from which its column breaks lines
 
 
 def latex(table: Table) -> str:
     """A `tabular` with booktabs' rules, to be \\input; columns of long texts break their lines."""
-    long = [any(len(row.texts[i]) > LONG for row in table.rows) for i in range(len(table.columns))]
+    long = [any(len(row.texts[i]) > MIN_WRAPPED_LENGTH for row in table.rows) for i in range(len(table.columns))]
     width = f"p{{{min(0.3, 0.75 / max(sum(long), 1)):.2f}\\linewidth}}"
     kinds = [width if wide else "r" if c.align == "right" else "l" for c, wide in zip(table.columns, long, strict=True)]
     spec = "".join(kinds)
@@ -84,7 +84,7 @@ def rich_table(table: Table) -> RichTable:
     return out
 
 
-def terminal(f: Findings, caption: str) -> RichTable:
+def terminal_comparison(f: Findings, caption: str) -> RichTable:
     """The comparison at the width of a terminal: one name a cell, what decides, what it costs."""
     from rich import box
     from rich.markup import escape
@@ -113,8 +113,8 @@ def terminal(f: Findings, caption: str) -> RichTable:
         )
     for row, r in zip(comparison(f).rows, f.results.values(), strict=True):
         score = plus_minus(f, r) if f.confirmed else f.metric.value(r.val)
-        texts = [r.name, formats.rate(r.lr), score, *(_terminal_verdict(f, r.id) if f.versus else ())]
-        texts += [formats.compact(r.cell.trainable), formats.seconds(r.seconds)]
+        texts = [r.name, formatting.rate(r.lr), score, *(_terminal_verdict(f, r.id) if f.versus else ())]
+        texts += [formatting.compact(r.cell.trainable), formatting.seconds(r.seconds)]
         out.add_row(*map(escape, texts), style="bold" if row.mark == "recommended" else None)
     return out
 

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Literal
 
 from lorabench.config import alpha_rules
 from lorabench.report import declared
-from lorabench.results import formatting as formats
+from lorabench.results import formatting
 from lorabench.results.cells import Result, has_same_runs
 from lorabench.results.findings import Comparison, Findings
 from lorabench.store.records import Record
@@ -46,9 +46,9 @@ class Table:
     notes: tuple[str, ...] = field(default=())
 
 
-def every(f: Findings) -> dict[str, Table]:
+def main_tables(f: Findings) -> dict[str, Table]:
     """All tables that have rows, by key."""
-    made = (comparison(f), rates(f), lost(f), outside(f))
+    made = (comparison(f), rates(f), lost_runs(f), unlisted_runs(f))
     return {t.key: t for t in made if t.rows}
 
 
@@ -74,7 +74,7 @@ def _outcomes(f: Findings) -> Iterator[Column]:
     unit = f" ({f.metric.measured_in})" if f.metric.measured_in else ""
     if f.confirmed:
         seeds = {r.test.seeds for r in f.results.values() if r.test}
-        said = f", {formats.plural(next(iter(seeds)), 'seed')}" if len(seeds) == 1 else ""
+        said = f", {formatting.plural(next(iter(seeds)), 'seed')}" if len(seeds) == 1 else ""
         yield Column("test", f"test {f.metric.title}{unit}{said}", "right")
         if len(seeds) > 1:
             yield Column("seeds", "seeds", "right")
@@ -88,24 +88,24 @@ def _outcomes(f: Findings) -> Iterator[Column]:
 def _comparison_row(f: Findings, r: Result, keys: Sequence[str], solo: bool) -> Row:
     c, m, e = r.cell, f.metric, r.test
     mixed = "" if r.solo == solo or not r.runs else " solo" if r.solo else " (pack)"
-    share = formats.share(c.trainable, r.resource("total_parameters"))
-    of_base = "" if share == formats.DASH else f" ({share})"
+    share = formatting.share(c.trainable, r.resource("total_parameters"))
+    of_base = "" if share == formatting.DASH else f" ({share})"
     texts = {
-        "method": c.method, "r": str(c.r) if c.adapter else formats.DASH, "alpha": _alpha(r), "targets": c.targets or formats.DASH,
-        "lr": formats.rate(r.lr) + (" ⚠" if r.choice.edge else ""), "seeds": str(e.seeds) if e else formats.DASH,
-        "test": plus_minus(f, r), "val": m.value(r.val), "trainable": formats.count(c.trainable) + of_base,
-        "seconds": formats.seconds(r.seconds) + mixed, "memory": formats.memory(r.memory) + mixed, **dict(c.extra), **_versus(f, r),
+        "method": c.method, "r": str(c.r) if c.adapter else formatting.DASH, "alpha": _alpha(r), "targets": c.targets or formatting.DASH,
+        "lr": formatting.rate(r.lr) + (" ⚠" if r.choice.edge else ""), "seeds": str(e.seeds) if e else formatting.DASH,
+        "test": plus_minus(f, r), "val": m.value(r.val), "trainable": formatting.count(c.trainable) + of_base,
+        "seconds": formatting.seconds(r.seconds) + mixed, "memory": formatting.memory(r.memory) + mixed, **dict(c.extra), **_versus(f, r),
     }  # fmt: skip
     recommended = f.recommendation is not None and f.recommendation.cell == r.id
     mark = "recommended" if recommended else "reference" if r.id == f.reference and f.versus else ""
     interval = (e.interval()[0], e.mean, e.interval()[1]) if e and e.seeds > 1 else None
-    return Row(tuple(texts.get(k, formats.DASH) for k in keys), tuple(x.run_id for x in r.runs), mark, interval)
+    return Row(tuple(texts.get(k, formatting.DASH) for k in keys), tuple(x.run_id for x in r.runs), mark, interval)
 
 
 def plus_minus(f: Findings, r: Result) -> str:
     """The test metric with half its 95 % interval."""
     if r.test is None:
-        return formats.DASH
+        return formatting.DASH
     half = f" ± {f.metric.size(r.test.half_width(), unit=False)}" if r.test.seeds > 1 else ""
     return f.metric.value(r.test.mean) + half
 
@@ -114,7 +114,7 @@ def _alpha(r: Result) -> str:
     """The number, and the rule it came from where that is not the number itself."""
     c = r.cell
     if not c.adapter or c.alpha is None:
-        return formats.DASH
+        return formatting.DASH
     value, rule = f"{c.alpha:.4g}", alpha_rules.without_scaling(c.alpha_rule)  # rsLoRA's name says that part
     return f"{value} ({rule})" if alpha_rules.is_multiple_of_rank(rule) else value
 
@@ -189,11 +189,11 @@ def rates(f: Findings) -> Table:
             chosen = x.lr == r.choice.lr
             mark = "chosen, at the edge" if chosen and r.choice.edge else "chosen" if chosen else "ineligible" if x.failures else (
                 f"pruned at step {at_steps(x.pruned)}" if x.pruned else "incomplete" if x.missing else "")  # fmt: skip
-            loss = formats.number(None if x.pruned else x.mean, 4)
-            score = [formats.number(None if x.pruned else x.score, 4)] if scored else []
+            loss = formatting.number(None if x.pruned else x.mean, 4)
+            score = [formatting.number(None if x.pruned else x.score, 4)] if scored else []
             texts = (
                 r.name,
-                formats.rate(x.lr),
+                formatting.rate(x.lr),
                 loss,
                 *score,
                 f"{len(x.losses)} of {x.seeds}",
@@ -203,27 +203,27 @@ def rates(f: Findings) -> Table:
             rows.append(Row(texts, mark="chosen" if chosen else "lost" if x.failures else ""))
     notes = ["A rate at which any seed diverged or failed is not eligible. Ties go to the smaller rate."]
     if any(x.pruned for r in f.results.values() for x in r.choice.rates):
-        notes.append(PRUNED)
+        notes.append(PRUNED_NOTE)
     return Table("rates", "Learning rates", columns, tuple(rows), tuple(notes))
 
 
-PRUNED = ("Pruned rates were behind inside their cell at that step (not before half of the steps; the best rate so far and its neighbours go on) "
+PRUNED_NOTE = ("Pruned rates were behind inside their cell at that step (not before half of the steps; the best rate so far and its neighbours go on) "
           "and were not trained further: they have no loss to compare, are not eligible, and do not bound a grid.")  # fmt: skip
 
 
 def at_steps(steps: Iterable[int]) -> str:
     """`50`, or `20 and 25` where seeds or rates left at different steps."""
-    return " and ".join(str(s) if s else formats.DASH for s in sorted(set(steps)))
+    return " and ".join(str(s) if s else formatting.DASH for s in sorted(set(steps)))
 
 
-def lost(f: Findings) -> Table:
+def lost_runs(f: Findings) -> Table:
     """Runs that failed, diverged or were pruned."""
     columns = tuple(
         Column(k, k, "right" if k in ("lr", "seed") else "left")
         for k in ("cell", "role", "lr", "seed", "status", "why", "run")
     )
     rows = [
-        Row((r.name, x.role, formats.rate(x.config["optimizer"]["lr"]), str(x.config["seed"]), x.status, _why(x), x.run_id), (x.run_id,), "lost")
+        Row((r.name, x.role, formatting.rate(x.config["optimizer"]["lr"]), str(x.config["seed"]), x.status, _why(x), x.run_id), (x.run_id,), "lost")
         for r in f.results.values()
         for x in sorted(f.sweep.records_of((*r.cell.tune, *r.cell.confirm)), key=lambda x: x.run_id)
         if x.status != "completed"
@@ -234,16 +234,16 @@ def lost(f: Findings) -> Table:
 def _why(record: Record) -> str:
     """A record's own words; of a pruned run without any the step it left at."""
     step = record.metrics.get("pruned_step")
-    return reason(record.error) or (f"pruned at step {step}" if record.status == "pruned" and step else "")
+    return error_summary(record.error) or (f"pruned at step {step}" if record.status == "pruned" and step else "")
 
 
-def outside(f: Findings) -> Table:
+def unlisted_runs(f: Findings) -> Table:
     columns = tuple(
         Column(k, k, "right" if k in ("lr", "seed") else "left")
         for k in ("run", "method", "role", "lr", "seed", "status")
     )
     rows = [
-        Row((x.run_id, str(x.config["method"]["name"]), x.role, formats.rate(x.config["optimizer"]["lr"]), str(x.config["seed"]), x.status), (x.run_id,))
+        Row((x.run_id, str(x.config["method"]["name"]), x.role, formatting.rate(x.config["optimizer"]["lr"]), str(x.config["seed"]), x.status), (x.run_id,))
         for x in f.sweep.outside
     ]  # fmt: skip
     return Table(
@@ -255,7 +255,7 @@ def outside(f: Findings) -> Table:
     )
 
 
-def reason(error: str | None) -> str:
+def error_summary(error: str | None) -> str:
     """The first line of an error, without the folders of the machine it came from."""
     first = (error or "").strip().splitlines()[:1]
     text = re.sub(r"(?:[A-Za-z]:)?(?:[\\/][^\s'\"\\/:,]+)+[\\/]([^\s'\"\\/:,]+)", r"…/\1", first[0] if first else "")

@@ -21,7 +21,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, NullFormatter
 
 from lorabench.config.method_names import BITFIT, DORA, FULL, HEAD_ONLY, LORA, RSLORA
-from lorabench.results import formatting as formats
+from lorabench.results import formatting
 from lorabench.results.sweep import Cell, shorten
 
 HUES = {
@@ -32,10 +32,10 @@ HUES = {
     FULL: "#1A1A1A",
     DORA: "#B8588F",
 }
-OTHERS = ("#8C6D00", "#5B4FA2", "#A0522D", "#3E8E9C", "#7A8B1F")
+OTHER_HUES = ("#8C6D00", "#5B4FA2", "#A0522D", "#3E8E9C", "#7A8B1F")
 DASHES: tuple[Any, ...] = ("-", (0, (5, 2)), (0, (1, 1.4)), (0, (6, 2, 1, 2)))
 MARKERS = "osD^vP"
-MOST = 40  # characters of a name inside a picture
+MAX_NAME_LENGTH = 40  # characters of a name inside a picture
 INK, FAINT, GRID = "#222222", "#666666", "#E3E3E3"
 RC = {
     "font.family": "DejaVu Sans", "font.size": 10.5, "axes.labelsize": 10.5, "axes.titlesize": 11, "xtick.labelsize": 9.5,
@@ -70,7 +70,7 @@ def looks(cells: Sequence[Cell]) -> dict[str, Look]:
     """By cell id. Hue: method; lightness: rank (or the order of cells of one rank); dashes and marker: series."""
     methods = sorted({c.method for c in cells})
     unknown = [m for m in methods if m not in HUES]
-    hues = {**HUES, **{m: OTHERS[i % len(OTHERS)] for i, m in enumerate(unknown)}}
+    hues = {**HUES, **{m: OTHER_HUES[i % len(OTHER_HUES)] for i, m in enumerate(unknown)}}
     out = {}
     for method in methods:
         mine = [c for c in cells if c.method == method]
@@ -85,7 +85,7 @@ def looks(cells: Sequence[Cell]) -> dict[str, Look]:
     return out
 
 
-def hue(cell: Cell, found: Mapping[str, Look]) -> str:
+def method_colour(cell: Cell, found: Mapping[str, Look]) -> str:
     """The method's own colour, for what stands for a whole series."""
     return HUES.get(cell.method, found[cell.id].colour)
 
@@ -98,7 +98,7 @@ def _shades(colour: str, n: int) -> list[str]:
     return [to_hex(c) for c in sns.blend_palette([light, colour, dark], n)]
 
 
-def readable(colour: str) -> str:
+def readable_colour(colour: str) -> str:
     """The colour, darkened until text in it has a contrast of 4.5 to white (WCAG 2.2, 1.4.3)."""
     rgb = np.array(to_rgb(colour))
     while 1.05 / (_luminance(rgb) + 0.05) < 4.5:
@@ -125,12 +125,12 @@ def canvas(width: float, height: float, *, between: float | None = None) -> Iter
         yield figure
 
 
-def single(names: Iterable[str]) -> float:
+def panel_width(names: Iterable[str]) -> float:
     """Inches of width for one panel with these names beside it: what a phone shows whole, unless a name is long."""
     return 5.2 if max(map(len, names), default=0) <= 22 else 6.2
 
 
-def drawing(key: str, title: str, caption: str, alt: str, figure: Figure) -> Drawing:
+def render_drawing(key: str, title: str, caption: str, alt: str, figure: Figure) -> Drawing:
     """Render inside `canvas`. No date, no version, no random id: equal figures give equal bytes."""
     svg, png = io.StringIO(), io.BytesIO()
     meta = {"Date": None, "Creator": None, "Title": title}
@@ -141,7 +141,7 @@ def drawing(key: str, title: str, caption: str, alt: str, figure: Figure) -> Dra
     return Drawing(key, title, caption, alt, svg.getvalue(), png.getvalue(), figure)
 
 
-def inline(d: Drawing) -> str:
+def inline_svg(d: Drawing) -> str:
     """The SVG element for a page: ids made unique to the figure, size left to the page, the alt text inside."""
     svg = d.svg[d.svg.index("<svg") :]
     svg = re.sub(r"<metadata>.*?</metadata>", "", svg, flags=re.S)
@@ -160,7 +160,7 @@ def inline(d: Drawing) -> str:
 # -- parts of pictures ---------------------------------------------------------------------------------------------------
 
 
-def tidy(ax: Axes, *, x: str, y: str, grid: str = "y") -> None:
+def label_axes(ax: Axes, *, x: str, y: str, grid: str = "y") -> None:
     """Axis titles with units, one direction of grid lines, no box."""
     ax.set_xlabel(x)
     ax.set_ylabel(y)
@@ -169,7 +169,7 @@ def tidy(ax: Axes, *, x: str, y: str, grid: str = "y") -> None:
     sns.despine(ax=ax)
 
 
-def rank_axis(ax: Axes, ranks: Sequence[int]) -> None:
+def set_rank_axis(ax: Axes, ranks: Sequence[int]) -> None:
     """log2, a tick at every rank that was run."""
     ax.set_xscale("log", base=2)
     ax.set_xticks(ranks, [str(r) for r in ranks])
@@ -177,7 +177,7 @@ def rank_axis(ax: Axes, ranks: Sequence[int]) -> None:
     ax.minorticks_off()
 
 
-def rate_axis(ax: Axes, rates: Sequence[float], axis: str = "x") -> None:
+def set_rate_axis(ax: Axes, rates: Sequence[float], axis: str = "x") -> None:
     """log10 with a tick at every rate that was tried where their labels have room, else at 1, 2 and 5 of each decade while
     those are few."""
     scaled, ticked, limited = (
@@ -190,24 +190,24 @@ def rate_axis(ax: Axes, rates: Sequence[float], axis: str = "x") -> None:
     ticks = [s * 10.0**d for d in decades for s in steps if low / 1.5 <= s * 10.0**d <= high * 1.5]
     tried = sorted(set(rates))
     wide = (
-        max(len(formats.rate(t)) for t in tried) if axis == "x" else 1
+        max(len(formatting.rate(t)) for t in tried) if axis == "x" else 1
     )  # a label's share of the axis: its width or height
     gap = min((np.log(b / a) for a, b in pairwise(tried)), default=1.0) / np.log(high / low * 1.6**2)
     if gap > 0.03 + 0.028 * wide:
         ticks = tried
-    ticked(ticks, [formats.rate(t) for t in ticks])
+    ticked(ticks, [formatting.rate(t) for t in ticks])
     ax.minorticks_off()
     limited(low / 1.6, high * 1.6)
 
 
-def per_metric(ax: Axes, metric: formats.Metric, axis: str = "y") -> None:
+def format_metric_ticks(ax: Axes, metric: formatting.Metric, axis: str = "y") -> None:
     """Tick labels in the metric's shown unit, all with the same decimals; the data stay in their own."""
     which = ax.yaxis if axis == "y" else ax.xaxis
 
     def text(value: float, _: int | None) -> str:
         shown = (f"{v * metric.scale:.6g}" for v in which.get_majorticklocs())
         decimals = max((len(t.partition(".")[2]) for t in shown if "e" not in t), default=0)
-        return formats.number(value * metric.scale, decimals)
+        return formatting.number(value * metric.scale, decimals)
 
     which.set_major_formatter(FuncFormatter(text))
 
@@ -215,7 +215,7 @@ def per_metric(ax: Axes, metric: formats.Metric, axis: str = "y") -> None:
 Label = tuple[float | None, float, str, str]  # x and y in data (x None: the right edge), text, colour
 
 
-def end_labels(ax: Axes, labels: Sequence[Label], *, size: float = 9.5) -> None:
+def draw_end_labels(ax: Axes, labels: Sequence[Label], *, size: float = 9.5) -> None:
     """Names at the right edge, moved apart where they would overlap, each tied to its point."""
     low, high = ax.get_ylim()
     figure = ax.get_figure(root=True)
@@ -224,16 +224,16 @@ def end_labels(ax: Axes, labels: Sequence[Label], *, size: float = 9.5) -> None:
     gap = size * 1.3 / 72 / inches
     ordered = sorted(labels, key=lambda label: (label[1], label[2]))
     wanted = [(y - low) / (high - low) for _, y, _, _ in ordered]
-    for at, (x, y, text, colour) in zip(spread(wanted, gap), ordered, strict=True):
+    for at, (x, y, text, colour) in zip(spread_apart(wanted, gap), ordered, strict=True):
         xy, coords = ((1.0, y), ax.get_yaxis_transform()) if x is None else ((x, y), ax.transData)
         ax.annotate(
-            shorten(text, MOST), xy=xy, xycoords=coords, xytext=(1.04, at), textcoords="axes fraction", color=readable(colour), fontsize=size,
+            shorten(text, MAX_NAME_LENGTH), xy=xy, xycoords=coords, xytext=(1.04, at), textcoords="axes fraction", color=readable_colour(colour), fontsize=size,
             va="center", ha="left", annotation_clip=False,
             arrowprops={"arrowstyle": "-", "color": colour, "lw": 0.9, "ls": (0, (1, 1.6)), "shrinkA": 1, "shrinkB": 4 if x else 0, "relpos": (0, 0.5)},
         )  # fmt: skip
 
 
-def spread(wanted: Sequence[float], gap: float) -> list[float]:
+def spread_apart(wanted: Sequence[float], gap: float) -> list[float]:
     """Positions at least `gap` apart and as near as that allows to ascending `wanted` (pool adjacent violators)."""
     blocks: list[tuple[float, int]] = []  # (sum of wanted - i * gap, count)
     for i, y in enumerate(wanted):

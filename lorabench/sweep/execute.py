@@ -215,7 +215,7 @@ def _mirror_report(settings: Settings, store: Store) -> None:
     tracker = make_tracker(settings.tracker, sweep=store.root.name, sweep_dir=store.root)
     if tracker is None:
         return
-    from lorabench.report.summary import mirrored
+    from lorabench.report.summary import tracker_summary
 
-    tracker.report(Path(settings.report.dir), mirrored(store.root))
+    tracker.report(Path(settings.report.dir), tracker_summary(store.root))
     tracker.close()

@@ -51,7 +51,7 @@ class Tracker(ABC):
     def report(self, report_dir: Path, tables: Mapping[str, Any]) -> None:
         """Show the sweep's report; by default nothing is shown.
 
-        report_dir: the rendered report. tables: what `lorabench.report.summary.mirrored` returns.
+        report_dir: the rendered report. tables: what `lorabench.report.summary.tracker_summary` returns.
         """
 
     def close(self) -> None:

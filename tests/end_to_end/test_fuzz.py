@@ -25,7 +25,7 @@ from lorabench.adapters.files import load_slice
 from lorabench.config.errors import ConfigError
 from lorabench.config.runs import RunConfig, parse
 from lorabench.report.runs_csv import runs_csv
-from lorabench.report.tables import every
+from lorabench.report.tables import main_tables
 from lorabench.results.findings import find
 from lorabench.results.sweep import load
 
@@ -89,7 +89,7 @@ def read_all(root: Path) -> None:
     """What a report reads of a sweep, up to its tables."""
     found = find(load(root))
     runs_csv(found)
-    every(found)
+    main_tables(found)
 
 
 def check(root: Path, target: Path, content: bytes) -> None:

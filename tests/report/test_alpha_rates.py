@@ -34,7 +34,7 @@ def test_rules_that_meet_and_share_their_runs_are_one_row(plane: Evidence) -> No
 
 
 def test_marks_and_words(plane: Evidence) -> None:
-    made = alpha_rates.part(plane)
+    made = alpha_rates.section(plane)
     assert made is not None
     (drawing,) = made.drawings
     assert "A cross" in drawing.caption and "White: not tried" in drawing.caption and "A bar" not in drawing.caption
@@ -43,12 +43,12 @@ def test_marks_and_words(plane: Evidence) -> None:
     crosses = [line.get_xdata()[0] for line in ax.lines if line.get_marker() == "x"]
     ticks = [t.get_text() for t in ax.get_xticklabels()]
     assert [ticks[int(x)] for x in crosses] == ["2e-3", "4e-3"]
-    again = alpha_rates.part(plane)
+    again = alpha_rates.section(plane)
     assert again is not None and again.drawings == made.drawings  # svg and png, byte by byte
 
 
 def test_the_chosen_rate_is_framed(plane: Evidence) -> None:
-    made = alpha_rates.part(plane)
+    made = alpha_rates.section(plane)
     assert made is not None
     for ax, p in zip(made.drawings[0].figure.axes, alpha_rates.panels(plane), strict=False):
         ticks = [t.get_text() for t in ax.get_xticklabels()]
@@ -61,7 +61,7 @@ def test_the_chosen_rate_is_framed(plane: Evidence) -> None:
 
 def test_colours_keep_their_order_in_grey() -> None:
     """Luminance falls from the lowest loss to the highest, so grey print and colour-blind readers see one order."""
-    colours = colormaps[alpha_rates.COLOURS](np.linspace(0, 1, 32))[:, :3]
+    colours = colormaps[alpha_rates.COLOUR_MAP](np.linspace(0, 1, 32))[:, :3]
     assert (np.diff(colours @ [0.299, 0.587, 0.114]) < 0).all()
 
 
@@ -75,4 +75,4 @@ def test_rules_at_ranks_of_their_own(tmp_path: Path) -> None:
 
 
 def test_one_rule_has_no_plane(tmp_path: Path) -> None:
-    assert alpha_rates.part(opened(build(tmp_path / "s", confirm=()))[1]) is None
+    assert alpha_rates.section(opened(build(tmp_path / "s", confirm=()))[1]) is None

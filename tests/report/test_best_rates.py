@@ -10,10 +10,10 @@ import pytest
 from fixtures.planted_sweeps import BEST, opened, rule_sweep
 from fixtures.sweeps import RANK_SWEEP, Planted, build
 from lorabench.claims import rates as claims_rates
-from lorabench.report import theme as style
-from lorabench.report.section import Part
+from lorabench.report import theme
+from lorabench.report.section import Section
 from lorabench.report.sections import best_rates
-from lorabench.results import rate_slopes as slopes
+from lorabench.results import rate_slopes
 from lorabench.results.evidence import Evidence
 
 PLANTED = (0.1, -0.45, -0.2)  # not theory's: what comes back is what was planted
@@ -24,15 +24,15 @@ def rules(tmp_path_factory: pytest.TempPathFactory) -> Evidence:
     return opened(rule_sweep(tmp_path_factory.mktemp("rules") / "s", PLANTED))[1]
 
 
-def part(e: Evidence) -> Part:
-    made = best_rates.part(e, style.looks(e.sweep.cells))
+def part(e: Evidence) -> Section:
+    made = best_rates.section(e, theme.looks(e.sweep.cells))
     assert made is not None
     return made
 
 
 def test_planted_slopes_come_back_within_their_intervals(rules: Evidence) -> None:
-    found = slopes.slopes(rules)
-    assert [s.rule for s in found] == list(slopes.RULES)
+    found = rate_slopes.slopes(rules)
+    assert [s.rule for s in found] == list(rate_slopes.RULES)
     for s, planted in zip(found, PLANTED, strict=True):
         assert s.estimate is not None and s.slope is not None
         low, high = s.estimate.interval()
@@ -42,21 +42,21 @@ def test_planted_slopes_come_back_within_their_intervals(rules: Evidence) -> Non
 
 
 def test_a_slope_is_that_of_a_least_squares_line(rules: Evidence) -> None:
-    s = slopes.slopes(rules)[1]
+    s = rate_slopes.slopes(rules)[1]
     x, y = np.log2(s.line.ranks), [o.log2_rate for o in rules.located(s.line.cells)]
     assert s.slope == pytest.approx(np.polyfit(x, y, 1)[0])
 
 
 def test_the_rules_meet_at_the_anchor(rules: Evidence) -> None:
-    found = slopes.slopes(rules)
-    assert slopes.anchors(found) == [(8, 2.0)]
+    found = rate_slopes.slopes(rules)
+    assert rate_slopes.anchors(found) == [(8, 2.0)]
     assert [s.constant for s in found] == ["s = 16/r", "s = 2", "s = 5.657/√r"]
     assert "r = 8, s = 2" in part(rules).drawings[0].caption
 
 
 def test_claims_are_judged_on_the_numbers_shown(rules: Evidence) -> None:
     judged = (claims_rates.slope_with_alpha_fixed, claims_rates.slope_with_scale_fixed, claims_rates.slope_with_rslora)
-    for s, claim in zip(slopes.slopes(rules), judged, strict=True):
+    for s, claim in zip(rate_slopes.slopes(rules), judged, strict=True):
         verdict = claim(rules)
         assert s.estimate is not None
         assert verdict.interval == s.estimate.interval()
@@ -66,7 +66,7 @@ def test_claims_are_judged_on_the_numbers_shown(rules: Evidence) -> None:
 def test_tables_and_picture(rules: Evidence) -> None:
     made = part(rules)
     fitted, located = made.tables
-    assert [r.texts[0] for r in fitted.rows] == [r.name for r in slopes.RULES]
+    assert [r.texts[0] for r in fitted.rows] == [r.name for r in rate_slopes.RULES]
     assert [r.texts[4] for r in fitted.rows] == ["0.00", "−0.50", "−0.25"]
     assert len(located.rows) == 7 and all(
         len(r.runs) == 10 for r in located.rows
@@ -99,13 +99,13 @@ def test_a_best_rate_at_the_edge_leaves_no_slope_and_says_why(tmp_path: Path) ->
 
 
 def test_ranks_near_the_width_are_left_out(rules: Evidence, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(slopes, "width", lambda *_: 384)
-    s = slopes.slopes(rules)[0]
+    monkeypatch.setattr(rate_slopes, "width", lambda *_: 384)
+    s = rate_slopes.slopes(rules)[0]
     assert s.narrow.ranks == [1, 8] and s.slope is None and s.missing is not None
-    monkeypatch.setattr(slopes, "width", lambda *_: 512)
-    assert slopes.slopes(rules)[0].narrow.ranks == [1, 8, 64]
+    monkeypatch.setattr(rate_slopes, "width", lambda *_: 512)
+    assert rate_slopes.slopes(rules)[0].narrow.ranks == [1, 8, 64]
 
 
 def test_two_ranks_have_no_slope(tmp_path: Path) -> None:
     e = opened(build(tmp_path / "s", RANK_SWEEP[1:3], confirm=()))[1]
-    assert best_rates.part(e, style.looks(e.sweep.cells)) is None
+    assert best_rates.section(e, theme.looks(e.sweep.cells)) is None

@@ -13,10 +13,10 @@ import pytest
 from fixtures.sweeps import RANK_SWEEP, Planted, build
 from lorabench import compare as face
 from lorabench.report import compare as faces
-from lorabench.report.compare import Comparison, between, compare, independent
+from lorabench.report.compare import SweepComparison, compare, difference, independent
 from lorabench.results.scores import Sample
 from lorabench.results.sweep import load
-from lorabench.stats import estimates as st
+from lorabench.stats import estimates
 from lorabench.store.records import Record, Store
 
 SMALL = (RANK_SWEEP[1], RANK_SWEEP[3], RANK_SWEEP[4])  # r = 4, r = 64, head only
@@ -43,7 +43,7 @@ def provenance(**changes: Any) -> Callable[[Record], Record]:
     return lambda r: dataclasses.replace(r, provenance={**r.provenance, **changes})
 
 
-def both(a: Path, b: Path) -> Comparison:
+def both(a: Path, b: Path) -> SweepComparison:
     return compare(load(a), load(b))
 
 
@@ -66,7 +66,7 @@ def test_the_same_seeds_are_paired(a: Path, tmp_path: Path) -> None:
     assert pair.a and pair.b and pair.difference
     left, right = pair.a.sample, pair.b.sample
     assert left and right and left.table is not None and right.table is not None
-    assert pair.difference == st.crossed_mean(right.table - left.table)
+    assert pair.difference == estimates.crossed_mean(right.table - left.table)
     assert pair.difference.interval()[1] < 0  # B was made worse by 5 points
 
 
@@ -98,7 +98,7 @@ def test_without_examples_only_seeds_are_known(a: Path, tmp_path: Path) -> None:
 def test_other_examples_give_no_difference() -> None:
     tables = [np.eye(3), np.eye(3)]
     one, two = (Sample((1, 2, 3), t.mean(1), t, examples=np.arange(3) + k) for k, t in enumerate(tables))
-    assert between(one, two) == (None, "other test examples")
+    assert difference(one, two) == (None, "other test examples")
 
 
 def test_groups_that_one_of_two_sweeps_knows_hold_for_both() -> None:
@@ -107,7 +107,7 @@ def test_groups_that_one_of_two_sweeps_knows_hold_for_both() -> None:
     seeds, ids = (0, 1, 2, 3), np.arange(60)
     knows = Sample(seeds, tables[0].mean(1), tables[0], examples=ids, groups=groups)
     older = Sample(seeds, tables[1].mean(1), tables[1], examples=ids)
-    paired, how = between(knows, older)
+    paired, how = difference(knows, older)
     assert paired and how == "same seeds and examples, paired" and paired.examples == 60
     assert paired.example_df == 19
     apart = independent(knows, dataclasses.replace(older, seeds=(5, 6, 7, 8)))
@@ -184,7 +184,9 @@ def test_cells_over_several_data_sets_are_compared_each_with_its_own(a: Path, tm
     assert {p.name: p.how for p in made.pairs} == {
         "LoRA r = 4": "other data", "LoRA r = 64": "same seeds and examples, paired", "head only": "same seeds and examples, paired",
     }  # fmt: skip
-    assert faces.top(made) == ["3 cells in both sweeps, 2 with a difference on test: of one metric, on the same data."]
+    assert faces.headline(made) == [
+        "3 cells in both sweeps, 2 with a difference on test: of one metric, on the same data."
+    ]
 
 
 def test_examples_of_one_group_give_no_variance() -> None:

@@ -15,8 +15,7 @@ from lorabench.report.answer import answer
 from lorabench.report.budget import budget
 from lorabench.report.cautions import warnings
 from lorabench.report.sections import conditions
-from lorabench.results import rate_slopes as slopes
-from lorabench.results import scores as measure
+from lorabench.results import rate_slopes, scores
 from lorabench.results.evidence import Evidence
 from lorabench.results.findings import Findings
 
@@ -73,7 +72,7 @@ def test_each_size_has_its_own_smallest_rank(made: tuple[Findings, Evidence]) ->
     found = conditions.conditions(f)
     assert [(c.name, c.cells[c.enough].cell.r) for c in found] == [
         ("train_examples 500", 1), ("train_examples 2500", 8), ("train_examples 9600", 8)]  # fmt: skip
-    part = conditions.part(f)
+    part = conditions.section(f)
     assert part is not None
     assert part.texts[0].startswith(
         "At train_examples 500: r = 1 is shown to fall short of r = 64 by less than 2.0 points ("
@@ -95,14 +94,14 @@ def test_the_change_of_a_difference_is_that_of_four_cells(made: tuple[Findings, 
     found = conditions.conditions(f)
     four = [c.cells[n] for c in (found[-1], found[0]) for n in (0, -1)]
     means = [r.test.mean for r in four if r.test]
-    part = conditions.part(f)
+    part = conditions.section(f)
     assert part is not None
     change = (means[0] - means[1]) - (means[2] - means[3])
     now, then = (f.metric.difference(means[n] - means[n + 1]) for n in (0, 2))
     assert f"goes from {then} to {now}, by {f.metric.difference(change, unit=True)} (" in part.texts[3]
     assert f.pooled is not None  # four cells scatter as twice a difference of two
-    a, b = (measure.difference(x.sample, y.sample) for x, y in (four[:2], four[2:]) if x.sample and y.sample)
-    both = measure.difference(a, b) if a and b else None
+    a, b = (scores.difference(x.sample, y.sample) for x, y in (four[:2], four[2:]) if x.sample and y.sample)
+    both = scores.difference(a, b) if a and b else None
     assert both is not None
     low, high = both.estimate((2 * f.pooled.difference, f.pooled.df)).interval()
     assert f.metric.bounds(low, high) in part.texts[3]
@@ -112,10 +111,10 @@ def test_a_claim_on_one_of_several_lines_says_which(made: tuple[Findings, Eviden
     e = made[1]
     assert e.lines(1.0)[0].under == "train_examples 9600"  # of lines of one length that of most examples
     assert "(train_examples 9600)" in rate_moves_little(e).reason
-    assert slopes.slopes(e)[0].constant == "s = 16/r, train_examples 9600"
+    assert rate_slopes.slopes(e)[0].constant == "s = 16/r, train_examples 9600"
 
 
 def test_a_sweep_of_one_condition_has_no_such_part(tmp_path: Path) -> None:
     f, e = opened(build(tmp_path / "s", confirm=(100, 101, 102), examples=300))
-    assert conditions.part(f) is None and "Under each condition" not in dict(answer(f).points)
+    assert conditions.section(f) is None and "Under each condition" not in dict(answer(f).points)
     assert e.lines(1.0)[0].under == ""

@@ -12,8 +12,7 @@ import pytest
 
 from fixtures.sweeps import RANK_SWEEP, Planted, build
 from lorabench.config import alpha_rules
-from lorabench.report import curves, figures, render
-from lorabench.report import theme as style
+from lorabench.report import curves, figures, render, theme
 from lorabench.results.findings import find
 from lorabench.results.formatting import Metric, compact, duration, memory, number, rate, share
 from lorabench.results.sweep import load
@@ -28,13 +27,13 @@ def contrast(colour: str) -> float:
 
 def test_one_hue_a_method_lighter_for_smaller_ranks(tmp_path: Path) -> None:
     cells = load(build(tmp_path / "s").root).cells
-    found = style.looks(cells)
+    found = theme.looks(cells)
     ranks = [found[c.id].colour for c in cells if c.adapter]
     assert len(set(ranks)) == 4
     assert sorted(ranks, key=contrast) == ranks
     assert all(contrast(c) >= 2 for c in ranks)
-    assert all(contrast(style.readable(c)) >= 4.5 for c in ranks)
-    assert found["full-everything"].colour == style.HUES["full"]
+    assert all(contrast(theme.readable_colour(c)) >= 4.5 for c in ranks)
+    assert found["full-everything"].colour == theme.HUES["full"]
 
 
 def test_a_panel_of_rates_names_no_alpha_where_there_is_none() -> None:
@@ -50,15 +49,15 @@ def test_a_method_keeps_its_colour_whatever_else_is_there(tmp_path: Path) -> Non
     alone = load(build(tmp_path / "a", [RANK_SWEEP[4], RANK_SWEEP[3]]).root).cells
     together = load(build(tmp_path / "b").root).cells
     for name in ("headonly-head",):
-        assert style.looks(alone)[name] == style.looks(together)[name]
+        assert theme.looks(alone)[name] == theme.looks(together)[name]
     cell = next(c for c in alone if c.adapter)
-    assert style.hue(cell, style.looks(alone)) == style.HUES["LoRA"]
+    assert theme.method_colour(cell, theme.looks(alone)) == theme.HUES["LoRA"]
 
 
 def test_labels_move_apart_and_no_further() -> None:
-    assert style.spread([0.1, 0.5, 0.9], 0.1) == pytest.approx([0.1, 0.5, 0.9])
-    assert style.spread([0.5, 0.5], 0.2) == pytest.approx([0.4, 0.6])
-    crowded = style.spread([0.0, 0.01, 0.02, 0.9], 0.1)
+    assert theme.spread_apart([0.1, 0.5, 0.9], 0.1) == pytest.approx([0.1, 0.5, 0.9])
+    assert theme.spread_apart([0.5, 0.5], 0.2) == pytest.approx([0.4, 0.6])
+    crowded = theme.spread_apart([0.0, 0.01, 0.02, 0.9], 0.1)
     assert all(b - a >= 0.1 - 1e-12 for a, b in pairwise(crowded))
     assert crowded[3] == pytest.approx(0.9)
     assert sum(crowded[:3]) / 3 == pytest.approx(0.01)  # least squares
@@ -78,7 +77,7 @@ def test_every_figure_has_words_and_no_date(tmp_path: Path) -> None:
         assert "<dc:date>" not in d.svg
         assert "atplotlib v" not in d.svg
         assert b"Software" not in d.png
-        page = style.inline(d)
+        page = theme.inline_svg(d)
         assert page.startswith("<svg")
         assert d.alt.split(":")[0] in page
 
@@ -119,9 +118,9 @@ def test_numbers_as_readers_see_them() -> None:
 
 def test_ticks_stand_at_the_rates_tried_where_their_labels_have_room() -> None:
     def ticks(rates: list[float]) -> list[str]:
-        with style.canvas(4, 3) as figure:
+        with theme.canvas(4, 3) as figure:
             ax = figure.add_subplot()
-            style.rate_axis(ax, rates)
+            theme.set_rate_axis(ax, rates)
             return [t.get_text() for t in ax.get_xticklabels()]
 
     assert ticks([4e-3, 5e-4, 1e-3, 2e-3, 1e-3]) == ["5e-4", "1e-3", "2e-3", "4e-3"]
@@ -131,9 +130,9 @@ def test_ticks_stand_at_the_rates_tried_where_their_labels_have_room() -> None:
 
 def test_a_panel_is_as_wide_as_a_phone_unless_a_name_is_long() -> None:
     """A phone's page shows 5.2 inches of a picture without swiping (page.css)."""
-    assert style.single(["LoRA r = 1 (α = 16)", "full fine-tuning"]) == 5.2
-    assert style.single(["LoRA r = 1 (α = 16, batch size 64)"]) > 5.2
-    assert style.single([]) == 5.2
+    assert theme.panel_width(["LoRA r = 1 (α = 16)", "full fine-tuning"]) == 5.2
+    assert theme.panel_width(["LoRA r = 1 (α = 16, batch size 64)"]) > 5.2
+    assert theme.panel_width([]) == 5.2
 
 
 BROWSER = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")

@@ -11,8 +11,8 @@ import pytest
 from fixtures.planted_sweeps import opened, with_probe
 from fixtures.sweeps import Planted, build
 from lorabench.claims import weights as claims_weights
-from lorabench.report import theme as style
-from lorabench.report.section import Part
+from lorabench.report import theme
+from lorabench.report.section import Section
 from lorabench.report.sections import forgetting as forgetting_faces
 from lorabench.results import forgetting
 from lorabench.results import forgetting as forgetting_
@@ -34,8 +34,8 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> tuple[Findings, Evidence]:
     return opened(store)
 
 
-def part(f: Findings, e: Evidence) -> Part:
-    made = forgetting_faces.part(f, e, style.looks(f.sweep.cells))
+def part(f: Findings, e: Evidence) -> Section:
+    made = forgetting_faces.section(f, e, theme.looks(f.sweep.cells))
     assert made is not None
     return made
 
@@ -166,4 +166,4 @@ def test_a_probe_under_its_own_name(tmp_path: Path) -> None:
 
 def test_nothing_without_probes(tmp_path: Path) -> None:
     f, e = opened(build(tmp_path / "s", (LORA,)))
-    assert forgetting_faces.part(f, e, style.looks(f.sweep.cells)) is None
+    assert forgetting_faces.section(f, e, theme.looks(f.sweep.cells)) is None

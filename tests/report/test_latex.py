@@ -10,8 +10,7 @@ from pathlib import Path
 import pytest
 
 from fixtures.sweeps import RANK_SWEEP, Planted, build
-from lorabench.report import render
-from lorabench.report import table_formats as faces
+from lorabench.report import render, table_formats
 from lorabench.report.tables import Column, Row, Table
 
 SPECIAL = {
@@ -47,25 +46,27 @@ def compiled(folder: Path, source: str) -> str:
 @pytest.mark.parametrize("char", SPECIAL)
 def test_a_special_character_is_escaped_wherever_it_stands(char: str) -> None:
     table = Table("t", "t", (Column("a", char), Column("b", f"b{char}")), (Row((f"x{char}y", char)),))
-    lines = faces.latex(table).splitlines()
+    lines = table_formats.latex(table).splitlines()
     assert lines[3] == rf"{SPECIAL[char]} & b{SPECIAL[char]} \\"
     assert lines[5] == rf"x{SPECIAL[char]}y & {SPECIAL[char]} \\"
 
 
 def test_what_would_be_read_as_an_option_or_a_dash() -> None:
-    lines = faces.latex(Table("t", "t", (Column("a", "a"),), (Row(("[2pt]",)), Row(("*--x",))))).splitlines()
+    lines = table_formats.latex(Table("t", "t", (Column("a", "a"),), (Row(("[2pt]",)), Row(("*--x",))))).splitlines()
     assert (lines[5], lines[6]) == (r"{[}2pt{]} \\", r"{*}-{}-x \\")
 
 
 def test_columns_of_long_texts_break_their_lines() -> None:
-    made = faces.latex(Table("t", "t", (Column("a", "a"), Column("b", "b", "right")), (Row(("word " * 30, "1")),)))
+    made = table_formats.latex(
+        Table("t", "t", (Column("a", "a"), Column("b", "b", "right")), (Row(("word " * 30, "1")),))
+    )
     assert r"\begin{tabular}{p{0.30\linewidth}r}" in made
     assert "\\raggedright word word" in made
 
 
 def test_no_character_of_our_own_texts_is_lost(repo: Path) -> None:
     sources = [p.read_text(encoding="utf-8") for p in (repo / "lorabench/report").glob("*.py")]
-    lost = {ch for text in sources for ch in text if ord(ch) > 255 and faces.escape_tex(ch) == "?"}
+    lost = {ch for text in sources for ch in text if ord(ch) > 255 and table_formats.escape_tex(ch) == "?"}
     assert not lost, "characters that tables print as `?`: give them a name in faces.TEX"
 
 
@@ -94,6 +95,6 @@ def test_hostile_texts_compile(tmp_path: Path, repo: Path) -> None:
     texts = [*HOSTILE, *(latin[i : i + 30] for i in range(0, len(latin), 30))]
     rows = tuple(Row((t, t * 5)) for t in texts)
     (tmp_path / "t.tex").write_text(
-        faces.latex(Table("t", "t", (Column("a", HOSTILE[0]), Column("b", "[x]")), rows)), encoding="utf-8"
+        table_formats.latex(Table("t", "t", (Column("a", HOSTILE[0]), Column("b", "[x]")), rows)), encoding="utf-8"
     )
     assert "Missing character" not in compiled(tmp_path, document(repo, "t.tex"))

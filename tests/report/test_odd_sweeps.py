@@ -24,7 +24,7 @@ from lorabench.results.evidence import gather
 from lorabench.results.findings import Findings, Recommendation, find
 from lorabench.results.scores import Sample, difference
 from lorabench.results.sweep import load
-from lorabench.stats import estimates as statistics
+from lorabench.stats import estimates
 from lorabench.store.records import Store
 
 PAIR = (RANK_SWEEP[1], RANK_SWEEP[3])  # r = 4, r = 64
@@ -140,7 +140,7 @@ def test_examples_of_one_group_are_one_draw() -> None:
     sample = Sample((0, 1, 2), table.mean(1), table, examples=np.arange(50), groups=np.zeros(50, int))
     made = sample.estimate()
     assert (made.example, made.examples) == (0, None)
-    assert made == statistics.mean_over_seeds(table.mean(1))
+    assert made == estimates.mean_over_seeds(table.mean(1))
     assert (both := difference(sample, sample)) and both.estimate().examples is None
 
 
@@ -186,12 +186,12 @@ def test_many_seeds_are_not_called_none(tmp_path: Path) -> None:
 def test_what_settles_a_step_down_is_its_own_test(tmp_path: Path) -> None:
     """A cell that scores better by nearly the margin is far from falling short by it, if its interval is wide."""
     f = found(build(tmp_path / "s", PAIR, examples=200))
-    e = statistics.mean_over_seeds(np.array([-0.01, 0.019, 0.048]))
-    stopped = dataclasses.replace(f.versus[FOUR], estimate=e, size=statistics.size(e, 0.02), blocked=None)
-    assert not statistics.non_inferior(e, 0.02, lower_is_better=False) and stopped.size == "not resolved"
+    e = estimates.mean_over_seeds(np.array([-0.01, 0.019, 0.048]))
+    stopped = dataclasses.replace(f.versus[FOUR], estimate=e, size=estimates.size(e, 0.02), blocked=None)
+    assert not estimates.non_inferior(e, 0.02, lower_is_better=False) and stopped.size == "not resolved"
     step = Recommendation(TOP, TOP, (TOP,), stopped)
     (said,) = (text for _, text in words._how_small(dataclasses.replace(f, recommendation=step)))
-    assert f"about {statistics.seeds_needed(e, 0.039)} confirmation seeds would settle it" in said
+    assert f"about {estimates.seeds_needed(e, 0.039)} confirmation seeds would settle it" in said
     assert "more than 200 confirmation seeds" in words._margin_words(f, stopped)
 
 
@@ -211,7 +211,7 @@ def test_words_of_a_command_are_hydras() -> None:
 
     texts = (r".*\.(query|value)$", "a b", "it's", r"a\'b", "c\\", "q_proj", "all-linear", "größe", "${x}", "")
     for value in (*texts, ["q", r"v\d+"], 5e-4, None, True, 8):
-        parsed = OverridesParser.create().parse_override(f"method.target_modules={overrides._hydra(value)}")
+        parsed = OverridesParser.create().parse_override(f"method.target_modules={overrides.override_value(value)}")
         assert parsed.value() == value, value
 
 
@@ -238,7 +238,7 @@ def test_the_margin_names_its_series(tmp_path: Path) -> None:
     ax: Any = SimpleNamespace(axhline=lambda *args, **more: None)
     assert figures._margin_line(ax, f, several=True)[0][2] == f"{f.results[f.reference].name} − margin"
     assert figures._margin_line(ax, f, several=False)[0][2] == "r = 64 − margin"
-    assert figures.by_rank(f) and conditions.conditions(f) == []
+    assert figures.is_by_rank(f) and conditions.conditions(f) == []
 
 
 def test_a_dry_run_names_every_axis() -> None:

@@ -8,7 +8,7 @@ import pytest
 
 from fixtures.planted_sweeps import opened, with_solo
 from fixtures.sweeps import RANK_SWEEP, Planted, build
-from lorabench.report import theme as style
+from lorabench.report import theme
 from lorabench.report.sections import pareto
 from lorabench.results.evidence import Evidence
 from lorabench.results.findings import Findings
@@ -70,7 +70,7 @@ def test_names_stay_inside_where_less_is_better(tmp_path: Path) -> None:
         Planted("lora", RATES, 2e-3, q, r=r, seed_sd=0.0) for r, q in ((1, 0.4), (4, 0.769), (16, 0.77), (64, 0.771))
     ]
     f, _ = opened(build(tmp_path / "s", flat, metric="loss"))
-    figure = pareto.draw(f, pareto.fronts(f), style.looks(f.sweep.cells)).figure
+    figure = pareto.draw(f, pareto.fronts(f), theme.looks(f.sweep.cells)).figure
     for ax in figure.axes:
         box = ax.get_window_extent()
         assert ax.texts and all(t.get_window_extent().y0 > box.y0 for t in ax.texts)
@@ -93,7 +93,7 @@ def test_unresolved_neighbours_are_named(made: tuple[Findings, Evidence]) -> Non
     f, e = made
     by_rank = {r.cell.r: r for r in f.results.values()}
     assert pareto.unresolved(e, [by_rank[1], by_rank[16], by_rank[64]]) == [(by_rank[16], by_rank[64])]
-    part = pareto.part(f, e, style.looks(f.sweep.cells))
+    part = pareto.section(f, e, theme.looks(f.sweep.cells))
     assert part is not None
     assert "on the front" in part.texts[0]
     if by_rank[64] in pareto.fronts(f)[0].on:
@@ -102,25 +102,25 @@ def test_unresolved_neighbours_are_named(made: tuple[Findings, Evidence]) -> Non
 
 def test_picture_and_table(made: tuple[Findings, Evidence]) -> None:
     f, e = made
-    looks = style.looks(f.sweep.cells)
-    part = pareto.part(f, e, looks)
+    looks = theme.looks(f.sweep.cells)
+    part = pareto.section(f, e, looks)
     assert part is not None
     (drawing,) = part.drawings
     assert len(drawing.figure.axes) == 3
     for ax, front in zip(drawing.figure.axes, pareto.fronts(f), strict=True):
         assert {t.get_text() for t in ax.texts} == {r.name for r in front.on}
-        grey = [line for line in ax.lines if line.get_color() == pareto.GREY]
+        grey = [line for line in ax.lines if line.get_color() == pareto.BEATEN_COLOUR]
         assert len(grey) == len(front.cells) - len(front.on)
     rows = {r.texts[0]: r.texts for r in part.tables[0].rows}
     assert rows["LoRA r = 4"][-1] == "–"
     assert "training time" in rows["LoRA r = 16"][-1]
-    again = pareto.part(f, e, looks)
+    again = pareto.section(f, e, looks)
     assert again is not None and again.drawings == part.drawings
 
 
 def test_two_cells_have_no_front(tmp_path: Path) -> None:
     f, e = opened(build(tmp_path / "s", RANK_SWEEP[1:3]))
-    assert pareto.part(f, e, style.looks(f.sweep.cells)) is None
+    assert pareto.section(f, e, theme.looks(f.sweep.cells)) is None
 
 
 def test_measured_costs_that_hardly_differ_are_one_cost(tmp_path: Path) -> None:
@@ -132,7 +132,7 @@ def test_measured_costs_that_hardly_differ_are_one_cost(tmp_path: Path) -> None:
     with_solo(store, {IDS[1]: 9.0, IDS[4]: 9.05, IDS[16]: 9.1})
     f, e = opened(store)
     assert "seconds" not in {x.cost.key for x in pareto.fronts(f)}
-    part = pareto.part(f, e, style.looks(f.sweep.cells))
+    part = pareto.section(f, e, theme.looks(f.sweep.cells))
     assert part is not None and "Training time: the same within 2 % for all, 9.0 s." in part.texts
 
 
@@ -141,7 +141,7 @@ def test_names_stay_clear_of_the_axis(tmp_path: Path) -> None:
     cells = [Planted("lora", RATES, 2e-3, q, r=r, alpha=a, label={"alpha_rule": rule}) for q, r, a, rule in
              ((0.7, 1, 2.0, "2r"), (0.6, 1, 16.0, "16"), (0.72, 8, 16.0, "2r"), (0.74, 32, 64.0, "2r"))]  # fmt: skip
     f, _ = opened(build(tmp_path / "s", cells))
-    figure = pareto.draw(f, pareto.fronts(f), style.looks(f.sweep.cells)).figure
+    figure = pareto.draw(f, pareto.fronts(f), theme.looks(f.sweep.cells)).figure
     figure.draw_without_rendering()  # the layout settles here
     for ax in figure.axes:
         assert all(t.get_window_extent().x0 > ax.get_window_extent().x0 for t in ax.texts)

@@ -12,12 +12,11 @@ from typing import Any
 import pytest
 
 from fixtures.sweeps import Planted, build
-from lorabench.report import curves, render
-from lorabench.report import theme as style
+from lorabench.report import curves, render, theme
 from lorabench.report.budget import budget
 from lorabench.report.cautions import warnings
 from lorabench.report.runs_csv import runs_csv
-from lorabench.report.tables import lost, rates
+from lorabench.report.tables import lost_runs, rates
 from lorabench.results.findings import Findings, find
 from lorabench.results.sweep import load
 from lorabench.store.records import Store
@@ -81,7 +80,9 @@ def test_the_table_of_rates_has_no_loss_for_them(found: Findings) -> None:
 
 
 def test_the_list_of_lost_runs_names_the_step(found: Findings) -> None:
-    rows = [dict(zip((c.key for c in lost(found).columns), row.texts, strict=True)) for row in lost(found).rows]
+    rows = [
+        dict(zip((c.key for c in lost_runs(found).columns), row.texts, strict=True)) for row in lost_runs(found).rows
+    ]
     assert len(rows) == 12
     assert all(r["status"] == "pruned" for r in rows)
     assert {r["why"] for r in rows if r["cell"] == "LoRA r = 4"} == {reason(60, 100), reason(80, 100)}
@@ -112,7 +113,7 @@ def test_the_curve_shows_no_loss_of_theirs(found: Findings, monkeypatch: pytest.
         return plot(self, x, y, *args, **how)
 
     monkeypatch.setattr(Axes, "plot", spy)
-    curve = curves.learning_rates(found, style.looks(found.sweep.cells))
+    curve = curves.draw_learning_rates(found, theme.looks(found.sweep.cells))
     assert curve is not None
     assert "A bar at the top: pruned" in curve.caption
     assert "pruned: 5e-4, 8e-3, 1.6e-2" in curve.alt

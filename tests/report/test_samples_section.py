@@ -30,7 +30,7 @@ def store(tmp_path: Path) -> Store:
 
 
 def table(store: Store) -> samples.Table | None:
-    made = samples.part(opened(store)[0])
+    made = samples.section(opened(store)[0])
     return made.tables[0] if made else None
 
 
@@ -63,8 +63,8 @@ def test_at_most_eight_rows_and_long_texts_are_cut(store: Store) -> None:
     )
     made = table(store)
     assert made is not None
-    assert len(made.rows) == samples.MOST == 8
-    assert all(len(r.texts[0]) <= samples.LONG and r.texts[0].endswith("…") for r in made.rows)
+    assert len(made.rows) == samples.MAX_ROWS == 8
+    assert all(len(r.texts[0]) <= samples.MAX_TEXT_LENGTH and r.texts[0].endswith("…") for r in made.rows)
     assert made.rows[0].texts[1:] == ("–", "–", "x")
 
 

@@ -27,7 +27,7 @@ def styled(root: Path, *, moved: bool = True) -> Findings:
 
 def test_a_row_a_cell_with_its_intervals_and_its_runs(tmp_path: Path) -> None:
     f = styled(tmp_path / "s")
-    part = tone.part(f)
+    part = tone.section(f)
     assert part is not None
     small, large = part.tables[0].rows
     assert small.texts[2:5] == ("0.80", "0.20", "0.51")
@@ -42,11 +42,11 @@ def test_a_row_a_cell_with_its_intervals_and_its_runs(tmp_path: Path) -> None:
 
 
 def test_where_the_classifier_cannot_tell_nothing_moved(tmp_path: Path) -> None:
-    part = tone.part(styled(tmp_path / "s", moved=False))
+    part = tone.section(styled(tmp_path / "s", moved=False))
     assert part is not None
     assert part.tables[0].rows[0].texts[5:7] == ("–", "–")
     assert part.tables[0].notes[-1].startswith("A run without “moved”")
 
 
 def test_nothing_without_the_measure(tmp_path: Path) -> None:
-    assert tone.part(opened(build(tmp_path / "s", (RANK_SWEEP[1],), arrays=False))[0]) is None
+    assert tone.section(opened(build(tmp_path / "s", (RANK_SWEEP[1],), arrays=False))[0]) is None

@@ -9,11 +9,10 @@ import pytest
 
 from fixtures.planted_sweeps import opened, target_sweep
 from fixtures.sweeps import RANK_SWEEP, build
-from lorabench.report import theme as style
+from lorabench.report import theme
 from lorabench.report.answer import answer
 from lorabench.report.sections import targets
-from lorabench.results import findings
-from lorabench.results import scores as measure
+from lorabench.results import findings, scores
 from lorabench.results.evidence import Evidence
 from lorabench.results.findings import Findings, ladder
 from lorabench.results.sweep import load
@@ -37,7 +36,7 @@ def test_equal_rank_and_equal_parameters_best_first(made: tuple[Findings, Eviden
 
 def test_differences_are_the_estimates_of_the_evidence(made: tuple[Findings, Evidence]) -> None:
     f, e = made
-    part = targets.part(f, e, style.looks(f.sweep.cells))
+    part = targets.section(f, e, theme.looks(f.sweep.cells))
     assert part is not None
     rows = {(r.texts[0].split(":")[0], r.texts[1]): r for r in part.tables[0].rows}
     assert len(rows) == 8
@@ -46,7 +45,7 @@ def test_differences_are_the_estimates_of_the_evidence(made: tuple[Findings, Evi
     cells = {(r.cell.targets, r.cell.r): r for r in e.cells}
     a, b = cells["attention", 45], cells["all", 20]
     assert a.sample and b.sample
-    by_hand = measure.difference(a.sample, b.sample)
+    by_hand = scores.difference(a.sample, b.sample)
     assert by_hand is not None
     shown = rows["equal parameters", "attention"].texts[6]
     assert shown.startswith(f.metric.difference(by_hand.scores.mean()))
@@ -55,11 +54,11 @@ def test_differences_are_the_estimates_of_the_evidence(made: tuple[Findings, Evi
 
 def test_words_say_what_is_resolved(made: tuple[Findings, Evidence]) -> None:
     f, e = made
-    part = targets.part(f, e, style.looks(f.sweep.cells))
+    part = targets.section(f, e, theme.looks(f.sweep.cells))
     assert part is not None
     assert "attention, r = 45 below all, r = 20" in part.texts[1]
     assert "below mlp" in part.texts[0] and "exploratory" in part.texts[0]
-    again = targets.part(f, e, style.looks(f.sweep.cells))
+    again = targets.section(f, e, theme.looks(f.sweep.cells))
     assert again is not None and again.drawings == part.drawings
     assert len(part.drawings[0].figure.axes) == 2
     assert "attention, r = 45" in part.drawings[0].alt
@@ -67,12 +66,12 @@ def test_words_say_what_is_resolved(made: tuple[Findings, Evidence]) -> None:
 
 def test_a_sweep_of_one_set_of_targets_has_no_such_part(tmp_path: Path) -> None:
     f, e = opened(build(tmp_path / "a", RANK_SWEEP[1:4]))
-    assert targets.part(f, e, style.looks(f.sweep.cells)) is None
+    assert targets.section(f, e, theme.looks(f.sweep.cells)) is None
 
 
 def test_nothing_without_confirmation(tmp_path: Path) -> None:
     f, e = opened(target_sweep(tmp_path / "s", confirm=()))
-    assert targets.part(f, e, style.looks(f.sweep.cells)) is None
+    assert targets.section(f, e, theme.looks(f.sweep.cells)) is None
 
 
 def test_sets_of_as_many_parameters_are_no_smaller_adapters(made: tuple[Findings, Evidence]) -> None:

@@ -15,12 +15,10 @@ import pytest
 
 from fixtures.sweeps import RANK_SWEEP, build
 from lorabench.config.errors import ConfigError
-from lorabench.report import render
-from lorabench.report import theme as style
+from lorabench.report import render, theme
 from lorabench.report.sections import weights
-from lorabench.report.sections import weights as weights_figures
-from lorabench.results import weights as analysis
 from lorabench.results.sweep import load
+from lorabench.results.weights import parse
 
 CELLS = {"lora-r4-a16-all-linear": 4, "lora-r16-a16-all-linear": 16, "full-everything": None}
 SMALL, LARGE, FULL = CELLS
@@ -73,11 +71,11 @@ def doc() -> dict[str, Any]:
 
 
 def tidy(doc: dict[str, Any]) -> weights.Weights:
-    return weights.tidy(analysis.parse(doc))
+    return weights.tidy_rows(parse(doc))
 
 
-def looks(tmp_path: Path) -> dict[str, style.Look]:
-    return style.looks(load(build(tmp_path / "s", RANK_SWEEP).root).cells)
+def looks(tmp_path: Path) -> dict[str, theme.Look]:
+    return theme.looks(load(build(tmp_path / "s", RANK_SWEEP).root).cells)
 
 
 class TestRows:
@@ -181,33 +179,33 @@ class TestFile:
         return root
 
     def test_none_where_nothing_was_analysed(self, tmp_path: Path) -> None:
-        assert analysis.read_analysis(tmp_path) is None
+        assert read_analysis(tmp_path) is None
 
     def test_as_it_was_written(self, tmp_path: Path, doc: dict[str, Any]) -> None:
-        assert analysis.read_analysis(self.write(tmp_path, json.dumps(doc))) == analysis.parse(doc)
+        assert read_analysis(self.write(tmp_path, json.dumps(doc))) == parse(doc)
 
     @pytest.mark.parametrize(
         "text", ["", "{", "[]", '{"schema": 2}', '{"schema": 1}', '{"schema": 1, "cells": {"a": 1}}', "\x00"]
     )
     def test_torn_and_foreign_files(self, tmp_path: Path, text: str) -> None:
         with pytest.raises(ConfigError, match="weights.json"):
-            analysis.read_analysis(self.write(tmp_path, text))
+            read_analysis(self.write(tmp_path, text))
 
 
 class TestFigures:
     def test_both_with_words_and_without_a_date(self, tmp_path: Path, doc: dict[str, Any]) -> None:
-        drawn = weights_figures.draw(tidy(doc), looks(tmp_path))
+        drawn = weights.draw(tidy(doc), looks(tmp_path))
         assert [d.key for d in drawn] == ["subspaces", "spectra"]
         for d in drawn:
             assert len(d.alt) > 40 and d.caption and "<dc:date>" not in d.svg and b"Software" not in d.png
-            assert style.inline(d).startswith("<svg")
+            assert theme.inline_svg(d).startswith("<svg")
         assert "LoRA r = 4 and LoRA r = 16 at different seeds" in drawn[0].alt
         assert "A after training φ(1, 1) = 0.80" in drawn[0].alt and "A before training φ(1, 1) = 0.10" in drawn[0].alt
         assert "0.031 at (1, 1) and 0.50 at (4, 16)" in drawn[0].caption
 
     def test_equal_data_give_equal_pictures(self, tmp_path: Path, doc: dict[str, Any]) -> None:
         found = looks(tmp_path)
-        first, second = (weights_figures.draw(tidy(copy.deepcopy(doc)), found) for _ in range(2))
+        first, second = (weights.draw(tidy(copy.deepcopy(doc)), found) for _ in range(2))
         assert first == second
 
     def test_which_comparison_tells_most(self, doc: dict[str, Any]) -> None:
@@ -222,38 +220,38 @@ class TestFigures:
                     "start": None,
                     "cells": [SMALL, LARGE],
                 }
-                s = weights._similarity(x, analysis.parse(doc).cells)
+                s = weights._similarity(x, parse(doc).cells)
                 entries.append(dataclasses.replace(s, cells=(f"{n}", f"{m}")))
-            s = weights_figures.telling(entries)[0]
+            s = weights.shown_similarities(entries)[0]
             return s.kind, s.i[-1], s.j[-1]
 
         assert pick(("seeds", 64, 64), ("ranks", 1, 64), ("ranks", 16, 64), ("ranks", 32, 64)) == ("ranks", 16, 64)
         assert pick(("ranks", 8, 16), ("ranks", 12, 16)) == ("ranks", 8, 16)
         assert pick(("seeds", 4, 4), ("seeds", 64, 64)) == ("seeds", 64, 64)
-        assert weights_figures.telling([]) == []
+        assert weights.shown_similarities([]) == []
 
     def test_with_less_to_show(self, tmp_path: Path, doc: dict[str, Any]) -> None:
         """Seeds alone, dW alone, one direction, nothing."""
         found = looks(tmp_path)
         doc["similarity"] = [similarity("seeds", "dW", SMALL, SMALL)]
-        (subspaces, _) = weights_figures.draw(tidy(doc), found)
+        (subspaces, _) = weights.draw(tidy(doc), found)
         assert subspaces.caption.startswith("Seeds of LoRA r = 4: ") and "ΔW φ(1, 1)" in subspaces.alt
         one = doc["similarity"][0]
         one |= {"i": [1], "j": [1], "phi": [[0.5]]}
         for run in doc["runs"].values():
             for x in run["layers"].values():
                 x["singular_values"] = x["singular_values"][:1]
-        assert len(weights_figures.draw(tidy(doc), found)) == 2
-        assert weights_figures.draw(tidy({**doc, "cells": {}, "similarity": []}), found) == []
+        assert len(weights.draw(tidy(doc), found)) == 2
+        assert weights.draw(tidy({**doc, "cells": {}, "similarity": []}), found) == []
 
     def test_what_rounding_left_of_a_zero_is_not_drawn(self, tmp_path: Path, doc: dict[str, Any]) -> None:
         for run in IDS[LARGE]:
             for x in doc["runs"][run]["layers"].values():
                 x["singular_values"][8:] = [1e-17] * 8
         spectrum = tidy(doc).spectra[1]
-        with style.canvas(3, 3) as figure:
+        with theme.canvas(3, 3) as figure:
             ax = figure.add_subplot()
-            x, y, name, _ = weights_figures._curve(ax, spectrum, looks(tmp_path)[LARGE])
+            x, y, name, _ = weights._curve(ax, spectrum, looks(tmp_path)[LARGE])
         assert (x, name) == (8, "LoRA r = 16") and y == pytest.approx(np.log10(0.025 * 2.0**-7))
         assert list(ax.lines[0].get_xdata()) == list(range(1, 9))
 

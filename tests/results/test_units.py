@@ -11,8 +11,7 @@ import pytest
 
 from fixtures.planted_sweeps import rule_sweep
 from fixtures.sweeps import RANK_SWEEP, Planted, build
-from lorabench.report import render
-from lorabench.report import theme as style
+from lorabench.report import render, theme
 from lorabench.results import formatting, units
 from lorabench.results.findings import find
 from lorabench.results.sweep import Sweep, load
@@ -58,13 +57,13 @@ def test_nothing_of_a_report_says_nats_of_what_has_none(
 ) -> None:
     """Curves, heat map and tables; the figures' texts are asked from the figures, whose svg holds outlines."""
     texts: list[str] = []
-    drawing = style.drawing  # `undrawn`
+    drawing = theme.render_drawing  # `undrawn`
 
-    def heard(key: str, title: str, caption: str, alt: str, figure: Any) -> style.Drawing:
+    def heard(key: str, title: str, caption: str, alt: str, figure: Any) -> theme.Drawing:
         texts.extend([x.get_text() for x in figure.findobj(lambda artist: hasattr(artist, "get_text"))])
         return drawing(key, title, caption, alt, figure)
 
-    monkeypatch.setattr(style, "drawing", heard)
+    monkeypatch.setattr(theme, "render_drawing", heard)
     store = rule_sweep(tmp_path / "s", metric="loss", examples=100)
     unit = {"planted": {}, "text_classification": {"loss": "nats"}}[kind]
     store.write_manifest({**store.manifest(), "units": unit})

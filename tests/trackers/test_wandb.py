@@ -857,12 +857,12 @@ def test_one_run_a_sweep_carries_the_report_and_runs_get_verdicts(
     server: WandbServer, store: Store, rendered: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     from fixtures.sweeps import RANK_SWEEP, build
-    from lorabench.report.summary import mirrored
+    from lorabench.report.summary import tracker_summary
 
     build(store.root, RANK_SWEEP[1:3], examples=200)
     one = store.records()[0]
     runs.send(to(server, store), runs.missing(to(server, store), one))
-    tables = mirrored(store.root)
+    tables = tracker_summary(store.root)
     follower = follow(to(server, store))
     follower.hear({"do": "report", "dir": str(rendered), "tables": json.loads(json.dumps(tables))})
     turns(follower, lambda: follower.idle)
@@ -959,10 +959,10 @@ def workspace(repo: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
 
 def test_workspace_panels_name_what_is_written(workspace: Any, repo: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """Keys of the reference sweep's records, histories and figures."""
-    from lorabench.report.summary import mirrored
+    from lorabench.report.summary import tracker_summary
 
     store = Store(repo / "sweeps/ref_rank_sweep")
-    verdicts = mirrored(store.root)["verdicts"]
+    verdicts = tracker_summary(store.root)["verdicts"]
     configs: set[str] = set()
     values: set[str] = set()
     rows: set[str] = set()

@@ -19,19 +19,20 @@ from matplotlib.patches import Rectangle
 
 from lorabench.config import alpha_rules
 from lorabench.config.method_names import RSLORA
-from lorabench.report import theme as style
-from lorabench.report.section import Part
+from lorabench.report import theme
+from lorabench.report.section import Section
 from lorabench.report.theme import Drawing
-from lorabench.results import formatting as formats
-from lorabench.results import units
+from lorabench.results import formatting, units
 from lorabench.results.cells import Result
 from lorabench.results.evidence import Evidence, scale
 from lorabench.results.selection import Rate
 from lorabench.results.sweep import Cell, shorten
 
-MOST = 9  # panels in one picture
-COLOURS = "cividis_r"  # lightness falls evenly with the loss: the same order for colour-blind readers and in grey print
-NUMBERED = 10  # columns up to which a field holds its number
+MAX_PANELS = 9  # panels in one picture
+COLOUR_MAP = (
+    "cividis_r"  # lightness falls evenly with the loss: the same order for colour-blind readers and in grey print
+)
+MAX_NUMBERED_COLUMNS = 10  # columns up to which a field holds its number
 
 
 @dataclass(frozen=True)
@@ -48,13 +49,13 @@ class Panel:
     bands: tuple[Band, ...]  # from the smallest scale (or rank) up
 
 
-def part(e: Evidence) -> Part | None:
+def section(e: Evidence) -> Section | None:
     """Where some rank was tuned at two scales or more, or ranks under two rules of alpha or more."""
     found = panels(e)
     if not found:
         return None
-    drawn = draw(found[:MOST], len(found), units.loss_axis(e.sweep, "validation"))
-    return Part("alpha_rates", "Alpha and the learning rate", (), (drawn,))
+    drawn = draw(found[:MAX_PANELS], len(found), units.loss_axis(e.sweep, "validation"))
+    return Section("alpha_rates", "Alpha and the learning rate", (), (drawn,))
 
 
 def panels(e: Evidence) -> list[Panel]:
@@ -123,18 +124,18 @@ def draw(found: Sequence[Panel], of: int, loss: str) -> Drawing:
     wide = min(len(found), 2)
     rows = [found[i : i + wide] for i in range(0, len(found), wide)]
     heights = [max(len(p.bands) for p in row) + 1.5 for row in rows]
-    with style.canvas(5.6 if wide == 1 else 9.6, 0.4 + 0.44 * sum(heights)) as figure:
+    with theme.canvas(5.6 if wide == 1 else 9.6, 0.4 + 0.44 * sum(heights)) as figure:
         grid = figure.add_gridspec(len(rows), wide, height_ratios=heights)
         axes = [figure.add_subplot(grid[i // wide, i % wide]) for i in range(len(found))]
         for ax, p in zip(axes, found, strict=True):
             _panel(ax, p, rates, norm, tall=max(len(q.bands) for row in rows if p in row for q in row))
-        bar = figure.colorbar(ScalarMappable(norm, COLOURS), ax=axes, shrink=0.9, aspect=24, pad=0.02)
+        bar = figure.colorbar(ScalarMappable(norm, COLOUR_MAP), ax=axes, shrink=0.9, aspect=24, pad=0.02)
         ticks = [float(norm.inverse(share)) for share in (0, 0.25, 0.5, 0.75, 1)]
-        bar.set_ticks(ticks, labels=[formats.number(t, 3) for t in ticks])
+        bar.set_ticks(ticks, labels=[formatting.number(t, 3) for t in ticks])
         bar.set_label(loss)
         bar.outline.set_visible(False)
         title = "Validation loss over scale and learning rate"
-        return style.drawing("alpha_rates", title, _caption(found, of, len(rates)), _alt(found), figure)
+        return theme.render_drawing("alpha_rates", title, _caption(found, of, len(rates)), _alt(found), figure)
 
 
 def _shown(x: Rate) -> bool:
@@ -152,13 +153,13 @@ def _panel(ax: Axes, p: Panel, rates: Sequence[float], norm: PowerNorm, *, tall:
             _frame(ax, rates.index(band.result.choice.lr), y)
     ax.set_xlim(-0.04, len(rates) + 0.04)
     ax.set_ylim(-0.06, tall + 0.06)
-    names = [formats.rate(lr) for lr in rates]
+    names = [formatting.rate(lr) for lr in rates]
     fit = len(names) <= 7 and max(map(len, names), default=0) <= 6  # characters that a field is wide
     ax.set_xticks([i + 0.5 for i in range(len(names))], names, rotation=0 if fit else 45)
     ax.set_yticks([low + i + 0.5 for i in range(len(p.bands))], [b.label for b in p.bands])
     ax.tick_params(length=0)
     ax.set_xlabel("learning rate")
-    ax.set_title(shorten(p.title, style.MOST))
+    ax.set_title(shorten(p.title, theme.MAX_NAME_LENGTH))
     sns.despine(ax=ax, left=True, bottom=True)
 
 
@@ -166,14 +167,14 @@ def _field(ax: Axes, i: int, y: int, x: Rate, norm: PowerNorm, *, columns: int) 
     """A loss as colour and number; a cross where a seed diverged or failed, a bar where it was pruned or has not ended."""
     if not _shown(x):
         ax.add_patch(Rectangle((i, y), 1, 1, facecolor="#F2F2F2", edgecolor="#BBBBBB", hatch="////", linewidth=0))
-        ax.plot(i + 0.5, y + 0.5, "x" if x.failures else "|", color=style.INK, markersize=9, markeredgewidth=2)
+        ax.plot(i + 0.5, y + 0.5, "x" if x.failures else "|", color=theme.INK, markersize=9, markeredgewidth=2)
         return
-    colour = colormaps[COLOURS](float(norm(x.mean)))
+    colour = colormaps[COLOUR_MAP](float(norm(x.mean)))
     ax.add_patch(Rectangle((i, y), 1, 1, facecolor=colour, edgecolor="white", linewidth=1.2))
-    if columns <= NUMBERED:
+    if columns <= MAX_NUMBERED_COLUMNS:
         wide = columns <= 7
         light = float(np.dot(colour[:3], [0.299, 0.587, 0.114])) > 0.5
-        text = formats.number(x.mean, 3).removeprefix("0") or formats.DASH
+        text = formatting.number(x.mean, 3).removeprefix("0") or formatting.DASH
         ax.text(
             i + 0.5,
             y + 0.5,
@@ -181,13 +182,13 @@ def _field(ax: Axes, i: int, y: int, x: Rate, norm: PowerNorm, *, columns: int) 
             ha="center",
             va="center",
             fontsize=8.5 if wide else 7.5,
-            color=style.INK if light else "white",
+            color=theme.INK if light else "white",
         )
 
 
 def _frame(ax: Axes, i: int, y: int) -> None:
     """Around the chosen rate: white outside, dark inside, so that it shows on every colour."""
-    for width, colour in ((4.6, "white"), (2.2, style.INK)):
+    for width, colour in ((4.6, "white"), (2.2, theme.INK)):
         ax.add_patch(
             Rectangle((i + 0.03, y + 0.05), 0.94, 0.9, fill=False, edgecolor=colour, linewidth=width, zorder=4)
         )
@@ -196,7 +197,7 @@ def _frame(ax: Axes, i: int, y: int) -> None:
 def _caption(found: Sequence[Panel], of: int, columns: int) -> str:
     every = [x for p in found for b in p.bands for x in b.result.choice.rates]
     text = "Mean over the tuning seeds, lighter is better; the colours spread out towards the lowest loss. Framed: the chosen rate."
-    if columns <= NUMBERED:
+    if columns <= MAX_NUMBERED_COLUMNS:
         text += " Numbers are the losses."
     if any(len(b.result.choice.rates) < columns for p in found for b in p.bands):
         text += " White: not tried."
@@ -218,9 +219,9 @@ def _alt(found: Sequence[Panel]) -> str:
             best = (
                 "no rate eligible"
                 if choice.lr is None
-                else f"chosen {formats.rate(choice.lr)} with {formats.number(choice.loss, 3)}"
+                else f"chosen {formatting.rate(choice.lr)} with {formatting.number(choice.loss, 3)}"
             )
-            out = [formats.rate(lr) for lr in choice.ineligible]
+            out = [formatting.rate(lr) for lr in choice.ineligible]
             label = b.label.replace("\n", " (") + ")"
             rows.append(f"{label} {best}" + (f", out: {', '.join(out)}" if out else ""))
         said.append(f"{p.title}: {', '.join(rows)}")

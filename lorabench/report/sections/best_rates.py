@@ -9,12 +9,11 @@ from typing import Any
 import numpy as np
 from matplotlib.axes import Axes
 
-from lorabench.report import theme as style
-from lorabench.report.section import Part
+from lorabench.report import theme
+from lorabench.report.section import Section
 from lorabench.report.tables import Column, Row, Table
 from lorabench.report.theme import FAINT, INK, Drawing, Look
-from lorabench.results import formatting as formats
-from lorabench.results import rate_slopes as slopes
+from lorabench.results import formatting, rate_slopes
 from lorabench.results.best_rate import Missing, Optimum
 from lorabench.results.cells import Result
 from lorabench.results.evidence import Evidence, scale
@@ -24,22 +23,22 @@ from lorabench.results.sweep import shorten
 THEORY = "μA (arXiv 2602.06204)"
 
 
-def part(e: Evidence, looks: Mapping[str, Look]) -> Part | None:
+def section(e: Evidence, looks: Mapping[str, Look]) -> Section | None:
     """Where three ranks lie on a rule's line and two of their best rates lie inside what was tried."""
-    made = [s for s in slopes.slopes(e) if sum(isinstance(o, Optimum) for o in s.optima) > 1]
+    made = [s for s in rate_slopes.slopes(e) if sum(isinstance(o, Optimum) for o in s.optima) > 1]
     if not made:
         return None
     tables = (_slopes(made), _rates(e, made))
-    return Part("best_rates", "How the best rate moves with the rank", (), (draw(made, looks),), tables)
+    return Section("best_rates", "How the best rate moves with the rank", (), (draw(made, looks),), tables)
 
 
 def bounds(s: Slope) -> str:
     """`−0.12 (−0.30 to 0.06)`."""
     if s.slope is None:
-        return formats.DASH
+        return formatting.DASH
     low, high = s.estimate.interval() if s.estimate else (math.nan, math.nan)
-    said = f" ({formats.number(low, 2)} to {formats.number(high, 2)})" if s.estimate else ""
-    return formats.number(s.slope, 2) + said
+    said = f" ({formatting.number(low, 2)} to {formatting.number(high, 2)})" if s.estimate else ""
+    return formatting.number(s.slope, 2) + said
 
 
 # -- the picture ---------------------------------------------------------------------------------------------------------
@@ -47,22 +46,22 @@ def bounds(s: Slope) -> str:
 
 def draw(made: Sequence[Slope], looks: Mapping[str, Look]) -> Drawing:
     """A panel a rule, log-log, one pair of axes."""
-    cells = slopes.cells(made)
+    cells = rate_slopes.cells(made)
     grid = sorted({x.lr for r in cells for x in r.choice.rates})
     ranks = sorted({r.cell.r or 0 for r in cells})
-    meet = slopes.anchors(made)
-    with style.canvas(4.6 if len(made) == 1 else 3.3 * len(made), 3.9) as figure:
+    meet = rate_slopes.anchors(made)
+    with theme.canvas(4.6 if len(made) == 1 else 3.3 * len(made), 3.9) as figure:
         axes = np.atleast_1d(figure.subplots(1, len(made), sharey=True))
         for ax, s in zip(axes, made, strict=True):
-            style.rank_axis(ax, ranks)
-            style.rate_axis(ax, grid, "y")
-            style.tidy(ax, x="rank r (log scale)", y="best learning rate (log scale)" if ax is axes[0] else "")
+            theme.set_rank_axis(ax, ranks)
+            theme.set_rate_axis(ax, grid, "y")
+            theme.label_axes(ax, x="rank r (log scale)", y="best learning rate (log scale)" if ax is axes[0] else "")
             ax.set_xlim(ranks[0] / 1.5, ranks[-1] * 1.5)
             _anchor(ax, [r for r, _ in meet if r in s.line.ranks])
             _rule(ax, s, looks)
         caption = _caption(made, meet)
         alt = "Best learning rate against rank. " + " ".join(_said(s) for s in made)
-        return style.drawing("best_rates", "Best learning rate against rank", caption, alt, figure)
+        return theme.render_drawing("best_rates", "Best learning rate against rank", caption, alt, figure)
 
 
 def _rule(ax: Axes, s: Slope, looks: Mapping[str, Look]) -> None:
@@ -90,9 +89,9 @@ def _rule(ax: Axes, s: Slope, looks: Mapping[str, Look]) -> None:
         if not used:
             edge = {"markerfacecolor": "white", "markeredgewidth": 1.5}
         ax.plot(at, o.lr, marker=look.marker, color=look.colour, markersize=6.8, zorder=5, **edge)
-    _lines(ax, s, style.hue(s.line.cells[-1].cell, looks))
+    _lines(ax, s, theme.method_colour(s.line.cells[-1].cell, looks))
     second = f"slope {bounds(s)}" if s.slope is not None else "no slope: a best rate is not located"
-    title = f"{s.rule.name}: {s.constant}\n{shorten(second, 44)}\ntheory {formats.number(s.rule.theory, 2)}"
+    title = f"{s.rule.name}: {s.constant}\n{shorten(second, 44)}\ntheory {formatting.number(s.rule.theory, 2)}"
     ax.set_title(title, fontsize=10, linespacing=1.35)
 
 
@@ -140,12 +139,10 @@ def _caption(made: Sequence[Slope], meet: Sequence[tuple[int, float]]) -> str:
 
 def _said(s: Slope) -> str:
     rates = ", ".join(
-        f"{r.cell.r}: {'none inside the grid' if isinstance(o, Missing) else formats.rate(float(f'{o.lr:.3g}'))}"
+        f"{r.cell.r}: {'none inside the grid' if isinstance(o, Missing) else formatting.rate(float(f'{o.lr:.3g}'))}"
         for r, o in zip(s.line.cells, s.optima, strict=True)
     )
-    return (
-        f"{s.rule.name} ({s.constant}), by rank {rates}; slope {bounds(s)}, theory {formats.number(s.rule.theory, 2)}."
-    )
+    return f"{s.rule.name} ({s.constant}), by rank {rates}; slope {bounds(s)}, theory {formatting.number(s.rule.theory, 2)}."
 
 
 # -- the numbers ---------------------------------------------------------------------------------------------------------
@@ -169,7 +166,7 @@ def _slopes(made: Sequence[Slope]) -> Table:
         )
         why += [f"r = {', '.join(gone)} left out: not far below the width"] if gone and s.slope is not None else []
         runs = tuple(i for r in s.narrow.cells for i in r.cell.tune)
-        texts = (s.rule.name, s.constant, ranks, bounds(s), formats.number(s.rule.theory, 2), "; ".join(why))
+        texts = (s.rule.name, s.constant, ranks, bounds(s), formatting.number(s.rule.theory, 2), "; ".join(why))
         rows.append(Row(texts, runs))
     note = (
         f"Slope of log best rate on log r by least squares over the cells' interpolated best rates. Theory: {THEORY}, for a drawn A, B = 0 and r far "
@@ -184,17 +181,17 @@ def _rates(e: Evidence, made: Sequence[Slope]) -> Table:
         Column("best", "interpolated best (95 %)", "right"), Column("over", "interval from"),
     )  # fmt: skip
     rows = []
-    for r in slopes.cells(made):
+    for r in rate_slopes.cells(made):
         o = e.optima[r.id]
-        texts = (r.name, f"{scale(r.cell):.3g}", formats.rate(r.choice.lr), *_best(o))
+        texts = (r.name, f"{scale(r.cell):.3g}", formatting.rate(r.choice.lr), *_best(o))
         rows.append(Row(texts, r.cell.tune))
     return Table("best_rates", "Interpolated best rates", columns, tuple(rows))
 
 
 def _best(o: Optimum | Missing) -> tuple[str, str]:
     if isinstance(o, Missing):
-        return formats.DASH, o.reason
-    best = formats.rate(float(f"{o.lr:.3g}"))
+        return formatting.DASH, o.reason
+    best = formatting.rate(float(f"{o.lr:.3g}"))
     if o.variance is None:
         return best, "none: three rates of one seed leave no scatter"
     low, high = o.interval()
@@ -203,4 +200,4 @@ def _best(o: Optimum | Missing) -> tuple[str, str]:
 
 
 def _round(x: float) -> str:
-    return "∞" if math.isinf(x) or x > 1e3 else "0" if x < 1e-12 else formats.rate(float(f"{x:.2g}"))
+    return "∞" if math.isinf(x) or x > 1e3 else "0" if x < 1e-12 else formatting.rate(float(f"{x:.2g}"))

@@ -10,13 +10,12 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 from lorabench.report import declared
-from lorabench.report.section import Part
+from lorabench.report.section import Section
 from lorabench.report.tables import Column, Row, Table, plus_minus
-from lorabench.results import formatting as formats
-from lorabench.results import scores as measure
+from lorabench.results import formatting, scores
 from lorabench.results.cells import Result
 from lorabench.results.findings import Comparison, Findings
-from lorabench.stats import estimates as st
+from lorabench.stats import estimates
 
 
 @dataclass(frozen=True)
@@ -33,13 +32,13 @@ class Condition:
         return self.cells[-1]
 
 
-def part(f: Findings) -> Part | None:
+def section(f: Findings) -> Section | None:
     """Where two conditions or more have two ranks or more."""
     found = conditions(f)
     if not found:
         return None
-    texts = (*(f"At {c.name}: {said(f, c)}." for c in found), *_between(f, found[0], found[-1]))
-    return Part("conditions", "Rank by rank under each condition", texts, (), (_table(f, found),))
+    texts = (*(f"At {c.name}: {verdict_sentence(f, c)}." for c in found), *_between(f, found[0], found[-1]))
+    return Section("conditions", "Rank by rank under each condition", texts, (), (_table(f, found),))
 
 
 def conditions(f: Findings) -> list[Condition]:
@@ -71,13 +70,13 @@ def _condition(f: Findings, cells: list[Result], every: list[list[Result]]) -> C
 
 
 def _passes(f: Findings, made: Comparison) -> bool:
-    return st.non_inferior(made.estimate, f.sweep.margin, lower_is_better=f.sweep.lower_is_better)
+    return estimates.non_inferior(made.estimate, f.sweep.margin, lower_is_better=f.sweep.lower_is_better)
 
 
 # -- words ---------------------------------------------------------------------------------------------------------------
 
 
-def said(f: Findings, c: Condition) -> str:
+def verdict_sentence(f: Findings, c: Condition) -> str:
     """The smallest rank that is shown to do as well as the largest, and what stopped the sequence."""
     margin, top = declared.margin(f), c.top.cell.r
     text = ""
@@ -125,13 +124,13 @@ def _between(f: Findings, first: Condition, last: Condition) -> Iterator[str]:
            f"{way}.")  # fmt: skip
 
 
-def _growth(f: Findings, four: list[Result]) -> st.Estimate | None:
+def _growth(f: Findings, four: list[Result]) -> estimates.Estimate | None:
     """(a − b) − (c − d). Its seed variance is that of four cells, twice that of a difference of two."""
     samples = [r.sample for r in four if r.sample is not None]
     if len(samples) < 4:
         return None
-    one, two = measure.difference(samples[0], samples[1]), measure.difference(samples[2], samples[3])
-    made = measure.difference(one, two) if one and two else None
+    one, two = scores.difference(samples[0], samples[1]), scores.difference(samples[2], samples[3])
+    made = scores.difference(one, two) if one and two else None
     if made is None:
         return None
     shared = f.pooled if made.seeds == f.seeds else None
@@ -159,7 +158,9 @@ def _table(f: Findings, found: list[Condition]) -> Table:
                 texts = [difference, "no verdict" if x.blocked else x.size, "shown" if n >= c.enough else "not shown"]
             runs = tuple(x.run_id for x in (*r.runs, *c.top.runs))
             rows.append(
-                Row((c.name, str(r.cell.r), formats.rate(r.lr), plus_minus(f, r), *texts), tuple(dict.fromkeys(runs)))
+                Row(
+                    (c.name, str(r.cell.r), formatting.rate(r.lr), plus_minus(f, r), *texts), tuple(dict.fromkeys(runs))
+                )
             )
     note = (
         "Δ: to the largest rank under the same condition; 95 % each, exploratory: not adjusted for their number. Not worse by the margin: from the largest rank "

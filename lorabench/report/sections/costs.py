@@ -17,9 +17,9 @@ from typing import Any
 from lorabench.config.errors import ConfigError
 from lorabench.config.method_names import FULL, VERA
 from lorabench.report.tables import Column, Row, Table
-from lorabench.results import formatting as formats
+from lorabench.results import formatting
 
-FILE = Path("analysis", "costs.json")
+COSTS_FILE = Path("analysis", "costs.json")
 SCHEMA = 1
 
 
@@ -70,7 +70,7 @@ class Costs:
 
 def read(root: Path) -> Costs | None:
     """root: the sweep's directory. None where nothing was measured. Raises `ConfigError` for a file that holds no costs."""
-    path = root / FILE
+    path = root / COSTS_FILE
     try:
         doc = json.loads(path.read_text(encoding="utf-8"))
         if not isinstance(doc, dict) or doc.get("schema") != SCHEMA:
@@ -126,11 +126,11 @@ def _keeping(c: Costs) -> Table:
         share = (
             ""
             if not c.full_memory or x.training_memory is None
-            else f" ({formats.share(x.training_memory, c.full_memory)})"
+            else f" ({formatting.share(x.training_memory, c.full_memory)})"
         )
         rows.append(Row((
-            x.name, f"{_size(x.bytes)} ({formats.share(x.bytes, x.base_bytes)})", _ms(x.load), _ms(x.switch), _ms(x.merge),
-            formats.memory(x.training_memory) + share,
+            x.name, f"{_size(x.bytes)} ({formatting.share(x.bytes, x.base_bytes)})", _ms(x.load), _ms(x.switch), _ms(x.merge),
+            formatting.memory(x.training_memory) + share,
         ), (x.run,)))  # fmt: skip
     return Table("costs", "What it costs to keep and to serve", columns, tuple(rows), tuple(_notes(c)))
 
@@ -159,13 +159,13 @@ def _size(n: int) -> str:
     """KiB below a MiB; a decimal below 100 MiB."""
     if n < 2**20:
         return f"{n / 2**10:,.1f} KiB"
-    return f"{n / 2**20:.1f} MiB" if n < 100 * 2**20 else formats.memory(n)
+    return f"{n / 2**20:.1f} MiB" if n < 100 * 2**20 else formatting.memory(n)
 
 
 def _ms(t: Spread | None, ratio: bool = False) -> str:
     """Median and quartiles: milliseconds, or a ratio as it is."""
     if t is None:
-        return formats.DASH
+        return formatting.DASH
     low, middle, high = (f"{x:.2f}" if ratio else _three(x) for x in (t.low, t.median, t.high))
     return f"{middle} ({low} to {high})"
 
@@ -178,7 +178,7 @@ def _three(seconds: float) -> str:
 
 def _notes(c: Costs) -> Iterator[str]:
     yield (
-        f"Measured on {c.cpu}, {formats.plural(c.cpus, 'processor')}, {formats.plural(c.threads, 'thread')}, torch {c.torch}, in {c.dtype}, one saved run a cell: medians, quartiles in "
+        f"Measured on {c.cpu}, {formatting.plural(c.cpus, 'processor')}, {formatting.plural(c.threads, 'thread')}, torch {c.torch}, in {c.dtype}, one saved run a cell: medians, quartiles in "
         f"brackets ({_counts(c)} repeats). What is compared took turns. On other hardware times differ, and ratios too."
     )
     loads = sorted({_ms(x.base_load) for x in c.cells})

@@ -6,28 +6,28 @@ from collections.abc import Mapping
 
 from matplotlib.axes import Axes
 
-from lorabench.report import theme as style
-from lorabench.report.figures import score
-from lorabench.report.section import Part
+from lorabench.report import theme
+from lorabench.report.figures import score_interval
+from lorabench.report.section import Section
 from lorabench.report.tables import Column, Row, Table, plus_minus
 from lorabench.report.theme import FAINT, Drawing, Look
-from lorabench.results import formatting as formats
+from lorabench.results import formatting
 from lorabench.results.evidence import Evidence
 from lorabench.results.findings import Findings
 from lorabench.results.forgetting import CellForgetting, Forgetting, Probe, find_forgetting, matched_differences
-from lorabench.stats import estimates as st
+from lorabench.stats import estimates
 
 
-def part(f: Findings, e: Evidence, looks: Mapping[str, Look]) -> Part | None:
+def section(f: Findings, e: Evidence, looks: Mapping[str, Look]) -> Section | None:
     """Where runs behind the numbers have a probe."""
     made = find_forgetting(f, e)
     if made is None:
         return None
-    drawings = (draw(f, made, looks),) if any(score(f, c.result) for c in made.cells) else ()
-    return Part("forgetting", "What the base forgot", tuple(_words(f, made)), drawings, (_table(f, made),))
+    drawings = (draw(f, made, looks),) if any(score_interval(f, c.result) for c in made.cells) else ()
+    return Section("forgetting", "What the base forgot", tuple(_words(f, made)), drawings, (_table(f, made),))
 
 
-def spread(p: Probe, e: st.Estimate, *, sign: bool = True) -> str:
+def spread(p: Probe, e: estimates.Estimate, *, sign: bool = True) -> str:
     """The change with half its 95 % interval over seeds."""
     half = f" ± {p.metric.size(e.half_width(), unit=False)}" if e.seeds > 1 else ""
     return (p.metric.difference(e.mean) if sign and p.before else p.metric.value(e.mean)) + half
@@ -59,7 +59,7 @@ def _words(f: Findings, made: Forgetting) -> list[str]:
     for c, reference, d in pairs[:4]:
         low, high = d.interval()
         out.append(
-            f"{formats.capital(c.result.name)} is shown to be within the margin of {reference.result.name} on the test {f.metric.title}; at the chosen rates its {p.what} is "
+            f"{formatting.capital(c.result.name)} is shown to be within the margin of {reference.result.name} on the test {f.metric.title}; at the chosen rates its {p.what} is "
             f"{p.metric.difference(d.mean, unit=True)} ({p.metric.bounds(low, high)}) against it (95 %, exploratory)."
         )
     return out
@@ -70,16 +70,16 @@ def _words(f: Findings, made: Forgetting) -> list[str]:
 
 def draw(f: Findings, made: Forgetting, looks: Mapping[str, Look]) -> Drawing:
     """The change of the probe against the target; beside it, where cells are matched, their paths."""
-    shown = [c for c in made.cells if score(f, c.result)]
-    with style.canvas(6.2 if made.value is None else 10.4, 3.9) as figure:
+    shown = [c for c in made.cells if score_interval(f, c.result)]
+    with theme.canvas(6.2 if made.value is None else 10.4, 3.9) as figure:
         axes = figure.subplots(1, 1 if made.value is None else 2, sharey=True, squeeze=False)[0]
         target, where = axes[0], "test" if f.confirmed else "validation"
         for c in shown:
             _point(target, f, c, looks[c.result.id])
-        style.tidy(target, x=f"{where} {f.metric.axis}", y=_axis(made.probe), grid="both")
-        style.per_metric(target, f.metric, "x")
-        style.per_metric(target, made.probe.metric)
-        style.end_labels(target, [_label(f, c, looks[c.result.id]) for c in shown], size=9)
+        theme.label_axes(target, x=f"{where} {f.metric.axis}", y=_axis(made.probe), grid="both")
+        theme.format_metric_ticks(target, f.metric, "x")
+        theme.format_metric_ticks(target, made.probe.metric)
+        theme.draw_end_labels(target, [_label(f, c, looks[c.result.id]) for c in shown], size=9)
         if made.value is not None:
             target.set_title("at the chosen rates")
             _paths(axes[1], f, made, looks)
@@ -87,17 +87,17 @@ def draw(f: Findings, made: Forgetting, looks: Mapping[str, Look]) -> Drawing:
             if made.probe.before:
                 ax.axhline(0, color=FAINT, linewidth=1.0, zorder=1)
         title = "Forgetting against the target metric"
-        return style.drawing("forgetting", title, _caption(f, made), _alt(f, made), figure)
+        return theme.render_drawing("forgetting", title, _caption(f, made), _alt(f, made), figure)
 
 
 def _axis(p: Probe) -> str:
-    text = formats.capital(p.what)
+    text = formatting.capital(p.what)
     short = text if len(text) <= 34 else ("Change" if p.before else "Value") + " of the probe"
-    return formats.in_unit(short, p.metric.points)
+    return formatting.in_unit(short, p.metric.points)
 
 
 def _point(ax: Axes, f: Findings, c: CellForgetting, look: Look) -> None:
-    s = score(f, c.result)
+    s = score_interval(f, c.result)
     assert s is not None
     low, high = c.change.interval() if c.change.seeds > 1 else (c.change.mean, c.change.mean)
     ax.hlines(c.change.mean, s[0], s[2], color=look.colour, linewidth=2.0, alpha=0.5)
@@ -114,15 +114,15 @@ def _point(ax: Axes, f: Findings, c: CellForgetting, look: Look) -> None:
     )
 
 
-def _label(f: Findings, c: CellForgetting, look: Look) -> style.Label:
-    s = score(f, c.result)
+def _label(f: Findings, c: CellForgetting, look: Look) -> theme.Label:
+    s = score_interval(f, c.result)
     return (s[1] if s else None), c.change.mean, c.result.name, look.colour
 
 
 def _paths(ax: Axes, f: Findings, made: Forgetting, looks: Mapping[str, Look]) -> None:
     """Every seed's path thin, the mean where it is matched as a point with its interval."""
     assert made.value is not None
-    labels: list[style.Label] = []
+    labels: list[theme.Label] = []
     for c in made.cells:
         look = looks[c.result.id]
         for path in c.paths:
@@ -152,15 +152,15 @@ def _paths(ax: Axes, f: Findings, made: Forgetting, looks: Mapping[str, Look]) -
             ends = [path[-1] for path in c.paths]
             labels.append((max(t for t, _ in ends), max(ends)[1], c.result.name, look.colour))
     ax.axvline(made.value, color=FAINT, linewidth=1.0, linestyle=(0, (1, 2)), zorder=1)
-    style.tidy(ax, x=f"validation {f.metric.axis}", y="", grid="both")
-    style.per_metric(ax, f.metric, "x")
+    theme.label_axes(ax, x=f"validation {f.metric.axis}", y="", grid="both")
+    theme.format_metric_ticks(ax, f.metric, "x")
     ax.set_title(f"along the {made.how}; dotted: matched")
-    style.end_labels(ax, labels, size=9)
+    theme.draw_end_labels(ax, labels, size=9)
 
 
 def _caption(f: Findings, made: Forgetting) -> str:
     bars = "over seeds and test examples across" if f.confirmed else "none across"
-    text = f"{formats.capital(made.probe.what)} on data that training did not see, by cell; bars are 95 % intervals, {bars}, over seeds upwards."
+    text = f"{formatting.capital(made.probe.what)} on data that training did not see, by cell; bars are 95 % intervals, {bars}, over seeds upwards."
     if made.value is not None:
         along = "learning rates" if made.how == "rates" else "evaluations"
         text += f" Right: each seed's runs along its {along}; points on the dotted line are the means where the target passes {f.metric.value(made.value, unit=True)}."
@@ -174,7 +174,7 @@ def _alt(f: Findings, made: Forgetting) -> str:
         said.append(
             text + (f", matched {spread(made.probe, c.matched)}" if c.matched and made.value is not None else "")
         )
-    return f"{formats.capital(made.probe.what)} against {f.metric.axis}: {'; '.join(said)}."
+    return f"{formatting.capital(made.probe.what)} against {f.metric.axis}: {'; '.join(said)}."
 
 
 # -- the table -----------------------------------------------------------------------------------------------------------
@@ -198,9 +198,9 @@ def _table(f: Findings, made: Forgetting) -> Table:
     for c in made.cells:
         r = c.result
         target = plus_minus(f, r) if f.confirmed else f.metric.value(r.val)
-        cells = [r.name, formats.rate(r.lr), target, *([p.metric.value(c.before)] if p.before else [])]
+        cells = [r.name, formatting.rate(r.lr), target, *([p.metric.value(c.before)] if p.before else [])]
         cells += [p.metric.value(c.after), spread(p, c.change)] if p.before else [spread(p, c.change, sign=False)]
-        cells += [spread(p, c.matched) if c.matched else formats.DASH] if made.value is not None else []
+        cells += [spread(p, c.matched) if c.matched else formatting.DASH] if made.value is not None else []
         rows.append(Row(tuple(cells), tuple(x.run_id for x in r.runs)))
     note = f"Probe: {p.said}, {'less' if p.less else 'more'} is better. ±: half the 95 % interval over seeds alone."
     return Table("forgetting", "The probe before and after training", tuple(columns), tuple(rows), (note,))

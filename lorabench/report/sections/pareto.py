@@ -11,22 +11,22 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.ticker import FuncFormatter
 
-from lorabench.report import theme as style
-from lorabench.report.figures import score
-from lorabench.report.section import Part
+from lorabench.report import theme
+from lorabench.report.figures import score_interval
+from lorabench.report.section import Section
 from lorabench.report.tables import Column, Row, Table, plus_minus
 from lorabench.report.theme import INK, Drawing, Look
-from lorabench.results import formatting as formats
+from lorabench.results import formatting
 from lorabench.results.best_rate import Missing
 from lorabench.results.cells import Result, unique_results
 from lorabench.results.evidence import Evidence
 from lorabench.results.findings import Findings
 from lorabench.results.sweep import shorten
 
-GREY = "#9A9A9A"
-LONGEST = 28  # characters of a name beside a point
-LEAST = 3  # cells; of two there is no front to speak of
-SAME = 1.02  # measured costs within this factor are one cost: a second measurement may turn them round
+BEATEN_COLOUR = "#9A9A9A"
+MAX_POINT_NAME = 28  # characters of a name beside a point
+MIN_CELLS = 3  # cells; of two there is no front to speak of
+EQUAL_COST_FACTOR = 1.02  # measured costs within this factor are one cost: a second measurement may turn them round
 
 
 @dataclass(frozen=True)
@@ -49,8 +49,8 @@ class Front:
     on: tuple[Result, ...]  # of these the ones no other beats, cheapest first
 
 
-PER_CENT = round(100 * (SAME - 1))
-WITHIN = f"measured costs within {PER_CENT} % of each other count as equal"
+PER_CENT = round(100 * (EQUAL_COST_FACTOR - 1))
+EQUAL_COSTS_SENTENCE = f"measured costs within {PER_CENT} % of each other count as equal"
 
 
 def _seconds(r: Result) -> float | None:
@@ -69,26 +69,28 @@ def _alone(r: Result) -> bool:
 
 
 COSTS = (
-    Cost("trainable", "trainable parameters", "trainable parameters (log scale)", lambda r: r.cell.trainable, formats.count, log=True),
-    Cost("seconds", "training time", "seconds of a run alone", _seconds, formats.seconds, same=SAME),
-    Cost("memory", "peak memory", "peak memory alone", _memory, formats.memory, same=SAME),
+    Cost("trainable", "trainable parameters", "trainable parameters (log scale)", lambda r: r.cell.trainable, formatting.count, log=True),
+    Cost("seconds", "training time", "seconds of a run alone", _seconds, formatting.seconds, same=EQUAL_COST_FACTOR),
+    Cost("memory", "peak memory", "peak memory alone", _memory, formatting.memory, same=EQUAL_COST_FACTOR),
 )  # fmt: skip
 
 
-def part(f: Findings, e: Evidence, looks: Mapping[str, Look]) -> Part | None:
+def section(f: Findings, e: Evidence, looks: Mapping[str, Look]) -> Section | None:
     """Where three cells or more have a test result and a cost."""
     found = fronts(f)
     if not found:
         return None
     texts = (*(_said(f, e, front) for front in found), *_alike(f))
-    return Part("pareto", "What a point costs", texts, (draw(f, found, looks),), (_table(f, found),))
+    return Section("pareto", "What a point costs", texts, (draw(f, found, looks),), (_table(f, found),))
 
 
 def fronts(f: Findings) -> list[Front]:
     """Of the costs that tell cells apart."""
     made = [(cost, _priced(f, cost)) for cost in COSTS]
     return [
-        Front(cost, cells, front(f, cost, cells)) for cost, cells in made if len(cells) >= LEAST and _apart(cost, cells)
+        Front(cost, cells, front(f, cost, cells))
+        for cost, cells in made
+        if len(cells) >= MIN_CELLS and _apart(cost, cells)
     ]
 
 
@@ -106,10 +108,10 @@ def _alike(f: Findings) -> Iterator[str]:
     """A cost that is the same for all says so, as there is no front of it."""
     for cost in COSTS:
         cells = _priced(f, cost)
-        if len(cells) >= LEAST and not _apart(cost, cells):
+        if len(cells) >= MIN_CELLS and not _apart(cost, cells):
             within = f" within {PER_CENT} %" if cost.same > 1 else ""
             unit = " s" if cost.key == "seconds" else ""
-            yield f"{formats.capital(cost.title)}: the same{within} for all, {cost.text(cost.of(cells[0]))}{unit}."
+            yield f"{formatting.capital(cost.title)}: the same{within} for all, {cost.text(cost.of(cells[0]))}{unit}."
 
 
 def front(f: Findings, cost: Cost, cells: Sequence[Result]) -> tuple[Result, ...]:
@@ -138,7 +140,7 @@ def unresolved(e: Evidence, on: Sequence[Result]) -> list[tuple[Result, Result]]
 def _said(f: Findings, e: Evidence, made: Front) -> str:
     names = ", ".join(r.name for r in made.on)
     open_pairs = unresolved(e, made.on)
-    text = f"{formats.capital(made.cost.title)}: on the front, from cheap to dear, {names}."
+    text = f"{formatting.capital(made.cost.title)}: on the front, from cheap to dear, {names}."
     if len(made.on) == 1:
         more = (made.cost.of(made.on[0]) or 0.0) / (made.cost.of(made.cells[0]) or 1.0) - 1
         return (
@@ -157,8 +159,8 @@ def _said(f: Findings, e: Evidence, made: Front) -> str:
 
 def draw(f: Findings, found: Sequence[Front], looks: Mapping[str, Look]) -> Drawing:
     """A panel a cost, one below the other."""
-    with style.canvas(
-        style.single(shorten(r.name, LONGEST) for made in found for r in made.on), 0.3 + 2.4 * len(found)
+    with theme.canvas(
+        theme.panel_width(shorten(r.name, MAX_POINT_NAME) for made in found for r in made.on), 0.3 + 2.4 * len(found)
     ) as figure:
         axes = np.atleast_1d(figure.subplots(len(found), 1, sharey=True))
         for ax, made in zip(axes, found, strict=True):
@@ -167,9 +169,9 @@ def draw(f: Findings, found: Sequence[Front], looks: Mapping[str, Look]) -> Draw
         caption = ("In colour and joined: cells that no other beats on both axes, by their point estimates. Grey: the others. Bars are 95 % intervals over "
                    "seeds and test examples.")  # fmt: skip
         if measured := [made.cost.key for made in found if made.cost.same > 1]:
-            caption += f" {formats.capital(' and '.join(measured))} {'are' if len(measured) > 1 or measured == ['seconds'] else 'is'} of a cell measured alone; {WITHIN}."
+            caption += f" {formatting.capital(' and '.join(measured))} {'are' if len(measured) > 1 or measured == ['seconds'] else 'is'} of a cell measured alone; {EQUAL_COSTS_SENTENCE}."
         alt = f"Test {f.metric.axis} against {costs}. " + " ".join(_alt(f, made) for made in found)
-        return style.drawing(
+        return theme.render_drawing(
             "pareto", f"{f.metric.title[:1].upper() + f.metric.title[1:]} against its cost", caption, alt, figure
         )
 
@@ -185,11 +187,11 @@ def _panel(ax: Axes, f: Findings, made: Front, looks: Mapping[str, Look]) -> Non
         ax.set_xscale("log")
     else:
         ax.xaxis.set_major_formatter(FuncFormatter(lambda x, _: f"{x:,.6g}"))
-    xy = {r.id: ((made.cost.of(r) or 0.0) / scale, *(score(f, r) or (0.0, 0.0, 0.0))) for r in made.cells}
+    xy = {r.id: ((made.cost.of(r) or 0.0) / scale, *(score_interval(f, r) or (0.0, 0.0, 0.0))) for r in made.cells}
     for r in made.cells:
         x, low, mean, high = xy[r.id]
         on = r in made.on
-        colour = looks[r.id].colour if on else GREY
+        colour = looks[r.id].colour if on else BEATEN_COLOUR
         ax.vlines(
             x, low, high, color=colour, linewidth=2.6 if on else 1.8, alpha=0.55 if on else 0.7, zorder=4 if on else 2
         )
@@ -211,12 +213,12 @@ def _panel(ax: Axes, f: Findings, made: Front, looks: Mapping[str, Look]) -> Non
         linewidth=1.1,
         zorder=2.5,
     )
-    style.tidy(ax, x=f"{made.cost.axis}{unit}", y=f"test {f.metric.axis}")
-    style.per_metric(ax, f.metric)
+    theme.label_axes(ax, x=f"{made.cost.axis}{unit}", y=f"test {f.metric.axis}")
+    theme.format_metric_ticks(ax, f.metric)
     if made.cost.log:
         _decades(ax, [xy[r.id][0] for r in made.cells])
     ax.margins(y=0.13)  # a name beyond the outermost point stays inside
-    names = [(xy[r.id][0], xy[r.id][2], shorten(r.name, LONGEST), looks[r.id].colour) for r in made.on]
+    names = [(xy[r.id][0], xy[r.id][2], shorten(r.name, MAX_POINT_NAME), looks[r.id].colour) for r in made.on]
     _room(ax, [(x, text) for x, _, text, _ in names])
     _names(ax, names, below=f.metric.lower_is_better)
 
@@ -235,7 +237,7 @@ def _decades(ax: Axes, values: Sequence[float]) -> None:
     steps = (1, 2, 5) if high / low < 300 else (1,)
     powers = range(math.floor(math.log10(low)), math.ceil(math.log10(high)) + 1)
     ticks = [t for p in powers for k in steps if low / 1.5 <= (t := k * 10.0**p) <= high * 1.5]
-    ax.set_xticks(ticks, [formats.compact(t).replace(".0 ", " ") for t in ticks])
+    ax.set_xticks(ticks, [formatting.compact(t).replace(".0 ", " ") for t in ticks])
     ax.minorticks_off()
 
 
@@ -261,7 +263,7 @@ def _names(ax: Axes, labels: Sequence[tuple[float, float, str, str]], *, below: 
     lift, gap = (-0.075 if below else 0.075), 0.09
     ordered = sorted(labels, key=lambda label: (label[1], label[0]))
     wanted = [(y - low) / (high - low) + lift for _, y, _, _ in ordered]
-    places = style.spread(wanted, gap)
+    places = theme.spread_apart(wanted, gap)
     room = max(0.0, 0.05 - min(places, default=1.0)) * (
         high - low
     )  # a name below the lowest point stays above the axis
@@ -270,7 +272,7 @@ def _names(ax: Axes, labels: Sequence[tuple[float, float, str, str]], *, below: 
         across = math.log(x / left) / math.log(right / left) if log else (x - left) / (right - left)
         ax.annotate(
             text, (x, y), xytext=(across - 0.014, low + at * (high - low)), textcoords=("axes fraction", "data"), ha="right", va="center", fontsize=9, zorder=6,
-            color=style.readable(colour), bbox={"facecolor": "white", "alpha": 0.8, "linewidth": 0, "pad": 0.6},
+            color=theme.readable_colour(colour), bbox={"facecolor": "white", "alpha": 0.8, "linewidth": 0, "pad": 0.6},
         )  # fmt: skip
 
 
@@ -285,10 +287,10 @@ def _table(f: Findings, found: Sequence[Front]) -> Table:
     for r in (r for r in f.results.values() if any(r in made.cells for made in found)):
         costs = tuple(made.cost.text(made.cost.of(r)) for made in found)
         on = ", ".join(made.cost.title for made in found if r in made.on)
-        rows.append(Row((r.name, plus_minus(f, r), *costs, on or formats.DASH), tuple(x.run_id for x in r.runs)))
+        rows.append(Row((r.name, plus_minus(f, r), *costs, on or formatting.DASH), tuple(x.run_id for x in r.runs)))
     notes = [
         "A cell is on a front by its point estimates: no other cell costs no more and scores no worse. Which neighbours are resolved from each other is said in the text."
     ]
     if any(made.cost.same > 1 for made in found):
-        notes.append(f"{formats.capital(WITHIN)}.")
+        notes.append(f"{formatting.capital(EQUAL_COSTS_SENTENCE)}.")
     return Table("pareto", "Costs and fronts", columns, tuple(rows), tuple(notes))

@@ -11,19 +11,19 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from lorabench.report.section import Part
+from lorabench.report.section import Section
 from lorabench.report.tables import Column, Row, Table
-from lorabench.results import formatting as formats
+from lorabench.results import formatting
 from lorabench.results.cells import Result
 from lorabench.results.findings import Findings
 
-FILE = "samples.json"
-MOST = 8  # rows
-LONG = 240  # characters of one text
+FILE_NAME = "samples.json"
+MAX_ROWS = 8  # rows
+MAX_TEXT_LENGTH = 240  # characters of one text
 
 
 @dataclass(frozen=True)
-class Said:
+class RunSamples:
     """One run's samples, by the text they begin from."""
 
     result: Result
@@ -31,14 +31,14 @@ class Said:
     rows: dict[str, tuple[str, str, str]]  # expected, before, after
 
 
-def part(f: Findings) -> Part | None:
+def section(f: Findings) -> Section | None:
     """Of the recommended cell (else the best) and the reference; of other cells where neither has any."""
     told = [made for r in _named(f) if (made := _first(f, r))] or [
         made for r in f.results.values() if (made := _first(f, r))
     ]
     if not told:
         return None
-    return Part("samples", "Before and after, in its own words", (), (), (_table(told[:2]),))
+    return Section("samples", "Before and after, in its own words", (), (), (_table(told[:2]),))
 
 
 def _named(f: Findings) -> list[Result]:
@@ -46,44 +46,44 @@ def _named(f: Findings) -> list[Result]:
     return [f.results[i] for i in dict.fromkeys((chosen, f.reference)) if i]
 
 
-def _first(f: Findings, r: Result) -> Said | None:
+def _first(f: Findings, r: Result) -> RunSamples | None:
     """The first of the cell's runs, by seed, that has samples."""
     for x in r.runs:
         rows = read(f, x.run_id)
         if rows:
-            return Said(r, x.run_id, rows)
+            return RunSamples(r, x.run_id, rows)
     return None
 
 
 def read(f: Findings, run_id: str) -> dict[str, tuple[str, str, str]]:
     """Empty where there is no file; as with records, a torn or foreign one counts as none."""
     try:
-        found = json.loads((f.sweep.store.run_dir(run_id) / FILE).read_text(encoding="utf-8"))
+        found = json.loads((f.sweep.store.run_dir(run_id) / FILE_NAME).read_text(encoding="utf-8"))
     except (OSError, ValueError):
         return {}
     rows: dict[str, tuple[str, str, str]] = {}
     for x in found if isinstance(found, list) else ():
-        if isinstance(x, dict) and (text := plain(x.get("text", x.get("prompt")))):
-            rows.setdefault(text, (plain(x.get("expected")), plain(x.get("before")), plain(x.get("after"))))
+        if isinstance(x, dict) and (text := one_line(x.get("text", x.get("prompt")))):
+            rows.setdefault(text, (one_line(x.get("expected")), one_line(x.get("before")), one_line(x.get("after"))))
     return rows
 
 
-def plain(value: Any) -> str:
+def one_line(value: Any) -> str:
     """One line of printable text, cut with an ellipsis. Half characters, which UTF-8 cannot hold, become question marks."""
     text = " ".join(str("" if value is None else value).encode("utf-8", "replace").decode("utf-8").split())
     text = "".join(ch if ch.isprintable() else "?" for ch in text)
-    return text if len(text) <= LONG else text[: LONG - 1].rstrip() + "…"
+    return text if len(text) <= MAX_TEXT_LENGTH else text[: MAX_TEXT_LENGTH - 1].rstrip() + "…"
 
 
-def _texts(told: Sequence[Said]) -> list[str]:
+def _texts(told: Sequence[RunSamples]) -> list[str]:
     """Texts that all runs have; where they have none in common, as many of each."""
     common = [t for t in told[0].rows if all(t in x.rows for x in told)]
     if common:
-        return common[:MOST]
-    return [t for x in told for t in list(x.rows)[: MOST // len(told)]]
+        return common[:MAX_ROWS]
+    return [t for x in told for t in list(x.rows)[: MAX_ROWS // len(told)]]
 
 
-def _table(told: Sequence[Said]) -> Table:
+def _table(told: Sequence[RunSamples]) -> Table:
     texts = _texts(told)
     befores = [{x.rows[t][1] for x in told if t in x.rows} for t in texts]
     one = all(len(b) == 1 for b in befores)  # the base says the same, as it does where no head is drawn
@@ -99,7 +99,7 @@ def _table(told: Sequence[Said]) -> Table:
         cells = [t, known[0], *([known[1]] if one else [])]
         for h in have:
             cells += ([] if one else [h[1] if h else ""]) + [h[2] if h else ""]
-        rows.append(Row(tuple(c or formats.DASH for c in cells), tuple(x.run for x in told if t in x.rows)))
+        rows.append(Row(tuple(c or formatting.DASH for c in cells), tuple(x.run for x in told if t in x.rows)))
     runs = "; ".join(f"{x.result.name}: run {x.run}" for x in told)
-    note = f"The first {formats.plural(len(rows), 'sample')} as recorded, none picked ({runs}). Texts are cut at {LONG} characters."
+    note = f"The first {formatting.plural(len(rows), 'sample')} as recorded, none picked ({runs}). Texts are cut at {MAX_TEXT_LENGTH} characters."
     return Table("samples", "Sample predictions before and after training", tuple(columns), tuple(rows), (note,))

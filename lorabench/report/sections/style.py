@@ -4,21 +4,21 @@ from __future__ import annotations
 
 from statistics import fmean
 
-from lorabench.report.section import Part
+from lorabench.report.section import Section
 from lorabench.report.tables import Column, Row, Table, plus_minus
-from lorabench.results import formatting as formats
+from lorabench.results import formatting
 from lorabench.results.cells import Result
 from lorabench.results.findings import Findings
-from lorabench.stats import estimates as st
+from lorabench.stats import estimates
 from lorabench.stats.estimates import welch
 
-WHO = ("real", "base", "adapted")
+WRITERS = ("real", "base", "adapted")
 
 
-def part(f: Findings) -> Part | None:
+def section(f: Findings) -> Section | None:
     """Where runs behind the numbers have the measure."""
     cells = [r for r in f.results.values() if _values(r, "adapted")]
-    return Part("tone", "What replies took on of the data's tone", (), (), (_table(f, cells),)) if cells else None
+    return Section("tone", "What replies took on of the data's tone", (), (), (_table(f, cells),)) if cells else None
 
 
 def _values(r: Result, name: str) -> list[float]:
@@ -28,17 +28,17 @@ def _values(r: Result, name: str) -> list[float]:
 def _table(f: Findings, cells: list[Result]) -> Table:
     unit = f" ({f.metric.measured_in})" if f.metric.measured_in else ""
     columns = (
-        Column("cell", "cell"), Column("test", f"test {f.metric.title}{unit}", "right"), *(Column(who, who, "right") for who in WHO),
+        Column("cell", "cell"), Column("test", f"test {f.metric.title}{unit}", "right"), *(Column(who, who, "right") for who in WRITERS),
         Column("moved", "moved, over seeds", "right"), Column("prompts", "moved, over prompts (95 %)", "right"),
         Column("difference", "Δ to reference (95 %)", "right"),
     )  # fmt: skip
     rows = tuple(
-        Row((r.name, plus_minus(f, r), *map(_mean, (_values(r, who) for who in WHO)), _moved(r), _prompts(r), _difference(f, r)),
+        Row((r.name, plus_minus(f, r), *map(_mean, (_values(r, who) for who in WRITERS)), _moved(r), _prompts(r), _difference(f, r)),
             tuple(x.run_id for x in r.runs)) for r in cells
     )  # fmt: skip
     replies = sorted({int(n) for r in cells for n in _values(r, "examples")})
     notes = [
-        f"Real, base, adapted: how likely {' or '.join(formats.count(n) for n in replies)} held-out replies of people, of the base and of the trained runs are real ones to a classifier of "
+        f"Real, base, adapted: how likely {' or '.join(formatting.count(n) for n in replies)} held-out replies of people, of the base and of the trained runs are real ones to a classifier of "
         "n-grams. Moved: (adapted − base) / (real − base), 0 like the base, 1 like the data. It knows surface (length, case, slang), not sense: read the samples.",
         "Over seeds: mean with half its 95 % interval; over prompts: the mean of the runs' own intervals. Neither holds the other's luck. Δ: Welch over seeds, exploratory.",
     ]  # fmt: skip
@@ -48,20 +48,20 @@ def _table(f: Findings, cells: list[Result]) -> Table:
 
 
 def _mean(values: list[float]) -> str:
-    return formats.number(fmean(values), 2) if values else formats.DASH
+    return formatting.number(fmean(values), 2) if values else formatting.DASH
 
 
 def _moved(r: Result) -> str:
     moved = _values(r, "moved")
     if not moved:
-        return formats.DASH
-    half = f" ± {formats.number(st.mean_over_seeds(moved).half_width(), 2)}" if len(moved) > 1 else ""
-    return formats.number(fmean(moved), 2) + half
+        return formatting.DASH
+    half = f" ± {formatting.number(estimates.mean_over_seeds(moved).half_width(), 2)}" if len(moved) > 1 else ""
+    return formatting.number(fmean(moved), 2) + half
 
 
 def _prompts(r: Result) -> str:
     low, high = _values(r, "moved_low"), _values(r, "moved_high")
-    return f"{_mean(low)} to {_mean(high)}" if low and high else formats.DASH
+    return f"{_mean(low)} to {_mean(high)}" if low and high else formatting.DASH
 
 
 def _difference(f: Findings, r: Result) -> str:
@@ -69,6 +69,6 @@ def _difference(f: Findings, r: Result) -> str:
         return "reference"
     made = welch(_values(r, "moved"), _values(f.results[f.reference], "moved")) if f.reference else None
     if made is None:
-        return formats.DASH
+        return formatting.DASH
     low, high = made.interval()
-    return f"{formats.number(made.mean, 2, sign=True)} ({formats.number(low, 2, sign=True)} to {formats.number(high, 2, sign=True)})"
+    return f"{formatting.number(made.mean, 2, sign=True)} ({formatting.number(low, 2, sign=True)} to {formatting.number(high, 2, sign=True)})"

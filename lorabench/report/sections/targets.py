@@ -8,12 +8,12 @@ from dataclasses import dataclass
 import numpy as np
 from matplotlib.axes import Axes
 
-from lorabench.report import theme as style
-from lorabench.report.figures import score
-from lorabench.report.section import Part
+from lorabench.report import theme
+from lorabench.report.figures import score_interval
+from lorabench.report.section import Section
 from lorabench.report.tables import Column, Row, Table, plus_minus
 from lorabench.report.theme import Drawing, Look
-from lorabench.results import formatting as formats
+from lorabench.results import formatting
 from lorabench.results.best_rate import Missing
 from lorabench.results.cells import Result
 from lorabench.results.evidence import MAX_PARAMETER_GAP, Evidence, parameter_gap
@@ -33,13 +33,13 @@ class Group:
         return shorten(r.cell.targets, 24) + ("" if self.by_rank else f", r = {r.cell.r}")
 
 
-def part(f: Findings, e: Evidence, looks: Mapping[str, Look]) -> Part | None:
+def section(f: Findings, e: Evidence, looks: Mapping[str, Look]) -> Section | None:
     """Where two sets of targets are confirmed at one rank, or at one number of parameters."""
     found = groups(f)
     if not found:
         return None
     texts = tuple(_resolved(f, e, g) for g in found)
-    return Part("targets", "Where the adapters go", texts, (draw(f, found, looks),), (_table(f, e, found),))
+    return Section("targets", "Where the adapters go", texts, (draw(f, found, looks),), (_table(f, e, found),))
 
 
 def groups(f: Findings) -> list[Group]:
@@ -55,7 +55,7 @@ def groups(f: Findings) -> list[Group]:
         alpha = "" if c.alpha is None else f", α = {c.alpha:.4g}"
         made.append(Group(f"equal rank: r = {c.r}{alpha}", _sorted(f, mine), True))
     if mine := _widest(matched):
-        count = formats.compact(mine[0].cell.trainable)
+        count = formatting.compact(mine[0].cell.trainable)
         made.append(Group(f"equal parameters: about {count}", _sorted(f, mine), False))
     return made
 
@@ -110,7 +110,7 @@ def _resolved(f: Findings, e: Evidence, g: Group) -> str:
 
 def draw(f: Findings, found: Sequence[Group], looks: Mapping[str, Look]) -> Drawing:
     tall = max(len(g.cells) for g in found)
-    with style.canvas(5.2 if len(found) == 1 else 9.0, 1.3 + 0.34 * tall) as figure:
+    with theme.canvas(5.2 if len(found) == 1 else 9.0, 1.3 + 0.34 * tall) as figure:
         axes = np.atleast_1d(figure.subplots(1, len(found), sharex=True))
         for ax, g in zip(axes, found, strict=True):
             _panel(ax, f, g, looks, tall)
@@ -119,12 +119,14 @@ def draw(f: Findings, found: Sequence[Group], looks: Mapping[str, Look]) -> Draw
                    + (" Both panels have one horizontal axis." if len(found) > 1 else "")).replace("%.", " %.")  # fmt: skip
         said = "; ".join(f"{g.title}: " + ", ".join(f"{g.label(r)} {plus_minus(f, r)}" for r in g.cells) for g in found)
         title = f"{f.metric.title[:1].upper() + f.metric.title[1:]} by target modules"
-        return style.drawing("targets", title, caption, f"Test {f.metric.axis} by target modules. {said}.", figure)
+        return theme.render_drawing(
+            "targets", title, caption, f"Test {f.metric.axis} by target modules. {said}.", figure
+        )
 
 
 def _panel(ax: Axes, f: Findings, g: Group, looks: Mapping[str, Look], tall: int) -> None:
     for y, r in enumerate(g.cells):
-        s = score(f, r)
+        s = score_interval(f, r)
         assert s is not None
         ax.hlines(y, s[0], s[2], color=looks[r.id].colour, linewidth=2.8, alpha=0.55)
         ax.plot(
@@ -132,8 +134,8 @@ def _panel(ax: Axes, f: Findings, g: Group, looks: Mapping[str, Look], tall: int
         )
     ax.set_yticks(range(len(g.cells)), [g.label(r) for r in g.cells])
     ax.set_ylim(tall - 0.4, -0.6)
-    style.tidy(ax, x=f"test {f.metric.axis}", y="", grid="x")
-    style.per_metric(ax, f.metric, "x")
+    theme.label_axes(ax, x=f"test {f.metric.axis}", y="", grid="x")
+    theme.format_metric_ticks(ax, f.metric, "x")
     ax.tick_params(axis="y", length=0)
     ax.set_title(g.title)
 
@@ -149,7 +151,7 @@ def _table(f: Findings, e: Evidence, found: Sequence[Group]) -> Table:
         pivot = _pivot(f, g)
         for r in g.cells:
             texts = (
-                g.title, r.cell.targets, str(r.cell.r), formats.count(r.cell.trainable), formats.rate(r.lr),
+                g.title, r.cell.targets, str(r.cell.r), formatting.count(r.cell.trainable), formatting.rate(r.lr),
                 plus_minus(f, r), "held against" if r is pivot else _difference(f, e, r, pivot),
             )  # fmt: skip
             rows.append(Row(texts, tuple(x.run_id for x in r.runs)))
@@ -160,7 +162,7 @@ def _table(f: Findings, e: Evidence, found: Sequence[Group]) -> Table:
 def _difference(f: Findings, e: Evidence, a: Result, b: Result) -> str:
     made = e.difference(a, b)
     return (
-        formats.DASH
+        formatting.DASH
         if isinstance(made, Missing)
         else f"{f.metric.difference(made.mean)} ({f.metric.bounds(*made.interval())})"
     )

@@ -15,17 +15,19 @@ from matplotlib.axes import Axes
 from matplotlib.collections import QuadMesh
 
 from lorabench.config.method_names import LORA
-from lorabench.report import theme as style
+from lorabench.report import theme
 from lorabench.report.tables import Column, Row, Table
 from lorabench.report.theme import Drawing, Look
-from lorabench.results import formatting as formats
+from lorabench.results import formatting
 from lorabench.results.sweep import shorten
 from lorabench.results.weights import MEASURES, AnalysedCell, Analysis, Layer
 
-RATIOS = ("amplification",)  # one direction that W hardly holds makes a layer's vast: the median over layers is shown
+MEDIAN_MEASURES = (
+    "amplification",
+)  # one direction that W hardly holds makes a layer's vast: the median over layers is shown
 
 
-SHOWN = 0.5  # the threshold whose intruders a table shows
+INTRUDER_THRESHOLD = 0.5  # the threshold whose intruders a table shows
 
 
 @dataclass(frozen=True)
@@ -101,7 +103,7 @@ class Weights:
     notes: tuple[str, ...]
 
 
-def tidy(a: Analysis) -> Weights:
+def tidy_rows(a: Analysis) -> Weights:
     """From the file's content to rows, cells in the order of the report's tables."""
     measured = {i: [(run, a.runs[run]) for run in c.runs if run in a.runs] for i, c in a.cells.items()}
     have = {i: runs for i, runs in measured.items() if any(layers for _, layers in runs)}
@@ -121,7 +123,9 @@ Runs = Sequence[tuple[str, Mapping[str, Layer]]]  # run_id, layers
 def _cell(cell: str, about: AnalysedCell, runs: Runs) -> CellWeights:
     by_run = [list(layers.values()) for _, layers in runs]
     measures = {
-        name: _mean([[x.measures[name] for x in layers] for layers in by_run], np.median if name in RATIOS else np.mean)
+        name: _mean(
+            [[x.measures[name] for x in layers] for layers in by_run], np.median if name in MEDIAN_MEASURES else np.mean
+        )
         for name in MEASURES
     }
     thresholds = sorted({t for layers in by_run for x in layers for t in x.intruders})
@@ -176,7 +180,7 @@ def _left_out(a: Analysis) -> Iterator[str]:
     for about in a.cells.values():
         why = [a.left_out[run] for run in about.runs if run in a.left_out]
         if why:
-            yield f"{about.name}: {len(why)} of {formats.plural(len(about.runs), 'run')} not analysed, as this asks for {why[0]}"
+            yield f"{about.name}: {len(why)} of {formatting.plural(len(about.runs), 'run')} not analysed, as this asks for {why[0]}"
         for run in about.runs:
             for layer, reason in a.layers_left_out.get(run, {}).items():
                 yield f"{about.name}: {layer} of run {run} not analysed: {reason}"
@@ -184,15 +188,15 @@ def _left_out(a: Analysis) -> Iterator[str]:
 
 COLUMNS = {  # measure -> title, decimals
     "relative_norm": ("‖ΔW‖ / ‖W‖", 4), "stable_rank": ("stable rank", 2), "effective_rank": ("effective rank", 2),
-    "variance_rank": ("90 % rank", 1), "intruders": (f"intruders < {SHOWN:g}", 2), "amplification": ("amplification", 2),
+    "variance_rank": ("90 % rank", 1), "intruders": (f"intruders < {INTRUDER_THRESHOLD:g}", 2), "amplification": ("amplification", 2),
     "magnitude": ("Δ row norm", 4), "direction": ("1 − row cosine", 4),
 }  # fmt: skip
 
 
-LATER = ("magnitude", "direction")  # measures that files of earlier versions lack
+OPTIONAL_MEASURES = ("magnitude", "direction")  # measures that files of earlier versions lack
 
 
-MEANING = {  # kind -> what its ΔW is, and what that makes of the measures
+KIND_NOTES = {  # kind -> what its ΔW is, and what that makes of the measures
     "dora": "DoRA: ΔW = m (W + s B A) / ‖W + s B A‖ − W, row by row. Its scaled rows give it as many directions as W has: ranks and amplification are "
             "those of all of ΔW, as under full fine-tuning; φ of A is that of its low-rank part.",
     "vera": "VeRA: ΔW = diag(b) B diag(d) A, of rank r at most. A and B are frozen and the same in every run, so its directions all lie in A's rows: φ(r, r) "
@@ -204,7 +208,7 @@ MEANING = {  # kind -> what its ΔW is, and what that makes of the measures
 
 def table(w: Weights) -> Table:
     """A row a cell: means over layers and seeds."""
-    keys = [key for key in COLUMNS if key not in LATER or any(key in c.measures for c in w.cells)]
+    keys = [key for key in COLUMNS if key not in OPTIONAL_MEASURES or any(key in c.measures for c in w.cells)]
     columns = (
         Column("cell", "cell"), Column("seeds", "seeds", "right"), *(Column(key, COLUMNS[key][0], "right") for key in keys)
     )  # fmt: skip
@@ -217,36 +221,36 @@ def table(w: Weights) -> Table:
 def _notes(w: Weights, keys: Sequence[str]) -> Iterator[str]:
     yield (
         "Means over layers and seeds; of amplification the median over layers. Intruders: of the ten leading singular vectors of W + ΔW those whose largest cosine with one of W's is below "
-        f"{SHOWN:g}. Amplification: ‖ΔW‖ over what W holds in ΔW's directions, an adapter's rank of them, else those that hold 90 % of ΔW."
+        f"{INTRUDER_THRESHOLD:g}. Amplification: ‖ΔW‖ over what W holds in ΔW's directions, an adapter's rank of them, else those that hold 90 % of ΔW."
     )
     if "magnitude" in keys:
         yield "Δ row norm: how far the norm of a row of W (an output's weights) moved, as a share of it; 1 − row cosine: how far the row turned; means over rows."
     kinds = {"ia3" if kind.startswith("ia3") else kind for c in w.cells for kind in c.kinds}
-    yield from (MEANING[kind] for kind in sorted(kinds & set(MEANING)))
+    yield from (KIND_NOTES[kind] for kind in sorted(kinds & set(KIND_NOTES)))
     if any(c.role == "tune" for c in w.cells):
         yield "Cells without confirmation runs: tuning runs at the chosen rate."
 
 
 def _texts(c: CellWeights, keys: Sequence[str]) -> Iterator[str]:
     for name in keys:
-        found = c.intruders.get(SHOWN) if name == "intruders" else c.measures.get(name)
-        yield formats.number(None if found is None else found.mean, COLUMNS[name][1])
+        found = c.intruders.get(INTRUDER_THRESHOLD) if name == "intruders" else c.measures.get(name)
+        yield formatting.number(None if found is None else found.mean, COLUMNS[name][1])
 
 
-MOST = 8  # spectra in one picture
+MAX_SPECTRA = 8  # spectra in one picture
 
 
 def draw(w: Weights, looks: Mapping[str, Look]) -> list[Drawing]:
     """The figures this analysis has the data for. looks: by cell id, as the report's other figures have them."""
-    return [d for d in (subspaces(w.similarities), spectra(w.spectra, looks)) if d is not None]
+    return [d for d in (draw_subspaces(w.similarities), draw_spectra(w.spectra, looks)) if d is not None]
 
 
 # -- subspaces -----------------------------------------------------------------------------------------------------------
 
 
-def subspaces(found: Sequence[Similarity]) -> Drawing | None:
+def draw_subspaces(found: Sequence[Similarity]) -> Drawing | None:
     """phi(i, j) of A before and after training and of dW, for the widest pair of ranks, else for one cell's seeds."""
-    mine = telling(found)
+    mine = shown_similarities(found)
     if not mine:
         return None
     a = next((s for s in mine if s.of == "A"), None)
@@ -255,7 +259,7 @@ def subspaces(found: Sequence[Similarity]) -> Drawing | None:
     panels += [("A after training", a, a.phi)] if a is not None else []
     panels += [("ΔW", dW, dW.phi)] if dW is not None else []
     first = mine[0]
-    with style.canvas(2.9 * len(panels) + 0.9, 3.1) as figure:
+    with theme.canvas(2.9 * len(panels) + 0.9, 3.1) as figure:
         axes = [figure.add_subplot(1, len(panels), k + 1) for k in range(len(panels))]
         for ax, (title, s, phi) in zip(axes, panels, strict=True):
             mesh = _heat(ax, s, phi, title, named=ax is axes[0])
@@ -264,14 +268,14 @@ def subspaces(found: Sequence[Similarity]) -> Drawing | None:
         bar.outline.set_visible(False)
         caption = _subspace_caption(first)
         alt = f"Subspace similarity of {_pair(first)}: " + "; ".join(
-            f"{title} φ(1, 1) = {formats.number(float(phi[0, 0]), 2)}, "
-            f"φ({s.i[-1]}, {s.j[-1]}) = {formats.number(float(phi[-1, -1]), 2)}"
+            f"{title} φ(1, 1) = {formatting.number(float(phi[0, 0]), 2)}, "
+            f"φ({s.i[-1]}, {s.j[-1]}) = {formatting.number(float(phi[-1, -1]), 2)}"
             for title, s, phi in panels
         )
-        return style.drawing("subspaces", "Do runs find the same directions?", caption, f"{alt}.", figure)
+        return theme.render_drawing("subspaces", "Do runs find the same directions?", caption, f"{alt}.", figure)
 
 
-def telling(found: Sequence[Similarity]) -> list[Similarity]:
+def shown_similarities(found: Sequence[Similarity]) -> list[Similarity]:
     """Both entries of the comparison a picture shows: the largest of the ranks up to a quarter of what it is held against
     (the paper's is 8 against 64), else the smallest; without ranks the widest cell's seeds."""
 
@@ -288,19 +292,19 @@ def _pair(s: Similarity) -> str:
 
 
 def _subspace_caption(s: Similarity) -> str:
-    corner = formats.number(float(s.random[-1, -1]), 2)
+    corner = formatting.number(float(s.random[-1, -1]), 2)
     pair = _pair(s)
     return (
         f"{pair[:1].upper()}{pair[1:]}: φ(i, j) of the i and j leading right-singular directions, "
-        f"0 where they are orthogonal, 1 where the smaller lies in the larger; the mean over layers and {formats.plural(len(s.runs), 'pair')} of runs. "
-        f"Random directions have {formats.number(float(s.random[0, 0]), 3)} at (1, 1) and {corner} at ({s.i[-1]}, {s.j[-1]})."
+        f"0 where they are orthogonal, 1 where the smaller lies in the larger; the mean over layers and {formatting.plural(len(s.runs), 'pair')} of runs. "
+        f"Random directions have {formatting.number(float(s.random[0, 0]), 3)} at (1, 1) and {corner} at ({s.i[-1]}, {s.j[-1]})."
     )
 
 
 def _heat(ax: Axes, s: Similarity, phi: np.ndarray, title: str, *, named: bool) -> QuadMesh:
     """Cells of one size whatever the numbers between two i: the axes are lists of what was kept."""
     ax.grid(False)
-    colours = sns.light_palette(style.HUES[LORA], as_cmap=True)
+    colours = sns.light_palette(theme.HUES[LORA], as_cmap=True)
     mesh = ax.pcolormesh(phi, vmin=0, vmax=1, cmap=colours, linewidth=0)
     for axis, ticks in ((ax.xaxis, s.j), (ax.yaxis, s.i)):
         every = max(1, len(ticks) // 7)
@@ -321,34 +325,36 @@ def _heat(ax: Axes, s: Similarity, phi: np.ndarray, title: str, *, named: bool) 
 # -- spectra -------------------------------------------------------------------------------------------------------------
 
 
-def spectra(found: Sequence[Spectrum], looks: Mapping[str, Look]) -> Drawing | None:
+def draw_spectra(found: Sequence[Spectrum], looks: Mapping[str, Look]) -> Drawing | None:
     """The leading singular values of dW beside ||W||, a curve a cell; bands are the quartiles over layers and runs."""
     shown = [s for s in found if s.cell in looks]
-    if len(shown) > MOST:
-        shown = [shown[k] for k in sorted({round(i * (len(shown) - 1) / (MOST - 1)) for i in range(MOST)})]
+    if len(shown) > MAX_SPECTRA:
+        shown = [
+            shown[k] for k in sorted({round(i * (len(shown) - 1) / (MAX_SPECTRA - 1)) for i in range(MAX_SPECTRA)})
+        ]
     if not shown:
         return None
-    with style.canvas(style.single(s.name for s in shown), 3.4) as figure:
+    with theme.canvas(theme.panel_width(s.name for s in shown), 3.4) as figure:
         ax = figure.add_subplot()
         labels = [_curve(ax, s, looks[s.cell]) for s in shown]
         most = max(len(s.median) for s in shown)
-        style.rank_axis(ax, [k for k in (1, 2, 4, 8, 16, 32, 64) if k <= most] or [1])
+        theme.set_rank_axis(ax, [k for k in (1, 2, 4, 8, 16, 32, 64) if k <= most] or [1])
         ax.set_xlim(1 / 1.15, most * 1.15)
         _per_cent(ax)
-        style.tidy(ax, x="singular value of ΔW, by size (log scale)", y="share of ‖W‖ (%, log scale)")
-        style.end_labels(ax, labels)
+        theme.label_axes(ax, x="singular value of ΔW, by size (log scale)", y="share of ‖W‖ (%, log scale)")
+        theme.draw_end_labels(ax, labels)
         caption = (
             "Singular values of ΔW over the Frobenius norm of W: median over layers and runs, bands are the quartiles."
         )
         said = "; ".join(
             f"{s.name} from {_share(s.median[0])} to {_share(s.median[-1])} at {len(s.median)}" for s in shown
         )
-        return style.drawing(
+        return theme.render_drawing(
             "spectra", "How many directions training used", caption, f"Singular values of ΔW: {said}.", figure
         )
 
 
-def _curve(ax: Axes, s: Spectrum, look: Look) -> style.Label:
+def _curve(ax: Axes, s: Spectrum, look: Look) -> theme.Label:
     """On log10 of the share, as end labels need an even axis; what rounding left of a zero is not drawn."""
     least = s.median[0] * 1e-6
     n = int((s.median > least).sum())

@@ -23,7 +23,7 @@ REQUESTS_AT_ONCE = 8
 def send(target: Target, folder: Path, tables: Mapping[str, Any]) -> bool:
     """Send a rendered report and the runs' verdicts. Return False where the server has this report already.
 
-    tables: what `lorabench.report.summary.mirrored` returns. Raises `ServerUnavailable`.
+    tables: what `lorabench.report.summary.tracker_summary` returns. Raises `ServerUnavailable`.
     """
     write_verdicts(target, tables["verdicts"])
     its_id, content = wandb_id(target.sweep, REPORT), folder_digest(folder)
