@@ -25,6 +25,7 @@ from lorabench.report.tables import Column, Row, Table
 from lorabench.report.theme import Drawing, Look
 from lorabench.results.evidence import Evidence, gather
 from lorabench.results.findings import Findings
+from lorabench.results.weights import read_analysis
 
 
 @dataclass(frozen=True)

@@ -18,7 +18,7 @@ from lorabench.config.errors import ConfigError
 from lorabench.report import render, theme
 from lorabench.report.sections import weights
 from lorabench.results.sweep import load
-from lorabench.results.weights import parse
+from lorabench.results.weights import parse, read_analysis
 
 CELLS = {"lora-r4-a16-all-linear": 4, "lora-r16-a16-all-linear": 16, "full-everything": None}
 SMALL, LARGE, FULL = CELLS
