@@ -55,10 +55,20 @@ def settings(folder: Path, runs: int, steps: int) -> list[str]:
     wide = ranks(runs)
     rates = [f"{1e-4 * 1.2**k:.6g}" for k in range(runs // wide)]
     return [
-        "-m", f"method.r={','.join(str(2**k) for k in range(wide))}", f"optimizer.lr={','.join(rates)}", "model=hf",
-        f"model.source={base}", "model.name=tiny", "task=text_file", f"task.file={data}", "task.max_length=32",
-        f"trainer.max_steps={steps}", "trainer.batch_size=4", "sweep.measure_solo=false", "sweep.progress=false",
-    ]  # fmt: skip
+        "-m",
+        f"method.r={','.join(str(2**k) for k in range(wide))}",
+        f"optimizer.lr={','.join(rates)}",
+        "model=hf",
+        f"model.source={base}",
+        "model.name=tiny",
+        "task=text_file",
+        f"task.file={data}",
+        "task.max_length=32",
+        f"trainer.max_steps={steps}",
+        "trainer.batch_size=4",
+        "sweep.measure_solo=false",
+        "sweep.progress=false",
+    ]
 
 
 @contextmanager
@@ -76,7 +86,7 @@ def served(arm: str, server: Any, delay: float) -> Iterator[str]:
     finally:
         server.start()
         time.sleep(SETTLE)
-        while server.asked:
+        while server.connections:
             time.sleep(0.1)
 
 
@@ -86,16 +96,26 @@ def run(arm: str, overrides: Sequence[str], folder: Path, server: Any, url: str)
 
     folder.mkdir(parents=True)
     online = {} if arm in ("none", "offline") else {"WANDB_API_KEY": KEY}
-    env = {k: v for k, v in os.environ.items() if not k.startswith("WANDB")} | online | {
-        "WANDB_BASE_URL": url, "NETRC": str(folder / "none"), "PYTHONPATH": str(REPO), "LORABENCH_CACHE": str(folder / "cache"),
-    }  # fmt: skip
+    env = (
+        {k: v for k, v in os.environ.items() if not k.startswith("WANDB")}
+        | online
+        | {
+            "WANDB_BASE_URL": url,
+            "NETRC": str(folder / "none"),
+            "PYTHONPATH": str(REPO),
+            "LORABENCH_CACHE": str(folder / "cache"),
+        }
+    )
     mode = f"tracker.mode={'online' if online else 'offline'}"
     tracker = ["tracker=none"] if arm == "none" else ["tracker=wandb", mode]
     before, start = resource.getrusage(resource.RUSAGE_CHILDREN), time.perf_counter()
     done = subprocess.run(
         [sys.executable, "-m", "lorabench", *overrides, *tracker, "sweep.name=s"],
-        cwd=folder, env=env, capture_output=True, text=True,
-    )  # fmt: skip
+        cwd=folder,
+        env=env,
+        capture_output=True,
+        text=True,
+    )
     seconds, after = time.perf_counter() - start, resource.getrusage(resource.RUSAGE_CHILDREN)
     if done.returncode:
         raise RuntimeError(f"{arm}: exit code {done.returncode}\n{done.stderr[-2000:]}")
@@ -181,13 +201,21 @@ def main(argv: Sequence[str] | None = None) -> int:
     for beside, of in found.items():
         for arm, r in of.items():
             whole = min(x[arm]["mirrored"] for x in repeats)
-            print(f"{arm}: {r['median']:.3f} of {beside} ({r['least']:.3f} to {r['most']:.3f}, {args.repeats} repeats; "
-                  f"at most {target(arm):.2f} wanted); at least {whole} of {args.runs} runs mirrored in full")  # fmt: skip
+            print(
+                f"{arm}: {r['median']:.3f} of {beside} ({r['least']:.3f} to {r['most']:.3f}, {args.repeats} repeats; "
+                f"at most {target(arm):.2f} wanted); at least {whole} of {args.runs} runs mirrored in full"
+            )
     if args.json:
         result = {
-            "runs": args.runs, "steps": args.steps, "delay": args.delay, "targets": {a: target(a) for a in arms},
-            "ratios": found, "repeats": repeats, "cpus": os.cpu_count(), "load": os.getloadavg(),
-        }  # fmt: skip
+            "runs": args.runs,
+            "steps": args.steps,
+            "delay": args.delay,
+            "targets": {a: target(a) for a in arms},
+            "ratios": found,
+            "repeats": repeats,
+            "cpus": os.cpu_count(),
+            "load": os.getloadavg(),
+        }
         args.json.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
     return int(any(r["median"] > target(arm) for of in found.values() for arm, r in of.items()))
 

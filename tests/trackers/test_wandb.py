@@ -8,6 +8,7 @@ import os
 import queue
 import re
 import shutil
+import signal
 import subprocess
 import sys
 import time
@@ -32,9 +33,13 @@ from lorabench.trackers.wandb.state import SENDING, abandoned, mark_pending
 
 RUNS = ("0123456789ab", "ba9876543210", "aaaabbbbcccc")
 CONFIG: dict[str, Any] = {
-    "method": {"name": "lora", "r": 8, "alpha": 16.5, "target_modules": ["query"]}, "optimizer": {"lr": 1e-3}, "seed": 3,
-    "model": {"name": "minilm"}, "task": {"name": "tweets"}, "role": "confirm",
-}  # fmt: skip
+    "method": {"name": "lora", "r": 8, "alpha": 16.5, "target_modules": ["query"]},
+    "optimizer": {"lr": 1e-3},
+    "seed": 3,
+    "model": {"name": "minilm"},
+    "task": {"name": "tweets"},
+    "role": "confirm",
+}
 ROWS = [{"step": s, "train/loss": 1 / s, "lr": 0.1} for s in range(1, 21)]
 ROWS[10:10] = [{"step": 10, "val/loss": 0.8, "val/accuracy": 0.71}]
 STEPS = list(range(1, 21))
@@ -388,7 +393,7 @@ def test_a_bad_server_is_not_waited_for_and_a_sync_sends_the_rest(
     assert why[kind] in last and f"python -m lorabench.sync {store.root} sends what is missing" in last
     assert [r.status for r in store.records()] == ["completed"] * 3
     server.start()
-    until(lambda: not (server.asked or wandb_core(process.pid)))  # what was under way is over
+    until(lambda: not (server.connections or wandb_core(process.pid)))  # what was under way is over
     server.delay, server.refuse = 0.0, 0
     monkeypatch.setenv("WANDB_BASE_URL", server.url)
     assert sync.main([str(store.root)]) == 0
@@ -399,18 +404,30 @@ def test_a_bad_server_is_not_waited_for_and_a_sync_sends_the_rest(
     assert "3 of 3 ended runs are there; 0 history rows to send" in capsys.readouterr().out
 
 
+@pytest.fixture
+def hanging(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The mirror's process hears nothing and says nothing."""
+    begin, code = subprocess.Popen, "import time; time.sleep(3600)"
+    monkeypatch.setattr(parent.subprocess, "Popen", lambda argv, **how: begin([sys.executable, "-c", code], **how))
+
+
+@pytest.mark.usefixtures("hanging")
 def test_a_wait_that_is_broken_off_ends_the_mirrors_process(
-    server: WandbServer, store: Store, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    store: Store, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    def ctrl_c(tracker: Any, wait: float, alone: bool) -> bool:
+    def ctrl_c(*args: Any) -> None:
         raise KeyboardInterrupt
 
-    server.delay = 3600.0
-    tracker = track(store, RUNS[0])
-    monkeypatch.setattr(parent.WandbTracker, "_wait_for_mirror", ctrl_c)
-    tracker.tracker.leave()
-    assert tracker.tracker.process.poll() is not None
-    assert "the wait was broken off" in capsys.readouterr().err
+    monkeypatch.setattr(parent, "START_UP", 3600.0)
+    tracker = track(store, RUNS[0]).tracker
+    before = signal.signal(signal.SIGALRM, ctrl_c)
+    signal.setitimer(signal.ITIMER_REAL, 0.3)
+    try:
+        tracker.leave()
+    finally:
+        signal.signal(signal.SIGALRM, before)
+    assert tracker.process.poll() is not None
+    assert f"not at W&B: {RUNS[0]} (the wait was broken off)" in capsys.readouterr().err
 
 
 def wandb_core(parent: int) -> bool:
@@ -534,13 +551,10 @@ def test_a_run_that_is_over_soon_is_sent_whole(
         arrived(server, run_id)
 
 
+@pytest.mark.usefixtures("hanging")
 def test_runs_that_nobody_had_time_for_are_named_too(
     store: Store, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """The mirror's process hangs and hears nothing."""
-    begin = subprocess.Popen
-    hangs = [sys.executable, "-c", "import time; time.sleep(3600)"]
-    monkeypatch.setattr(parent.subprocess, "Popen", lambda argv, **how: begin(hangs, **how))
     for name in ("WAIT_SHARE", "START_UP"):
         monkeypatch.setattr(parent, name, 0.0)
     tracker = track(store, *RUNS).tracker
@@ -628,18 +642,30 @@ time.sleep(60)
 def sweep(cli: Callable[..., tuple[int, str]], tmp_path: Path) -> Callable[..., str]:
     """A real sweep of two tuning and four confirmation runs on a tiny base; returns what it said."""
     from fixtures.runs import make_base, make_data
-    from lorabench.trackers.wandb.tracker import _trackers
+    from lorabench.trackers.wandb.tracker import running
 
     base, data = make_base(tmp_path / "base", "bert"), make_data(tmp_path / "data.csv")
 
     def run(*more: str) -> str:
         code, out = cli(
-            "-m", "method.r=1,4", "sweep.confirm_seeds=[7,8]", "sweep.name=s", "model=hf", f"model.source={base}",
-            "model.name=tiny", "task=text_file", f"task.file={data}", "task.max_length=32", "trainer.max_steps=6",
-            "trainer.batch_size=4", "trainer.precision=64", "trainer.accelerator=cpu", *more,
-        )  # fmt: skip
+            "-m",
+            "method.r=1,4",
+            "sweep.confirm_seeds=[7,8]",
+            "sweep.name=s",
+            "model=hf",
+            f"model.source={base}",
+            "model.name=tiny",
+            "task=text_file",
+            f"task.file={data}",
+            "task.max_length=32",
+            "trainer.max_steps=6",
+            "trainer.batch_size=4",
+            "trainer.precision=64",
+            "trainer.accelerator=cpu",
+            *more,
+        )
         with patient():
-            for tracker in _trackers.values():
+            for tracker in running.values():
                 if tracker.process.poll() is None:
                     tracker.leave()
         assert code == 0, out

@@ -76,10 +76,19 @@ def _open(target: Target, its_id: str) -> wandb.Run:
         shutil.rmtree(folder / "wandb", ignore_errors=True)  # one report a sweep: the last
     how: dict[str, Any] = {"resume": "allow"} if target.server else {}
     return wandb.init(
-        id=its_id, name=f"{target.sweep}: report", project=target.project, entity=target.entity, group=target.sweep,
-        job_type=REPORT, tags=["report"], dir=str(folder.resolve()), mode=target.mode, reinit="create_new",
-        settings=client_settings(target.server), **how,
-    )  # fmt: skip
+        id=its_id,
+        name=f"{target.sweep}: report",
+        project=target.project,
+        entity=target.entity,
+        group=target.sweep,
+        job_type=REPORT,
+        tags=["report"],
+        dir=str(folder.resolve()),
+        mode=target.mode,
+        reinit="create_new",
+        settings=client_settings(target.server),
+        **how,
+    )
 
 
 def _media(folder: Path, tables: Mapping[str, Any]) -> dict[str, Any]:

@@ -115,10 +115,20 @@ class Target:
         if self.server is not None:
             how = {"resume": "allow"} if back_to is None else {"resume_from": f"{its_id}?_step={back_to}"}
         return wandb.init(
-            id=its_id, name=display_name(run_id, config), project=self.project, entity=self.entity, group=self.sweep,
-            job_type=method, tags=[t[:64] for t in tags if t], config=dict(config), dir=str(folder.resolve()),
-            mode=self.mode, reinit="create_new", settings=settings, **how,
-        )  # fmt: skip
+            id=its_id,
+            name=display_name(run_id, config),
+            project=self.project,
+            entity=self.entity,
+            group=self.sweep,
+            job_type=method,
+            tags=[t[:64] for t in tags if t],
+            config=dict(config),
+            dir=str(folder.resolve()),
+            mode=self.mode,
+            reinit="create_new",
+            settings=settings,
+            **how,
+        )
 
     def end(self, run: wandb.Run, record: Record, verdict: Mapping[str, Any] | None = None) -> None:
         """Write the summary, log the adapter if asked for, and end the run. Online, something may still be unsent."""
@@ -230,19 +240,20 @@ def check_arrived(target: Target, record: Record, verdict: Mapping[str, Any] | N
 
     The server may take a moment to count. Raises `ServerUnavailable` where it has not all of it.
     """
-    server, its_id = target.server, target.wandb_id(record.run_id)
-    assert server is not None
-    rows = history_steps(target.store.history(record.run_id))
+    assert target.server is not None
     for pause in ARRIVAL_PAUSES:
         time.sleep(pause)
-        remote = server.run(its_id)
-        if remote is None or (remote.rows, remote.last_step) != (len(rows), rows[-1][0] if rows else -1):
-            continue
-        if "status" in remote.summary:  # written as the run ended
-            if values := missing_values(target.summary(record, verdict), remote.summary):
-                server.write_summary(remote, values)
+        lack = missing(target, record, verdict)
+        remote = lack.remote
+        if remote and not lack.rows and lack.back_to is None and "status" in remote.summary:  # written as the run ended
+            if lack.values:
+                target.server.write_summary(remote, lack.values)
             return
-    raise ServerUnavailable(f"{server.url} has {remote.rows if remote else 0} of {len(rows)} history rows of {its_id}")
+    rows = len(history_steps(target.store.history(record.run_id)))
+    its_id = target.wandb_id(record.run_id)
+    raise ServerUnavailable(
+        f"{target.server.url} has {remote.rows if remote else 0} of {rows} history rows of {its_id}"
+    )
 
 
 def client_settings(server: Server | None) -> wandb.Settings:
@@ -254,11 +265,21 @@ def client_settings(server: Server | None) -> wandb.Settings:
 
     online: dict[str, Any] = {} if server is None else {"base_url": server.url, "api_key": server.key}
     return wandb.Settings(
-        console="off", silent=True, disable_code=True, disable_git=True, save_code=False, x_disable_stats=True,
-        x_disable_meta=True, x_disable_machine_info=True, x_save_requirements=False, init_timeout=INIT_TIMEOUT,
-        finish_timeout=FINISH_TIMEOUT, x_file_stream_transmit_interval=2.0, x_file_stream_retry_wait_max_seconds=15.0,
+        console="off",
+        silent=True,
+        disable_code=True,
+        disable_git=True,
+        save_code=False,
+        x_disable_stats=True,
+        x_disable_meta=True,
+        x_disable_machine_info=True,
+        x_save_requirements=False,
+        init_timeout=INIT_TIMEOUT,
+        finish_timeout=FINISH_TIMEOUT,
+        x_file_stream_transmit_interval=2.0,
+        x_file_stream_retry_wait_max_seconds=15.0,
         **online,
-    )  # fmt: skip
+    )
 
 
 def client_environment() -> dict[str, str]:

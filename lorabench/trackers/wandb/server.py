@@ -6,6 +6,7 @@ import netrc
 import os
 import threading
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from http.client import HTTPException
 from pathlib import Path
@@ -89,6 +90,8 @@ class Server:
                 if isinstance(_cause(e), RunNotFoundError):
                     return None
                 raise
+            with suppress(OSError):
+                os.rmdir(run.dir)  # W&B makes a folder for each run in the temporary directory, and nothing goes there
             last = (run.history_keys or {}).get("lastStep", -1)
             return RemoteRun(int(run.history_line_count or 0), int(last), run.summary_metrics, run.state, run)
 

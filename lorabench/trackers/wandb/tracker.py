@@ -39,16 +39,16 @@ OPENING = 2.0  # seconds of a core that W&B's client takes before it sends anyth
 MAX_MESSAGES = 100_000  # that may wait for the mirror's process; a message starts or ends a run
 TARGET_FILE = ".wandb/target.json"  # in the sweep's directory: the project it went to, for `lorabench.sync`
 
-_left_alone: list[subprocess.Popen[str]] = []  # mirrors that go on: nobody waits for them
-_trackers: dict[tuple[Path, str, TrackerConfig], WandbTracker] = {}  # one for all phases of a sweep and its report
+_left_alone: list[subprocess.Popen[str]] = []  # mirrors that go on; one that is forgotten would be warned of
+running: dict[tuple[Path, str, TrackerConfig], WandbTracker] = {}  # one for all phases of a sweep and its report
 
 
 def build(settings: TrackerConfig, *, sweep: str, sweep_dir: Path) -> WandbTracker:
     """Return the sweep's tracker in this process. A new one is made where its mirror has ended or goes on alone."""
     key = (sweep_dir.resolve(), sweep, settings)
-    if key not in _trackers or _trackers[key].process.poll() is not None or _trackers[key].may_go_on:
-        _trackers[key] = WandbTracker(settings, sweep, Store(sweep_dir))
-    return _trackers[key]
+    if key not in running or running[key].process.poll() is not None or running[key].may_go_on:
+        running[key] = WandbTracker(settings, sweep, Store(sweep_dir))
+    return running[key]
 
 
 class WandbTracker(Tracker):
