@@ -7,7 +7,7 @@ served by different adapters.
 from __future__ import annotations
 
 import math
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from itertools import groupby
@@ -22,7 +22,7 @@ from lorabench.adapters.inject import inject
 from lorabench.adapters.layers import LAYERS
 from lorabench.adapters.stack import Stack
 from lorabench.config.contracts.method import SlicePlan
-from lorabench.config.contracts.model import BaseInfo
+from lorabench.config.contracts.model import BaseInfo, is_inside
 from lorabench.config.errors import ConfigError
 
 
@@ -147,7 +147,7 @@ class Bank:
         plans = [plan, *(entry.plan for entry in self._entries.values())]
         whole = {m for p in plans for m in p.modules}
         for name in sorted({name for p in plans for name in p.adapters}):
-            if _inside(name, whole):
+            if is_inside(name, whole):
                 raise ConfigError("adapter", name, "a layer that no loaded adapter trains as part of a whole module")
 
     def _built(self) -> Stack:
@@ -156,10 +156,12 @@ class Bank:
         if self._stack is None:
             plans = [entry.plan for entry in self._entries.values()]
             named = {m for plan in plans for m in plan.modules}
-            modules = tuple(sorted(m for m in named if not _inside(m, named - {m})))
-            biases = tuple(sorted({b for plan in plans for b in plan.biases if not _inside(b, modules)}))
+            modules = tuple(sorted(m for m in named if not is_inside(m, named - {m})))
+            biases = tuple(sorted({b for plan in plans for b in plan.biases if not is_inside(b, modules)}))
             own = self._parameters()
-            shared = {n: t.clone() for n, t in own.items() if _inside(n, modules) or n.removesuffix(".bias") in biases}
+            shared = {
+                n: t.clone() for n, t in own.items() if is_inside(n, modules) or n.removesuffix(".bias") in biases
+            }
             alike = [replace(plan, modules=modules, biases=biases) for plan in plans]
             self._stack = self._inject([SlicePlan(seed=0, modules=modules, biases=biases), *alike])
             self._stack.load_slice(0, shared)
@@ -175,7 +177,3 @@ class Bank:
             model.set_attn_implementation(attention)  # eager is for training with dropout; nothing is dropped here
         stack.context.active = ()
         return stack
-
-
-def _inside(name: str, modules: Collection[str]) -> bool:
-    return any(name == m or name.startswith(m + ".") for m in modules)

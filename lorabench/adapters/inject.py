@@ -15,7 +15,7 @@ from lorabench.adapters.modules import StackedBias, StackedModule
 from lorabench.adapters.stack import Stack
 from lorabench.adapters.variants import layer_class
 from lorabench.config.contracts.method import SlicePlan
-from lorabench.config.contracts.model import BaseInfo
+from lorabench.config.contracts.model import BaseInfo, is_inside
 
 _RUNNING = nn.modules.batchnorm._NormBase  # batch and instance normalisation with running statistics
 
@@ -78,7 +78,9 @@ def _wrap_adapters(stack: Stack, info: BaseInfo) -> None:
     for layer in info.layers:
         specs = [plan.adapters.get(layer.name) for plan in stack.plans]
         if any(spec and spec.r for spec in specs):
-            assert not _inside(layer.name, stack.plans[0].modules), f"{layer.name} is inside a module that trains whole"
+            assert not is_inside(layer.name, stack.plans[0].modules), (
+                f"{layer.name} is inside a module that trains whole"
+            )
             base = stack.model.get_submodule(layer.name)
             _replace(stack, layer_class(layer, specs)(base, layer, stack.context, specs, seeds))
     known = info.by_name
@@ -88,7 +90,7 @@ def _wrap_adapters(stack: Stack, info: BaseInfo) -> None:
 
 def _wrap_biases(stack: Stack, info: BaseInfo) -> None:
     for name in stack.plans[0].biases:
-        if not _inside(name, stack.plans[0].modules):
+        if not is_inside(name, stack.plans[0].modules):
             base = stack.model.get_submodule(name)
             _replace(stack, StackedBias(base, name, info.by_name[name].kind, stack.context))
 
@@ -96,7 +98,7 @@ def _wrap_biases(stack: Stack, info: BaseInfo) -> None:
 def _wrap_modules(stack: Stack, info: BaseInfo) -> None:
     for name in stack.plans[0].modules:
         module = stack.model.get_submodule(name)
-        new = _inside(name, info.head)
+        new = is_inside(name, info.head)
         if new:
             starts: list[Any] = [module_start(stack.model, module, plan.seed, name) for plan in stack.plans]
         else:
@@ -124,7 +126,3 @@ def _freeze_statistics(stack: Stack) -> None:
 
 def _stay_in_eval(module: nn.Module, args: Any) -> None:
     module.training = False
-
-
-def _inside(name: str, modules: Sequence[str]) -> bool:
-    return any(name == m or name.startswith(m + ".") for m in modules)

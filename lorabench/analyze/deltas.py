@@ -20,9 +20,8 @@ from lorabench.analyze import spectra
 from lorabench.analyze.spectra import SVD
 from lorabench.analyze.updates import Trained
 from lorabench.config.contracts.method import SlicePlan
-from lorabench.config.contracts.model import BaseInfo
+from lorabench.config.contracts.model import BaseInfo, is_inside
 from lorabench.config.errors import ConfigError
-from lorabench.methods.targets import within
 from lorabench.training.saved import SavedRun, open_run
 
 SPECTRUM = 64  # leading singular values kept of a layer
@@ -131,7 +130,7 @@ class Bases:
         """What full fine-tuning is measured on where no adapter beside it says so: linear layers, but head and output."""
         info = self.info(opened)
         left_out = (*info.head, *info.output)
-        return [x.name for x in info.layers if x.kind in ("Linear", "Conv1D") and not within(x.name, left_out)]
+        return [x.name for x in info.layers if x.kind in ("Linear", "Conv1D") and not is_inside(x.name, left_out)]
 
 
 # -- the update ----------------------------------------------------------------------------------------------------------

@@ -1,1 +1,1 @@
-"""Methods: what trains. One file each, holding a frozen dataclass `Config` with `pack_group` and `plan`."""
+"""Methods: from hyper-parameters to what one slice trains. One file each, found by its name."""

@@ -6,11 +6,11 @@ from dataclasses import dataclass
 from typing import Any, ClassVar
 
 from lorabench.config.contracts.method import Method, SlicePlan
-from lorabench.config.contracts.model import BIASED, BaseInfo
+from lorabench.config.contracts.model import BIASED, BaseInfo, is_inside
 from lorabench.config.errors import ConfigError
 from lorabench.config.fields import knob
 from lorabench.config.method_names import display_name
-from lorabench.methods.targets import whole_modules, within
+from lorabench.methods.targets import whole_modules
 
 
 @dataclass(frozen=True)
@@ -22,21 +22,15 @@ class Config(Method):
 
     pack_group: ClassVar[str | None] = "bitfit"
 
-    def validate(self, key: str) -> None:
-        """Nothing beyond the types."""
-
     def plan(self, base: BaseInfo, *, seed: int) -> SlicePlan:
         modules = whole_modules(base, self.modules_to_save)
-        owners = [x for x in base.layers if x.bias_numel and not within(x.name, modules)]
+        owners = [x for x in base.layers if x.bias_numel and not is_inside(x.name, modules)]
         if not owners:
             raise ConfigError("method.name", self.name, "another method: this base has no biases")
         for layer in owners:
             if layer.kind not in BIASED:
-                raise ConfigError(
-                    "method.name",
-                    self.name,
-                    f"another method: {layer.name} is {layer.kind}, whose bias is not an added one",
-                )
+                allowed = f"another method: {layer.name} is {layer.kind}, whose bias is not an added one"
+                raise ConfigError("method.name", self.name, allowed)
         return SlicePlan(seed=seed, biases=tuple(x.name for x in owners), modules=modules)
 
     def label(self) -> dict[str, Any]:

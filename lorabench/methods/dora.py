@@ -8,7 +8,7 @@ from typing import ClassVar
 from lorabench.config.contracts.method import AdapterSpec
 from lorabench.config.contracts.model import LayerInfo
 from lorabench.config.fields import knob
-from lorabench.methods.low_rank import LowRank, linear_only
+from lorabench.methods.low_rank import LowRank, check_is_linear
 
 
 @dataclass(frozen=True)
@@ -19,6 +19,6 @@ class Config(LowRank):
 
     pack_group: ClassVar[str | None] = "dora"
 
-    def _spec(self, layer: LayerInfo) -> AdapterSpec:
-        linear_only(self, layer)
-        return replace(super()._spec(layer), kind="dora")
+    def spec(self, layer: LayerInfo) -> AdapterSpec:
+        check_is_linear(self.name, self.target_modules, layer)
+        return replace(super().spec(layer), kind="dora")

@@ -19,9 +19,6 @@ class Config(Method):
 
     pack_group: ClassVar[str | None] = None
 
-    def validate(self, key: str) -> None:
-        """Nothing to check."""
-
     def plan(self, base: BaseInfo, *, seed: int) -> SlicePlan:
         return SlicePlan(seed=seed, full=True)
 

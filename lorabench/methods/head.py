@@ -22,15 +22,11 @@ class Config(Method):
 
     pack_group: ClassVar[str | None] = "head"
 
-    def validate(self, key: str) -> None:
-        """Nothing beyond the types."""
-
     def plan(self, base: BaseInfo, *, seed: int) -> SlicePlan:
         modules = whole_modules(base, self.modules_to_save)
         if not modules:
-            raise ConfigError(
-                "method.modules_to_save", self.modules_to_save, "names of modules to train: this base has no new head"
-            )
+            allowed = "names of modules to train: this base has no new head"
+            raise ConfigError("method.modules_to_save", self.modules_to_save, allowed)
         return SlicePlan(seed=seed, modules=modules)
 
     def label(self) -> dict[str, Any]:

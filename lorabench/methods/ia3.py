@@ -10,8 +10,8 @@ from lorabench.config.contracts.model import BaseInfo
 from lorabench.config.errors import ConfigError
 from lorabench.config.fields import knob
 from lorabench.config.method_names import display_name
-from lorabench.methods.low_rank import check_targets, linear_only
-from lorabench.methods.targets import resolve, whole_modules
+from lorabench.methods.low_rank import check_is_linear
+from lorabench.methods.targets import check_targets, match_layers, targets_text, whole_modules
 
 
 @dataclass(frozen=True)
@@ -33,16 +33,16 @@ class Config(Method):
 
     def plan(self, base: BaseInfo, *, seed: int) -> SlicePlan:
         modules = whole_modules(base, self.modules_to_save)
-        layers = resolve(base, self.target_modules, self.layers, modules)
+        layers = match_layers(base, self.target_modules, self.layers, modules)
         inputs: set[str] = set()
         if self.feedforward_modules is not None:
-            inputs = {x.name for x in resolve(base, self.feedforward_modules, self.layers, modules)}
+            inputs = {x.name for x in match_layers(base, self.feedforward_modules, self.layers, modules)}
         missing = sorted(inputs - {x.name for x in layers})
         if missing:
-            raise ConfigError("method.feedforward_modules", self.feedforward_modules,
-                              f"some of method.target_modules; {missing[0]} is not")  # fmt: skip
+            allowed = f"some of method.target_modules; {missing[0]} is not"
+            raise ConfigError("method.feedforward_modules", self.feedforward_modules, allowed)
         for layer in layers:
-            linear_only(self, layer)
+            check_is_linear(self.name, self.target_modules, layer)
         specs = {
             x.name: AdapterSpec(r=1, scaling=1.0, alpha=1.0, kind="ia3_input" if x.name in inputs else "ia3")
             for x in layers
@@ -50,6 +50,5 @@ class Config(Method):
         return SlicePlan(seed=seed, adapters=specs, modules=modules)
 
     def label(self) -> dict[str, Any]:
-        target = self.target_modules
-        shown = target if isinstance(target, str) else "+".join(target)
-        return {"method": display_name(self.name), "r": None, "alpha": None, "targets": shown}
+        targets = targets_text(self.target_modules)
+        return {"method": display_name(self.name), "r": None, "alpha": None, "targets": targets}

@@ -8,7 +8,7 @@ from typing import ClassVar
 from lorabench.config.contracts.method import AdapterSpec
 from lorabench.config.contracts.model import LayerInfo
 from lorabench.config.fields import knob
-from lorabench.methods.low_rank import LowRank, drawn_only
+from lorabench.methods.low_rank import LowRank, check_is_no_embedding
 
 
 @dataclass(frozen=True)
@@ -19,6 +19,6 @@ class Config(LowRank):
 
     pack_group: ClassVar[str | None] = "lora"
 
-    def _spec(self, layer: LayerInfo) -> AdapterSpec:
-        drawn_only(self, layer)
-        return replace(super()._spec(layer), rate_A=0.0)
+    def spec(self, layer: LayerInfo) -> AdapterSpec:
+        check_is_no_embedding(self.name, self.target_modules, layer)
+        return replace(super().spec(layer), rate_A=0.0)

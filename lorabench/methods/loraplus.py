@@ -8,7 +8,7 @@ from typing import ClassVar
 from lorabench.config.contracts.method import AdapterSpec, SlicePlan
 from lorabench.config.contracts.model import BaseInfo, LayerInfo
 from lorabench.config.fields import knob
-from lorabench.methods.low_rank import LowRank, drawn_only
+from lorabench.methods.low_rank import LowRank, check_is_no_embedding
 
 
 @dataclass(frozen=True)
@@ -23,6 +23,6 @@ class Config(LowRank):
     def plan(self, base: BaseInfo, *, seed: int) -> SlicePlan:
         return replace(super().plan(base, seed=seed), vector_rate=self.lr_ratio)
 
-    def _spec(self, layer: LayerInfo) -> AdapterSpec:
-        drawn_only(self, layer)
-        return replace(super()._spec(layer), rate_B=self.lr_ratio)
+    def spec(self, layer: LayerInfo) -> AdapterSpec:
+        check_is_no_embedding(self.name, self.target_modules, layer)
+        return replace(super().spec(layer), rate_B=self.lr_ratio)

@@ -9,8 +9,8 @@ from lorabench.config.contracts.method import AdapterSpec, Method, SlicePlan
 from lorabench.config.contracts.model import BaseInfo
 from lorabench.config.fields import knob
 from lorabench.config.method_names import display_name
-from lorabench.methods.low_rank import check_targets, linear_only
-from lorabench.methods.targets import resolve, whole_modules
+from lorabench.methods.low_rank import check_is_linear
+from lorabench.methods.targets import check_targets, match_layers, targets_text, whole_modules
 
 
 @dataclass(frozen=True)
@@ -33,15 +33,21 @@ class Config(Method):
 
     def plan(self, base: BaseInfo, *, seed: int) -> SlicePlan:
         modules = whole_modules(base, self.modules_to_save)
-        layers = resolve(base, self.target_modules, self.layers, modules)
+        layers = match_layers(base, self.target_modules, self.layers, modules)
         for layer in layers:
-            linear_only(self, layer)
+            check_is_linear(self.name, self.target_modules, layer)
         widest = max(x.in_features for x in layers), max(x.out_features for x in layers)
-        spec = AdapterSpec(r=self.r, scaling=1.0, alpha=1.0, dropout=self.dropout, kind="vera",
-                           d_initial=self.d_initial, projection=(self.projection_key, *widest))  # fmt: skip
+        spec = AdapterSpec(
+            r=self.r,
+            scaling=1.0,
+            alpha=1.0,
+            dropout=self.dropout,
+            kind="vera",
+            d_initial=self.d_initial,
+            projection=(self.projection_key, *widest),
+        )
         return SlicePlan(seed=seed, adapters={x.name: spec for x in layers}, modules=modules)
 
     def label(self) -> dict[str, Any]:
-        target = self.target_modules
-        shown = target if isinstance(target, str) else "+".join(target)
-        return {"method": display_name(self.name), "r": self.r, "alpha": None, "targets": shown}
+        targets = targets_text(self.target_modules)
+        return {"method": display_name(self.name), "r": self.r, "alpha": None, "targets": targets}

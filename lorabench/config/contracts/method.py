@@ -1,5 +1,7 @@
-"""What a method makes of a base: the plan of one slice of a pack, torch-free, so that a dry run can count; and the class every method's
-`Config` inherits."""
+"""What a method makes of a base: the plan of one slice of a pack, and the contract of `methods/<name>.py`.
+
+Torch-free, so that a dry run can count parameters.
+"""
 
 from __future__ import annotations
 
@@ -9,7 +11,7 @@ from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
 from lorabench.config.contracts.component import Component, attribute
-from lorabench.config.contracts.model import BaseInfo, LayerInfo
+from lorabench.config.contracts.model import BaseInfo, LayerInfo, is_inside
 
 
 @dataclass(frozen=True)
@@ -28,7 +30,7 @@ class AdapterSpec:
     projection: tuple[int, int, int] = (0, 0, 0)  # vera: seed and (I, O) of the pair of matrices all layers share
 
     def trainable(self, layer: LayerInfo) -> int:
-        """Number of trainable parameters on a layer, exactly."""
+        """Return the number of trainable parameters on a layer, exactly."""
         if self.kind == "vera":
             return self.r + layer.out_features
         if self.kind.startswith("ia3"):
@@ -43,24 +45,20 @@ class SlicePlan:
     """What one slice trains. No adapters but a head in `modules` is head-only training."""
 
     seed: int
-    adapters: Mapping[str, AdapterSpec] = field(default_factory=dict)  # layer name -> spec
+    adapters: Mapping[str, AdapterSpec] = field(default_factory=dict)  # by layer name
     modules: tuple[str, ...] = ()  # modules trained whole, e.g. the head
     biases: tuple[str, ...] = ()  # layers whose bias trains
     full: bool = False  # the base itself trains (a pack of one)
     vector_rate: float = 1.0  # factor of the learning rate of the vectors (biases, norms) of whole modules
 
     def trainable(self, base: BaseInfo) -> int:
-        """Number of trainable parameters, exactly."""
+        """Return the number of trainable parameters, exactly."""
         if self.full:
             return base.parameters
         layers = base.by_name
         n = sum(spec.trainable(layers[name]) for name, spec in self.adapters.items())
-        n += sum(layers[name].bias_numel for name in self.biases if not _inside(name, self.modules))
+        n += sum(layers[name].bias_numel for name in self.biases if not is_inside(name, self.modules))
         return n + base.module_parameters(self.modules)
-
-
-def _inside(name: str, modules: tuple[str, ...]) -> bool:
-    return any(name == m or name.startswith(m + ".") for m in modules)
 
 
 @dataclass(frozen=True)

@@ -1,4 +1,4 @@
-"""What a base is: its layers by name, known before any weight is loaded, and the class every base's `Config` inherits.
+"""What a base is: its layers by name, known before any weight is loaded, and the contract of `models/<kind>.py`.
 
 Shape letters: K slices, B batch, T tokens, I in, O out, R rank, N examples of a batch (N = K * B in a pack).
 """
@@ -6,7 +6,7 @@ Shape letters: K slices, B batch, T tokens, I in, O out, R rank, N examples of a
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
@@ -15,14 +15,16 @@ from lorabench.config.contracts.component import Component, attribute
 if TYPE_CHECKING:
     from torch import nn
 
+# Kinds of layers: those that can carry an adapter, those whose output has its channels before its positions, and those
+# whose output is something plus their bias.
 ADAPTABLE = ("Linear", "Conv1D", "Conv2d", "Embedding")
 CHANNELS_FIRST = ("Conv1d", "Conv2d", "BatchNorm1d", "BatchNorm2d", "GroupNorm")
-BIASED = ("Linear", "Conv1D", "LayerNorm", *CHANNELS_FIRST)  # kinds whose output is something plus their bias
+BIASED = ("Linear", "Conv1D", "LayerNorm", *CHANNELS_FIRST)
 
 
 @dataclass(frozen=True)
 class HeadSpec:
-    """What a task asks of a base: which transformers Auto class, and its keyword arguments."""
+    """What a task asks of a base: the transformers Auto class that has its head, and the names of its labels."""
 
     auto_class: str  # "AutoModelForSequenceClassification", "AutoModelForCausalLM", ...
     label_names: tuple[str, ...] = ()  # for classification: num_labels, id2label and label2id follow
@@ -44,7 +46,7 @@ class LayerInfo:
 
 @dataclass(frozen=True)
 class BaseInfo:
-    """A base without its weights (built on the meta device)."""
+    """A base without its weights."""
 
     layers: tuple[LayerInfo, ...]
     head: tuple[str, ...] = ()  # modules with no pretrained weights, e.g. ("classifier",): they must train
@@ -58,14 +60,18 @@ class BaseInfo:
         return {layer.name: layer for layer in self.layers}
 
     def module_parameters(self, modules: tuple[str, ...]) -> int:
-        """Parameters of whole modules, by name or prefix."""
-        inside = [x for x in self.layers if any(x.name == m or x.name.startswith(m + ".") for m in modules)]
-        return sum(x.weight_numel + x.bias_numel for x in inside)
+        """Return the number of parameters of whole modules, given by name."""
+        return sum(x.weight_numel + x.bias_numel for x in self.layers if is_inside(x.name, modules))
+
+
+def is_inside(name: str, modules: Collection[str]) -> bool:
+    """Whether a layer is one of these modules or lies inside one. All names are dotted."""
+    return any(name == module or name.startswith(f"{module}.") for module in modules)
 
 
 @dataclass
 class Base:
-    """A loaded base. `model` is in eval-ready state, all parameters frozen; `processor` is its tokenizer."""
+    """A loaded base: its model, in eval mode and with every parameter frozen, and its tokenizer or other processor."""
 
     model: nn.Module
     processor: Any
