@@ -33,30 +33,30 @@ sys.path[:0] = [str(REPO / "tests"), str(REPO)]
 
 BAD = ("slow", "down", "refusing", "absent")
 ARMS = ("none", "offline", "online", *BAD)
-BESIDE = ("none", "online")  # what the others are compared with
-TARGET, BAD_TARGET = 1.10, 1.05  # the ratios that are aimed at, at most; the second for bad servers
-RATES = 25  # runs of a rank
-SETTLE = 2.0  # seconds between arms: W&B's own process outlives its parent by a moment
+REFERENCES = ("none", "online")  # the arms that the others are compared with
+MAX_RATIO, MAX_RATIO_BAD = 1.10, 1.05  # of makespans; the second for bad servers
+RUNS_PER_RANK = 25
+PAUSE_BETWEEN_ARMS = 2.0  # seconds; W&B's own process outlives its parent by a moment
 
 
-def ranks(runs: int) -> int:
-    """How many ranks the grid of so many runs has. Raises `ValueError` for a number that makes no grid."""
-    found = -(-runs // RATES)
-    if runs % found:
-        raise ValueError(f"--runs {runs}: a multiple of {found}")
-    return found
+def rank_count(runs: int) -> int:
+    """Return how many ranks a grid of so many runs has. Raises `ValueError` for a number that makes no grid."""
+    count = -(-runs // RUNS_PER_RANK)
+    if runs % count:
+        raise ValueError(f"--runs {runs}: a multiple of {count}")
+    return count
 
 
 def settings(folder: Path, runs: int, steps: int) -> list[str]:
-    """Overrides of a sweep of `runs` tiny runs; makes its base and data."""
+    """Make a base and data, and return the overrides of a sweep of `runs` tiny runs on them."""
     from fixtures.runs import make_base, make_data
 
     base, data = make_base(folder / "base", "bert"), make_data(folder / "data.csv")
-    wide = ranks(runs)
-    rates = [f"{1e-4 * 1.2**k:.6g}" for k in range(runs // wide)]
+    ranks = rank_count(runs)
+    rates = [f"{1e-4 * 1.2**k:.6g}" for k in range(runs // ranks)]
     return [
         "-m",
-        f"method.r={','.join(str(2**k) for k in range(wide))}",
+        f"method.r={','.join(str(2**k) for k in range(ranks))}",
         f"optimizer.lr={','.join(rates)}",
         "model=hf",
         f"model.source={base}",
@@ -73,7 +73,7 @@ def settings(folder: Path, runs: int, steps: int) -> list[str]:
 
 @contextmanager
 def served(arm: str, server: Any, delay: float) -> Iterator[str]:
-    """The address of this arm's server, which is as the arm says."""
+    """Yield the address of a server that is as good or bad as the arm says, and make it good again."""
     from fixtures.wandb_server import silence
 
     server.reset()
@@ -85,13 +85,13 @@ def served(arm: str, server: Any, delay: float) -> Iterator[str]:
             yield absent if arm == "absent" else server.url
     finally:
         server.start()
-        time.sleep(SETTLE)
+        time.sleep(PAUSE_BETWEEN_ARMS)
         while server.connections:
             time.sleep(0.1)
 
 
 def run(arm: str, overrides: Sequence[str], folder: Path, server: Any, url: str) -> dict[str, Any]:
-    """One sweep in a folder of its own: seconds, CPU seconds of it and its children, and what was mirrored."""
+    """Run one sweep in a folder of its own. Return its seconds, its CPU seconds with children, and what was mirrored."""
     from fixtures.wandb_server import KEY
 
     folder.mkdir(parents=True)
@@ -119,19 +119,19 @@ def run(arm: str, overrides: Sequence[str], folder: Path, server: Any, url: str)
     seconds, after = time.perf_counter() - start, resource.getrusage(resource.RUSAGE_CHILDREN)
     if done.returncode:
         raise RuntimeError(f"{arm}: exit code {done.returncode}\n{done.stderr[-2000:]}")
-    finished = following(folder)
+    seconds_after = wait_for_mirror(folder)
     cpu = after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
     return {
         "seconds": seconds,
-        "seconds_after": finished,
+        "seconds_after": seconds_after,
         "cpu_seconds": cpu,
-        **mirrored(arm, folder, server),
+        **mirrored_runs(arm, folder, server),
         "said": done.stderr.strip()[-300:],
     }
 
 
-def following(folder: Path) -> float:
-    """Wait for what a sweep's mirror goes on to send after its end; returns how many seconds that took."""
+def wait_for_mirror(folder: Path) -> float:
+    """Wait for what a sweep's mirror goes on to send after its end. Return how many seconds that took."""
     from lorabench.store.records import Store
     from lorabench.trackers.wandb.state import SENDING
 
@@ -141,8 +141,8 @@ def following(folder: Path) -> float:
     return time.perf_counter() - start
 
 
-def mirrored(arm: str, folder: Path, server: Any) -> dict[str, int]:
-    """Runs whose mirror holds all of it: offline those with a file, online those with every step of the records."""
+def mirrored_runs(arm: str, folder: Path, server: Any) -> dict[str, int]:
+    """Count the runs, and those mirrored in full: offline with a file, online with every step of the records."""
     from lorabench.store.records import Store
     from lorabench.trackers.wandb.runs import history_steps, wandb_id
 
@@ -152,26 +152,27 @@ def mirrored(arm: str, folder: Path, server: Any) -> dict[str, int]:
         return {"runs": len(ids), "mirrored": len(list(store.root.glob("runs/*/wandb/offline-run-*/*.wandb")))}
     whole = 0
     for run_id in () if arm == "none" else ids:
-        found = server.runs.get(f"me/lorabench/{wandb_id('s', run_id)}")
-        whole += found is not None and found.steps == [s for s, _ in history_steps(store.history(run_id))]
+        remote = server.runs.get(f"me/lorabench/{wandb_id('s', run_id)}")
+        whole += remote is not None and remote.steps == [s for s, _ in history_steps(store.history(run_id))]
     return {"runs": len(ids), "mirrored": whole}
 
 
 def ratios(
     repeats: Sequence[Mapping[str, Mapping[str, Any]]], arms: Sequence[str]
 ) -> dict[str, dict[str, dict[str, float]]]:
-    """By what they are compared with, each arm's makespan over that one's in the same repeat: median, least, most."""
+    """Return by reference and arm the arm's makespan over the reference's in the same repeat: median, least, most."""
     out: dict[str, dict[str, dict[str, float]]] = {}
-    for beside in (b for b in BESIDE if b in arms):
-        out[beside] = {}
-        for arm in (a for a in arms if a != beside and (a in BAD or beside == "none")):
-            found = [r[arm]["seconds"] / r[beside]["seconds"] for r in repeats]
-            out[beside][arm] = {"median": median(found), "least": min(found), "most": max(found)}
+    for reference in (b for b in REFERENCES if b in arms):
+        out[reference] = {}
+        for arm in (a for a in arms if a != reference and (a in BAD or reference == "none")):
+            quotients = [r[arm]["seconds"] / r[reference]["seconds"] for r in repeats]
+            out[reference][arm] = {"median": median(quotients), "least": min(quotients), "most": max(quotients)}
     return out
 
 
-def target(arm: str) -> float:
-    return BAD_TARGET if arm in BAD else TARGET
+def max_ratio(arm: str) -> float:
+    """Return the ratio of makespans that is aimed at, at most."""
+    return MAX_RATIO_BAD if arm in BAD else MAX_RATIO
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -190,49 +191,49 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         if min(args.runs, args.steps, args.repeats) < 1 or args.delay < 0:
             raise ValueError("--runs, --steps and --repeats: at least 1; --delay: at least 0")
-        if len(arms) < 2 or not set(arms) & set(BESIDE):
-            raise ValueError(f"--arms {' '.join(args.arms)}: at least two, one of them {' or '.join(BESIDE)}")
-        ranks(args.runs)
+        if len(arms) < 2 or not set(arms) & set(REFERENCES):
+            raise ValueError(f"--arms {' '.join(args.arms)}: at least two, one of them {' or '.join(REFERENCES)}")
+        rank_count(args.runs)
     except ValueError as e:
         print(f"error: {e}", file=sys.stderr)
         return 2
     repeats = measure(arms, args)
-    found = ratios(repeats, arms)
-    for beside, of in found.items():
-        for arm, r in of.items():
+    by_reference = ratios(repeats, arms)
+    for reference, by_arm in by_reference.items():
+        for arm, r in by_arm.items():
             whole = min(x[arm]["mirrored"] for x in repeats)
             print(
-                f"{arm}: {r['median']:.3f} of {beside} ({r['least']:.3f} to {r['most']:.3f}, {args.repeats} repeats; "
-                f"at most {target(arm):.2f} wanted); at least {whole} of {args.runs} runs mirrored in full"
+                f"{arm}: {r['median']:.3f} of {reference} ({r['least']:.3f} to {r['most']:.3f}, {args.repeats} repeats; "
+                f"at most {max_ratio(arm):.2f} wanted); at least {whole} of {args.runs} runs mirrored in full"
             )
     if args.json:
         result = {
             "runs": args.runs,
             "steps": args.steps,
             "delay": args.delay,
-            "targets": {a: target(a) for a in arms},
-            "ratios": found,
+            "targets": {a: max_ratio(a) for a in arms},
+            "ratios": by_reference,
             "repeats": repeats,
             "cpus": os.cpu_count(),
             "load": os.getloadavg(),
         }
         args.json.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
-    return int(any(r["median"] > target(arm) for of in found.values() for arm, r in of.items()))
+    return int(any(r["median"] > max_ratio(arm) for by_arm in by_reference.values() for arm, r in by_arm.items()))
 
 
 def measure(arms: Sequence[str], args: argparse.Namespace) -> list[dict[str, dict[str, Any]]]:
-    """By repeat, what `run` says of each arm."""
+    """Return for each repeat what `run` returns for each arm."""
     from fixtures.wandb_server import WandbServer
 
     repeats: list[dict[str, dict[str, Any]]] = []
-    with tempfile.TemporaryDirectory() as made, WandbServer() as server:
-        overrides = settings(Path(made), args.runs, args.steps)
+    with tempfile.TemporaryDirectory() as folder, WandbServer() as server:
+        overrides = settings(Path(folder), args.runs, args.steps)
         for k in range(args.repeats):
             first = k % len(arms)
             repeats.append({})
             for arm in [*arms[first:], *arms[:first]]:
                 with served(arm, server, args.delay) as url:
-                    repeats[-1][arm] = run(arm, overrides, Path(made, f"{k}-{arm}"), server, url)
+                    repeats[-1][arm] = run(arm, overrides, Path(folder, f"{k}-{arm}"), server, url)
             print(f"repeat {k}: " + ", ".join(f"{a} {repeats[-1][a]['seconds']:.1f} s" for a in arms), file=sys.stderr)
     return repeats
 

@@ -65,8 +65,9 @@ def send(to: runs.Target, todo: Sequence[runs.Missing]) -> tuple[int, list[str]]
     with _progress_bar(len(todo)) as advance:
         for lack in todo:
             try:
-                runs.send(to, lack)
-                rows += len(lack.rows)
+                now = runs.missing(to, lack.record, lack.verdict)  # a mirror may have sent some of it meanwhile
+                runs.send(to, now)
+                rows += len(now.rows)
             except Exception as e:
                 failures.append(f"{lack.record.run_id}: {' '.join(f'{type(e).__name__}: {e}'.split())}")
             advance()
@@ -87,7 +88,10 @@ def _progress_bar(total: int) -> Iterator[Any]:
 
 @command
 def main(argv: Sequence[str] | None = None) -> int | None:
-    """Send what is missing. Exit code 0: all is at W&B; 1: something did not arrive; 2: bad input, no key, or a server that does not answer."""
+    """Send what is missing.
+
+    Exit code 0: all is at W&B; 1: something did not arrive; 2: bad input, no key, or a server that does not answer.
+    """
     args = parser().parse_args(argv)
     for key, value in runs.QUIET.items():
         os.environ.setdefault(key, value)
@@ -144,10 +148,10 @@ def _send_report(to: runs.Target, folder: Path, tables: Mapping[str, Any], failu
 
 
 def _counts(lacks: Sequence[runs.Missing]) -> str:
+    """Return how many runs the server has, and how many lack what."""
     new = [x for x in lacks if x.remote is None]
-    known = [x for x in lacks if x.remote is not None]
-    cut = [x for x in known if x.rows or x.back_to is not None]
-    whole = [x for x in known if x not in cut]
+    cut = [x for x in lacks if x.is_history_cut]
+    whole = [x for x in lacks if x.remote is not None and not x.is_history_cut]
     bare = [x for x in whole if x.values]
     not_over = [x for x in whole if not x.is_over]
     parts = [f"{sum(x.is_nothing for x in lacks)} of {len(lacks)} ended runs are there"]

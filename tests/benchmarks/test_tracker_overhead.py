@@ -17,7 +17,7 @@ def overhead(repo: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
     monkeypatch.syspath_prepend(str(repo / "benchmarks"))
     import tracker_overhead
 
-    monkeypatch.setattr(tracker_overhead, "SETTLE", 0.0)
+    monkeypatch.setattr(tracker_overhead, "PAUSE_BETWEEN_ARMS", 0.0)
     return tracker_overhead
 
 

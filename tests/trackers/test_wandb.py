@@ -772,6 +772,15 @@ def test_sync_fills_what_is_missing_and_nothing_else(
         assert run.steps == STEPS and not run.faults and run.summary["test/accuracy"] == 0.73
 
 
+def test_a_sync_sends_nothing_that_a_mirror_has_sent_meanwhile(server: WandbServer, store: Store) -> None:
+    finished(store, RUNS[0])
+    target = sync.target(store.root, project=None, entity=None, artifacts=False)
+    lacks = sync.missing(target, store.records(), {})
+    runs.send(target, lacks[0])
+    assert sync.send(target, lacks) == (0, [])
+    assert arrived(server, RUNS[0], sweep="test").sent == 20
+
+
 def test_sync_ends_what_is_there_and_not_over(
     server: WandbServer, store: Store, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -174,8 +174,13 @@ class Missing:
     is_over: bool
 
     @property
+    def is_history_cut(self) -> bool:
+        """Whether a run that the server knows lacks history rows there, or has others."""
+        return self.remote is not None and (bool(self.rows) or self.back_to is not None)
+
+    @property
     def is_nothing(self) -> bool:
-        return self.is_over and not (self.rows or self.values or self.back_to is not None)
+        return self.is_over and not (self.is_history_cut or self.values)
 
 
 def missing(target: Target, record: Record, verdict: Mapping[str, Any] | None = None) -> Missing:
@@ -216,7 +221,7 @@ def send(target: Target, lack: Missing) -> None:
     assert server is not None
     if lack.is_nothing:
         return
-    if remote is not None and lack.is_over and not lack.rows and lack.back_to is None and "adapter" not in lack.values:
+    if remote is not None and lack.is_over and not lack.is_history_cut and "adapter" not in lack.values:
         server.write_summary(remote, lack.values)
         return
     its_id = target.wandb_id(record.run_id)
@@ -245,7 +250,7 @@ def check_arrived(target: Target, record: Record, verdict: Mapping[str, Any] | N
         time.sleep(pause)
         lack = missing(target, record, verdict)
         remote = lack.remote
-        if remote and not lack.rows and lack.back_to is None and "status" in remote.summary:  # written as the run ended
+        if remote and not lack.is_history_cut and "status" in remote.summary:  # written as the run ended
             if lack.values:
                 target.server.write_summary(remote, lack.values)
             return
