@@ -53,10 +53,10 @@ def export(run_dir: Path, out: Path, *, merged: bool = False, dtype: str | None 
 
 def _peft(saved: SavedRun, out: Path) -> list[str]:
     from lorabench.adapters.files import write_peft
-    from lorabench.adapters.peft import representable
+    from lorabench.adapters.peft import is_representable
 
     state, plan = saved.weights()
-    if not representable(plan):
+    if not is_representable(plan):
         raise ConfigError("method.name", saved.run.method.name, "PEFT's format holds LoRA adapters only; add --merged")
     info, processor = saved.run.model.info(saved.head), saved.run.model.processor()
     with atomic_folder(out.resolve()) as tmp:

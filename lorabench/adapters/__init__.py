@@ -2,7 +2,7 @@
 
 from lorabench.adapters.context import Context, SlicesMix
 from lorabench.adapters.inject import inject
-from lorabench.adapters.isolation import probe
+from lorabench.adapters.isolation import check_slices_independent
 from lorabench.adapters.stack import Stack, Trainable
 
-__all__ = ["Context", "SlicesMix", "Stack", "Trainable", "inject", "probe"]
+__all__ = ["Context", "SlicesMix", "Stack", "Trainable", "check_slices_independent", "inject"]

@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lorabench.adapters.files import PLAN, load_slice, read_peft
+from lorabench.adapters.files import PLAN_FILE, load_slice, read_peft
 from lorabench.adapters.inject import inject
 from lorabench.adapters.layers import LAYERS
 from lorabench.adapters.stack import Stack
@@ -48,7 +48,7 @@ class Bank:
         return tuple(self._entries)
 
     def add(self, name: str, source: str | Path | Mapping[str, Tensor], plan: SlicePlan | None = None) -> None:
-        """An adapter from a folder (`save_slice`'s or PEFT's), or from a state with its plan.
+        """Add an adapter from a folder (`save_slice`'s or PEFT's), or from a state with its plan.
 
         Raises `ConfigError` for a name in use, a full model, a folder that does not load, or a slice of another base.
         """
@@ -85,21 +85,21 @@ class Bank:
 
     @contextmanager
     def use(self, name: str | None) -> Iterator[nn.Module]:
-        """Inside, every row is served by one adapter; None: by the plain base."""
+        """Serve every row inside the block by one adapter; None: by the plain base."""
         index = self._index([name])
-        with self._built().active(index if name is not None else []):
+        with self._stack_of_all().active(index if name is not None else []):
             yield self.model
 
     @contextmanager
     def rows(self, names: Sequence[str | None]) -> Iterator[nn.Module]:
-        """Inside, row n of a batch of N is served by `names[n]`; None: by the plain base.
+        """Serve row n of a batch of N inside the block by `names[n]`; None: by the plain base.
 
         Neighbours that share an adapter are computed together, so rows sorted by name cost least.
         """
         index = self._index(names)
         runs = [len(list(group)) for _, group in groupby(index)]
         block = math.gcd(*runs) if runs else 1
-        with self._built().active(index[::block]):
+        with self._stack_of_all().active(index[::block]):
             yield self.model
 
     def _index(self, names: Sequence[str | None]) -> list[int]:
@@ -110,7 +110,7 @@ class Bank:
         return [0 if name is None else known[name] for name in names]
 
     def _read(self, folder: Path) -> tuple[dict[str, Tensor], SlicePlan]:
-        if (folder / PLAN).is_file() or not folder.is_dir():
+        if (folder / PLAN_FILE).is_file() or not folder.is_dir():
             return load_slice(folder)
         adapter = read_peft(folder)
         own = self._parameters()
@@ -150,9 +150,11 @@ class Bank:
             if is_inside(name, whole):
                 raise ConfigError("adapter", name, "a layer that no loaded adapter trains as part of a whole module")
 
-    def _built(self) -> Stack:
-        """The stack of all entries. Slices of a pack train the same modules and biases: who has none of its own there
-        gets the base's."""
+    def _stack_of_all(self) -> Stack:
+        """Return the stack of all entries, made when it is first needed.
+
+        Slices of a pack train the same modules and biases: an entry that has none of its own there gets the base's.
+        """
         if self._stack is None:
             plans = [entry.plan for entry in self._entries.values()]
             named = {m for plan in plans for m in plan.modules}

@@ -29,9 +29,10 @@ def digest32(*parts: object) -> int:
 
 
 class Context:
-    """Shared by reference between a `Stack` and its layers.
+    """What a `Stack` and all its layers share by reference.
 
-    active: the slices that the rows of the next batch belong to, in order.
+    active: the slices that the rows of the next batch belong to, in order. seeds: one a slice. step: the optimizer
+    step. examples: ids of the rows, int64 [N].
     """
 
     def __init__(self, size: int) -> None:
@@ -45,7 +46,8 @@ class Context:
         self._only: int | None = None
 
     def set(self, *, seeds: Sequence[int], step: int, examples: Tensor) -> None:
-        """Before each micro-batch: what keys its dropout masks. seeds: one a slice; examples: the rows' own ids, [N]."""
+        """Set what keys the dropout masks of the next micro-batch. seeds: one a slice; examples: the rows' own ids,
+        [N]."""
         assert len(seeds) == self.size, f"{len(seeds)} seeds for {self.size} slices"
         assert examples.dim() == 1 and not examples.is_floating_point()
         self.seeds, self.step, self.examples = tuple(seeds), step, examples
@@ -55,10 +57,11 @@ class Context:
         return self.active == tuple(range(self.size))
 
     def pick(self, stacked: Tensor) -> Tensor:
-        """The active slices of a [K, ...] tensor; the tensor itself when all are active.
+        """Return the active slices of a [K, ...] tensor; the tensor itself when all are active.
 
-        In training, neighbouring slices of a parameter are a leaf of their own that shares its memory and its gradient's:
-        their gradient lands in place, and no gradient of the whole stack is made and added for each part of it.
+        In training, neighbouring slices of a parameter are a leaf of their own that shares its memory and its
+        gradient's: their gradient lands in place, and no gradient of the whole stack is made and added for each part of
+        it.
         """
         if self.all_active:
             return stacked
@@ -76,7 +79,8 @@ class Context:
         return self.leaves[id(stacked)]
 
     def split(self, x: Tensor, layer: str) -> Tensor:
-        """[K * M, ...] -> [K, M, ...] over the active slices. Raises `SlicesMix` where the rows do not divide."""
+        """Return x [K * M, ...] as [K, M, ...] over the active slices. Raises `SlicesMix` where the rows do not
+        divide."""
         size = len(self.active)
         if x.dim() == 0 or x.shape[0] % size:
             raise SlicesMix(layer, f"its input {tuple(x.shape)} has no leading batch axis for {size} slices")
@@ -84,7 +88,7 @@ class Context:
 
     @contextmanager
     def only(self, position: int) -> Iterator[None]:
-        """Inside, the rows are those of one active slice: a module called once a slice."""
+        """Take the rows inside the block for those of one active slice: a module is called once a slice."""
         assert self._only is None
         self._only = position
         try:
@@ -93,11 +97,12 @@ class Context:
             self._only = None
 
     def members(self) -> tuple[int, ...]:
-        """The slices the rows at hand belong to, in order."""
+        """Return the slices that the rows at hand belong to, in order."""
         return self.active if self._only is None else (self.active[self._only],)
 
     def ids(self, rows: int, layer: str) -> Tensor:
-        """Example ids of the rows at hand, [K, B]. A lone run whose rows are not examples counts them instead.
+        """Return the example ids of the rows at hand, [K, B]. A lone run whose rows are not examples counts them
+        instead.
 
         rows: length of the leading axis, a multiple of the examples where the tokens are flattened into it.
         """

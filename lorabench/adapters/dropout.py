@@ -40,12 +40,14 @@ def mix_(h: Tensor) -> Tensor:
 
 
 def _absorb(h: Tensor, counters: Tensor) -> Tensor:
-    """Keys [..., 1] and counters [n] -> keys [..., n]."""
+    """Return keys [..., n] from keys [..., 1] and counters [n]."""
     return mix_(h ^ (counters * _GOLDEN))
 
 
 def keep_mask(keys: Tensor, drop: Tensor, shape: Sequence[int]) -> Tensor:
-    """True where an element stays. keys: int32 [N], one a row; drop: probabilities, [N]; shape: the mask's, N leading.
+    """Return a mask that is True where an element stays.
+
+    keys: int32 [N], one a row. drop: probabilities, [N]. shape: the mask's, N leading.
 
     The mask's value at an index does not depend on the shape.
     """
@@ -59,7 +61,7 @@ def keep_mask(keys: Tensor, drop: Tensor, shape: Sequence[int]) -> Tensor:
 
 
 def row_keys(context: Context, rows: int, layer: str) -> Tensor:
-    """One int32 key an example of the rows at hand, [K, B], from (seed, step, layer, example)."""
+    """Return one int32 key for each example of the rows at hand, [K, B], from (seed, step, layer, example)."""
     ids = context.ids(rows, layer)
     seeds = [digest32(context.seeds[k], context.step, layer) for k in context.members()]
     h = torch.tensor(seeds, dtype=torch.int32, device=ids.device).unsqueeze(1)
@@ -68,7 +70,7 @@ def row_keys(context: Context, rows: int, layer: str) -> Tensor:
 
 
 def keyed_dropout(x: Tensor, drop: float | Sequence[float], context: Context, layer: str) -> Tensor:
-    """Dropout of x [N, ...]; rows that flatten tokens into the leading axis (example-major) are told apart by it.
+    """Return x [N, ...] with elements dropped. Rows that flatten tokens into the leading axis are told apart by it.
 
     drop: one probability, or one a slice at hand.
     """
@@ -105,7 +107,7 @@ class _KeyedCalls(TorchFunctionMode):
         return keyed_dropout(x, p, self.context, f"{self.layer}#{self.calls}")
 
 
-def drops(model: nn.Module) -> bool:
+def has_dropout(model: nn.Module) -> bool:
     """Whether a base drops anything of its own in training."""
     return any(_probability(module) > 0 for module in model.modules())
 
@@ -156,8 +158,11 @@ def _refuse(name: str, module: nn.Module) -> None:
 
 
 def _keyed(module: nn.Module, context: Context, name: str) -> Callable[..., Any]:
-    """Its forward pass with keyed dropout in training; in evaluation, where nothing is dropped, as it is: looking at each
-    of its calls would make every answer of a served adapter slower."""
+    """Return a module's forward pass with keyed dropout in training.
+
+    In evaluation it is the module's own: looking at each of its calls would make every answer of a served adapter
+    slower.
+    """
     forward = module.forward
 
     @functools.wraps(forward)

@@ -23,21 +23,26 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from lorabench.adapters.peft import OF_KIND, TASK_TYPES, PeftAdapter, from_peft, representable, to_peft
+from lorabench.adapters.peft import PARTS_OF_KIND, TASK_TYPES, PeftAdapter, from_peft, is_representable, to_peft
 from lorabench.config.contracts.method import AdapterSpec, SlicePlan
 from lorabench.config.contracts.model import BaseInfo, HeadSpec
 from lorabench.config.errors import ConfigError
 from lorabench.runtime.files import aside_path, atomic_folder, remove_temporaries
 
 PEFT_CONFIG, PEFT_TENSORS = "adapter_config.json", "adapter_model.safetensors"
-WEIGHTS, PLAN = "weights.safetensors", "plan.json"
+WEIGHTS_FILE, PLAN_FILE = "weights.safetensors", "plan.json"
 
 
 def save_slice(
-    folder: str | Path, state: Mapping[str, Tensor], plan: SlicePlan, *, info: BaseInfo,
-    run: Mapping[str, Any] | None = None, head: HeadSpec | None = None,
-) -> None:  # fmt: skip
-    """Write what a slice trained (`Stack.exported`) into `folder`, replacing what was there once all is on disk.
+    folder: str | Path,
+    state: Mapping[str, Tensor],
+    plan: SlicePlan,
+    *,
+    info: BaseInfo,
+    run: Mapping[str, Any] | None = None,
+    head: HeadSpec | None = None,
+) -> None:
+    """Write what a slice trained (`Stack.export_slice`) into `folder`, replacing what was there once all is on disk.
 
     run: `RunConfig.to_dict()`, for the base's name; head: for PEFT's task type.
     """
@@ -45,18 +50,23 @@ def save_slice(
     remove_temporaries(folder)
     with atomic_folder(folder) as tmp:
         tied: dict[str, str] = {}
-        if representable(plan):
+        if is_representable(plan):
             write_peft(tmp, state, plan, info=info, run=run, head=head)
         else:
             tensors, tied = _untied(state)
-            _save_tensors(tensors, tmp / WEIGHTS)
-        _write_json(tmp / PLAN, {"schema": 1, "plan": asdict(plan), "tied": tied})
+            _save_tensors(tensors, tmp / WEIGHTS_FILE)
+        _write_json(tmp / PLAN_FILE, {"schema": 1, "plan": asdict(plan), "tied": tied})
 
 
 def write_peft(
-    folder: Path, state: Mapping[str, Tensor], plan: SlicePlan, *, info: BaseInfo,
-    run: Mapping[str, Any] | None = None, head: HeadSpec | None = None,
-) -> None:  # fmt: skip
+    folder: Path,
+    state: Mapping[str, Tensor],
+    plan: SlicePlan,
+    *,
+    info: BaseInfo,
+    run: Mapping[str, Any] | None = None,
+    head: HeadSpec | None = None,
+) -> None:
     """PEFT's two files, into an existing folder. Raises `ConfigError` for a plan that PEFT's LoRA cannot hold."""
     task_type = TASK_TYPES.get(head.auto_class) if head else None
     source = (run or {}).get("model", {}).get("source")
@@ -71,19 +81,19 @@ def load_slice(folder: str | Path) -> tuple[dict[str, Tensor], SlicePlan]:
     Raises `ConfigError` with the path for anything missing, torn or foreign.
     """
     folder = _existing(Path(folder))
-    if not (folder / PLAN).is_file():
+    if not (folder / PLAN_FILE).is_file():
         adapter = read_peft(folder)
         return adapter.state, adapter.plan
-    saved = _read_json(folder / PLAN)
-    plan = _plan(saved, folder / PLAN)
-    if representable(plan):
+    saved = _read_json(folder / PLAN_FILE)
+    plan = _plan(saved, folder / PLAN_FILE)
+    if is_representable(plan):
         state = read_peft(folder).state
     else:
-        state = read_tensors(folder / WEIGHTS)
+        state = read_tensors(folder / WEIGHTS_FILE)
         for alias, name in dict(saved.get("tied") or {}).items():
             if name not in state:
                 raise ConfigError(
-                    "adapter", str(folder / PLAN), f"a plan that fits its tensors; {name} is not among them"
+                    "adapter", str(folder / PLAN_FILE), f"a plan that fits its tensors; {name} is not among them"
                 )
             state[alias] = state[name]
     _check_complete(state, plan, folder)
@@ -91,7 +101,8 @@ def load_slice(folder: str | Path) -> tuple[dict[str, Tensor], SlicePlan]:
 
 
 def read_peft(folder: str | Path) -> PeftAdapter:
-    """The adapter in a PEFT folder. Raises `ConfigError` for other formats, torn files and unsupported settings."""
+    """Return the adapter in a PEFT folder. Raises `ConfigError` for other formats, torn files and unsupported
+    settings."""
     folder = Path(folder)
     if not folder.is_dir():
         raise ConfigError("adapter", str(folder), "an existing folder")
@@ -103,7 +114,7 @@ def read_peft(folder: str | Path) -> PeftAdapter:
 
 
 def read_tensors(path: Path) -> dict[str, Tensor]:
-    """All tensors of a safetensors file, on the CPU."""
+    """Return all tensors of a safetensors file, on the CPU. Raises `ConfigError` for one that is missing or torn."""
     try:
         return load_file(path)
     except FileNotFoundError as e:
@@ -166,22 +177,24 @@ def _spec(saved: Mapping[str, Any]) -> AdapterSpec:
 
 
 def _check_complete(state: Mapping[str, Tensor], plan: SlicePlan, folder: Path) -> None:
-    """Every tensor the plan speaks of is there, adapters with their rank."""
+    """Raise `ConfigError` unless every tensor that the plan names is there, adapters with their rank."""
     missing = [m for m in plan.modules if not any(name.startswith(m + ".") for name in state)]
     missing += [b for b in plan.biases if f"{b}.bias" not in state]
     for name, spec in plan.adapters.items():
-        first, *rest = (state.get(f"{name}.{part}") for part in OF_KIND[spec.kind])
+        first, *rest = (state.get(f"{name}.{part}") for part in PARTS_OF_KIND[spec.kind])
         ranked = not spec.kind.startswith("ia3")  # lora_A and vera_lambda_d have their rank in front
         if first is None or any(t is None for t in rest) or (ranked and first.shape[0] != spec.r):
             missing.append(f"{name} (rank {spec.r})")
     if missing:
         raise ConfigError(
-            "adapter", str(folder), f"tensors that fit {PLAN}; missing or of another rank: {', '.join(missing[:3])}"
+            "adapter",
+            str(folder),
+            f"tensors that fit {PLAN_FILE}; missing or of another rank: {', '.join(missing[:3])}",
         )
 
 
 def _untied(state: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], dict[str, str]]:
-    """Tensors ready to save, one name each, and {other name: that name} for those that share their memory."""
+    """Return tensors to save, one name each, and {other name: that name} for those that share their memory."""
     first: dict[tuple[int, torch.Size, torch.dtype], str] = {}
     tensors, tied = {}, {}
     for name, tensor in state.items():

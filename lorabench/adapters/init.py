@@ -13,20 +13,21 @@ from torch import Tensor, nn
 from lorabench.config.contracts.method import AdapterSpec
 
 
-def key(seed: int, name: str, what: str) -> int:
+def draw_seed(seed: int, name: str, what: str) -> int:
+    """Return the seed of one draw: 63 bits of the SHA-256 over the run's seed, the layer's name and what is drawn."""
     raw = hashlib.sha256(f"{seed}\0{name}\0{what}".encode()).digest()
-    return int.from_bytes(raw[:8], "little") >> 1  # a torch seed: 63 bits
+    return int.from_bytes(raw[:8], "little") >> 1
 
 
 def adapter_start(
     spec: AdapterSpec, seed: int, name: str, a: tuple[int, ...], b: tuple[int, ...]
 ) -> tuple[Tensor, Tensor]:
-    """(lora_A, lora_B) in float32 on the CPU, of shapes `a` [r, I, ...] and `b` [O, r, ...].
+    """Return (lora_A, lora_B) before training, float32 on the CPU, of shapes `a` [r, I, ...] and `b` [O, r, ...].
 
     PEFT's distributions: kaiming_uniform(a=sqrt 5), which is U(-1, 1) / sqrt(fan_in), and zeros; `gaussian`
     N(0, 1/r) by its standard deviation 1/r, and zeros; `orthogonal` both non-zero with B @ A = 0.
     """
-    generator = torch.Generator().manual_seed(key(seed, name, "lora_A"))
+    generator = torch.Generator().manual_seed(draw_seed(seed, name, "lora_A"))
     if spec.init == "orthogonal":
         return _orthogonal(a, b, generator)
     start = torch.empty(a)
@@ -39,7 +40,10 @@ def adapter_start(
 
 
 def _orthogonal(a: tuple[int, ...], b: tuple[int, ...], generator: torch.Generator) -> tuple[Tensor, Tensor]:
-    """https://datta0.github.io/posts/rethink-lora-init/#orthogonal-initialisation, as in PEFT: r is even, layer linear."""
+    """Return a start with B @ A = 0 and neither of them zero, as PEFT does for an even r on a linear layer.
+
+    Source: https://datta0.github.io/posts/rethink-lora-init/#orthogonal-initialisation
+    """
     r = a[0]
     q, _ = torch.linalg.qr(torch.randn(r, r, generator=generator))
     start_a = (torch.randn(a[1], r // 2, generator=generator) @ q[0::2]).T / 10
@@ -50,14 +54,14 @@ def _orthogonal(a: tuple[int, ...], b: tuple[int, ...], generator: torch.Generat
 def embedding_start(
     spec: AdapterSpec, seed: int, name: str, a: tuple[int, ...], b: tuple[int, ...]
 ) -> tuple[Tensor, Tensor]:
-    """PEFT's start of an embedding's adapter, whatever `init` says: A zeros, B standard normal."""
-    generator = torch.Generator().manual_seed(key(seed, name, "lora_B"))
+    """Return PEFT's start of an embedding's adapter, whatever `init` says: A zeros, B standard normal."""
+    generator = torch.Generator().manual_seed(draw_seed(seed, name, "lora_B"))
     return torch.zeros(a), torch.empty(b).normal_(generator=generator)
 
 
 @torch.no_grad()
 def weight_start(weight: Tensor, spec: AdapterSpec) -> tuple[Tensor, Tensor]:
-    """(lora_A [r, I], lora_B [O, r]) as parts of a weight [O, I], float32, as PEFT takes them.
+    """Return (lora_A [r, I], lora_B [O, r]) as parts of a weight [O, I], float32, as PEFT takes them.
 
     pissa: scaling * B @ A are the r largest singular components; olora: B, A are the first r columns and rows of Q, R.
     """
@@ -74,7 +78,8 @@ Projections = dict[tuple[Any, ...], tuple[Tensor, Tensor]]  # by (r, seed, I, O,
 
 
 def projection(known: Projections, spec: AdapterSpec, like: Tensor) -> tuple[Tensor, Tensor]:
-    """VeRA's frozen A [r, I] and B [O, r] for all layers, drawn as PEFT draws them: U(-b, b), b = sqrt(6 / fan_in).
+    """Return VeRA's frozen A [r, I] and B [O, r] for all layers, drawn as PEFT draws them: U(-b, b), b = sqrt(6 /
+    fan_in).
 
     known: pairs drawn before, which are returned again; like: gives type and device.
     """
@@ -92,7 +97,7 @@ def projection(known: Projections, spec: AdapterSpec, like: Tensor) -> tuple[Ten
 
 @torch.no_grad()
 def module_start(model: nn.Module, module: nn.Module, seed: int, name: str) -> dict[str, Tensor]:
-    """Fresh parameters of a module without pretrained weights, as its model would draw them; float32 on the CPU.
+    """Return fresh parameters of a module without pretrained weights, as its model would draw them; float32 on the CPU.
 
     The model's own `_init_weights` (transformers) where it covers a parameter, else torch's `reset_parameters`.
     Raises RuntimeError for a parameter neither covers.
@@ -104,7 +109,7 @@ def module_start(model: nn.Module, module: nn.Module, seed: int, name: str) -> d
     for p in fresh.parameters():
         p.fill_(math.nan)
     with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(key(seed, name, "module"))
+        torch.manual_seed(draw_seed(seed, name, "module"))
         initialise = getattr(model, "_init_weights", None)
         if initialise is not None:
             fresh.apply(initialise)

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from lorabench.adapters.dropout import key_base_dropout
 from lorabench.adapters.init import module_start
-from lorabench.adapters.layers import Wrapped
+from lorabench.adapters.layers import WrappedModule
 from lorabench.adapters.modules import StackedBias, StackedModule
 from lorabench.adapters.stack import Stack
 from lorabench.adapters.variants import layer_class
@@ -21,11 +21,11 @@ _RUNNING = nn.modules.batchnorm._NormBase  # batch and instance normalisation wi
 
 
 def inject(model: nn.Module, plans: Sequence[SlicePlan], *, info: BaseInfo, give_back: bool = True) -> Stack:
-    """Put one slice a plan onto `model`, in place; `stack.remove()` undoes it.
+    """Put one slice for each plan onto `model`, in place, and return the stack; `stack.remove()` undoes it.
 
     Slices of one pack train the same modules and biases; `full` is a pack of one. Everything not trained is frozen,
     normalisation statistics too. The base's own dropout is re-keyed (see `dropout`), which needs eager attention.
-    give_back: whether `full` keeps the base's weights for `stack.remove()`. Where something is raised the base is as it was.
+    give_back: whether `full` keeps the base's weights for `stack.remove()`. Where this raises, the base is as it was.
     """
     assert plans and (len(plans) == 1 or not any(p.full for p in plans)), "full fine-tuning is a pack of one"
     assert len({(p.modules, p.biases) for p in plans}) == 1, "slices of a pack train the same modules and biases"
@@ -54,7 +54,7 @@ def _freeze(stack: Stack) -> None:
 
 
 def _train_base(stack: Stack, info: BaseInfo, give_back: bool) -> None:
-    """The whole base trains; its head starts from the seed, like everybody's."""
+    """Let the whole base train; its head starts from the seed, as under every method."""
     for p in stack.model.parameters():
         if give_back:
             stack.undo.callback(_restore, p, p.detach().clone())
@@ -107,7 +107,7 @@ def _wrap_modules(stack: Stack, info: BaseInfo) -> None:
         _replace(stack, StackedModule(module, name, stack.context, starts, new=new, vector_rates=rates))
 
 
-def _replace(stack: Stack, layer: Wrapped) -> None:
+def _replace(stack: Stack, layer: WrappedModule) -> None:
     parent_name, _, child = layer.name.rpartition(".")
     parent = stack.model.get_submodule(parent_name)
     stack.undo.callback(setattr, parent, child, layer.base)
@@ -116,8 +116,10 @@ def _replace(stack: Stack, layer: Wrapped) -> None:
 
 
 def _freeze_statistics(stack: Stack) -> None:
-    """Normalisation uses its stored statistics whatever `model.train()` says, under `full` too: buffers count as frozen,
-    so that a slice is its parameters and methods compare on equal terms."""
+    """Make normalisation use its stored statistics whatever `model.train()` says, under `full` too.
+
+    Buffers count as frozen, so that a slice is its parameters and methods compare on equal terms.
+    """
     for module in stack.model.modules():
         if isinstance(module, _RUNNING) and module.track_running_stats:
             stack.undo.callback(setattr, module, "training", module.training)

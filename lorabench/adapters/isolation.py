@@ -1,4 +1,4 @@
-"""Do slices see each other? Poison one with NaN, forward and backward, and look at the others.
+"""Whether slices see each other: one is poisoned with NaN, forward and backward, and the others are looked at.
 
 Names cannot tell: time-major activations, batch statistics, token routing and layers fed without a batch axis only
 show in what they compute. Shape letters: K slices, N = K * B rows.
@@ -20,13 +20,13 @@ from lorabench.adapters.stack import Stack
 POISONED = 0  # the first slice: what leaks from earlier rows to later ones (scans, capacity limits) starts there
 
 
-def probe(model: nn.Module, stack: Stack, forward: Callable[[], Tensor]) -> None:
+def check_slices_independent(model: nn.Module, stack: Stack, forward: Callable[[], Tensor]) -> None:
     """Raise `SlicesMix` naming the first layer where the slices of a pack see each other; leave everything as it was.
 
-    forward: runs the model on a small batch of K * B rows, different for each slice (a router that sends equal tokens the
-    same way would look harmless), and gives per-example losses [N]. It runs three times, in training mode, with noise on
-    the trainable tensors, as adapters that start at zero hide each other. On a CPU the other slices' losses and gradients
-    must not change by one bit, elsewhere by rounding.
+    forward: runs the model on a small batch of K * B rows, different for each slice (a router that sends equal tokens
+    the same way would look harmless), and gives per-example losses [N]. It runs three times, in training mode, with
+    noise on the trainable tensors, as adapters that start at zero hide each other. On a CPU the other slices' losses
+    and gradients must not change by one bit, elsewhere by rounding.
     """
     if stack.size == 1:
         return
@@ -47,7 +47,7 @@ def probe(model: nn.Module, stack: Stack, forward: Callable[[], Tensor]) -> None
 
 
 def _run(stack: Stack, forward: Callable[[], Tensor]) -> tuple[Tensor, dict[str, Tensor]]:
-    """Losses [K, B] and gradients [K, ...] by name."""
+    """Return losses [K, B] and gradients [K, ...] by name."""
     trainables = stack.named_trainables()
     for t in trainables:
         t.parameter.grad = None
@@ -69,7 +69,7 @@ def _same(clean: Tensor, poisoned: Tensor) -> bool:
 
 @torch.no_grad()
 def _first_mixing(model: nn.Module, stack: Stack, forward: Callable[[], Tensor], rows: int) -> str:
-    """The first module, in the order of execution, whose output holds NaN outside the poisoned slice's rows."""
+    """Return the first module, in the order of execution, whose output holds NaN outside the poisoned slice's rows."""
     found: list[str] = []
 
     def look(name: str) -> Callable[..., None]:
@@ -99,7 +99,7 @@ def _leaks(x: Tensor, size: int, rows: int) -> bool:
 
 @contextmanager
 def _restored(model: nn.Module, stack: Stack) -> Iterator[None]:
-    """Trainable tensors, gradients, buffers, training flags and the random state come back."""
+    """Put trainable tensors, gradients, buffers, training flags and the random state back after the block."""
     trainables = stack.named_trainables()
     values = [t.parameter.detach().clone() for t in trainables]
     grads = [t.parameter.grad for t in trainables]

@@ -23,16 +23,20 @@ from lorabench.config.contracts.method import AdapterSpec
 from lorabench.config.contracts.model import LayerInfo
 
 
-class Own(NamedTuple):
-    """A tensor [K, ...] that trains on a layer. decay: weight decay applies; rates: factors of each slice's learning rate."""
+class StackedParameter(NamedTuple):
+    """A tensor [K, ...] that trains on a layer.
+
+    decay: whether weight decay applies. rates: a factor of the learning rate for each slice, where 0 freezes it; None:
+    1 for all.
+    """
 
     parameter: nn.Parameter
     decay: bool
-    rates: tuple[float, ...] | None = None  # None: 1 for all; 0: frozen in that slice
+    rates: tuple[float, ...] | None = None
 
 
-class Wrapped(nn.Module):
-    """Stands where a module of the base stood; the module itself lives on, untouched, as `base`."""
+class WrappedModule(nn.Module):
+    """A module that stands where one of the base's stood; that one lives on, untouched, as `base`."""
 
     def __init__(self, base: nn.Module, name: str, context: Context) -> None:
         super().__init__()
@@ -40,30 +44,32 @@ class Wrapped(nn.Module):
         self.training = base.training
 
     def __getattr__(self, key: str) -> Any:
-        """Models read `weight`, `in_features`, `embed_scale` and the like off their layers: they find the base's."""
+        """Return the base's attribute: models read `weight`, `in_features`, `embed_scale` and the like off their
+        layers."""
         try:
             return super().__getattr__(key)
         except AttributeError:
             return getattr(super().__getattr__("base"), key)
 
     def slice_state(self, k: int) -> dict[str, Tensor]:
-        """What slice k trains here, keyed without the layer's name; shares memory where it can."""
+        """Return what slice k trains here, keyed without the layer's name. It shares memory where it can."""
         raise NotImplementedError
 
     def load_slice(self, k: int, state: Mapping[str, Tensor]) -> None:
-        """The inverse of `slice_state`."""
+        """Write a state that `slice_state` gave into slice k."""
         raise NotImplementedError
 
-    def exported(self, k: int) -> tuple[dict[str, Tensor], AdapterSpec | None]:
-        """What slice k is on the unchanged base, for files; spec: of its adapter here, None where it has none."""
+    def export_slice(self, k: int) -> tuple[dict[str, Tensor], AdapterSpec | None]:
+        """Return slice k as a change of the plain base, for files, and its adapter's spec here; None where it has
+        none."""
         return self.slice_state(k), None
 
-    def parts(self) -> dict[str, Own]:
-        """What trains here, by short name."""
+    def parts(self) -> dict[str, StackedParameter]:
+        """Return what trains here, by short name."""
         raise NotImplementedError
 
 
-class StackedAdapter(Wrapped):
+class StackedAdapter(WrappedModule):
     """K low-rank adapters on one layer.
 
     lora_A [K, R, I, ...], lora_B [K, O, R, ...], scaling [K]. specs: one a slice, None where it does not target the
@@ -85,7 +91,7 @@ class StackedAdapter(Wrapped):
         super().__init__(base, info.name, context)
         weight = base.weight
         assert isinstance(weight, Tensor)
-        self.take(specs)
+        self.set_specs(specs)
         device, dtype = weight.device, torch.promote_types(weight.dtype, torch.float32)
         shape_a, shape_b = self.shapes(info, max(self.ranks))
         self.lora_A = nn.Parameter(torch.zeros(len(specs), *shape_a, device=device, dtype=dtype))
@@ -98,7 +104,8 @@ class StackedAdapter(Wrapped):
                     a, b = self.start(spec, seed, info.name, *self.shapes(info, spec.r))
                     StackedAdapter.load_slice(self, k, {"lora_A": a, "lora_B": b})
 
-    def take(self, specs: Sequence[AdapterSpec | None]) -> None:
+    def set_specs(self, specs: Sequence[AdapterSpec | None]) -> None:
+        """Keep each slice's spec, rank and dropout."""
         self.specs = tuple(specs)
         self.ranks = tuple(spec.r if spec else 0 for spec in specs)
         self.drop = tuple(spec.dropout if spec else 0.0 for spec in specs)
@@ -106,15 +113,15 @@ class StackedAdapter(Wrapped):
     def start(
         self, spec: AdapterSpec, seed: int, name: str, a: tuple[int, ...], b: tuple[int, ...]
     ) -> tuple[Tensor, Tensor]:
-        """lora_A and lora_B of a slice before training, of shapes `a` and `b`."""
+        """Return lora_A and lora_B of a slice before training, of shapes `a` and `b`."""
         return draw.adapter_start(spec, seed, name, a, b)
 
     def shapes(self, info: LayerInfo, r: int) -> tuple[tuple[int, ...], tuple[int, ...]]:
-        """Of one slice's A and B at rank r, as PEFT stores them."""
+        """Return the shapes of one slice's A and B at rank r, as PEFT stores them."""
         return (r, info.in_features), (info.out_features, r)
 
     def views(self, k: int) -> tuple[Tensor, Tensor]:
-        """The rows of A and the columns of B that slice k uses, writable."""
+        """Return the rows of A and the columns of B that slice k uses; writing to them writes to the stack."""
         r = self.ranks[k]
         return self.lora_A.detach()[k, :r], self.lora_B.detach()[k, :, :r]
 
@@ -124,37 +131,42 @@ class StackedAdapter(Wrapped):
         a, b = self.views(k)
         return {"lora_A": a.reshape(self.ranks[k], *self.lora_A.shape[2:]), "lora_B": b}
 
-    def exported(self, k: int) -> tuple[dict[str, Tensor], AdapterSpec | None]:
+    def export_slice(self, k: int) -> tuple[dict[str, Tensor], AdapterSpec | None]:
         return self.slice_state(k), self.specs[k]
 
     def load_slice(self, k: int, state: Mapping[str, Tensor]) -> None:
         for own, key in zip(self.views(k), ("lora_A", "lora_B"), strict=True):
             own.copy_(state[key].reshape(own.shape))
 
-    def parts(self) -> dict[str, Own]:
+    def parts(self) -> dict[str, StackedParameter]:
         specs = self.specs
         rate_A, rate_B = (tuple(getattr(s, f) if s else 1.0 for s in specs) for f in ("rate_A", "rate_B"))
-        return {"lora_A": Own(self.lora_A, True, rate_A), "lora_B": Own(self.lora_B, True, rate_B)}
+        return {
+            "lora_A": StackedParameter(self.lora_A, True, rate_A),
+            "lora_B": StackedParameter(self.lora_B, True, rate_B),
+        }
 
     @property
     def used(self) -> int:
         """The largest rank among the active slices; 0: none of them targets this layer."""
         return max((self.ranks[k] for k in self.context.active), default=0)
 
-    def picked_a(self) -> Tensor:
-        """A of the active slices; without a gradient where it is frozen in all of them (LoRA-FA): none is computed then,
-        and nothing is kept for it."""
+    def active_a(self) -> Tensor:
+        """Return A of the active slices, without a gradient where it is frozen in all of them (LoRA-FA).
+
+        Then none is computed, and nothing is kept for it.
+        """
         specs = [self.specs[k] for k in self.context.active]
         frozen = not any(spec and spec.rate_A for spec in specs)
         return self.context.pick(self.lora_A.detach() if frozen else self.lora_A)
 
     def factors(self, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-        """A and scaling * B of the active slices, in the type of the activations."""
-        a, b, s = self.picked_a(), *(self.context.pick(t) for t in (self.lora_B, self.scaling))
+        """Return A and scaling * B of the active slices, in the type of the activations."""
+        a, b, s = self.active_a(), *(self.context.pick(t) for t in (self.lora_B, self.scaling))
         return a.to(dtype), (b * s.view(-1, *[1] * (b.dim() - 1))).to(dtype)
 
-    def dropped(self, x: Tensor) -> Tensor:
-        """Adapter dropout of x [K * B, ...], with each slice's own probability."""
+    def apply_dropout(self, x: Tensor) -> Tensor:
+        """Drop elements of x [K * B, ...] in training, with each slice's own probability."""
         if not self.training or not any(self.drop):
             return x
         return keyed_dropout(
@@ -169,23 +181,24 @@ class StackedLinear(StackedAdapter):
         if not self.used:
             return self.base(x, *args, **kwargs)
         self.context.split(x, self.name)
-        d, dtype = self.dropped(x), _compute_dtype(x)
+        d, dtype = self.apply_dropout(x), _compute_dtype(x)
         flat = x.to(dtype).reshape(-1, x.shape[-1])
         y = self.product(flat, None if d is x else d.to(dtype).reshape(flat.shape))
         return y.view(*x.shape[:-1], y.shape[-1])
 
     def product(self, x: Tensor, d: Tensor | None) -> Tensor:
-        """x [N, I] -> [N, O]; d [N, I]: what the adapters see of x, None where it is x itself."""
-        weight, bias = self.frozen(x.dtype)
+        """Return the layer's output [N, O] for x [N, I]. d [N, I]: what the adapters see of x; None where it is x
+        itself."""
+        weight, bias = self.frozen_weight(x.dtype)
         a, b = self.pair()
         return AdaptedProduct.apply(x, d, weight, bias, a, b, self.context.pick(self.scaling))  # type: ignore[no-untyped-call]
 
     def pair(self) -> tuple[Tensor, Tensor]:
-        """A [K, R, I] and B [K, O, R] of the active slices; what none of them uses of R is not computed with."""
-        return self.picked_a()[:, : self.used], self.context.pick(self.lora_B)[..., : self.used]
+        """Return A [K, R, I] and B [K, O, R] of the active slices, R being the largest rank among them."""
+        return self.active_a()[:, : self.used], self.context.pick(self.lora_B)[..., : self.used]
 
-    def frozen(self, dtype: torch.dtype) -> tuple[Tensor, Tensor | None]:
-        """Weight [O, I] and bias of the base; Conv1D holds its weight the other way round."""
+    def frozen_weight(self, dtype: torch.dtype) -> tuple[Tensor, Tensor | None]:
+        """Return weight [O, I] and bias of the base; Conv1D holds its weight the other way round."""
         weight, bias = self.base.weight, self.base.bias
         assert isinstance(weight, Tensor) and (bias is None or isinstance(bias, Tensor))
         rows = weight if isinstance(self.base, nn.Linear) else weight.T
@@ -240,7 +253,7 @@ class StackedConv2d(StackedAdapter):
         if not self.used:
             return y
         conv, (a, b) = self.base, self.factors(y.dtype)
-        rows = self.context.split(self.dropped(x).to(y.dtype), self.name)
+        rows = self.context.split(self.apply_dropout(x).to(y.dtype), self.name)
         size, batch, g = len(rows), rows.shape[1], conv.groups
         # slices become groups of one convolution: [B, K * C, H, W] -> [B, K * R, H', W']
         low = F.conv2d(
@@ -253,5 +266,8 @@ class StackedConv2d(StackedAdapter):
 
 
 LAYERS: dict[str, type[StackedAdapter]] = {
-    "Linear": StackedLinear, "Conv1D": StackedLinear, "Embedding": StackedEmbedding, "Conv2d": StackedConv2d,
-}  # fmt: skip
+    "Linear": StackedLinear,
+    "Conv1D": StackedLinear,
+    "Embedding": StackedEmbedding,
+    "Conv2d": StackedConv2d,
+}

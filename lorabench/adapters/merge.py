@@ -1,7 +1,8 @@
 """A slice merged into a plain base's own weights, and taken out again. Shapes: I in, O out, r rank.
 
 W' = W + scaling * B @ A (or what the adapter's kind makes of it), computed in float64 and rounded once to the weight's
-own type. What that rounding costs is measured and stated, layer by layer: in bfloat16 an update much smaller than the weight can vanish in it.
+own type. What that rounding costs is measured and stated, layer by layer: in bfloat16 an update much smaller than the
+weight can vanish in it.
 """
 
 from __future__ import annotations
@@ -14,11 +15,11 @@ import torch
 from torch import Tensor, nn
 
 from lorabench.adapters.init import projection
-from lorabench.adapters.peft import OF_KIND
+from lorabench.adapters.peft import PARTS_OF_KIND
 from lorabench.config.contracts.method import AdapterSpec, SlicePlan
 from lorabench.config.errors import ConfigError
 
-CHUNK = 2**22  # weights computed at once: float64 copies stay small beside the base
+MAX_CHUNK_WEIGHTS = 2**22  # weights computed at once: float64 copies stay small beside the base
 
 
 @dataclass(frozen=True)
@@ -44,7 +45,8 @@ class Merged:
         return max((layer.max_error for layer in self.layers.values()), default=0.0)
 
     def unmerge(self) -> None:
-        """The base as it was: bit for bit if it was merged with `keep`, else within `unmerge_bound`. Ties come back."""
+        """Give the base back as it was: bit for bit if it was merged with `keep`, else within `unmerge_bound`. Ties
+        come back."""
         while self._undo:
             self._undo.pop()()
 
@@ -54,17 +56,17 @@ def merge(model: nn.Module, state: Mapping[str, Tensor], plan: SlicePlan, *, kee
     """Merge a slice into a plain base (no stack injected), in place: adapters added, whole modules and biases copied.
 
     keep: hold the original weights for an exact `unmerge`. A weight that an adapted layer or a whole module shares with
-    another (an output embedding tied to the input's) becomes its own, which `untied` says; the other keeps the original.
-    Raises `ConfigError` for a slice that does not fit the base.
+    another (an output embedding tied to the input's) becomes its own, which `untied` says; the other keeps the
+    original. Raises `ConfigError` for a slice that does not fit the base.
     """
     done = Merged(model, {}, (), [])
     try:
         for name, spec in plan.adapters.items():
             layer = _module(model, name)
             done.untied += _untie(model, f"{name}.weight", done._undo)
-            own = {part: state[f"{name}.{part}"] for part in OF_KIND[spec.kind]}
-            done.layers[name] = _add(name, layer, change_of(name, layer, spec, own), done._undo, keep=keep)
-        adapted = {f"{name}.{part}" for name, spec in plan.adapters.items() for part in OF_KIND[spec.kind]}
+            own = {part: state[f"{name}.{part}"] for part in PARTS_OF_KIND[spec.kind]}
+            done.layers[name] = _add(name, layer, weight_change(name, layer, spec, own), done._undo, keep=keep)
+        adapted = {f"{name}.{part}" for name, spec in plan.adapters.items() for part in PARTS_OF_KIND[spec.kind]}
         whole = {n: t for n, t in state.items() if n not in adapted}
         for name in [] if plan.full else list(whole):  # full fine-tuning trains what is tied as one weight
             done.untied += _untie(model, name, done._undo)
@@ -90,7 +92,7 @@ class Change:
     bias: Tensor | None = None
 
     def of(self, flat: Tensor, rows: slice) -> Tensor:
-        """Rows of the merged weight."""
+        """Return some rows of the merged weight."""
         new = flat[rows].double() + self.left[rows] @ self.right * self.scaling
         new = new if self.rows is None else new * self.rows[rows, None]
         return new if self.columns is None else new * self.columns
@@ -100,8 +102,8 @@ class Change:
         return self.rows is not None or self.columns is not None
 
 
-def change_of(name: str, layer: nn.Module, spec: AdapterSpec, own: Mapping[str, Tensor]) -> Change:
-    """What an adapter does to its layer's weight. own: its tensors, as `Stack.exported` gives them."""
+def weight_change(name: str, layer: nn.Module, spec: AdapterSpec, own: Mapping[str, Tensor]) -> Change:
+    """Return what an adapter does to its layer's weight. own: its tensors, as `Stack.export_slice` gives them."""
     weight = _weight(name, layer)
     flipped = isinstance(layer, nn.Embedding) or type(layer).__name__ == "Conv1D"  # the layer keeps [I, O]
     own = {part: t.to(weight.device).double() for part, t in own.items()}
@@ -186,7 +188,7 @@ def _add(name: str, layer: nn.Module, change: Change, undo: list[Any], *, keep: 
 
 
 def _chunks(flat: Tensor) -> Iterator[slice]:
-    step = max(1, CHUNK // max(1, flat.shape[1]))
+    step = max(1, MAX_CHUNK_WEIGHTS // max(1, flat.shape[1]))
     return (slice(i, i + step) for i in range(0, flat.shape[0], step))
 
 
@@ -225,7 +227,7 @@ def _untie(model: nn.Module, name: str, undo: list[Any]) -> tuple[str, ...]:
 
 
 def _copy(model: nn.Module, state: Mapping[str, Tensor], undo: list[Any]) -> None:
-    """Whole modules, biases, or a full model: tensors by the base's own names. The originals are kept."""
+    """Copy whole modules, biases or a full model into the base: tensors by its own names. The originals are kept."""
     own = dict(model.named_parameters(remove_duplicate=False)) | dict(model.named_buffers())
     for name, tensor in state.items():
         if name not in own or own[name].shape != tensor.shape:

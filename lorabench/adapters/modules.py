@@ -14,12 +14,12 @@ from torch.func import functional_call
 from torch.utils._pytree import tree_map
 
 from lorabench.adapters.context import Context
-from lorabench.adapters.layers import Own, Wrapped
+from lorabench.adapters.layers import StackedParameter, WrappedModule
 from lorabench.config.contracts.model import BIASED, CHANNELS_FIRST
 from lorabench.config.errors import ConfigError
 
 
-class StackedModule(Wrapped):
+class StackedModule(WrappedModule):
     """A module that trains whole: `stacked[name]` [K, ...] for each of its parameters, called once a slice.
 
     starts: what each slice begins with, by parameter name. new: the module has no pretrained weights; then it computes
@@ -45,7 +45,7 @@ class StackedModule(Wrapped):
             self.stacked[key.replace(".", "/")] = nn.Parameter(stack)
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
-        """Tensor arguments are [K * B, ...]; so are the outputs."""
+        """Run the module once a slice. Tensor arguments and outputs are [K * B, ...]."""
         if not self.context.active:
             return self.base(*args, **kwargs)
         if self.training and getattr(self.base, "gradient_checkpointing", False):
@@ -79,15 +79,15 @@ class StackedModule(Wrapped):
         for key, own in self.slice_state(k).items():
             own.copy_(state[key])
 
-    def parts(self) -> dict[str, Own]:
+    def parts(self) -> dict[str, StackedParameter]:
         # biases and norms, vectors but for their K, do not decay
         return {
-            key.replace("/", "."): Own(p, p.dim() > 2, None if p.dim() > 2 else self.vector_rates)
+            key.replace("/", "."): StackedParameter(p, p.dim() > 2, None if p.dim() > 2 else self.vector_rates)
             for key, p in self.stacked.items()
         }
 
 
-class StackedBias(Wrapped):
+class StackedBias(WrappedModule):
     """A layer whose bias trains: y = base(x) + (bias_k - bias of the base), bias [K, O]. BitFit, arXiv 2106.10199."""
 
     def __init__(self, base: nn.Module, name: str, kind: str, context: Context) -> None:
@@ -120,5 +120,5 @@ class StackedBias(Wrapped):
     def load_slice(self, k: int, state: Mapping[str, Tensor]) -> None:
         self.stacked.detach()[k].copy_(state["bias"])
 
-    def parts(self) -> dict[str, Own]:
-        return {"bias": Own(self.stacked, False)}
+    def parts(self) -> dict[str, StackedParameter]:
+        return {"bias": StackedParameter(self.stacked, False)}

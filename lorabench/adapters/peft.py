@@ -1,7 +1,7 @@
-"""A slice in PEFT's exchange format, written: a pure function to tensors and an `adapter_config` dict.
+"""A slice in PEFT's exchange format, written and read: tensors and an `adapter_config` dict.
 
-Source: peft 0.21 (`tuners/lora/layer.py`, `utils/save_and_load.py`). Reading is in `peft_read.py`.
-Shapes are PEFT's throughout: A [r, I], B [O, r]; Conv2d of G groups A [r, I, kh, kw], B [O, r/G, 1, 1].
+Source: peft 0.21 (`tuners/lora/layer.py`, `utils/save_and_load.py`). Shapes are PEFT's throughout: A [r, I], B [O, r];
+Conv2d of G groups A [r, I, kh, kw], B [O, r/G, 1, 1].
 """
 
 from __future__ import annotations
@@ -23,40 +23,25 @@ from lorabench.config.contracts.model import BaseInfo, LayerInfo
 from lorabench.config.errors import ConfigError
 
 PREFIX = "base_model.model."
-
-
 TASK_TYPES = {
-    "AutoModelForSequenceClassification": "SEQ_CLS", "AutoModelForCausalLM": "CAUSAL_LM",
-    "AutoModelForSeq2SeqLM": "SEQ_2_SEQ_LM", "AutoModelForTokenClassification": "TOKEN_CLS",
-    "AutoModelForQuestionAnswering": "QUESTION_ANS", "AutoModel": "FEATURE_EXTRACTION",
-}  # fmt: skip
-
-
+    "AutoModelForSequenceClassification": "SEQ_CLS",
+    "AutoModelForCausalLM": "CAUSAL_LM",
+    "AutoModelForSeq2SeqLM": "SEQ_2_SEQ_LM",
+    "AutoModelForTokenClassification": "TOKEN_CLS",
+    "AutoModelForQuestionAnswering": "QUESTION_ANS",
+    "AutoModel": "FEATURE_EXTRACTION",
+}
 # Modules PEFT wraps and expects in the file of its own accord: every module whose name ends so.
 OWN_HEADS = {"SEQ_CLS": ("classifier", "score"), "TOKEN_CLS": ("classifier", "score"), "QUESTION_ANS": ("qa_outputs",)}
-
-
 PARTS = {"lora_A": "lora_A.weight", "lora_B": "lora_B.weight"}
-
-
 EMBEDDING_PARTS = {"lora_A": "lora_embedding_A", "lora_B": "lora_embedding_B"}
-
-
 DORA_PARTS = {**PARTS, "magnitude": "lora_magnitude_vector"}
-
-
 VERA_PARTS = {"vera_lambda_d": "vera_lambda_d", "vera_lambda_b": "vera_lambda_b"}
 
 
 IA3_PARTS = {"ia3_l": "ia3_l"}
-
-
-OF_KIND = {"lora": PARTS, "dora": DORA_PARTS, "vera": VERA_PARTS, "ia3": IA3_PARTS, "ia3_input": IA3_PARTS}
-
-
-TYPES = {"lora": "LORA", "dora": "LORA", "vera": "VERA", "ia3": "IA3", "ia3_input": "IA3"}
-
-
+PARTS_OF_KIND = {"lora": PARTS, "dora": DORA_PARTS, "vera": VERA_PARTS, "ia3": IA3_PARTS, "ia3_input": IA3_PARTS}
+PEFT_TYPES = {"lora": "LORA", "dora": "LORA", "vera": "VERA", "ia3": "IA3", "ia3_input": "IA3"}
 PROJECTIONS = ("base_model.vera_A", "base_model.vera_B")
 
 
@@ -68,19 +53,20 @@ def to_peft(
     task_type: str | None = None,
     base_name: str | None = None,
 ) -> tuple[dict[str, Any], dict[str, Tensor]]:
-    """A slice as (adapter_config, tensors), ready for `adapter_config.json` and `adapter_model.safetensors`.
+    """Return a slice as (adapter_config, tensors), for `adapter_config.json` and `adapter_model.safetensors`.
 
-    state, plan: `Stack.exported`. Raises `ConfigError` where PEFT has no such thing (no adapters, trained biases).
+    state, plan: what `Stack.export_slice` gives. task_type: PEFT's; None for a plain PeftModel. base_name: what loads
+    the base. Raises `ConfigError` where PEFT has no such thing: no adapters, or trained biases.
     """
-    if not representable(plan):
+    if not is_representable(plan):
         what = "full" if plan.full else "a run without adapters, or with trained biases"
         raise ConfigError("method", what, "PEFT's format holds adapters and whole modules only")
     layers = info.by_name
     tensors: dict[str, Tensor] = {}
     for name, spec in plan.adapters.items():
-        own = {part: state[f"{name}.{part}"] for part in OF_KIND[spec.kind]}
+        own = {part: state[f"{name}.{part}"] for part in PARTS_OF_KIND[spec.kind]}
         tensors |= _layer_tensors(layers[name], spec, own)
-    adapted = {f"{name}.{part}" for name, spec in plan.adapters.items() for part in OF_KIND[spec.kind]}
+    adapted = {f"{name}.{part}" for name, spec in plan.adapters.items() for part in PARTS_OF_KIND[spec.kind]}
     tensors |= {PREFIX + name: tensor for name, tensor in state.items() if name not in adapted}
     first = next(iter(plan.adapters.values()))
     if first.kind == "vera":
@@ -89,15 +75,15 @@ def to_peft(
     return _config(plan, layers, info, task_type, base_name), tensors
 
 
-def representable(plan: SlicePlan) -> bool:
+def is_representable(plan: SlicePlan) -> bool:
     """Whether one of PEFT's formats can hold what this plan trains."""
-    types = {TYPES.get(s.kind) for s in plan.adapters.values()}
+    types = {PEFT_TYPES.get(s.kind) for s in plan.adapters.values()}
     dora = {s.kind == "dora" for s in plan.adapters.values()}
     return len(types) == len(dora) == 1 and None not in types and not plan.full and not plan.biases
 
 
 def _layer_tensors(layer: LayerInfo, spec: AdapterSpec, own: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    keys = EMBEDDING_PARTS if layer.kind == "Embedding" else OF_KIND[spec.kind]
+    keys = EMBEDDING_PARTS if layer.kind == "Embedding" else PARTS_OF_KIND[spec.kind]
     if layer.kind == "Conv2d":  # A may come as [G, r/G, I, kh, kw], a view of the stack
         a, b = own["lora_A"], own["lora_B"]
         own = {"lora_A": a.reshape(-1, *a.shape[-3:]), "lora_B": b.reshape(*b.shape[:2], 1, 1)}
@@ -109,13 +95,18 @@ def _layer_tensors(layer: LayerInfo, spec: AdapterSpec, own: Mapping[str, Tensor
 def _config(
     plan: SlicePlan, layers: Mapping[str, LayerInfo], info: BaseInfo, task_type: str | None, base_name: str | None
 ) -> dict[str, Any]:
-    kind = TYPES[next(iter(plan.adapters.values())).kind]
+    kind = PEFT_TYPES[next(iter(plan.adapters.values())).kind]
     common = {
-        "peft_type": kind, "task_type": _task_type(task_type, plan, info),
-        "base_model_name_or_path": base_name, "revision": None, "auto_mapping": None, "inference_mode": True,
+        "peft_type": kind,
+        "task_type": _task_type(task_type, plan, info),
+        "base_model_name_or_path": base_name,
+        "revision": None,
+        "auto_mapping": None,
+        "inference_mode": True,
         "fan_in_fan_out": all(layers[name].kind == "Conv1D" for name in plan.adapters),
-        "target_modules": _targets(plan, info), "modules_to_save": list(plan.modules) or None,
-    }  # fmt: skip
+        "target_modules": _targets(plan, info),
+        "modules_to_save": list(plan.modules) or None,
+    }
     return common | {"LORA": _lora, "VERA": _vera, "IA3": _ia3}[kind](plan)
 
 
@@ -124,20 +115,29 @@ def _lora(plan: SlicePlan) -> dict[str, Any]:
     ranks = {name: spec.r for name, spec in plan.adapters.items()}
     r, alpha = _commonest(ranks.values()), _commonest(alphas.values())
     return {
-        "r": r, "lora_alpha": _whole(alpha), "use_rslora": rslora, "bias": "none", "init_lora_weights": True,
+        "r": r,
+        "lora_alpha": _whole(alpha),
+        "use_rslora": rslora,
+        "bias": "none",
+        "init_lora_weights": True,
         "use_dora": all(spec.kind == "dora" for spec in plan.adapters.values()),
         "lora_dropout": _commonest(s.dropout for s in plan.adapters.values()),
         "rank_pattern": {_exactly(n): x for n, x in ranks.items() if x != r},
         "alpha_pattern": {_exactly(n): _whole(x) for n, x in alphas.items() if x != alpha},
-    }  # fmt: skip
+    }
 
 
 def _vera(plan: SlicePlan) -> dict[str, Any]:
     spec = next(iter(plan.adapters.values()))
     return {
-        "r": spec.r, "vera_dropout": spec.dropout, "d_initial": spec.d_initial, "bias": "none", "init_weights": True,
-        "projection_prng_key": spec.projection[0], "save_projection": True,
-    }  # fmt: skip
+        "r": spec.r,
+        "vera_dropout": spec.dropout,
+        "d_initial": spec.d_initial,
+        "bias": "none",
+        "init_weights": True,
+        "projection_prng_key": spec.projection[0],
+        "save_projection": True,
+    }
 
 
 def _ia3(plan: SlicePlan) -> dict[str, Any]:
@@ -146,7 +146,7 @@ def _ia3(plan: SlicePlan) -> dict[str, Any]:
 
 
 def _alphas(adapters: Mapping[str, AdapterSpec]) -> tuple[bool, dict[str, float]]:
-    """use_rslora, and the alpha of each layer that gives its scaling under that rule."""
+    """Return use_rslora, and the alpha of each layer that gives its scaling under that rule."""
     for rslora in (False, True):
         if all(
             math.isclose(s.scaling, alpha_rules.scaling(s.alpha, s.r, use_rslora=rslora), rel_tol=1e-12)
@@ -165,12 +165,15 @@ def _whole(x: float) -> float | int:
 
 
 def _exactly(name: str) -> str:
-    """PEFT matches pattern keys as regular expressions against name ends: this one matches a single name."""
+    """Return a pattern key that matches one name: PEFT matches keys as regular expressions against name ends."""
     return "^" + re.escape(name)
 
 
 def _targets(plan: SlicePlan, info: BaseInfo) -> list[str] | str:
-    """Names in full; as one expression where a name is also the end of another layer's name (PEFT matches ends)."""
+    """Return the adapted names in full, or as one expression where a name is also the end of another layer's name.
+
+    PEFT matches the ends of names.
+    """
     others = [layer.name for layer in info.layers if layer.name not in plan.adapters]
     if any(other.endswith("." + name) for other in others for name in plan.adapters):
         return "|".join(map(re.escape, sorted(plan.adapters)))
@@ -178,7 +181,8 @@ def _targets(plan: SlicePlan, info: BaseInfo) -> list[str] | str:
 
 
 def _task_type(task_type: str | None, plan: SlicePlan, info: BaseInfo) -> str | None:
-    """None (PEFT's plain PeftModel) where PEFT would wrap a module of its own accord that this slice does not hold."""
+    """Return the task type; None where PEFT would then wrap a module of its own accord that this slice does not
+    hold."""
     heads = OWN_HEADS.get(task_type or "", ())
     for layer in info.layers:
         parts = layer.name.split(".")
@@ -188,24 +192,48 @@ def _task_type(task_type: str | None, plan: SlicePlan, info: BaseInfo) -> str | 
     return task_type
 
 
-_TENSOR = re.compile(
+TENSOR_NAME = re.compile(
     r"(?P<layer>.+)\.(?:(?P<factor>lora_[AB])\.weight|lora_embedding_(?P<table>[AB])"
     r"|(?P<magnitude>lora_magnitude_vector)(?:\.weight)?|(?P<vector>vera_lambda_[bd]|ia3_l))"
 )
-
-
-# What a config may say besides the numbers read below. Everything not listed must be empty: null, false, 0, "", [] or {}.
-_FREE = {
-    "d_initial", "feedforward_modules", "init_ia3_weights", "init_weights", "projection_prng_key", "save_projection",
-    "use_dora", "vera_dropout", "alpha_pattern", "auto_mapping", "base_model_name_or_path", "eva_config", "exclude_modules", "fan_in_fan_out",
-    "inference_mode", "layers_pattern", "layers_to_transform", "lora_alpha", "lora_dropout", "megatron_core",
-    "modules_to_save", "peft_type", "peft_version", "qalora_group_size", "r", "rank_pattern", "revision",
-    "runtime_config", "target_modules", "task_type", "use_rslora",
-}  # fmt: skip
-
-
-# Starts that change A and B only. PiSSA, OLoRA, CorDA, LoftQ and LoRA-GA change the base as well, which no adapter file holds.
-_STARTS = (True, False, "gaussian", "orthogonal", "eva")
+# What a config may say besides the numbers read below. Everything not listed must be empty: null, false, 0, "", [] or
+# {}.
+FREE_KEYS = {
+    "d_initial",
+    "feedforward_modules",
+    "init_ia3_weights",
+    "init_weights",
+    "projection_prng_key",
+    "save_projection",
+    "use_dora",
+    "vera_dropout",
+    "alpha_pattern",
+    "auto_mapping",
+    "base_model_name_or_path",
+    "eva_config",
+    "exclude_modules",
+    "fan_in_fan_out",
+    "inference_mode",
+    "layers_pattern",
+    "layers_to_transform",
+    "lora_alpha",
+    "lora_dropout",
+    "megatron_core",
+    "modules_to_save",
+    "peft_type",
+    "peft_version",
+    "qalora_group_size",
+    "r",
+    "rank_pattern",
+    "revision",
+    "runtime_config",
+    "target_modules",
+    "task_type",
+    "use_rslora",
+}
+# Starts that change A and B only. PiSSA, OLoRA, CorDA, LoftQ and LoRA-GA change the base as well, which no adapter file
+# holds.
+ADAPTER_ONLY_STARTS = (True, False, "gaussian", "orthogonal", "eva")
 
 
 @dataclass(frozen=True)
@@ -221,7 +249,7 @@ class PeftAdapter:
 
 
 def from_peft(config: Mapping[str, Any], tensors: Mapping[str, Tensor], *, where: str) -> PeftAdapter:
-    """The adapter of a PEFT folder's config and tensors; `where` names the folder's config file in errors.
+    """Return the adapter that a PEFT folder's config and tensors hold. where: names the folder's config file in errors.
 
     Raises `ConfigError` naming the key of the config, or the tensor, and what is allowed.
     """
@@ -237,7 +265,7 @@ def from_peft(config: Mapping[str, Any], tensors: Mapping[str, Tensor], *, where
             continue
         if name == key:
             raise ConfigError(where, key, f"tensors named {PREFIX}<layer>, as PEFT writes them")
-        if found := _TENSOR.fullmatch(name):
+        if found := TENSOR_NAME.fullmatch(name):
             layers.setdefault(found["layer"], {})[_part(found)] = tensor
         elif module := _saved_module(name, saved):
             modules[module] = None
@@ -264,9 +292,9 @@ def _spec(
     name: str, parts: Mapping[str, Tensor], config: Mapping[str, Any], shared: tuple[int, int, int], where: str
 ) -> AdapterSpec:
     kind = {"VERA": "vera", "IA3": "ia3"}.get(config["peft_type"], "dora" if config.get("use_dora") else "lora")
-    if set(parts) != set(OF_KIND[kind]):
+    if set(parts) != set(PARTS_OF_KIND[kind]):
         said = f"use_dora {bool(config.get('use_dora'))}, peft_type {config['peft_type']}"
-        allowed = f"with {said} a layer needs {', '.join(OF_KIND[kind])}; it has {', '.join(sorted(parts))}"
+        allowed = f"with {said} a layer needs {', '.join(PARTS_OF_KIND[kind])}; it has {', '.join(sorted(parts))}"
         raise ConfigError(where, name, allowed)
     if kind == "vera":
         return _vera_spec(name, parts, config, shared, where)
@@ -278,7 +306,8 @@ def _spec(
 
 
 def _projection(config: Mapping[str, Any], tensors: Mapping[str, Tensor], where: str) -> tuple[int, int, int]:
-    """(seed, I, O) of VeRA's shared pair. Raises `ConfigError` unless the file holds it, as this version draws it."""
+    """Return (seed, I, O) of VeRA's shared pair. Raises `ConfigError` unless the file holds it as this version draws
+    it."""
     if any(name not in tensors for name in PROJECTIONS):
         raise ConfigError(
             f"{where}:save_projection", config.get("save_projection"), "true: the file must hold vera_A, vera_B"
@@ -300,25 +329,23 @@ def _vera_spec(
         raise ConfigError(where, f"{name}: vera_lambda_d {list(parts['vera_lambda_d'].shape)}", f"vectors of rank {r}")
     dropout = _number(config.get("vera_dropout", 0.0), f"{where}:vera_dropout", low=0.0)
     initial = _number(config.get("d_initial", 0.1), f"{where}:d_initial")
-    return AdapterSpec(
-        r=r, scaling=1.0, alpha=1.0, dropout=dropout, kind="vera", d_initial=initial, projection=shared
-    )  # fmt: skip
+    return AdapterSpec(r=r, scaling=1.0, alpha=1.0, dropout=dropout, kind="vera", d_initial=initial, projection=shared)
 
 
 def _check_supported(config: Mapping[str, Any], where: str) -> None:
-    if config.get("peft_type") not in TYPES.values():
+    if config.get("peft_type") not in PEFT_TYPES.values():
         raise ConfigError(
-            f"{where}:peft_type", config.get("peft_type"), f"allowed: {', '.join(sorted({*TYPES.values()}))}"
+            f"{where}:peft_type", config.get("peft_type"), f"allowed: {', '.join(sorted({*PEFT_TYPES.values()}))}"
         )
     for key, value in config.items():
         if key == "init_lora_weights":
-            if value is not None and value not in _STARTS:
-                allowed = f"allowed: {', '.join(map(str, _STARTS))}; others change the base's weights too"
+            if value is not None and value not in ADAPTER_ONLY_STARTS:
+                allowed = f"allowed: {', '.join(map(str, ADAPTER_ONLY_STARTS))}; others change the base's weights too"
                 raise ConfigError(f"{where}:{key}", value, allowed)
         elif key == "bias":
             if value not in (None, "none"):
                 raise ConfigError(f"{where}:{key}", value, "allowed: none")
-        elif key not in _FREE and value not in (None, False, 0, "", [], {}):
+        elif key not in FREE_KEYS and value not in (None, False, 0, "", [], {}):
             raise ConfigError(f"{where}:{key}", value, "not supported here; allowed: null, false or empty")
 
 

@@ -66,8 +66,9 @@ class AdaptedProduct(torch.autograd.Function):
 class SharedProduct(torch.autograd.Function):
     """y = x W^T + bias + b · ((l · (d A^T)) B^T), slice by slice, with one frozen pair A, B for all of them (VeRA).
 
-    x [N, I]; d [N, I] or None as above; weight [O, I], bias [O] or None, A [R, I], B [O, R], frozen and in x's type;
-    l [K, R] and b [K, O] in their own type. Gives y [N, O]. No copy of the pair is made for a slice.
+    x [N, I]; d [N, I], the adapters' view of x after dropout, or None where it is x; weight [O, I], bias [O] or None, A
+    [R, I], B [O, R], frozen and in x's type; l [K, R] and b [K, O] in their own type. Gives y [N, O]. No copy of the
+    pair is made for a slice.
     """
 
     @staticmethod
@@ -111,5 +112,5 @@ class SharedProduct(torch.autograd.Function):
 
 
 def _slices(x: Tensor, size: int) -> Tensor:
-    """[K * M, ...] -> [K, M, ...]."""
+    """Return x [K * M, ...] as [K, M, ...]."""
     return x.view(size, -1, x.shape[-1])

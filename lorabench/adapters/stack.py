@@ -10,15 +10,16 @@ import torch
 from torch import Tensor, nn
 
 from lorabench.adapters.context import Context
-from lorabench.adapters.layers import Wrapped
+from lorabench.adapters.layers import WrappedModule
 from lorabench.config.contracts.method import SlicePlan
 
 
 @dataclass(frozen=True)
 class Trainable:
-    """One tensor for the optimizer. stacked: [K, ...]; else a parameter of the base itself. decay: weight decay applies.
+    """One tensor for the optimizer.
 
-    rates: factors of each slice's learning rate, 0: frozen; None: 1 for all.
+    stacked: whether it is [K, ...]; else it is a parameter of the base itself. decay: whether weight decay applies.
+    rates: a factor of the learning rate for each slice, where 0 freezes it; None: 1 for all.
     """
 
     name: str
@@ -34,7 +35,7 @@ class Stack:
     def __init__(self, model: nn.Module, plans: Sequence[SlicePlan]) -> None:
         self.model, self.plans = model, tuple(plans)
         self.context = Context(len(plans))
-        self.layers: list[Wrapped] = []
+        self.layers: list[WrappedModule] = []
         self.own: dict[str, nn.Parameter] = {}  # the base's own trainable parameters (full fine-tuning)
         self.undo = ExitStack()
 
@@ -44,7 +45,7 @@ class Stack:
         return len(self.plans)
 
     def named_trainables(self) -> list[Trainable]:
-        """In the base's order. Names: `<layer>.lora_A`, `<layer>.bias`, `<module>.<parameter>`."""
+        """All that trains, in the base's order. Names: `<layer>.lora_A`, `<layer>.bias`, `<module>.<parameter>`."""
         found = [Trainable(name, p, stacked=False, decay=p.dim() > 1) for name, p in self.own.items()]
         for layer in self.layers:
             found += [
@@ -54,18 +55,24 @@ class Stack:
         return found
 
     def slice_state(self, k: int) -> dict[str, Tensor]:
-        """What slice k trains, without padding rows, in PEFT's shapes; may share memory with the model: clone to keep."""
+        """Return what slice k trains, in PEFT's shapes without padding rows.
+
+        Names are those of `named_trainables`. Tensors may share memory with the model: clone them to keep them.
+        """
         state = {name: p.detach() for name, p in self.own.items()}
         for layer in self.layers:
             state |= {f"{layer.name}.{key}": value for key, value in layer.slice_state(k).items()}
         return state
 
-    def exported(self, k: int) -> tuple[dict[str, Tensor], SlicePlan]:
-        """Slice k as it goes into files, a change of the plain base, with the plan that fits: as `slice_state` for most."""
+    def export_slice(self, k: int) -> tuple[dict[str, Tensor], SlicePlan]:
+        """Return slice k for files: a change of the plain base, and the plan that fits it.
+
+        For most methods it is `slice_state(k)`. PiSSA and OLoRA become a LoRA of twice the rank.
+        """
         state = {name: p.detach() for name, p in self.own.items()}
         adapters = dict(self.plans[k].adapters)
         for layer in self.layers:
-            own, spec = layer.exported(k)
+            own, spec = layer.export_slice(k)
             state |= {f"{layer.name}.{key}": value for key, value in own.items()}
             if spec is not None:
                 adapters[layer.name] = spec
@@ -73,7 +80,8 @@ class Stack:
 
     @torch.no_grad()
     def load_slice(self, k: int, state: Mapping[str, Tensor]) -> None:
-        """Write what `slice_state` gave. Raises ValueError on a missing, unknown or misshapen tensor, before any write."""
+        """Write a state that `slice_state` gave into slice k. Raises ValueError for a tensor that is missing, unknown
+        or misshapen, before anything is written."""
         own = self.slice_state(k)
         wrong = sorted(own.keys() ^ state.keys())
         wrong = wrong or sorted(name for name, value in state.items() if value.shape != own[name].shape)
@@ -88,7 +96,7 @@ class Stack:
 
     @contextmanager
     def active(self, slices: Sequence[int]) -> Iterator[None]:
-        """Inside, the rows of a batch belong to these slices, slice-major; to none of them: the plain base."""
+        """Give the rows of a batch to these slices inside the block, slice-major; []: to the plain base."""
         assert all(0 <= k < self.size for k in slices), f"slices {slices} of a pack of {self.size}"
         before = self.context.active, self.context.leaves
         self.context.active, self.context.leaves = tuple(slices), {}
@@ -104,5 +112,5 @@ class Stack:
 
 
 def _uneven(rates: tuple[float, ...] | None) -> tuple[float, ...] | None:
-    """None where every slice trains at its full rate."""
+    """Return the rates; None where every slice trains at its full rate."""
     return rates if rates and set(rates) != {1.0} else None

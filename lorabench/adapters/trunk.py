@@ -1,4 +1,4 @@
-"""The blocks of a base below everything that trains: what they give for an example never changes, so it is computed once.
+"""The blocks of a base below everything that trains. Their output for an example never changes, so it is computed once.
 
 A head alone, or adapters on upper layers only, leave a frozen trunk. Its output for each example of a split is kept and
 served whenever that example comes again, in whichever slice, step or evaluation. Shape letters: N rows of a batch,
@@ -16,12 +16,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lorabench.adapters.dropout import drops
-from lorabench.adapters.layers import Wrapped
+from lorabench.adapters.dropout import has_dropout
+from lorabench.adapters.layers import WrappedModule
 from lorabench.adapters.stack import Stack
 
 TokenMask = Callable[[Mapping[str, Tensor]], Tensor | None]  # of a batch [N, T]; None: its examples are no tokens
-MOST_BYTES = 2**30  # of one split's outputs; a larger split is computed anew each time
+MAX_FEATURE_BYTES = 2**30  # of one split's outputs; a larger split is computed anew each time
 
 
 @dataclass(frozen=True)
@@ -37,7 +37,8 @@ class Features:
     seconds: float = 0.0
 
     def batch(self, examples: Sequence[int], tokens: int) -> Tensor:
-        """[N, T, H]; what stands beyond an example's own length is never looked at by the blocks above."""
+        """Return the trunk's output [N, T, H] for these examples. What lies beyond an example's length is never looked
+        at."""
         device = self.flat.device
         first = torch.tensor([self.starts[e] for e in examples], device=device)
         last = torch.tensor([self.lengths[e] - 1 for e in examples], device=device)
@@ -46,11 +47,12 @@ class Features:
 
 
 class _Stop(Exception):
-    """Ends a forward pass where the trunk ends."""
+    """What ends a forward pass where the trunk ends."""
 
 
 class Trunk:
-    """The first `depth` blocks of a model; made by `find_trunk`. `serving`: their output for the rows at hand, if known."""
+    """The first `depth` blocks of a model; made by `find_trunk`. `serving`: their output for the rows at hand, if
+    known."""
 
     def __init__(self, model: nn.Module, stack: Stack, blocks: Sequence[nn.Module], token_mask: TokenMask) -> None:
         self.model, self.stack, self.blocks, self._token_mask = model, stack, tuple(blocks), token_mask
@@ -71,7 +73,8 @@ class Trunk:
         return mask
 
     def _stand_in(self, block: nn.Module, answer: Callable[[Tensor, Tensor], Tensor]) -> None:
-        """While features are served a block hands on what it is given, the last one what is served."""
+        """Replace a block's forward pass while features are served: it hands on its input, the last one what is
+        served."""
         real = block.forward
 
         def forward(*args: Any, **kwargs: Any) -> Any:
@@ -86,7 +89,7 @@ class Trunk:
 
     @torch.no_grad()
     def output(self, forward: Callable[[], Any]) -> Tensor:
-        """What the trunk gives in a forward pass of the plain base, [N, T, H]; the pass ends there."""
+        """Return the trunk's output in a forward pass of the plain base, [N, T, H]; the pass ends there."""
         found: list[Tensor] = []
 
         def stop(module: nn.Module, args: Any, out: Any) -> None:
@@ -132,7 +135,7 @@ class Trunk:
 
     @contextmanager
     def serve(self, features: Features | None, batch: Mapping[str, Tensor]) -> Iterator[None]:
-        """Inside, the trunk's output for the rows of `batch` comes from `features`; None: it is computed."""
+        """Take the trunk's output for the rows of `batch` from `features` inside the block; None: it is computed."""
         if features is None:
             yield
             return
@@ -153,14 +156,15 @@ def find_trunk(
     token_mask: TokenMask,
     tried: bool = False,
 ) -> Trunk | None:
-    """The trunk of a base with its stack on, or None where there is none to speak of or reuse would not be exact.
+    """Return the trunk of a base with its stack on; None where there is none, or where reuse would not be exact.
 
-    layers: how many blocks the base has. forward: per-example losses [N] of `batch`, of one slice's rows. Reuse is tried
-    on it: the same losses must come out, bit for bit on a CPU. So a base whose upper blocks look at more than the hidden
-    states (relative positions handed on from block to block, a sum over all layers) is found out. tried: it was, well.
+    layers: how many blocks the base has. forward: per-example losses [N] of `batch`, of one slice's rows. Reuse is
+    tried on it: the same losses must come out, bit for bit on a CPU. So a base whose upper blocks look at more than the
+    hidden states (relative positions handed on from block to block, a sum over all layers) is found out. tried: it was,
+    well.
     """
     blocks = _blocks(model, layers)
-    if stack.own or not blocks or token_mask(batch) is None or drops(model):
+    if stack.own or not blocks or token_mask(batch) is None or has_dropout(model):
         return None
     depth = next((i for i, block in enumerate(blocks) if _trains(block)), len(blocks))
     if depth == 0:
@@ -206,7 +210,7 @@ def _exact(trunk: Trunk, forward: Callable[[], Tensor], batch: Mapping[str, Tens
 
 
 def _blocks(model: nn.Module, layers: int) -> list[nn.Module]:
-    """The base's blocks in their order: its one list of that many modules of one class."""
+    """Return the base's blocks in their order: its one list of that many modules of one class."""
     lists = [
         m
         for m in model.modules()
@@ -216,7 +220,7 @@ def _blocks(model: nn.Module, layers: int) -> list[nn.Module]:
 
 
 def _trains(block: nn.Module) -> bool:
-    return any(isinstance(m, Wrapped) for m in block.modules())
+    return any(isinstance(m, WrappedModule) for m in block.modules())
 
 
 def _forget(block: nn.Module, own: Any) -> None:

@@ -1,7 +1,7 @@
 """Stacked layers of LoRA's relatives on nn.Linear and transformers' Conv1D: PiSSA and OLoRA, DoRA, VeRA, (IA)^3.
 
-Shape letters: K slices, N = K * M rows, I in, O out, R rank (the largest on this layer). As in `layers`, a slice that does
-not target the layer has its base's output. Starts and semantics are PEFT 0.21's.
+Shape letters: K slices, N = K * M rows, I in, O out, R rank (the largest on this layer). As in `layers`, a slice that
+does not target the layer has its base's output. Starts and semantics are PEFT 0.21's.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from lorabench.adapters import init as draw
 from lorabench.adapters.context import Context
-from lorabench.adapters.layers import LAYERS, Own, StackedAdapter, StackedLinear, Wrapped
+from lorabench.adapters.layers import LAYERS, StackedAdapter, StackedLinear, StackedParameter, WrappedModule
 from lorabench.adapters.product import AdaptedProduct, SharedProduct
 from lorabench.config.contracts.method import AdapterSpec
 from lorabench.config.contracts.model import LayerInfo
@@ -37,8 +37,13 @@ class StackedResidual(StackedLinear):
     start_B: Tensor
 
     def __init__(
-        self, base: nn.Module, info: LayerInfo, context: Context, specs: Sequence[AdapterSpec | None], seeds: Sequence[int]
-    ) -> None:  # fmt: skip
+        self,
+        base: nn.Module,
+        info: LayerInfo,
+        context: Context,
+        specs: Sequence[AdapterSpec | None],
+        seeds: Sequence[int],
+    ) -> None:
         super().__init__(base, info, context, specs, seeds)
         self.residual = tuple(bool(spec and spec.init in FROM_WEIGHT) for spec in specs)
         for name, tensor in (("start_A", self.lora_A), ("start_B", self.lora_B)):
@@ -50,7 +55,7 @@ class StackedResidual(StackedLinear):
     ) -> tuple[Tensor, Tensor]:
         if spec.init not in FROM_WEIGHT:
             return super().start(spec, seed, name, a, b)
-        return draw.weight_start(self.frozen(torch.float32)[0], spec)
+        return draw.weight_start(self.frozen_weight(torch.float32)[0], spec)
 
     def pair(self) -> tuple[Tensor, Tensor]:
         a, b = super().pair()
@@ -59,9 +64,9 @@ class StackedResidual(StackedLinear):
         a0, b0 = self.context.pick(self.start_A)[:, : self.used], self.context.pick(self.start_B)[..., : self.used]
         return torch.cat([a - a0, a0], 1), torch.cat([b, b - b0], 2)
 
-    def exported(self, k: int) -> tuple[dict[str, Tensor], AdapterSpec | None]:
-        """The change as a plain LoRA of twice the rank on the unchanged base."""
-        state, spec = super().exported(k)
+    def export_slice(self, k: int) -> tuple[dict[str, Tensor], AdapterSpec | None]:
+        """Return the change as a plain LoRA of twice the rank on the unchanged base, and its spec."""
+        state, spec = super().export_slice(k)
         if spec is None or not self.residual[k]:
             return state, spec
         a0, b0 = self.start_A[k, : spec.r], self.start_B[k, :, : spec.r]
@@ -80,15 +85,20 @@ class StackedDora(StackedLinear):
     squares: Tensor
 
     def __init__(
-        self, base: nn.Module, info: LayerInfo, context: Context, specs: Sequence[AdapterSpec | None], seeds: Sequence[int]
-    ) -> None:  # fmt: skip
+        self,
+        base: nn.Module,
+        info: LayerInfo,
+        context: Context,
+        specs: Sequence[AdapterSpec | None],
+        seeds: Sequence[int],
+    ) -> None:
         super().__init__(base, info, context, specs, seeds)
-        squares = self.frozen(self.lora_A.dtype)[0].square().sum(1)
+        squares = self.frozen_weight(self.lora_A.dtype)[0].square().sum(1)
         self.register_buffer("squares", squares)
         self.magnitude = nn.Parameter(squares.sqrt().expand(len(specs), -1).clone())
 
     def product(self, x: Tensor, d: Tensor | None) -> Tensor:
-        weight, bias = self.frozen(x.dtype)
+        weight, bias = self.frozen_weight(x.dtype)
         a, b = self.pair()
         s = self.context.pick(self.scaling)
         z = AdaptedProduct.apply(x if d is None else d, None, weight, None, a, b, s)  # type: ignore[no-untyped-call]
@@ -102,7 +112,7 @@ class StackedDora(StackedLinear):
 
     @torch.no_grad()
     def norms(self, weight: Tensor, a: Tensor, b: Tensor, s: Tensor) -> Tensor:
-        """Of the rows of W + s B A, [K, O]; in the adapters' own type but for A W^T."""
+        """Return the norms of the rows of W + s B A, [K, O]. They are in the adapters' own type but for A W^T."""
         cross = torch.matmul(a.to(weight.dtype), weight.T).to(b.dtype).transpose(1, 2)  # [K, O, R]
         inner = torch.bmm(a, a.transpose(1, 2))
         scaled = b * s.view(-1, 1, 1)
@@ -117,22 +127,27 @@ class StackedDora(StackedLinear):
         super().load_slice(k, state)
         self.magnitude.detach()[k].copy_(state["magnitude"])
 
-    def parts(self) -> dict[str, Own]:
-        return super().parts() | {"magnitude": Own(self.magnitude, False, _targeting(self.specs))}
+    def parts(self) -> dict[str, StackedParameter]:
+        return super().parts() | {"magnitude": StackedParameter(self.magnitude, False, _targeting(self.specs))}
 
 
 class StackedVera(StackedLinear):
-    """VeRA (Kopiczko et al., arXiv 2310.11454): W' = W + diag(b) B diag(d) A, with A and B random, frozen and the same for
-    all layers (each takes the corner it needs); vectors d [K, R] and b [K, O] train."""
+    """VeRA (Kopiczko et al., arXiv 2310.11454): W' = W + diag(b) B diag(d) A, with A and B random, frozen and the same
+    for all layers (each takes the corner it needs); vectors d [K, R] and b [K, O] train."""
 
     def __init__(
-        self, base: nn.Module, info: LayerInfo, context: Context, specs: Sequence[AdapterSpec | None], seeds: Sequence[int]
-    ) -> None:  # fmt: skip
-        Wrapped.__init__(self, base, info.name, context)
+        self,
+        base: nn.Module,
+        info: LayerInfo,
+        context: Context,
+        specs: Sequence[AdapterSpec | None],
+        seeds: Sequence[int],
+    ) -> None:
+        WrappedModule.__init__(self, base, info.name, context)
         weight = base.weight
         assert isinstance(weight, Tensor)
         self.inputs, self.outputs = info.in_features, info.out_features
-        self.take(specs)
+        self.set_specs(specs)
         kind: Any = {"device": weight.device, "dtype": torch.promote_types(weight.dtype, torch.float32)}
         self.vera_lambda_d = nn.Parameter(torch.zeros(len(specs), max(self.ranks), **kind))
         self.vera_lambda_b = nn.Parameter(torch.zeros(len(specs), self.outputs, **kind))
@@ -143,8 +158,12 @@ class StackedVera(StackedLinear):
                     self.vera_lambda_d[k, : spec.r] = spec.d_initial
 
     def product(self, x: Tensor, d: Tensor | None) -> Tensor:
-        """Neighbouring slices of one pair go through it together; one that does not target the layer has W's output."""
-        weight, bias = self.frozen(x.dtype)
+        """Return the output [N, O] for x [N, I]. d [N, I]: what the adapters see of x; None where it is x itself.
+
+        Neighbouring slices of one frozen pair go through it together. A slice that does not target the layer has W's
+        output.
+        """
+        weight, bias = self.frozen_weight(x.dtype)
         l, b = self.context.pick(self.vera_lambda_d), self.context.pick(self.vera_lambda_b)
         groups = [(pair, len(list(members))) for pair, members in groupby(self.context.active, self._pair_of)]
         counts = [n for _, n in groups]
@@ -163,7 +182,7 @@ class StackedVera(StackedLinear):
         return made[0] if len(made) == 1 else torch.cat(made)
 
     def _pair_of(self, k: int) -> AdapterSpec | None:
-        """What a slice's frozen matrices are drawn from; None where it has none."""
+        """Return what a slice's frozen matrices are drawn from; None where it has none."""
         spec = self.specs[k]
         return None if spec is None else AdapterSpec(r=spec.r, scaling=1.0, alpha=1.0, projection=spec.projection)
 
@@ -177,20 +196,26 @@ class StackedVera(StackedLinear):
         for key, own in self.slice_state(k).items():
             own.copy_(state[key])
 
-    def parts(self) -> dict[str, Own]:
+    def parts(self) -> dict[str, StackedParameter]:
         rates = _targeting(self.specs)
         return {
-            "vera_lambda_d": Own(self.vera_lambda_d, True, rates),
-            "vera_lambda_b": Own(self.vera_lambda_b, True, rates),
+            "vera_lambda_d": StackedParameter(self.vera_lambda_d, True, rates),
+            "vera_lambda_b": StackedParameter(self.vera_lambda_b, True, rates),
         }
 
 
-class StackedScale(Wrapped):
-    """(IA)^3 (Liu et al., arXiv 2205.05638): a vector l [K, O] times the output, or [K, I] times the input; ones at the start."""
+class StackedScale(WrappedModule):
+    """(IA)^3 (Liu et al., arXiv 2205.05638): a vector l [K, O] times the output, or [K, I] times the input; ones at the
+    start."""
 
     def __init__(
-        self, base: nn.Module, info: LayerInfo, context: Context, specs: Sequence[AdapterSpec | None], seeds: Sequence[int]
-    ) -> None:  # fmt: skip
+        self,
+        base: nn.Module,
+        info: LayerInfo,
+        context: Context,
+        specs: Sequence[AdapterSpec | None],
+        seeds: Sequence[int],
+    ) -> None:
         super().__init__(base, info.name, context)
         weight = base.weight
         assert isinstance(weight, Tensor)
@@ -217,14 +242,14 @@ class StackedScale(Wrapped):
     def slice_state(self, k: int) -> dict[str, Tensor]:
         return {"ia3_l": self.ia3_l.detach()[k]} if self.specs[k] else {}
 
-    def exported(self, k: int) -> tuple[dict[str, Tensor], AdapterSpec | None]:
+    def export_slice(self, k: int) -> tuple[dict[str, Tensor], AdapterSpec | None]:
         return self.slice_state(k), self.specs[k]
 
     def load_slice(self, k: int, state: Mapping[str, Tensor]) -> None:
         self.ia3_l.detach()[k].copy_(state["ia3_l"])
 
-    def parts(self) -> dict[str, Own]:
-        return {"ia3_l": Own(self.ia3_l, True, _targeting(self.specs))}
+    def parts(self) -> dict[str, StackedParameter]:
+        return {"ia3_l": StackedParameter(self.ia3_l, True, _targeting(self.specs))}
 
 
 def _targeting(specs: Sequence[AdapterSpec | None]) -> tuple[float, ...]:
@@ -232,9 +257,12 @@ def _targeting(specs: Sequence[AdapterSpec | None]) -> tuple[float, ...]:
     return tuple(float(spec is not None and spec.r > 0) for spec in specs)
 
 
-VARIANTS: dict[str, type[Wrapped]] = {
-    "dora": StackedDora, "vera": StackedVera, "ia3": StackedScale, "ia3_input": StackedScale,
-}  # fmt: skip
+VARIANTS: dict[str, type[WrappedModule]] = {
+    "dora": StackedDora,
+    "vera": StackedVera,
+    "ia3": StackedScale,
+    "ia3_input": StackedScale,
+}
 
 
 def layer_class(info: LayerInfo, specs: Sequence[AdapterSpec | None]) -> type[Any]:

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from lorabench.adapters.init import Projections
-from lorabench.adapters.peft import OF_KIND
+from lorabench.adapters.peft import PARTS_OF_KIND
 from lorabench.analyze import spectra
 from lorabench.analyze.spectra import SVD
 from lorabench.analyze.updates import Trained
@@ -142,7 +142,7 @@ def trained(opened: Opened, state: State, name: str, frozen: Frozen | None) -> T
         assert frozen is not None
         return Trained(None, {"weight": matrix(frozen.layer(name), state[frozen.saved_as(name, state)])})
     spec = opened.plan.adapters[name]
-    own = {part: state[f"{name}.{part}"] for part in OF_KIND[spec.kind]}
+    own = {part: state[f"{name}.{part}"] for part in PARTS_OF_KIND[spec.kind]}
     return Trained(spec, own, frozen.projections if frozen else {})
 
 

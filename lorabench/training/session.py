@@ -84,7 +84,7 @@ def records_of(s: Session) -> list[Record]:
         metrics = _metrics(s, k, run, status)
         if run.trainer.save_weights and status == "completed" and run.run_id not in s.keep:
             folder = s.store.make_run_dir(run.run_id) / "adapter"
-            trained, plan = s.stack.exported(k)
+            trained, plan = s.stack.export_slice(k)
             with name_unwritable(folder):
                 save_slice(folder, trained, plan, info=s.base.info, run=run.to_dict(), head=s.prepared.head)
         error = None if status == "completed" else state.reason

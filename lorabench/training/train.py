@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 
-from lorabench.adapters import SlicesMix, inject, probe
+from lorabench.adapters import SlicesMix, check_slices_independent, inject
 from lorabench.config.errors import Unwritable
 from lorabench.config.runs import Pack, RunConfig
 from lorabench.runtime import signals as stopping
@@ -238,7 +238,7 @@ def _probe(s: Session) -> None:
     device = next(s.base.model.parameters()).device
     batch = {name: value.to(device) for name, value in batch.items()}
     s.stack.context.set(seeds=[r.seed for r in s.pack.runs], step=0, examples=batch["example"])
-    probe(s.base.model, s.stack, lambda: s.module.task.step(s.base.model, batch).loss_sum)
+    check_slices_independent(s.base.model, s.stack, lambda: s.module.task.step(s.base.model, batch).loss_sum)
 
 
 def _checksum(model: torch.nn.Module) -> int:

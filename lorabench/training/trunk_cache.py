@@ -5,11 +5,11 @@ from __future__ import annotations
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
-from lorabench.adapters.trunk import MOST_BYTES, Features, Trunk, find_trunk
+from lorabench.adapters.trunk import MAX_FEATURE_BYTES, Features, Trunk, find_trunk
 from lorabench.training.batches import Part
 from lorabench.training.session import Session
 
-MOST_IDLE = MOST_BYTES  # of what a pack finds on the base and does not read
+MOST_IDLE = MAX_FEATURE_BYTES  # of what a pack finds on the base and does not read
 WORTH = 4  # a split is computed whole when training sees at least one in so many of its examples
 
 
@@ -95,7 +95,7 @@ class Reuse:
         s = self.session
         lengths, t = s.prepared.encoded.lengths[split], s.pack.runs[0].trainer
         size = next(s.base.model.parameters()).element_size()
-        if sum(lengths) * s.base.info.hidden_size * size > MOST_BYTES:
+        if sum(lengths) * s.base.info.hidden_size * size > MAX_FEATURE_BYTES:
             return False
         seen = (self.alone or s.module.total_steps) * t.batch_size * t.accumulate_grad_batches
         return split != "train" or seen * WORTH >= len(lengths)

@@ -79,7 +79,7 @@ def test_rows_of_one_batch_by_different_adapters(kind: str) -> None:
 def test_neighbours_are_computed_together() -> None:
     bank, _ = filled("llama")
     with bank.rows(["small"] * 4 + [None] * 2) as model:
-        assert bank._built().context.active == (1, 1, 0)
+        assert bank._stack_of_all().context.active == (1, 1, 0)
         model(input_ids=IDS.repeat(2, 1))
 
 

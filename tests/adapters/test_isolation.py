@@ -13,7 +13,7 @@ from transformers import (
 )
 
 from fixtures.bases import BASES, LABELS, bert, conv, losses, plan, repeat, spec, token_batch
-from lorabench.adapters import SlicesMix, inject, probe
+from lorabench.adapters import SlicesMix, check_slices_independent, inject
 from lorabench.config.contracts.method import SlicePlan
 from lorabench.models.inventory import inventory
 
@@ -24,7 +24,7 @@ def probed(model, info, ends, batch, *, ranks=(2, 4, 1), **more):
     """Probe three slices; batch: all their rows."""
     stack = inject(model, [plan(info, r, ends, seed=k, **more) for k, r in enumerate(ranks)], info=info)
     stack.context.set(seeds=list(range(len(ranks))), step=0, examples=torch.arange(len(batch["label"])))
-    probe(model, stack, lambda: losses(model, batch))
+    check_slices_independent(model, stack, lambda: losses(model, batch))
     return stack
 
 
@@ -49,7 +49,7 @@ def test_everything_is_as_it_was():
     stack.context.set(seeds=[0, 1], step=0, examples=torch.arange(2).repeat(2))
     before = {n: v.clone() for n, v in model.state_dict().items()}
     random = torch.get_rng_state()
-    probe(model, stack, lambda: losses(model, repeat(token_batch(2, 5), 2)))
+    check_slices_independent(model, stack, lambda: losses(model, repeat(token_batch(2, 5), 2)))
     after = model.state_dict()
     assert all(torch.equal(before[n], after[n]) for n in before)
     assert all(p.grad is None for p in model.parameters())
@@ -169,7 +169,7 @@ def test_adapters_inside_experts_are_refused():
     )
     stack.context.set(seeds=[0, 1, 2], step=0, examples=torch.arange(6))
     with pytest.raises(SlicesMix, match="expert"):
-        probe(model, stack, forward)
+        check_slices_independent(model, stack, forward)
 
 
 def test_one_slice_needs_no_probe():

@@ -168,7 +168,7 @@ def test_doras_row_of_zeros_stays_one() -> None:
     stack = inject(model, [plan], info=info_of(model))
     layer = stack.layers[0]
     layer.lora_B.data.normal_()[:, 3] = 0  # where its gradient is zero it stays
-    expected, state = logits(model), {key: t.clone() for key, t in stack.exported(0)[0].items()}
+    expected, state = logits(model), {key: t.clone() for key, t in stack.export_slice(0)[0].items()}
     stack.remove()
     own = {key.removeprefix(f"{name}."): t for key, t in state.items()}
     assert Trained(plan.adapters[name], own).tuned(model.get_submodule(name).weight.double()).isfinite().all()

@@ -160,7 +160,7 @@ def trained(method: str, kind: str) -> tuple[nn.Module, BaseInfo, SlicePlan, dic
     stack = inject(model, [plan_of(method, info, kind)], info=info)
     shake(stack, 0.1)
     said = losses(model, token_batch(4, 8)).detach()
-    state, plan = stack.exported(0)
+    state, plan = stack.export_slice(0)
     state = {name: t.clone() for name, t in state.items()}
     stack.remove()
     return model, info, plan, state, said
