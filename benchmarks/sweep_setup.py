@@ -29,12 +29,12 @@ def export(folder: Path, overrides: list[str]) -> None:
 
     from lorabench.launch.command_line import config_dir
     from lorabench.launch.job import make_job
-    from lorabench.training import preparation as prepare
+    from lorabench.training import preparation
 
     with initialize_config_dir(config_dir(), version_base="1.3"):
         run = make_job(compose("config", overrides=overrides), name="benchmark", experiment=None).run
-    prepare.check(run)
-    prepared = prepare.prepare(run)
+    preparation.check_run(run)
+    prepared = preparation.prepare(run)
     data, encoded = prepared.data, prepared.encoded
     for name in ("train", "val"):
         kept = {e["example"] for e in encoded.splits[name]}

@@ -11,7 +11,7 @@ from lorabench.config.errors import ExistingWork
 from lorabench.config.runs import Pack
 from lorabench.store.integrity import damaged_files
 from lorabench.store.records import Record, Store
-from lorabench.training import preparation as prep
+from lorabench.training import preparation
 from lorabench.training.train import Listener, OutOfMemory, SlicesMix
 
 
@@ -75,7 +75,9 @@ def hear(watch: Watch) -> None:
 
 def _total(pack: Pack) -> int:
     first = pack.runs[0]
-    return prep.total_steps(first, len(prep.prepare(first).encoded.splits["train"]))  # of plain text blocks, not rows
+    return preparation.total_steps(
+        first, len(preparation.prepare(first).encoded.splits["train"])
+    )  # of plain text blocks, not rows
 
 
 def close(watch: Watch, told: Mapping[str, Any]) -> None:

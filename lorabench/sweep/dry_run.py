@@ -19,9 +19,8 @@ from lorabench.sweep.memory import estimate
 from lorabench.sweep.packs import Job, new_manifest, packs_of
 from lorabench.sweep.resume import finished_records
 from lorabench.sweep.reuse import would_bring
-from lorabench.training import precision
+from lorabench.training import precision, preparation
 from lorabench.training import precision as settled
-from lorabench.training import preparation as prep
 
 
 def dry_run(store: Store, jobs: Sequence[Job], plans: Mapping[str, SlicePlan], console: Console) -> None:
@@ -59,9 +58,9 @@ def table(
         made.add_column(name, justify="left" if name in ("run", "cell") else "right", no_wrap=name != "cell")
     labels = {j.run.run_id: j.label for j in jobs}
     for pack in packs:
-        first, info = pack.runs[0], prep.layers(pack.runs[0])
+        first, info = pack.runs[0], preparation.base_info(pack.runs[0])
         size = _estimate(pack, plans, auto)
-        steps = prep.total_steps(first, len(prep.prepare(first).encoded.splits["train"]))
+        steps = preparation.total_steps(first, len(preparation.prepare(first).encoded.splits["train"]))
         made.add_row(f"[bold]{pack.id}[/]", f"[bold]{first.role}, {steps} steps, {size / 2**30:.1f} GiB[/]")
         for run in pack.runs:
             name = _cell_name(labels[run.run_id])
@@ -76,7 +75,7 @@ def _estimate(pack: Pack, plans: Mapping[str, SlicePlan], auto: str | None) -> i
     first = pack.runs[0]
     resolved, chosen = precision.resolve(first, auto), [plans[i] for i in pack.run_ids]
     return estimate(
-        prep.layers(first), chosen, first, dtype=resolved.base_dtype, device=resolved.device,
+        preparation.base_info(first), chosen, first, dtype=resolved.base_dtype, device=resolved.device,
         part_tokens=resolved.part_tokens,
     )  # fmt: skip
 

@@ -27,9 +27,8 @@ from lorabench.sweep.progress import Progress, announced, data_notices
 from lorabench.sweep.ranks import train
 from lorabench.sweep.resume import Ended, finished_records, freed, waits_for
 from lorabench.sweep.workers import Crew, one_share, shares, workers_for
-from lorabench.training import precision
+from lorabench.training import precision, preparation
 from lorabench.training import precision as settled
-from lorabench.training import preparation as prep
 from lorabench.training.distributed import Lost
 from lorabench.training.train import Listener, OutOfMemory, SlicesMix
 
@@ -49,7 +48,7 @@ def check_all(jobs: Sequence[Job]) -> dict[str, SlicePlan]:
             allowed = "1 where a pack trains on several devices (trainer.devices): packs then follow one another"
             raise ConfigError("sweep.workers", job.settings.sweep.workers, allowed)
     with announced(f"reading the data and checking {plural(len(jobs), 'run')}"):
-        return {job.run.run_id: prep.check(job.run) for job in jobs}
+        return {job.run.run_id: preparation.check_run(job.run) for job in jobs}
 
 
 def execute(jobs: Sequence[Job], *, executor: Executor = map, console: Console | None = None) -> list[Record | None]:

@@ -12,9 +12,8 @@ from lorabench.config.runs import Pack, RunConfig, Settings, digest
 from lorabench.runtime.memory import available_memory
 from lorabench.store.records import Store
 from lorabench.sweep.memory import estimate
-from lorabench.training import precision
+from lorabench.training import precision, preparation
 from lorabench.training import precision as settled
-from lorabench.training import preparation as prep
 from lorabench.training.pruning import cell_key, prunable
 
 
@@ -78,8 +77,8 @@ def plan_packs(
 def _fitting(runs: Sequence[RunConfig], auto: str | None) -> int:
     """How many of these runs, whose largest come last, fit into the memory that is free now; at least 1."""
     largest, resolved = list(runs[-MOST:]), precision.resolve(runs[0], auto)
-    free, info = SHARE * available_memory(resolved.device), prep.layers(runs[0])
-    plans = [prep.plan(run, info) for run in largest]
+    free, info = SHARE * available_memory(resolved.device), preparation.base_info(runs[0])
+    plans = [preparation.plan_slice(run, info) for run in largest]
     while len(plans) > 1 and free < estimate(
         info, plans, runs[0], dtype=resolved.base_dtype, device=resolved.device, part_tokens=resolved.part_tokens
     ):
@@ -134,7 +133,7 @@ def write_cells(
             run, name = job.run, cell_id(job.label)
             if only_new and run.run_id in known:
                 continue
-            trainable = plans[run.run_id].trainable(prep.layers(run))
+            trainable = plans[run.run_id].trainable(preparation.base_info(run))
             fresh = {"id": name, "label": {**job.label, "trainable": trainable}, "runs": {"tune": [], "confirm": []}}
             cell = cells.setdefault(name, fresh)
             if run.run_id not in cell["runs"][run.role]:

@@ -15,7 +15,7 @@ from rich.progress import Progress as Bars
 from lorabench.config.runs import Pack
 from lorabench.results.data_notes import data_caveats
 from lorabench.store.records import Record
-from lorabench.training import preparation as prep
+from lorabench.training import preparation
 
 EVERY = 60.0  # seconds between the lines of a pack where there are no bars
 
@@ -126,7 +126,7 @@ def data_notices(jobs: Sequence[Any]) -> list[str]:
     """What of the jobs' data is left out or cut, each line once a process."""
     found: dict[str, None] = {}
     for job in jobs:
-        prepared = prep.prepare(job.run)
+        prepared = preparation.prepare(job.run)
         notes = {**prepared.data.notes, **prepared.encoded.notes}
         found |= dict.fromkeys(f"{job.run.task.name}: {line}" for line in data_caveats(notes))
     new = [line for line in found if line not in _told]

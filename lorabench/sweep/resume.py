@@ -11,7 +11,7 @@ from lorabench.config.runs import Pack, RunConfig, Settings
 from lorabench.store.records import Record, Store
 from lorabench.sweep.progress import Progress
 from lorabench.tasks.probe import probe_fingerprint
-from lorabench.training import preparation as prep
+from lorabench.training import preparation
 
 
 def finished_records(store: Store, settings: Settings, runs: Sequence[RunConfig]) -> dict[str, Record]:
@@ -35,10 +35,10 @@ def finished_records(store: Store, settings: Settings, runs: Sequence[RunConfig]
 def check_drift(record: Record, run: RunConfig) -> None:
     """Refuse to reuse a record whose data, model or own Python files are not those that are here now."""
     now = (
-        ("task", "data", "data_fingerprint", prep.load_data(run.task).fingerprint),
-        ("model", "model", "model_fingerprint", prep.model_fingerprint(run)),
+        ("task", "data", "data_fingerprint", preparation.load_data(run.task).fingerprint),
+        ("model", "model", "model_fingerprint", run.model.fingerprint()),
         ("task.probe", "probe's data", "probe_fingerprint", probe_fingerprint(run)),
-        ("task.file", "Python", "user_code", prep.user_code(run)),
+        ("task.file", "Python", "user_code", preparation.user_code_digest(run)),
     )
     for key, what, name, value in now:
         then = record.provenance.get(name)

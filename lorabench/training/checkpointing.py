@@ -29,7 +29,7 @@ from lorabench.tasks.probe import probe_fingerprint
 from lorabench.training import distributed as replicas
 from lorabench.training import fsdp as shards
 from lorabench.training import precision as settled
-from lorabench.training import preparation as prep
+from lorabench.training import preparation
 from lorabench.training.module import SliceState
 from lorabench.training.optimizer import PackedAdamW
 from lorabench.training.precision import Resolved
@@ -64,11 +64,11 @@ class Begun:
 def facts(pack: Pack, model: str, resolved: Resolved) -> dict[str, Any]:
     """What a pack's numbers depend on beside its runs. model: the fingerprint of the base's files."""
     first = pack.runs[0]
-    data = prep.load_data(first.task).fingerprint
+    data = preparation.load_data(first.task).fingerprint
     settings = {name: getattr(first.trainer, name) for name in SETTINGS}
     return {
         "code": provenance.code_fingerprint(), **provenance.packages(), "data": data, "model": model, **settings,
-        "user code": prep.user_code(first), "probe": probe_fingerprint(first), "threads": torch.get_num_threads(),
+        "user code": preparation.user_code_digest(first), "probe": probe_fingerprint(first), "threads": torch.get_num_threads(),
         "processes": replicas.world(), "base cut": first.trainer.strategy == "fsdp" and replicas.world() > 1, **asdict(resolved),
     }  # fmt: skip
 
@@ -84,7 +84,7 @@ def begun(pack: Pack, store: Store, keep: Collection[str], *, accept_drift: bool
         return None
     tensors, state = found
     first = pack.runs[0]
-    now = facts(pack, prep.model_fingerprint(first), settled.resolve_in(first, store))
+    now = facts(pack, first.model.fingerprint(), settled.resolve_in(first, store))
     changed = checkpoints.drift(state["facts"], now)
     if changed and not accept_drift:
         differences = ", ".join(f"{name} {then}, here {now}" for name, (then, now) in changed.items())

@@ -1,7 +1,7 @@
-"""What a run needs before it trains: its data, its base, its plan; and what `auto` means here.
+"""What a run needs before it trains: its data, its base and its plan.
 
-Data and the one base in use are kept for the next pack of the process. `check` is what every run passes before
-anything is written: it reads the data and builds the base on the meta device, but loads no weights.
+Data and the one base in use are kept for the next pack of the process. Every run passes `check_run` before anything is
+written: it reads the data and builds the base on the meta device, but loads no weights.
 """
 
 from __future__ import annotations
@@ -23,10 +23,15 @@ from lorabench.tasks.probe import load_probe
 from lorabench.training.batches import steps_per_epoch
 from lorabench.training.precision import Resolved, resolve
 
+PARAMETER_TOLERANCE = 0.05  # share by which a matched rank may miss the number of parameters asked for
+
 
 @dataclass(frozen=True)
 class Prepared:
-    """A task's data for one base: raw, encoded, and what the task asks of the base."""
+    """A task's data for one base.
+
+    data: raw rows. encoded: examples as the base's processor makes them. head: what the task asks of the base.
+    """
 
     data: TaskData
     encoded: Encoded
@@ -35,26 +40,27 @@ class Prepared:
     info: BaseInfo
 
 
+# What this process keeps, by a hash of all that it depends on.
 _data: dict[str, TaskData] = {}
-
-
 _prepared: dict[str, Prepared] = {}
+_infos: dict[str, BaseInfo] = {}
+_base: dict[str, Base] = {}  # one at most
+_with_targets: dict[str, Prepared] = {}  # one at most
 
 
-_info: dict[str, BaseInfo] = {}
-
-
-_base: dict[str, Base] = {}
-
-
-_taught: dict[str, Prepared] = {}
+def forget_data() -> None:
+    """Forget all data and layers that are kept, as if this were another process. The base in use is kept."""
+    for kept in (_data, _prepared, _infos, _with_targets):
+        kept.clear()
 
 
 def _key(*parts: Any) -> str:
+    """Return a hash of dataclasses and plain values."""
     return digest([dataclasses.asdict(p) if dataclasses.is_dataclass(p) else p for p in parts])  # type: ignore[arg-type]
 
 
 def load_data(task: Task) -> TaskData:
+    """Read and split a task's data, once a process. Raises `ConfigError` for every fault of the data."""
     key = _key(task)
     if key not in _data:
         _data[key] = task.load()
@@ -62,77 +68,70 @@ def load_data(task: Task) -> TaskData:
 
 
 def prepare(run: RunConfig) -> Prepared:
-    """Data, encoded examples and layers of a run; shared by all runs of the same task and model."""
+    """Read and encode a run's data, once for each task and model in a process. Raises `ConfigError`."""
     key = _key(run.task, run.model)
     if key not in _prepared:
         data = load_data(run.task)
         head = run.task.head(data)
         processor = run.model.processor()
         encoded = encode_cached(run.task, run.model, data, processor)
-        run.task.check_base(encoded, layers(run))
-        _prepared[key] = Prepared(data, encoded, processor, head, layers(run))
+        run.task.check_base(encoded, base_info(run))
+        _prepared[key] = Prepared(data, encoded, processor, head, base_info(run))
     return _prepared[key]
 
 
-def layers(run: RunConfig) -> BaseInfo:
-    """The base's layers without encoding the data: what a dry run needs."""
+def base_info(run: RunConfig) -> BaseInfo:
+    """Return the base's layers. Loads no weights and encodes no data."""
     head = run.task.head(load_data(run.task))
     key = _key(run.model, head)
-    if key not in _info:
-        _info[key] = run.model.info(head)
-    return _info[key]
+    if key not in _infos:
+        _infos[key] = run.model.info(head)
+    return _infos[key]
 
 
-def model_fingerprint(run: RunConfig) -> str:
-    return run.model.fingerprint()
-
-
-def plan(run: RunConfig, info: BaseInfo) -> SlicePlan:
-    """What a run trains. Raises `ConfigError` for unmatched targets and impossible ranks."""
-    made: SlicePlan = run.method.plan(info, seed=run.seed)
-    if made.trainable(info) == 0:
+def plan_slice(run: RunConfig, info: BaseInfo) -> SlicePlan:
+    """Return what a run trains. Raises `ConfigError` for unmatched targets, impossible ranks and empty plans."""
+    plan = run.method.plan(info, seed=run.seed)
+    if plan.trainable(info) == 0:
         raise ConfigError("method", run.method.name, "nothing would train with these settings")
-    return made
-
-
-MATCHED = 0.05  # how far from the number asked for the nearest rank may be
+    return plan
 
 
 def matched_rank(run: RunConfig) -> int:
-    """The rank at which the adapters (a new head left out) train nearest to `method.match_parameters`.
+    """Return the rank whose adapters, a new head left out, train nearest to `method.match_parameters`.
 
     Raises `ConfigError` where none comes within 5 %, and for ranks the layers cannot have.
     """
-    wanted, info = run.method.match_parameters, layers(run)
+    wanted, info = run.method.match_parameters, base_info(run)
     assert wanted is not None
+    layers = info.by_name
 
-    def adapters(r: int) -> int:
-        made = plan(replace(run, method=run.method.replace(r=r, match_parameters=None)), info)
-        known = info.by_name
-        return sum(spec.trainable(known[name]) for name, spec in made.adapters.items())
+    def adapter_parameters(r: int) -> int:
+        plan = plan_slice(replace(run, method=run.method.replace(r=r, match_parameters=None)), info)
+        return sum(spec.trainable(layers[name]) for name, spec in plan.adapters.items())
 
-    one = adapters(1)
-    r = max(1, round(wanted / one))
-    got = adapters(r)
-    if abs(got - wanted) > MATCHED * wanted:
-        allowed = f"a number near a multiple of {one}, what r = 1 trains on these layers; r = {r} trains {got}"
+    of_one = adapter_parameters(1)
+    r = max(1, round(wanted / of_one))
+    matched = adapter_parameters(r)
+    if abs(matched - wanted) > PARAMETER_TOLERANCE * wanted:
+        allowed = f"a number near a multiple of {of_one}, what r = 1 trains on these layers; r = {r} trains {matched}"
         raise ConfigError("method.match_parameters", wanted, allowed)
     return r
 
 
-def check(run: RunConfig) -> SlicePlan:
-    """Raise `ConfigError` for anything that would stop this run, before anything is written."""
+def check_run(run: RunConfig) -> SlicePlan:
+    """Return what a run trains. Raises `ConfigError` for anything that would stop it, before anything is written."""
     resolve(run)
     prepared = prepare(run)
     load_probe(run, prepared.head)
-    prompts, held = run.task.style_prompts, len(prepared.encoded.splits["test"])
-    if prompts > held:
-        raise ConfigError("task.style_prompts", prompts, f"at most {held}, the pairs held out for testing")
-    return plan(run, layers(run))
+    prompts, held_out = run.task.style_prompts, len(prepared.encoded.splits["test"])
+    if prompts > held_out:
+        raise ConfigError("task.style_prompts", prompts, f"at most {held_out}, the pairs held out for testing")
+    return plan_slice(run, base_info(run))
 
 
-def base(run: RunConfig, head: HeadSpec, resolved: Resolved) -> Base:
-    """The loaded base. One is kept for the next pack: every pack gives it back as it was."""
+def load_base(run: RunConfig, head: HeadSpec, resolved: Resolved) -> Base:
+    """Load the base, or return the one that is kept: every pack gives it back as it was."""
     key = _key(run.model, head, resolved.base_dtype, resolved.attention)
     if key not in _base:
         _base.clear()  # two bases at once are memory nobody asked for
@@ -141,35 +140,35 @@ def base(run: RunConfig, head: HeadSpec, resolved: Resolved) -> Base:
 
 
 def forget_base() -> None:
-    """The base in use will not be given back as it was: the next pack loads its own."""
+    """Forget the base in use, for a pack that cannot give it back as it was."""
     _base.clear()
 
 
-def taught(run: RunConfig, prepared: Prepared, base: Base) -> Prepared:
-    """The same with targets that the base itself gives, for tasks that `teach`; once a task and base."""
+def add_base_targets(run: RunConfig, prepared: Prepared, base: Base) -> Prepared:
+    """Return the data with targets that the base itself gives, once for each task and base, if the task is taught."""
     if not run.task.is_taught:
         return prepared
     key = _key(run.task, run.model, str(next(base.model.parameters()).dtype))
-    if key not in _taught:
-        _taught.clear()
-        encoded = run.task.teach(
-            copy.deepcopy(base.model).float(), prepared.encoded, lambda e: run.task.collate(e, prepared.processor)
-        )
-        _taught[key] = replace(prepared, encoded=encoded)
-    return _taught[key]
+    if key not in _with_targets:
+        _with_targets.clear()
+        model = copy.deepcopy(base.model).float()
+        encoded = run.task.teach(model, prepared.encoded, lambda e: run.task.collate(e, prepared.processor))
+        _with_targets[key] = replace(prepared, encoded=encoded)
+    return _with_targets[key]
 
 
-def user_code(run: RunConfig) -> str | None:
-    """SHA-256 prefix over the Python files of the user's own that a run names; None where it names none."""
+def user_code_digest(run: RunConfig) -> str | None:
+    """Return a prefix of the SHA-256 over the user's own Python files that a run names; None where it names none."""
     parts = (run.task, run.model, run.task.probe)
-    named = [part.local_file for part in parts if part is not None and part.local_file]
-    named += [spec.rpartition(":")[0] for spec in run.task.extra_metrics]
-    if not named:
+    files = [part.local_file for part in parts if part is not None and part.local_file]
+    files += [spec.rpartition(":")[0] for spec in run.task.extra_metrics]
+    if not files:
         return None
-    return hashlib.sha256(b"".join(Path(f).expanduser().read_bytes() for f in named)).hexdigest()[:16]
+    return hashlib.sha256(b"".join(Path(f).expanduser().read_bytes() for f in files)).hexdigest()[:16]
 
 
 def total_steps(run: RunConfig, examples: int) -> int:
+    """Return the optimizer steps of a run. examples: size of its training split."""
     t = run.trainer
     per_epoch = steps_per_epoch(examples, t.batch_size, t.accumulate_grad_batches)
     return t.max_steps if t.max_steps is not None else per_epoch * (t.max_epochs or 1)

@@ -26,7 +26,7 @@ from lorabench.store.records import Record, Store
 from lorabench.training import distributed as replicas
 from lorabench.training import fsdp as shards
 from lorabench.training import precision as settled
-from lorabench.training import preparation as prep
+from lorabench.training import preparation
 from lorabench.training.checkpointing import Begun, Saver, begun, restore
 from lorabench.training.evaluation.measures import AuxiliaryMeasures
 from lorabench.training.fit import Checkpoints, Progress, fit, make_trainer, quiet
@@ -159,7 +159,7 @@ def _measured(run: RunConfig, store: Store, steps: int) -> dict[str, Any]:
     with _opened(Pack("solo", (replace(run, trainer=trainer),)), store, Listener()) as s:
         listener = Listener(step=lambda step, total: marks.append((time.perf_counter(), s.module.tokens)))
         s.trainer.callbacks.append(Progress(listener.step, steps, dict(s.seconds)))
-        reuse = Reuse(s, alone=prep.total_steps(run, len(s.prepared.encoded.splits["train"])))
+        reuse = Reuse(s, alone=preparation.total_steps(run, len(s.prepared.encoded.splits["train"])))
         if run.trainer.reuse_trunk:
             s.module.reuse = reuse
         with PeakMemory(s.resolved.device) as memory, quiet(), stopping.defer_stop() as s.progress.stopped:
@@ -184,11 +184,11 @@ def _opened(
 ) -> Iterator[Session]:
     """A pack ready to train on its base from step `start`; the base comes back as it was, and that is checked."""
     first = pack.runs[0]
-    prepared, resolved = prep.prepare(first), settled.resolve_in(first, store)
-    base = prep.base(first, prepared.head, resolved)
-    prepared = prep.taught(first, prepared, base)
+    prepared, resolved = preparation.prepare(first), settled.resolve_in(first, store)
+    base = preparation.load_base(first, prepared.head, resolved)
+    prepared = preparation.add_base_targets(first, prepared, base)
     before: int | None = _checksum(base.model)
-    plans = [prep.plan(run, base.info) for run in pack.runs]
+    plans = [preparation.plan_slice(run, base.info) for run in pack.runs]
     cut = first.trainer.strategy == "fsdp" and replicas.world() > 1
     stack = inject(base.model, plans, info=base.info, give_back=not cut)
     if cut and stack.own:
@@ -201,7 +201,7 @@ def _opened(
         listener.rows(ids[k], new)
 
     try:
-        total = prep.total_steps(first, len(prepared.encoded.splits["train"]))
+        total = preparation.total_steps(first, len(prepared.encoded.splits["train"]))
         task = BoundTask(first.task, prepared.processor)
         module = PackModule(base.model, stack, task, pack.runs, total_steps=total, rows=rows, prune=pack.prune)
         if first.trainer.gradient_checkpointing:
@@ -224,7 +224,7 @@ def _opened(
             base.model.activation_checkpointing_disable()  # type: ignore[operator]
         base.model.eval()
         if cut:
-            prep.forget_base()
+            preparation.forget_base()
     if before is not None and _checksum(base.model) != before:
         raise RuntimeError("the frozen base changed during training")
 

@@ -10,8 +10,7 @@ from torch.overrides import TorchFunctionMode
 from fixtures.runs import make_base, make_data, make_run
 from lorabench.config.runs import RunConfig
 from lorabench.store.records import Store
-from lorabench.training import precision
-from lorabench.training import preparation as prepare
+from lorabench.training import precision, preparation
 from lorabench.training.train import Pack, train
 
 # r, alpha, lr, weight decay, seed, targets: all mixed, with dropout 0
@@ -207,11 +206,11 @@ def test_bf16_law(places, tmp_path):
 
 def test_the_frozen_base_is_bit_identical_after_training(places, tmp_path):
     runs = runs_of(places, "bert")
-    prepared, resolved = prepare.prepare(runs[0]), precision.resolve(runs[0])
-    model = prepare.base(runs[0], prepared.head, resolved).model
+    prepared, resolved = preparation.prepare(runs[0]), precision.resolve(runs[0])
+    model = preparation.load_base(runs[0], prepared.head, resolved).model
     before = {name: p.detach().clone() for name, p in model.named_parameters()}
     train(Pack("p0", tuple(runs)), Store(tmp_path))
-    after = dict(prepare.base(runs[0], prepared.head, resolved).model.named_parameters())
+    after = dict(preparation.load_base(runs[0], prepared.head, resolved).model.named_parameters())
     assert before.keys() == after.keys()
     for name, p in after.items():
         assert torch.equal(before[name], p), name

@@ -39,11 +39,11 @@ def test_trainable_agrees_with_lorabench(scaling: Any, repo: Path) -> None:
 
     from lorabench.config.runs import parse
     from lorabench.launch.command_line import config_dir
-    from lorabench.training import preparation as prepare
+    from lorabench.training import preparation
 
     with initialize_config_dir(config_dir(), version_base=None):
         run = parse(compose("config", overrides=["sweep.name=x", "method.r=8", "task.train_examples=32"]))[0]
-    made = prepare.plan(run, prepare.layers(run)).trainable(prepare.layers(run))
+    made = preparation.plan_slice(run, preparation.base_info(run)).trainable(preparation.base_info(run))
     pooler, classifier = 8 * (384 + 384), 384 * 3 + 3
     assert made == scaling.SHAPES["minilm"].trainable(8) + pooler + classifier
 

@@ -26,7 +26,7 @@ from lorabench.runtime import signals as stopping
 from lorabench.store import checkpoints
 from lorabench.store.records import Store
 from lorabench.sweep import ranks
-from lorabench.training import preparation as prep
+from lorabench.training import preparation
 from lorabench.training.train import Listener, OutOfMemory
 
 
@@ -497,7 +497,7 @@ def test_a_watch_counts_the_steps_that_a_job_takes(tmp_path):
     text.write_text("".join(f"The number of this line is {i}, and so on.\n\n" for i in range(400)))
     task = {"kind": "causal_lm", "source": "text", "file": str(text), "max_length": 16}
     run = make_run(make_base(tmp_path / "gpt2", "gpt2"), text, task=task, **{"trainer.max_steps": None})
-    prepared = prep.prepare(run)
+    prepared = preparation.prepare(run)
     blocks, rows = (len(splits["train"]) for splits in (prepared.encoded.splits, prepared.data.splits))
     assert blocks > 2 * rows
     assert watch._total(Pack("p0", (run,))) == -(-blocks // 4)

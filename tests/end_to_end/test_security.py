@@ -63,10 +63,10 @@ def test_a_model_folder_with_pickled_weights_is_refused(tmp_path: Path, payload:
     (base / "model.safetensors").unlink()
     (base / "pytorch_model.bin").write_bytes(payload[0])
     run = make_run(base, make_data(tmp_path / "data.csv"))
-    from lorabench.training import preparation as prep
+    from lorabench.training import preparation
 
     with pytest.raises(ConfigError, match="safetensors"):
-        prep.base(run, prep.prepare(run).head, precision.resolve(run))
+        preparation.load_base(run, preparation.prepare(run).head, precision.resolve(run))
     assert not payload[1].exists()
 
 

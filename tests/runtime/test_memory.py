@@ -14,7 +14,7 @@ from lorabench.config.runs import RunConfig
 from lorabench.runtime.memory import PeakMemory, available_memory, freeze_heap, is_out_of_memory, release_memory
 from lorabench.store.records import Store
 from lorabench.sweep.memory import estimate
-from lorabench.training import preparation as prepare
+from lorabench.training import preparation
 
 
 def test_estimates_lie_near_the_measured_peaks_of_the_reference_packs(repo):
@@ -26,8 +26,8 @@ def test_estimates_lie_near_the_measured_peaks_of_the_reference_packs(repo):
     assert len(large) == 2
     for name, records in large.items():
         runs = [RunConfig.from_dict(r.config) for r in records]
-        info = prepare.layers(runs[0])
-        plans = [prepare.plan(run, info) for run in runs]
+        info = preparation.base_info(runs[0])
+        plans = [preparation.plan_slice(run, info) for run in runs]
         p = records[0].provenance
         parts = p.get("part_tokens", 10**9)  # records from before there were parts: the whole pack went through at once
         guess = estimate(info, plans, runs[0], dtype=p["base_dtype"], device=p["device"], part_tokens=parts)

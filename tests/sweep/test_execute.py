@@ -264,9 +264,9 @@ def test_changed_data_under_the_same_runs_is_refused(cli, tiny, tmp_path):
     assert cli(*argv)[0] == 0
     before = stamps()
     make_data(data, rows=130)
-    from lorabench.training import preparation as prepare
+    from lorabench.training import preparation
 
-    prepare._data.clear(), prepare._prepared.clear()
+    preparation.forget_data()
     code, out = cli(*argv)
     assert code == 2
     assert "the data files are not those" in out and "sweep.accept_drift=true" in out

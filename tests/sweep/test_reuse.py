@@ -18,8 +18,7 @@ from lorabench.slim import slim
 from lorabench.store.records import Record, Store
 from lorabench.sweep.packs import Job, label_of, planned_packs
 from lorabench.sweep.reuse import bring, would_bring
-from lorabench.training import precision
-from lorabench.training import preparation as prep
+from lorabench.training import precision, preparation
 
 Cli = Callable[..., tuple[int, str]]
 
@@ -167,11 +166,11 @@ def own_run(places: tuple[Path, Path], r: int) -> RunConfig:
 
 def made(root: Path, run: RunConfig, precision: str) -> str:
     """A sweep that has trained one run; its path."""
-    store, data = Store(root), prep.load_data(run.task).fingerprint
+    store, data = Store(root), preparation.load_data(run.task).fingerprint
     store.write_manifest({"schema": 1, "cells": [], "runs": {}, "packs": []})
     about = {
         "data_fingerprint": data,
-        "model_fingerprint": prep.model_fingerprint(run),
+        "model_fingerprint": run.model.fingerprint(),
         "device": "cpu",
         "precision": precision,
     }

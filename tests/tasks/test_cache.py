@@ -20,7 +20,7 @@ from lorabench.tasks import cache
 from lorabench.tasks.cache import encode_cached
 from lorabench.tasks.causal_lm import Config as LanguageModelling
 from lorabench.tasks.text_classification import Config as Classification
-from lorabench.training import preparation as prepare
+from lorabench.training import preparation
 
 MODEL = SimpleNamespace(kind="transformers")
 KINDS = ("single", "pairs", "replies", "blocks", "paragraphs")
@@ -112,9 +112,9 @@ def test_what_is_read_equals_what_was_encoded(
 def test_every_process_but_the_first_reads(tmp_path: Path, root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     run = tiny.make_run(tiny.make_base(tmp_path / "base", "bert"), tiny.make_data(tmp_path / "data.csv"))
     counted = Counted(run.task, monkeypatch)
-    made = prepare.prepare(run).encoded
-    prepare._prepared.clear()  # as in another process
-    same(made, prepare.prepare(run).encoded)
+    made = preparation.prepare(run).encoded
+    preparation.forget_data()  # as in another process
+    same(made, preparation.prepare(run).encoded)
     assert counted.calls == 1
     assert [sorted(f.name for f in entry.iterdir()) for entry in root.iterdir()] == [
         [cache.ARRAYS_FILE, cache.NOTES_FILE]

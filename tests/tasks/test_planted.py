@@ -13,8 +13,7 @@ from fixtures.runs import make_base, make_data, make_run
 from lorabench.adapters import inject
 from lorabench.config.errors import ConfigError
 from lorabench.store.records import Store
-from lorabench.training import precision
-from lorabench.training import preparation as prepare
+from lorabench.training import precision, preparation
 from lorabench.training.train import Pack, train
 
 LAYER = "encoder.layer.1.intermediate.dense"
@@ -36,10 +35,10 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
 
 def test_losses_of_base_teacher_and_too_small_a_rank(place: tuple[Path, Path]) -> None:
     run = make_run(*place, **{**PLANTED, "method.r": 3})
-    plain = prepare.prepare(run)
-    base = prepare.base(run, plain.head, precision.resolve(run))
-    taught = prepare.taught(run, plain, base)
-    assert prepare.taught(run, plain, base) is taught
+    plain = preparation.prepare(run)
+    base = preparation.load_base(run, plain.head, precision.resolve(run))
+    taught = preparation.add_base_targets(run, plain, base)
+    assert preparation.add_base_targets(run, plain, base) is taught
     teacher = copy.deepcopy(base.model)
     rows = taught.encoded.splits["train"]
     batch = run.task.collate(rows, plain.processor)
@@ -49,7 +48,7 @@ def test_losses_of_base_teacher_and_too_small_a_rank(place: tuple[Path, Path]) -
     assert float(s[3]) < 1e-5 < float(s[2])
     losses = {}
     for r in (0, 2, 3):
-        stack = inject(base.model, [prepare.plan(run, base.info)], info=base.info)
+        stack = inject(base.model, [preparation.plan_slice(run, base.info)], info=base.info)
         a, b = torch.zeros(3, 32), torch.zeros(48, 3)
         a[:r], b[:, :r] = vh[:r].float(), (u[:, :r] * s[:r]).float()
         scaling = stack.plans[0].adapters[LAYER].scaling
@@ -86,8 +85,8 @@ def test_it_trains_in_a_pack_and_alone_alike(place: tuple[Path, Path], tmp_path:
 def test_bad_settings(place: tuple[Path, Path], change: dict[str, Any], says: str) -> None:
     def teach() -> None:
         run = make_run(*place, **{**PLANTED, **change})
-        plain = prepare.prepare(run)
-        prepare.taught(run, plain, prepare.base(run, plain.head, precision.resolve(run)))
+        plain = preparation.prepare(run)
+        preparation.add_base_targets(run, plain, preparation.load_base(run, plain.head, precision.resolve(run)))
 
     with pytest.raises(ConfigError, match=says):
         teach()

@@ -11,8 +11,7 @@ from lorabench.adapters.files import load_slice
 from lorabench.config.errors import ConfigError
 from lorabench.config.runs import RunConfig
 from lorabench.store.records import Store
-from lorabench.training import precision
-from lorabench.training import preparation as prepare
+from lorabench.training import precision, preparation
 from lorabench.training.batches import PackStream
 from lorabench.training.module import BoundTask
 from lorabench.training.optimizer import schedule
@@ -57,7 +56,7 @@ def test_language_modelling_with_accumulation_is_transformers_weighting(places, 
     assert record.status == "completed", record.error
     got = [row["train/loss"] for row in store.history(run.run_id) if "train/loss" in row]
 
-    prepared = prepare.prepare(run)
+    prepared = preparation.prepare(run)
     model = AutoModelForCausalLM.from_pretrained(places[0]["gpt2"], dtype=torch.float64, attn_implementation="eager")
     decay = [p for p in model.parameters() if p.dim() > 1]
     spared = [p for p in model.parameters() if p.dim() <= 1]
@@ -92,8 +91,8 @@ def test_language_modelling_with_accumulation_is_transformers_weighting(places, 
 @torch.no_grad()
 def saved_loss(store, run) -> float:
     """Validation loss of what the run saved, loaded onto the base anew."""
-    prepared = prepare.prepare(run)
-    base = prepare.base(run, prepared.head, precision.resolve(run))
+    prepared = preparation.prepare(run)
+    base = preparation.load_base(run, prepared.head, precision.resolve(run))
     state, plan = load_slice(store.run_dir(run.run_id) / "adapter")
     stack = inject(base.model, [plan], info=base.info)
     stack.load_slice(0, state)
@@ -161,8 +160,10 @@ def test_a_record_says_what_it_cost_and_where_it_came_from(places, tmp_path):
     assert record.resources["steps"] == 3
     assert record.resources["examples"] == 12
     assert record.resources["peak_memory_bytes"] > 10**7
-    prepared = prepare.prepare(run)
-    assert record.resources["trainable_parameters"] == prepare.plan(run, prepared.info).trainable(prepared.info)
+    prepared = preparation.prepare(run)
+    assert record.resources["trainable_parameters"] == preparation.plan_slice(run, prepared.info).trainable(
+        prepared.info
+    )
     for key in ("packages", "machine", "code", "data_fingerprint", "model_fingerprint", "precision", "attention"):
         assert record.provenance[key], key
 
@@ -203,7 +204,7 @@ def test_a_cell_is_measured_with_the_trunk_that_its_runs_are_served(places, tmp_
 def test_what_would_couple_or_split_slices_is_refused(places, key, value):
     bases, data, _ = places
     with pytest.raises(ConfigError, match=key.replace(".", r"\.")):
-        prepare.check(make_run(bases["bert"], data, **{key: value}))
+        preparation.check_run(make_run(bases["bert"], data, **{key: value}))
 
 
 def test_a_loss_that_is_not_finite_marks_the_run_diverged(places, tmp_path):

@@ -10,7 +10,7 @@ import pytest
 from fixtures.runs import make_base, make_data, make_run
 from lorabench.adapters.trunk import Trunk
 from lorabench.store.records import Store
-from lorabench.training import preparation as prep
+from lorabench.training import preparation
 from lorabench.training.train import Pack, train
 
 SHORT = {"trainer.max_steps": 2, "trainer.precision": "32"}  # sees 8 of some 110 examples: not worth a pass over all
@@ -48,7 +48,7 @@ def test_a_run_is_served_what_it_would_be_alone(
     monkeypatch.setattr(Trunk, "serve", serve)
     found = {}
     for name, others in (("alone", []), ("after", [before])):
-        prep.forget_base()
+        preparation.forget_base()
         for i, changes in enumerate([*others, own]):
             store = Store(tmp_path / f"{name}{i}")
             served.clear()
@@ -76,7 +76,7 @@ def test_features_of_other_packs_go_when_they_are_many(
     results = []
     for most in (reuse.MOST_IDLE, 0):
         monkeypatch.setattr(reuse, "MOST_IDLE", most)
-        prep.forget_base()
+        preparation.forget_base()
         for i, size in enumerate((16, 8, 16)):
             changes = {"method.name": "head", "trainer.eval_batch_size": size, "trainer.max_steps": 30}
             store = Store(tmp_path / f"{most}-{i}")

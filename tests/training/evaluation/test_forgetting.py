@@ -14,7 +14,7 @@ from lorabench.config.runs import RunConfig
 from lorabench.store.records import Store
 from lorabench.sweep.resume import check_drift
 from lorabench.tasks.probe import load_probe
-from lorabench.training import preparation as prepare
+from lorabench.training import preparation
 from lorabench.training.evaluation import forgetting
 from lorabench.training.evaluation.measures import AuxiliaryMeasures
 from lorabench.training.train import Listener, Pack, _opened, train
@@ -76,7 +76,7 @@ def label_run(places, kind="bert", **changes) -> RunConfig:
 
 def reference_loss(model, run) -> float:
     """Mean token loss over the probe's test split, one text at a time."""
-    probe = load_probe(run, prepare.prepare(run).head)
+    probe = load_probe(run, preparation.prepare(run).head)
     total, tokens = 0.0, 0
     with torch.no_grad():
         for e in probe.splits["test"]:
@@ -102,7 +102,7 @@ def test_the_loss_before_is_the_bases_own(places, tmp_path, kind):
     assert record.metrics["probe/plain/before"] == pytest.approx(
         reference_loss(load_lm(places[kind]), run), abs=tolerance
     )
-    assert record.metrics["probe/plain/examples"] == len(load_probe(run, prepare.prepare(run).head).splits["test"])
+    assert record.metrics["probe/plain/examples"] == len(load_probe(run, preparation.prepare(run).head).splits["test"])
     assert record.metrics["probe/plain/loss"] != record.metrics["probe/plain/before"]
     assert record.resources["beside_seconds"] > 0
 
@@ -123,7 +123,7 @@ def test_the_accuracy_before_is_that_of_a_linear_classifier_on_the_bases_states(
 
     run = label_run(places)
     (record,) = train(Pack("p0", (run,)), Store(tmp_path))
-    probe = load_probe(run, prepare.prepare(run).head)
+    probe = load_probe(run, preparation.prepare(run).head)
     model = AutoModel.from_pretrained(places["bert"], dtype=torch.float64, attn_implementation="eager").eval()
     x, y = {}, {}
     with torch.no_grad():
@@ -226,7 +226,7 @@ def test_tuning_runs_are_not_probed(places, tmp_path):
 def test_fewer_examples_of_the_probe(places):
     run = lm_run(places, **{"task.probe_examples": 20})
     run = RunConfig.from_dict({**run.to_dict(), "task": {**run.to_dict()["task"], "probe_examples": 20}})
-    few, many = (load_probe(r, prepare.prepare(r).head).splits["test"] for r in (run, lm_run(places)))
+    few, many = (load_probe(r, preparation.prepare(r).head).splits["test"] for r in (run, lm_run(places)))
     assert len(few) == 20 < len(many)
     assert [e["example"] for e in few] == [e["example"] for e in many[:20]]
 
@@ -280,7 +280,7 @@ def test_a_probe_is_identity_and_none_is_not(places):
 )
 def test_probes_that_cannot_be(places, probe, key):
     with pytest.raises(ConfigError) as e:
-        prepare.check(make_run(places["bert"], places["data"], **{"task.probe": probe(places)}))
+        preparation.check_run(make_run(places["bert"], places["data"], **{"task.probe": probe(places)}))
     assert str(e.value).startswith(key), e.value
 
 

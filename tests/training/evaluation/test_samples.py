@@ -9,7 +9,7 @@ from fixtures.runs import WORDS, make_base, make_data, make_decoder, make_run
 from lorabench.config.errors import ConfigError
 from lorabench.store.records import Store
 from lorabench.tasks.causal_lm import Config as LanguageModelling
-from lorabench.training import preparation as prepare
+from lorabench.training import preparation
 from lorabench.training.evaluation import replies
 from lorabench.training.evaluation.style import split_in_halves
 from lorabench.training.train import Listener, Pack, _opened, train
@@ -103,7 +103,7 @@ def test_a_pack_says_what_its_runs_say_alone(places, tmp_path):
         <= together[1].metrics["style/moved_high"]
     )
     assert together[1].metrics["style/real"] > 0.5 > together[1].metrics["style/base"]
-    halves = split_in_halves([r["group"] for r in prepare.load_data(runs[0].task).splits["test"]][:40])
+    halves = split_in_halves([r["group"] for r in preparation.load_data(runs[0].task).splits["test"]][:40])
     assert together[1].metrics["style/examples"] == len(halves[1])
 
 
@@ -113,7 +113,7 @@ def test_full_fine_tuning_shows_the_base_before_it_changed(places, tmp_path):
         (record,) = train(Pack("p0", (run,)), Store(tmp_path))
         assert record.status == "completed", record.error
     found = Store(tmp_path).arrays(lora.run_id, "test")
-    talk = {r["example"]: r["group"] for r in prepare.load_data(lora.task).splits["test"]}
+    talk = {r["example"]: r["group"] for r in preparation.load_data(lora.task).splits["test"]}
     assert found is not None
     pairs = {(talk[e], int(g)) for e, g in zip(found["example"].tolist(), found["group"], strict=True)}
     assert len(pairs) == len(set(talk.values())) < len(talk), "replies of one dialogue are one draw of the test set"
@@ -125,7 +125,7 @@ def test_labels_before_and_after(places, tmp_path):
     store = Store(tmp_path)
     runs = [make_run(places["bert"], places["data"], role="confirm", seed=seed) for seed in (0, 1)]
     records = train(Pack("p0", tuple(runs)), store)
-    rows = prepare.load_data(runs[0].task).splits["test"]
+    rows = preparation.load_data(runs[0].task).splits["test"]
     smallest = sorted(rows, key=lambda r: r["example"])[:8]
     for run in runs:
         items = shown(store, run)
@@ -159,4 +159,6 @@ def test_what_style_asks_for(places):
         LanguageModelling(source="bbc", style_prompts=30).validate("task")
     run = chat_run(places)
     with pytest.raises(ConfigError, match=r"task\.style_prompts=200: at most \d+, the pairs held out"):
-        prepare.check(type(run).from_dict({**run.to_dict(), "task": {**run.to_dict()["task"], "style_prompts": 200}}))
+        preparation.check_run(
+            type(run).from_dict({**run.to_dict(), "task": {**run.to_dict()["task"], "style_prompts": 200}})
+        )
