@@ -21,11 +21,12 @@ from lorabench.config.errors import ConfigError
 from lorabench.runtime.command import command
 from lorabench.runtime.files import atomic_folder, check_empty
 from lorabench.store import arrays as columns
+from lorabench.store.analysis import COSTS_FILE, WEIGHTS_FILE
 from lorabench.store.integrity import damaged_files
 from lorabench.store.records import HISTORY, MANIFEST, Store
 
 RUN_FILES = ("run.json", HISTORY, "samples.json")
-SWEEP_FILES = (MANIFEST, "analysis/weights.json", "analysis/costs.json")
+SWEEP_FILES = (MANIFEST, *(str(file.relative_path) for file in (WEIGHTS_FILE, COSTS_FILE)))
 TRAINING_KEYS = {"step", "train/loss", "lr"}  # what a training row says; an evaluation's says more
 
 

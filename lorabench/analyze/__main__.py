@@ -10,13 +10,10 @@ import argparse
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
 
+from lorabench.analyze.measure import analyze
 from lorabench.runtime.command import command
-
-if TYPE_CHECKING:
-    pass
-from lorabench.analyze.measure import FILE, analyze
+from lorabench.store.analysis import WEIGHTS_FILE
 
 
 def parser() -> argparse.ArgumentParser:
@@ -56,7 +53,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         task = bar.add_task("layers", total=None)
         doc = analyze(args.sweep, asked, lambda done, total: bar.update(task, completed=done, total=total))
     Console().print(table_formats.rich_table(weights.table(weights.tidy_rows(parse(doc)))))
-    print(f"analysis: {args.sweep / FILE}")
+    print(f"analysis: {WEIGHTS_FILE.path(args.sweep)}")
 
 
 if __name__ == "__main__":

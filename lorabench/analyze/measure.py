@@ -2,25 +2,17 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from lorabench.runtime.files import atomic_write
-from lorabench.store.records import dump_json
+from lorabench.store.analysis import WEIGHTS_FILE
 
 if TYPE_CHECKING:
     from lorabench.analyze.deltas import Bases, Opened
     from lorabench.analyze.scope import Asked, Comparison, Source
     from lorabench.results.cells import Result
-
-FILE = Path("analysis", "weights.json")
-
-
-SCHEMA = 1
-
 
 ALONE = "Adapters of one seed share their start: without a second seed there is no similarity between ranks."
 
@@ -38,7 +30,6 @@ def analyze(
     from lorabench.results.cells import cell_results
     from lorabench.results.sweep import load
 
-    path = Path(sweep_dir) / FILE
     every = cell_results(load(sweep_dir)).by_cell
     chosen = result_cells.select_cells(every, asked.cells)
     source = scope.opened(sweep_dir, every, chosen)
@@ -46,19 +37,19 @@ def analyze(
 
     bases = Bases()
     wanted = scope.layers(source, chosen, asked.layers, bases)
-    doc = _kept(_read(path), every, chosen, source)
+    doc = _kept(WEIGHTS_FILE.read_reusable(sweep_dir), every, chosen, source)
     todo = {i: names for i, names in wanted.items() if not _known(doc["runs"].get(i), source.runs[i], names, asked)}
     total, done = sum(map(len, todo.values())), 0
     for run_id, names in todo.items():
         ahead = partial(_tick, tick, done, total)
         doc["runs"][run_id] = _measured(source.runs[run_id], names, bases, asked, ahead)
         done += len(names)
-        _write(path, doc)
+        WEIGHTS_FILE.write(sweep_dir, _rounded(doc))
     doc["similarity"] = _similarities(
         doc, scope.comparisons(list(chosen.values()), set(wanted)), source, bases, set(todo)
     )
-    _write(path, doc)
-    return _read(path)
+    WEIGHTS_FILE.write(sweep_dir, _rounded(doc))
+    return WEIGHTS_FILE.read_reusable(sweep_dir)
 
 
 def _tick(tick: Callable[[int, int], None], before: int, total: int, done: int) -> None:
@@ -101,19 +92,6 @@ def _similarities(
 # -- the file ------------------------------------------------------------------------------------------------------------
 
 
-def _read(path: Path) -> dict[str, Any]:
-    """What was analysed before; nothing where the file is missing, torn, or of another version."""
-    try:
-        doc = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return {}
-    return doc if isinstance(doc, dict) and doc.get("schema") == SCHEMA else {}
-
-
-def _write(path: Path, doc: Mapping[str, Any]) -> None:
-    atomic_write(path, dump_json(_rounded(doc), indent=None))
-
-
 def _rounded(value: Any) -> Any:
     """Six significant digits: equal weights give equal files whatever the last bits of an SVD."""
     if isinstance(value, float):
@@ -136,7 +114,7 @@ def _kept(
     runs -= set(left_out)
     lone = [r.id for r in chosen.values() if r.cell.adapter and len({x.config["seed"] for x in r.runs}) == 1]
     return {
-        "schema": SCHEMA, "cells": cells, "left_out": left_out, "notes": [ALONE] if len(lone) > 1 else [],
+        "cells": cells, "left_out": left_out, "notes": [ALONE] if len(lone) > 1 else [],
         "runs": {i: entry for i, entry in old.get("runs", {}).items() if i in runs},
         "similarity": [x for x in old.get("similarity", []) if {i for pair in x["runs"] for i in pair} <= runs],
     }  # fmt: skip

@@ -10,13 +10,10 @@ import argparse
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
 
+from lorabench.costs.measure import Asked, costs
 from lorabench.runtime.command import command
-
-if TYPE_CHECKING:
-    pass
-from lorabench.costs.measure import FILE, Asked, costs
+from lorabench.store.analysis import COSTS_FILE
 
 
 def parser() -> argparse.ArgumentParser:
@@ -62,7 +59,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         doc = costs(args.sweep, asked, tick)
     for made in face.tables(face.parse(doc)):
         Console().print(faces.rich_table(made))
-    print(f"costs: {args.sweep / FILE}")
+    print(f"costs: {COSTS_FILE.path(args.sweep)}")
 
 
 if __name__ == "__main__":

@@ -12,19 +12,13 @@ from typing import TYPE_CHECKING, Any
 from lorabench.config.errors import ConfigError
 from lorabench.config.method_names import FULL
 from lorabench.runtime import provenance
-from lorabench.runtime.files import atomic_write
-from lorabench.store.records import Store, dump_json
+from lorabench.store.analysis import COSTS_FILE
+from lorabench.store.records import Store
 
 if TYPE_CHECKING:
     from lorabench.costs.timings import Bench
     from lorabench.results.cells import Result
     from lorabench.training.saved import SavedRun
-
-
-FILE = Path("analysis", "costs.json")
-
-
-SCHEMA = 1
 
 
 TOKENS = 32  # of a text where no record counts them
@@ -64,12 +58,12 @@ def costs(sweep_dir: str | Path, asked: Asked, tick: Tick = lambda cell, done, t
     every = cell_results(load(sweep_dir)).by_cell
     chosen = select_cells(every, asked.cells)
     source = _opened(sweep_dir, chosen)
-    path, setting = Path(sweep_dir) / FILE, _setting(every, source)
-    doc = _kept(_read(path), every, chosen, source, setting)
+    setting = _setting(every, source)
+    doc = _kept(COSTS_FILE.read_reusable(sweep_dir), every, chosen, source, setting)
     todo = [i for i in source.runs if asked.again or not _known(doc["cells"].get(i), source.runs[i][0])]
-    _fill(doc, todo, every, source, asked, tick, lambda: atomic_write(path, dump_json(doc)))
-    atomic_write(path, dump_json(doc))
-    return _read(path)
+    _fill(doc, todo, every, source, asked, tick, lambda: COSTS_FILE.write(sweep_dir, doc))
+    COSTS_FILE.write(sweep_dir, doc)
+    return COSTS_FILE.read_reusable(sweep_dir)
 
 
 def _fill(
@@ -151,15 +145,6 @@ def _setting(every: Mapping[str, Result], source: Source) -> dict[str, Any]:
 # -- the file ------------------------------------------------------------------------------------------------------------
 
 
-def _read(path: Path) -> dict[str, Any]:
-    """What was measured before; nothing where the file is missing, torn, or of another version."""
-    try:
-        doc = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return {}
-    return doc if isinstance(doc, dict) and doc.get("schema") == SCHEMA else {}
-
-
 def _kept(
     old: Mapping[str, Any], every: Mapping[str, Result], chosen: Mapping[str, Result], source: Source, setting: Mapping[str, Any]
 ) -> dict[str, Any]:  # fmt: skip
@@ -170,7 +155,7 @@ def _kept(
     names = {r.name for i, r in every.items() if i not in chosen}
     left_out = {name: why for name, why in old.get("left_out", {}).items() if name in names}
     left_out |= {every[i].name: why for i, why in source.left_out.items()}
-    return {"schema": SCHEMA, "setting": dict(setting), "cells": cells, "left_out": left_out}
+    return {"setting": dict(setting), "cells": cells, "left_out": left_out}
 
 
 def _about(every: Mapping[str, Result], cell: str) -> dict[str, Any]:

@@ -17,9 +17,8 @@ from typing import Any
 
 from lorabench.config.errors import ConfigError
 from lorabench.results.sweep import Sweep
+from lorabench.store.analysis import WEIGHTS_FILE
 
-ANALYSIS_FILE = Path("analysis", "weights.json")
-ANALYSIS_SCHEMA = 1
 ADAPTER_FILE = Path("adapter", "adapter_model.safetensors")
 INTRUDER_COSINE = 0.5  # cosine to every singular vector of W below which a direction counts (2410.21228, section 4)
 MAX_HEADER_BYTES = 2**26  # bytes; a longer one is not a header
@@ -109,23 +108,20 @@ class Analysis:
 
 def read_analysis(root: Path) -> Analysis | None:
     """root: the sweep's directory. None where nothing was analysed. Raises `ConfigError` for a file that is no analysis."""
-    path = root / ANALYSIS_FILE
+    path = str(WEIGHTS_FILE.path(root))
     try:
-        doc = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        return None
-    except (OSError, ValueError) as e:
-        raise ConfigError(
-            "analysis", str(path), f"a whole JSON file ({type(e).__name__}); analyse the sweep again"
-        ) from e
-    if not isinstance(doc, dict) or doc.get("schema") != ANALYSIS_SCHEMA:
-        raise ConfigError("analysis", str(path), f"an analysis of schema {ANALYSIS_SCHEMA}; analyse the sweep again")
+        doc = WEIGHTS_FILE.read(root)
+    except (OSError, UnicodeDecodeError, json.JSONDecodeError) as e:
+        allowed = f"a whole JSON file ({type(e).__name__}); analyse the sweep again"
+        raise ConfigError("analysis", path, allowed) from e
+    except ValueError as e:
+        allowed = f"an analysis of schema {WEIGHTS_FILE.schema}; analyse the sweep again"
+        raise ConfigError("analysis", path, allowed) from e
     try:
-        return parse(doc)
+        return None if doc is None else parse(doc)
     except (KeyError, TypeError, ValueError, AttributeError) as e:
-        raise ConfigError(
-            "analysis", str(path), f"an analysis as this version writes it ({type(e).__name__}: {e})"
-        ) from e
+        allowed = f"an analysis as this version writes it ({type(e).__name__}: {e})"
+        raise ConfigError("analysis", path, allowed) from e
 
 
 def parse(doc: Mapping[str, Any]) -> Analysis:

@@ -8,7 +8,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,9 +17,7 @@ from lorabench.config.errors import ConfigError
 from lorabench.config.method_names import FULL, VERA
 from lorabench.report.tables import Column, Row, Table
 from lorabench.results import formatting
-
-COSTS_FILE = Path("analysis", "costs.json")
-SCHEMA = 1
+from lorabench.store.analysis import COSTS_FILE
 
 
 @dataclass(frozen=True)
@@ -70,17 +67,12 @@ class Costs:
 
 def read(root: Path) -> Costs | None:
     """root: the sweep's directory. None where nothing was measured. Raises `ConfigError` for a file that holds no costs."""
-    path = root / COSTS_FILE
     try:
-        doc = json.loads(path.read_text(encoding="utf-8"))
-        if not isinstance(doc, dict) or doc.get("schema") != SCHEMA:
-            raise ValueError(f"not of schema {SCHEMA}")
-        return parse(doc)
-    except FileNotFoundError:
-        return None
+        doc = COSTS_FILE.read(root)
+        return None if doc is None else parse(doc)
     except (OSError, KeyError, TypeError, ValueError, AttributeError) as e:
         why = f"what `python -m lorabench.costs` writes ({type(e).__name__}: {e}); measure again"
-        raise ConfigError("costs", str(path), why) from e
+        raise ConfigError("costs", str(COSTS_FILE.path(root)), why) from e
 
 
 def parse(doc: Mapping[str, Any]) -> Costs:
