@@ -146,7 +146,7 @@ def _data(run: RunConfig) -> float:
 
 def _cell(name: str, jobs: Sequence[Job]) -> CellPlan:
     run, info = jobs[0].run, preparation.base_info(jobs[0].run)
-    trainable = preparation.plan_slice(run, info).trainable(info)
+    trainable = preparation.slice_plan(run, info).trainable(info)
     return CellPlan(name, run, frozenset(j.run.run_id for j in jobs), jobs[0].label.get("r"), trainable)
 
 

@@ -78,7 +78,7 @@ def _fitting(runs: Sequence[RunConfig], auto: str | None) -> int:
     """How many of these runs, whose largest come last, fit into the memory that is free now; at least 1."""
     largest, resolved = list(runs[-MOST:]), precision.resolve(runs[0], auto)
     free, info = SHARE * available_memory(resolved.device), preparation.base_info(runs[0])
-    plans = [preparation.plan_slice(run, info) for run in largest]
+    plans = [preparation.slice_plan(run, info) for run in largest]
     while len(plans) > 1 and free < estimate(
         info, plans, runs[0], dtype=resolved.base_dtype, device=resolved.device, part_tokens=resolved.part_tokens
     ):

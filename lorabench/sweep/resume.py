@@ -36,9 +36,9 @@ def check_drift(record: Record, run: RunConfig) -> None:
     """Refuse to reuse a record whose data, model or own Python files are not those that are here now."""
     now = (
         ("task", "data", "data_fingerprint", preparation.load_data(run.task).fingerprint),
-        ("model", "model", "model_fingerprint", run.model.fingerprint()),
+        ("model", "model", "model_fingerprint", preparation.model_fingerprint(run)),
         ("task.probe", "probe's data", "probe_fingerprint", probe_fingerprint(run)),
-        ("task.file", "Python", "user_code", preparation.user_code_digest(run)),
+        ("task.file", "Python", "user_code", preparation.user_code_fingerprint(run)),
     )
     for key, what, name, value in now:
         then = record.provenance.get(name)

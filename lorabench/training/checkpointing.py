@@ -68,7 +68,7 @@ def facts(pack: Pack, model: str, resolved: Resolved) -> dict[str, Any]:
     settings = {name: getattr(first.trainer, name) for name in SETTINGS}
     return {
         "code": provenance.code_fingerprint(), **provenance.packages(), "data": data, "model": model, **settings,
-        "user code": preparation.user_code_digest(first), "probe": probe_fingerprint(first), "threads": torch.get_num_threads(),
+        "user code": preparation.user_code_fingerprint(first), "probe": probe_fingerprint(first), "threads": torch.get_num_threads(),
         "processes": replicas.world(), "base cut": first.trainer.strategy == "fsdp" and replicas.world() > 1, **asdict(resolved),
     }  # fmt: skip
 
@@ -84,7 +84,7 @@ def begun(pack: Pack, store: Store, keep: Collection[str], *, accept_drift: bool
         return None
     tensors, state = found
     first = pack.runs[0]
-    now = facts(pack, first.model.fingerprint(), settled.resolve_in(first, store))
+    now = facts(pack, preparation.model_fingerprint(first), settled.resolve_in(first, store))
     changed = checkpoints.drift(state["facts"], now)
     if changed and not accept_drift:
         differences = ", ".join(f"{name} {then}, here {now}" for name, (then, now) in changed.items())

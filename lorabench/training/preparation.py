@@ -23,7 +23,7 @@ from lorabench.tasks.probe import load_probe
 from lorabench.training.batches import steps_per_epoch
 from lorabench.training.precision import Resolved, resolve
 
-PARAMETER_TOLERANCE = 0.05  # share by which a matched rank may miss the number of parameters asked for
+MATCH_TOLERANCE = 0.05  # share by which a matched rank may miss the number of parameters asked for
 
 
 @dataclass(frozen=True)
@@ -89,7 +89,12 @@ def base_info(run: RunConfig) -> BaseInfo:
     return _infos[key]
 
 
-def plan_slice(run: RunConfig, info: BaseInfo) -> SlicePlan:
+def model_fingerprint(run: RunConfig) -> str:
+    """Return the fingerprint of the base's weights and processor."""
+    return run.model.fingerprint()
+
+
+def slice_plan(run: RunConfig, info: BaseInfo) -> SlicePlan:
     """Return what a run trains. Raises `ConfigError` for unmatched targets, impossible ranks and empty plans."""
     plan = run.method.plan(info, seed=run.seed)
     if plan.trainable(info) == 0:
@@ -107,13 +112,13 @@ def matched_rank(run: RunConfig) -> int:
     layers = info.by_name
 
     def adapter_parameters(r: int) -> int:
-        plan = plan_slice(replace(run, method=run.method.replace(r=r, match_parameters=None)), info)
+        plan = slice_plan(replace(run, method=run.method.replace(r=r, match_parameters=None)), info)
         return sum(spec.trainable(layers[name]) for name, spec in plan.adapters.items())
 
     of_one = adapter_parameters(1)
     r = max(1, round(wanted / of_one))
     matched = adapter_parameters(r)
-    if abs(matched - wanted) > PARAMETER_TOLERANCE * wanted:
+    if abs(matched - wanted) > MATCH_TOLERANCE * wanted:
         allowed = f"a number near a multiple of {of_one}, what r = 1 trains on these layers; r = {r} trains {matched}"
         raise ConfigError("method.match_parameters", wanted, allowed)
     return r
@@ -127,7 +132,7 @@ def check_run(run: RunConfig) -> SlicePlan:
     prompts, held_out = run.task.style_prompts, len(prepared.encoded.splits["test"])
     if prompts > held_out:
         raise ConfigError("task.style_prompts", prompts, f"at most {held_out}, the pairs held out for testing")
-    return plan_slice(run, base_info(run))
+    return slice_plan(run, base_info(run))
 
 
 def load_base(run: RunConfig, head: HeadSpec, resolved: Resolved) -> Base:
@@ -144,7 +149,7 @@ def forget_base() -> None:
     _base.clear()
 
 
-def add_base_targets(run: RunConfig, prepared: Prepared, base: Base) -> Prepared:
+def teach(run: RunConfig, prepared: Prepared, base: Base) -> Prepared:
     """Return the data with targets that the base itself gives, once for each task and base, if the task is taught."""
     if not run.task.is_taught:
         return prepared
@@ -157,7 +162,7 @@ def add_base_targets(run: RunConfig, prepared: Prepared, base: Base) -> Prepared
     return _with_targets[key]
 
 
-def user_code_digest(run: RunConfig) -> str | None:
+def user_code_fingerprint(run: RunConfig) -> str | None:
     """Return a prefix of the SHA-256 over the user's own Python files that a run names; None where it names none."""
     parts = (run.task, run.model, run.task.probe)
     files = [part.local_file for part in parts if part is not None and part.local_file]

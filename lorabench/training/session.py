@@ -22,7 +22,7 @@ from lorabench.training import distributed as replicas
 from lorabench.training.batches import EvalStream, PackStream
 from lorabench.training.module import PackModule
 from lorabench.training.precision import Resolved
-from lorabench.training.preparation import Prepared, user_code_digest
+from lorabench.training.preparation import Prepared, user_code_fingerprint
 
 
 @dataclass
@@ -173,7 +173,7 @@ def _provenance(s: Session, state: Any) -> dict[str, Any]:
         "data_fingerprint": s.prepared.data.fingerprint, "model_fingerprint": s.base.fingerprint, "model_notes": s.base.notes,
         "data_notes": {**s.prepared.data.notes, **s.prepared.encoded.notes}, "pack": s.pack.id, "pack_runs": s.pack.run_ids, **_devices(s),
         "head": {"auto_class": s.prepared.head.auto_class, "label_names": list(s.prepared.head.label_names)},
-        "user_code": user_code_digest(s.pack.runs[0]), "probe_fingerprint": probe_fingerprint(s.pack.runs[0]),
+        "user_code": user_code_fingerprint(s.pack.runs[0]), "probe_fingerprint": probe_fingerprint(s.pack.runs[0]),
         "stopped": state.reason if state.status == "stopped" else None,
     }  # fmt: skip
 

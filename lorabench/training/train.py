@@ -186,9 +186,9 @@ def _opened(
     first = pack.runs[0]
     prepared, resolved = preparation.prepare(first), settled.resolve_in(first, store)
     base = preparation.load_base(first, prepared.head, resolved)
-    prepared = preparation.add_base_targets(first, prepared, base)
+    prepared = preparation.teach(first, prepared, base)
     before: int | None = _checksum(base.model)
-    plans = [preparation.plan_slice(run, base.info) for run in pack.runs]
+    plans = [preparation.slice_plan(run, base.info) for run in pack.runs]
     cut = first.trainer.strategy == "fsdp" and replicas.world() > 1
     stack = inject(base.model, plans, info=base.info, give_back=not cut)
     if cut and stack.own:

@@ -43,7 +43,7 @@ def test_trainable_agrees_with_lorabench(scaling: Any, repo: Path) -> None:
 
     with initialize_config_dir(config_dir(), version_base=None):
         run = parse(compose("config", overrides=["sweep.name=x", "method.r=8", "task.train_examples=32"]))[0]
-    made = preparation.plan_slice(run, preparation.base_info(run)).trainable(preparation.base_info(run))
+    made = preparation.slice_plan(run, preparation.base_info(run)).trainable(preparation.base_info(run))
     pooler, classifier = 8 * (384 + 384), 384 * 3 + 3
     assert made == scaling.SHAPES["minilm"].trainable(8) + pooler + classifier
 

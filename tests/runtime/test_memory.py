@@ -27,7 +27,7 @@ def test_estimates_lie_near_the_measured_peaks_of_the_reference_packs(repo):
     for name, records in large.items():
         runs = [RunConfig.from_dict(r.config) for r in records]
         info = preparation.base_info(runs[0])
-        plans = [preparation.plan_slice(run, info) for run in runs]
+        plans = [preparation.slice_plan(run, info) for run in runs]
         p = records[0].provenance
         parts = p.get("part_tokens", 10**9)  # records from before there were parts: the whole pack went through at once
         guess = estimate(info, plans, runs[0], dtype=p["base_dtype"], device=p["device"], part_tokens=parts)

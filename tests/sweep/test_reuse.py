@@ -170,7 +170,7 @@ def made(root: Path, run: RunConfig, precision: str) -> str:
     store.write_manifest({"schema": 1, "cells": [], "runs": {}, "packs": []})
     about = {
         "data_fingerprint": data,
-        "model_fingerprint": run.model.fingerprint(),
+        "model_fingerprint": preparation.model_fingerprint(run),
         "device": "cpu",
         "precision": precision,
     }

@@ -37,8 +37,8 @@ def test_losses_of_base_teacher_and_too_small_a_rank(place: tuple[Path, Path]) -
     run = make_run(*place, **{**PLANTED, "method.r": 3})
     plain = preparation.prepare(run)
     base = preparation.load_base(run, plain.head, precision.resolve(run))
-    taught = preparation.add_base_targets(run, plain, base)
-    assert preparation.add_base_targets(run, plain, base) is taught
+    taught = preparation.teach(run, plain, base)
+    assert preparation.teach(run, plain, base) is taught
     teacher = copy.deepcopy(base.model)
     rows = taught.encoded.splits["train"]
     batch = run.task.collate(rows, plain.processor)
@@ -48,7 +48,7 @@ def test_losses_of_base_teacher_and_too_small_a_rank(place: tuple[Path, Path]) -
     assert float(s[3]) < 1e-5 < float(s[2])
     losses = {}
     for r in (0, 2, 3):
-        stack = inject(base.model, [preparation.plan_slice(run, base.info)], info=base.info)
+        stack = inject(base.model, [preparation.slice_plan(run, base.info)], info=base.info)
         a, b = torch.zeros(3, 32), torch.zeros(48, 3)
         a[:r], b[:, :r] = vh[:r].float(), (u[:, :r] * s[:r]).float()
         scaling = stack.plans[0].adapters[LAYER].scaling
@@ -86,7 +86,7 @@ def test_bad_settings(place: tuple[Path, Path], change: dict[str, Any], says: st
     def teach() -> None:
         run = make_run(*place, **{**PLANTED, **change})
         plain = preparation.prepare(run)
-        preparation.add_base_targets(run, plain, preparation.load_base(run, plain.head, precision.resolve(run)))
+        preparation.teach(run, plain, preparation.load_base(run, plain.head, precision.resolve(run)))
 
     with pytest.raises(ConfigError, match=says):
         teach()

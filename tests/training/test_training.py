@@ -161,7 +161,7 @@ def test_a_record_says_what_it_cost_and_where_it_came_from(places, tmp_path):
     assert record.resources["examples"] == 12
     assert record.resources["peak_memory_bytes"] > 10**7
     prepared = preparation.prepare(run)
-    assert record.resources["trainable_parameters"] == preparation.plan_slice(run, prepared.info).trainable(
+    assert record.resources["trainable_parameters"] == preparation.slice_plan(run, prepared.info).trainable(
         prepared.info
     )
     for key in ("packages", "machine", "code", "data_fingerprint", "model_fingerprint", "precision", "attention"):
