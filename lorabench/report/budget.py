@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 from lorabench.report import declared
-from lorabench.report.tables import at_steps
+from lorabench.report.tables import step_list
 from lorabench.results import formatting
 from lorabench.results.findings import Findings
 from lorabench.results.formatting import plural
@@ -75,7 +75,7 @@ def _pruned(f: Findings) -> str:
     if not left:
         return ""
     spared = formatting.share(sum(full[i] - step for i, step in left.items()), sum(full.values()))
-    return f"{len(left)} of {plural(len(full), 'tuning run')}, at step {at_steps(left.values())}; {spared} of the tuning steps were spared"
+    return f"{len(left)} of {plural(len(full), 'tuning run')}, at step {step_list(left.values())}; {spared} of the tuning steps were spared"
 
 
 def _origin(f: Findings) -> Iterator[tuple[str, str]]:

@@ -13,7 +13,7 @@ if TYPE_CHECKING:
 
 
 def anchor(sweep: Sweep) -> str:
-    """`r = 8 (s = 2)`: where the alpha rules meet; empty where none is declared."""
+    """Return where the alpha rules meet, such as `r = 8 (s = 2)`; empty where none is declared."""
     rank = sweep.study.get("alpha_anchor")
     if rank is None:
         return ""
@@ -23,27 +23,29 @@ def anchor(sweep: Sweep) -> str:
 
 
 def margin(f: Findings, *, unit: bool = True) -> str:
-    """The margin as every text has it: one that the study did not declare is post hoc."""
-    said = f.metric.size(f.sweep.margin, unit=unit)
-    return f"{said}, post hoc" if f.sweep.post_hoc is not None else said
+    """Return the margin as every text has it: one that the study did not declare is post hoc."""
+    size = f.metric.size(f.sweep.margin, unit=unit)
+    return f"{size}, post hoc" if f.sweep.post_hoc is not None else size
 
 
 def margin_fact(f: Findings) -> str:
+    """Return the margin and where it comes from, such as `2.0 points (declared)`."""
     size, declared = f.metric.size(f.sweep.margin), f.sweep.declared_margin
     if f.sweep.other:
         return f"{size} (post hoc)"
     if f.sweep.post_hoc is not None:
-        return f"{size} (post hoc; {f'declared: {f.metric.size(declared)}' if declared else 'none was declared'})"
+        instead_of = f"declared: {f.metric.size(declared)}" if declared else "none was declared"
+        return f"{size} (post hoc; {instead_of})"
     return f"{size} ({'declared' if declared else 'default'})"
 
 
 def selection(sweep: Sweep) -> str:
-    """`validation loss`: what chooses a rate."""
+    """Return what chooses a rate, such as `validation loss`."""
     return f"validation {formatting.TITLES.get(sweep.selection, sweep.selection.replace('_', ' '))}"
 
 
 def reference(f: Findings) -> str:
-    """Its name, and how it came to be it."""
+    """Return the reference's name, and how it came to be the reference."""
     if not f.reference:
         return ""
     if f.sweep.study.get("reference") == f.reference:
@@ -54,30 +56,28 @@ def reference(f: Findings) -> str:
 
 
 def family(f: Findings) -> str:
-    """Which comparisons with the reference share Holm's steps, and how many others there are."""
-    own = sum(not made.exploratory for made in f.versus.values())
-    if not own:
+    """Return how many comparisons with the reference share Holm's steps, and how many others there are."""
+    size = sum(not comparison.exploratory for comparison in f.versus.values())
+    if not size:
         return ""
-    others = len(f.versus) - own
-    said = formatting.plural(own, "comparison") + " with the reference"
-    return f"{said} (declared), {others} more exploratory" if others else said
+    others = len(f.versus) - size
+    text = formatting.plural(size, "comparison") + " with the reference"
+    return f"{text} (declared), {others} more exploratory" if others else text
 
 
-def _instead(sweep: Sweep) -> str:
-    """After the name of a metric that is not the declared one."""
-    if not sweep.other:
-        return ""
-    return f" (post hoc; {'declared' if sweep.study.get('metric') else 'the primary one'}: {formatting.TITLES.get(sweep.primary, sweep.primary)})"
+def _primary_metric(f: Findings) -> str:
+    direction = "lower" if f.metric.lower_is_better else "higher"
+    post_hoc = ""
+    if f.sweep.other:
+        which = "declared" if f.sweep.study.get("metric") else "the primary one"
+        post_hoc = f" (post hoc; {which}: {formatting.TITLES.get(f.sweep.primary, f.sweep.primary)})"
+    return f"{f.metric.title}{post_hoc}, {direction} is better; rates chosen on {selection(f.sweep)}"
 
 
 def study_facts(f: Findings) -> list[tuple[str, str]]:
-    """Name and value of all that a study declares; empty values are left out by who shows them."""
-    way = "lower" if f.metric.lower_is_better else "higher"
+    """Return name and value of all that a study declares; who shows them leaves empty values out."""
     return [
-        (
-            "Primary metric",
-            f"{f.metric.title}{_instead(f.sweep)}, {way} is better; rates chosen on {selection(f.sweep)}",
-        ),
+        ("Primary metric", _primary_metric(f)),
         ("Margin", margin_fact(f)),
         ("Reference", reference(f) if f.versus else ""),
         ("Family", family(f)),
@@ -87,9 +87,9 @@ def study_facts(f: Findings) -> list[tuple[str, str]]:
 
 
 def study_line(f: Findings) -> str:
-    """The declaration in one line, for the top of a report."""
-    said = {name: value for name, value in study_facts(f) if value}
-    study = said.pop("Study hash", "")
-    head = f"Declared before it ran (study {study}): " if study else "No study was declared: "
-    parts = [said.pop("Primary metric"), *(f"{name.lower()} {value}" for name, value in said.items())]
+    """Return the declaration in one line, for the top of a report."""
+    facts = {name: value for name, value in study_facts(f) if value}
+    study_hash = facts.pop("Study hash", "")
+    head = f"Declared before it ran (study {study_hash}): " if study_hash else "No study was declared: "
+    parts = [facts.pop("Primary metric"), *(f"{name.lower()} {value}" for name, value in facts.items())]
     return head + "; ".join(parts) + "."

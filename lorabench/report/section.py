@@ -1,4 +1,4 @@
-"""A part of the page that stands there where the sweep has the data for it."""
+"""A section of the page that stands there where the sweep has the data for it."""
 
 from __future__ import annotations
 

@@ -1,9 +1,9 @@
-"""The faces of a table: Markdown, LaTeX, terminal. The page's own template makes the HTML."""
+"""Formats of a table: Markdown, LaTeX, terminal. The page's own template makes the HTML."""
 
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from typing import TYPE_CHECKING
 
 from lorabench.report import declared
@@ -14,63 +14,74 @@ from lorabench.results.findings import Findings
 if TYPE_CHECKING:
     from rich.table import Table as RichTable
 
+# -- Markdown ------------------------------------------------------------------------------------------------------------
+
 
 def markdown(table: Table) -> str:
-    def line(texts: Iterable[str]) -> str:
-        return "| " + " | ".join(escape_markdown(t) for t in texts) + " |"
-
+    """Return a table as Markdown. The recommended row is bold; notes are not part of it."""
+    head = (escape_markdown(c.title) for c in table.columns)
     rule = "|" + "|".join("---:" if c.align == "right" else "---" for c in table.columns) + "|"
-    bold = [
-        tuple(f"**{escape_markdown(t)}**" if r.mark == "recommended" and t else escape_markdown(t) for t in r.texts)
-        for r in table.rows
-    ]
-    return "\n".join([line(c.title for c in table.columns), rule, *("| " + " | ".join(b) + " |" for b in bold)])
+    lines = [_markdown_line(head), rule]
+    for row in table.rows:
+        texts = [escape_markdown(t) for t in row.texts]
+        lines.append(_markdown_line(f"**{t}**" if row.mark == "recommended" and t else t for t in texts))
+    return "\n".join(lines)
+
+
+def _markdown_line(texts: Iterable[str]) -> str:
+    return "| " + " | ".join(texts) + " |"
 
 
 def escape_markdown(text: str) -> str:
-    """Text that stays text: nothing in it starts a cell, a tag, a link or emphasis."""
+    """Return text that stays text: nothing in it starts a cell, a tag, a link or emphasis."""
     return re.sub(r"([\\`*_\[\]<>|#])", r"\\\1", " ".join(text.split()))
 
 
+# -- LaTeX ---------------------------------------------------------------------------------------------------------------
+
+MIN_WRAPPED_LENGTH = 24  # characters; a column with a longer text breaks its lines
 TEX_SYMBOLS = {
-    "\\": r"\textbackslash{}", "&": r"\&", "%": r"\%", "$": r"\$", "#": r"\#", "_": r"\_", "{": r"\{", "}": r"\}", "~": r"\textasciitilde{}",
-    "^": r"\textasciicircum{}", "<": r"\textless{}", ">": r"\textgreater{}", "|": r"\textbar{}", "±": r"$\pm$", "−": "$-$", "α": r"$\alpha$", "Δ": r"$\Delta$",
-    "–": "--", "…": r"\ldots{}", "⚠": r"$\dagger$", "×": r"$\times$", "“": "``", "”": "''", "→": r"$\rightarrow$",
-    "«": r"$\ll$", "»": r"$\gg$", "φ": r"$\varphi$", "≤": r"$\le$", "≥": r"$\ge$", "≈": r"$\approx$", "‖": r"$\|$", "√": r"$\surd$", "σ": r"$\sigma$", "μ": r"$\mu$", "∞": r"$\infty$",
+    "\\": r"\textbackslash{}", "&": r"\&", "%": r"\%", "$": r"\$", "#": r"\#", "_": r"\_", "{": r"\{", "}": r"\}",
+    "~": r"\textasciitilde{}", "^": r"\textasciicircum{}", "<": r"\textless{}", ">": r"\textgreater{}",
+    "|": r"\textbar{}", "±": r"$\pm$", "−": "$-$", "α": r"$\alpha$", "Δ": r"$\Delta$", "–": "--", "…": r"\ldots{}",
+    "⚠": r"$\dagger$", "×": r"$\times$", "“": "``", "”": "''", "→": r"$\rightarrow$", "«": r"$\ll$", "»": r"$\gg$",
+    "φ": r"$\varphi$", "≤": r"$\le$", "≥": r"$\ge$", "≈": r"$\approx$", "‖": r"$\|$", "√": r"$\surd$",
+    "σ": r"$\sigma$", "μ": r"$\mu$", "∞": r"$\infty$",
     "\0": "{}", "[": "{[}", "]": "{]}", "*": "{*}",  # after a row's end these would be read as its options
 } | dict.fromkeys("ÐÞðþ", "?")  # fmt: skip
 
 
 def escape_tex(text: str) -> str:
-    """LaTeX text. Characters that pdfTeX's own fonts lack and that have no name here become `?`: it would stop at them."""
+    """Return text for LaTeX. Characters that pdfTeX's fonts lack and that have no name here become `?`."""
     apart = re.sub(r"-(?=-)", "-\0", " ".join(text.split()))  # two hyphens would print as a dash
     return "".join(TEX_SYMBOLS.get(ch, ch if ord(ch) < 256 and ch.isprintable() else "?") for ch in apart)
 
 
-MIN_WRAPPED_LENGTH = 24  # characters of a text from which its column breaks lines
-
-
 def latex(table: Table) -> str:
-    """A `tabular` with booktabs' rules, to be \\input; columns of long texts break their lines."""
-    long = [any(len(row.texts[i]) > MIN_WRAPPED_LENGTH for row in table.rows) for i in range(len(table.columns))]
-    width = f"p{{{min(0.3, 0.75 / max(sum(long), 1)):.2f}\\linewidth}}"
-    kinds = [width if wide else "r" if c.align == "right" else "l" for c, wide in zip(table.columns, long, strict=True)]
-    spec = "".join(kinds)
+    """Return a `tabular` with booktabs' rules, to be \\input; columns of long texts break their lines."""
+    wrapped = [any(len(row.texts[i]) > MIN_WRAPPED_LENGTH for row in table.rows) for i in range(len(table.columns))]
+    width = f"p{{{min(0.3, 0.75 / max(sum(wrapped), 1)):.2f}\\linewidth}}"
+    kinds = ("r" if c.align == "right" else "l" for c in table.columns)
+    spec = "".join(width if wide else kind for kind, wide in zip(kinds, wrapped, strict=True))
     lines = ["% needs \\usepackage{booktabs}", f"\\begin{{tabular}}{{{spec}}}", "\\toprule"]
     lines += [" & ".join(escape_tex(c.title) for c in table.columns) + r" \\", r"\midrule"]
     for row in table.rows:
-        cells = [
-            f"\\raggedright {escape_tex(t)}" if wide else escape_tex(t) for t, wide in zip(row.texts, long, strict=True)
+        texts = [
+            f"\\raggedright {escape_tex(t)}" if wide else escape_tex(t)
+            for t, wide in zip(row.texts, wrapped, strict=True)
         ]
-        if long[-1]:
-            cells[-1] = f"{{{cells[-1]}\\par}}"  # or the row's end would be a line's
-        lines.append(" & ".join(f"\\textbf{{{t}}}" if row.mark == "recommended" and t else t for t in cells) + r" \\")
+        if wrapped[-1]:
+            texts[-1] = f"{{{texts[-1]}\\par}}"  # or the row's end would be a line's
+        lines.append(" & ".join(f"\\textbf{{{t}}}" if row.mark == "recommended" and t else t for t in texts) + r" \\")
     lines += [r"\bottomrule", r"\end{tabular}", *(f"% {' '.join(note.split())}" for note in table.notes)]
     return "\n".join(lines) + "\n"
 
 
+# -- terminal ------------------------------------------------------------------------------------------------------------
+
+
 def rich_table(table: Table) -> RichTable:
-    """A table for a terminal, its notes below it; no markup of a user's is read."""
+    """Return a table for a terminal, its notes below it; no markup of a user's is read."""
     from rich import box
     from rich.table import Table as RichTable
     from rich.text import Text
@@ -85,7 +96,7 @@ def rich_table(table: Table) -> RichTable:
 
 
 def terminal_comparison(f: Findings, caption: str) -> RichTable:
-    """The comparison at the width of a terminal: one name a cell, what decides, what it costs."""
+    """Return the comparison at the width of a terminal: one name a cell, what decides, what it costs."""
     from rich import box
     from rich.markup import escape
     from rich.table import Table as RichTable
@@ -98,34 +109,41 @@ def terminal_comparison(f: Findings, caption: str) -> RichTable:
         pad_edge=False,
         padding=(0, 1, 0, 0),
     )
-    unit = f" {f.metric.unit}" if f.metric.unit else ""
-    head = ["cell", "best\nlr", f"{'test' if f.confirmed else 'val'}\n{f.metric.title}{unit}"]
-    if f.versus and f.reference:
-        head += ["Δ to the\nreference", f"within\n± {declared.margin(f, unit=False)}"]
-    for title in [*head, "trainable", "train\ns"]:
-        left = title == "cell" or title.startswith("within")
+    for title in _terminal_head(f):
         out.add_column(
             escape(title),
-            justify="left" if left else "right",
+            justify="left" if title == "cell" or title.startswith("within") else "right",
             vertical="bottom",
             no_wrap=title == "cell",
             min_width=16 if title == "cell" else None,
         )
     for row, r in zip(comparison(f).rows, f.results.values(), strict=True):
         score = plus_minus(f, r) if f.confirmed else f.metric.value(r.val)
-        texts = [r.name, formatting.rate(r.lr), score, *(_terminal_verdict(f, r.id) if f.versus else ())]
-        texts += [formatting.compact(r.cell.trainable), formatting.seconds(r.seconds)]
+        verdict = _terminal_verdict(f, r.id) if f.versus else ()
+        costs = formatting.compact(r.cell.trainable), formatting.seconds(r.seconds)
+        texts = (r.name, formatting.rate(r.lr), score, *verdict, *costs)
         out.add_row(*map(escape, texts), style="bold" if row.mark == "recommended" else None)
     return out
 
 
+def _terminal_head(f: Findings) -> Iterator[str]:
+    unit = f" {f.metric.unit}" if f.metric.unit else ""
+    yield from ("cell", "best\nlr", f"{'test' if f.confirmed else 'val'}\n{f.metric.title}{unit}")
+    if f.versus and f.reference:
+        yield from ("Δ to the\nreference", f"within\n± {declared.margin(f, unit=False)}")
+    yield from ("trainable", "train\ns")
+
+
 def _terminal_verdict(f: Findings, cell: str) -> tuple[str, str]:
-    """`-1.6 worse`, `beyond`; a question mark where the direction is open."""
-    made = f.versus.get(cell)
-    if made is None:
+    """Return `-1.6 worse` and `beyond`; a question mark where the direction or the size is open."""
+    against_reference = f.versus.get(cell)
+    if against_reference is None:
         return "reference" if cell == f.reference else "", ""
-    said = "no verdict" if made.blocked else "?" if made.direction == "not resolved" else made.direction
+    difference = f.metric.difference(against_reference.estimate.mean)
+    if against_reference.blocked:
+        return f"{difference} no verdict", "?"
+    direction, size = against_reference.direction, against_reference.size
     return (
-        f"{f.metric.difference(made.estimate.mean)} {said}",
-        "?" if made.blocked or made.size == "not resolved" else made.size,
+        f"{difference} {'?' if direction == 'not resolved' else direction}",
+        "?" if size == "not resolved" else size,
     )
