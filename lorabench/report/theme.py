@@ -1,4 +1,7 @@
-"""How pictures look: one hue a method (Okabe & Ito's colours, safe for colour-blind readers), lighter for smaller ranks."""
+"""How pictures look: one hue a method, lighter for smaller ranks.
+
+Hues are Okabe & Ito's, safe for colour-blind readers.
+"""
 
 from __future__ import annotations
 
@@ -253,8 +256,9 @@ def format_metric_ticks(ax: Axes, metric: formatting.Metric, axis: str = "y") ->
 
 def draw_point(ax: Axes, x: float, y: float, look: Look, *, size: float = 7.0, zorder: float = 4, **style: Any) -> None:
     """Draw a cell's marker with a white edge. style: what differs from that, as `Axes.plot` takes it."""
-    style = {"color": look.colour, "markeredgecolor": "white", "markeredgewidth": 0.8} | style
-    ax.plot(x, y, marker=style.pop("marker", look.marker), markersize=size, zorder=zorder, **style)
+    default: dict[str, Any] = {"marker": look.marker, "color": look.colour}
+    edge: dict[str, Any] = {"markeredgecolor": "white", "markeredgewidth": 0.8}
+    ax.plot(x, y, markersize=size, zorder=zorder, **(default | edge | style))
 
 
 def draw_band(ax: Axes, x: Sequence[float] | np.ndarray, low: np.ndarray, high: np.ndarray, look: Look) -> None:
