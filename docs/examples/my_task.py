@@ -2,7 +2,8 @@
 
     python -m lorabench task=local task.file=docs/examples/my_task.py +task.data=my.csv
 
-One frozen dataclass `Config` with the seven methods below; docs/architecture.md has the contract.
+One frozen dataclass `Config` that inherits `TextTask`. What is optional has its default in the contract,
+`lorabench/config/contracts/task.py`; docs/extending.md has a task without text.
 """
 
 from dataclasses import dataclass
@@ -25,7 +26,6 @@ class Config(TextTask):
     metric: str = "exact_match"
     max_length: int = 64
 
-    lower_is_better = ("loss",)
     units: ClassVar = {"loss": "nats"}
 
     def load(self):
