@@ -26,7 +26,7 @@ from lorabench.config.runs import RunConfig
 from lorabench.results.selection import Choice, choose
 from lorabench.runtime.files import atomic_write
 from lorabench.store.records import Record, Store, dump_json
-from lorabench.training.pruning import LEAST, cell_key, prunable, pruned
+from lorabench.training.pruning import MIN_RATES, cell_key, is_prunable, slices_to_prune
 
 
 @dataclass(frozen=True)
@@ -78,7 +78,7 @@ def replay(runs: Sequence[Run], total: int) -> dict[str, int]:
     """The runs of one cell that pruning would have dropped, and the step of each, by run_id."""
     gone: dict[str, int] = {}
     for step in sorted({s for r in runs for s in r.losses}):
-        found = pruned(
+        found = slices_to_prune(
             [r.lr for r in runs], [r.kept(step) for r in runs],
             [r.record.run_id not in gone and r.alive(step) for r in runs], step=step, total=total, groups=[""] * len(runs),
         )  # fmt: skip
@@ -133,7 +133,7 @@ def cells(store: Store) -> Iterator[tuple[str, list[Run]]]:
                 held.append(_run(store, record))
     for key, runs in groups.items():
         configs = [RunConfig.from_dict(r.record.config) for r in runs]
-        if prunable(configs) and configs[0].method.pack_group is not None:
+        if is_prunable(configs) and configs[0].method.pack_group is not None:
             yield names[key], runs
 
 
@@ -159,7 +159,7 @@ def trials(sweep_dirs: Sequence[Path], *, by: str) -> list[Trial]:
         for cell, runs in cells(store):
             seeds = sorted({r.record.config["seed"] for r in runs})
             parts = [runs] if by == "cell" else [[r for r in runs if r.record.config["seed"] == s] for s in seeds]
-            found += [t for part in parts if len({r.lr for r in part}) >= LEAST and (t := trial(name, cell, part))]
+            found += [t for part in parts if len({r.lr for r in part}) >= MIN_RATES and (t := trial(name, cell, part))]
     return found
 
 
@@ -209,7 +209,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     try:
         made = {by: trials(args.sweeps, by=by) for by in (("cell", "seed") if args.by == "both" else (args.by,))}
         if not all(made.values()):
-            raise ValueError(f"no cell of {LEAST} rates or more that pruning could touch")
+            raise ValueError(f"no cell of {MIN_RATES} rates or more that pruning could touch")
     except ValueError as e:
         print(f"error: {e}", file=sys.stderr)
         raise SystemExit(2) from e

@@ -59,7 +59,11 @@ def clock(args: argparse.Namespace, K: int) -> dict[str, Any]:
         run = parse(compose("config", overrides=[f"{key}={value}" for key, value in settings.items()]))[0]
     pack, marks = tr.Pack("scaling", tuple(replace(run, seed=k) for k in range(K))), []
     listener = tr.Listener(step=lambda done, total: marks.append((time.perf_counter(), s.module.tokens)))
-    with tempfile.TemporaryDirectory() as folder, tr._opened(pack, Store(Path(folder)), listener) as s, tr._quiet():
+    with (
+        tempfile.TemporaryDirectory() as folder,
+        tr.open_session(pack, Store(Path(folder)), listener) as s,
+        tr._quiet(),
+    ):
         lengths = [sum(part.batch["input_ids"].numel() for part in x) / K / B for x in s.train_stream()]
         with PeakMemory("cpu") as peak:
             s.trainer.fit(s.module, s.train_stream(), s.val_stream())

@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from lorabench.runtime import signals as stopping
+from lorabench.runtime import signals
 from lorabench.runtime.files import cache_root
 
 REPO = Path(__file__).resolve().parent.parent
@@ -71,7 +71,7 @@ def launch(name: str, arguments: Sequence[str], *, folder: Path, device: str) ->
         child = watch = None
         start = time.perf_counter()
         try:
-            with stopping.delay_signal(signal.SIGTERM):  # inside `Popen` it would leave a child that nobody knows
+            with signals.delay_signal(signal.SIGTERM):  # inside `Popen` it would leave a child that nobody knows
                 child = subprocess.Popen(
                     command, cwd=folder, env=env, stdin=subprocess.DEVNULL, stdout=out, stderr=subprocess.STDOUT
                 )

@@ -15,7 +15,7 @@ from lorabench.runtime.command import command
 from lorabench.runtime.files import atomic_folder, check_empty
 
 if TYPE_CHECKING:
-    from lorabench.training.saved import SavedRun
+    from lorabench.training.saved_run import SavedRun
 
 HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
 BITS = {"float32": 24, "bfloat16": 8, "float16": 11}  # of the significand
@@ -42,7 +42,7 @@ def export(run_dir: Path, out: Path, *, merged: bool = False, dtype: str | None 
     Raises `ConfigError` for a directory that is no trained run, an `out` that holds files, and methods PEFT's LoRA
     format cannot hold.
     """
-    from lorabench.training.saved import open_run
+    from lorabench.training.saved_run import open_run
 
     check_empty(out, "--out")
     if dtype and not merged:
@@ -98,7 +98,7 @@ def _merged(saved: SavedRun, out: Path, dtype: str) -> list[str]:
 
 def card(saved: SavedRun, *, merged: bool, notes: Sequence[str]) -> str:
     """A model card: what it is, how to load it, what it scored, with which settings, from what."""
-    from lorabench.training.saved import metric_rows
+    from lorabench.training.saved_run import metric_rows
 
     record, model = saved.record, saved.run.model
     front: dict[str, Any] = {

@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from lorabench.config.contracts.model import Base
-    from lorabench.training.saved import SavedRun
+    from lorabench.training.saved_run import SavedRun
 
 BATCH = 32
 
@@ -173,7 +173,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     for name in ("top", "max_new_tokens"):
         if getattr(args, name) < 1:
             raise ConfigError("--" + name.replace("_", "-"), getattr(args, name), "at least 1")
-    from lorabench.training.saved import open_run
+    from lorabench.training.saved_run import open_run
 
     saved = open_run(args.run)
     answers = predict(saved, _texts(args.text), max_new_tokens=args.max_new_tokens)

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from lorabench.clusters import job as jobs
+from lorabench.clusters.job import unended_jobs
 from lorabench.config.errors import ConfigError
 from lorabench.runtime.command import command
 from lorabench.runtime.leases import Held
@@ -133,7 +133,7 @@ def read(sweep_dir: str | Path, store: Store | None = None) -> Status:
 def _pack_states(store: Store, manifest: dict[str, Any], ended: set[str]) -> dict[str, PackState]:
     """Return what is known of the packs of runs that are not among `ended`, by run_id."""
     found = {i: PackState() for i in manifest["runs"] if i not in ended}
-    working = {i: _plain(f"{e.get('engine')} job {e['job']}") for i, e in jobs.unended(store).items()}
+    working = {i: _plain(f"{e.get('engine')} job {e['job']}") for i, e in unended_jobs(store).items()}
     for pack in manifest["packs"]:
         left = [i for i in pack["runs"] if i in found]
         if left and not pack.get("replaced"):

@@ -37,6 +37,7 @@ NEEDS_TORCH = (
     "lorabench.sweep.protocol",
     "lorabench.sweep.ranks",
     "lorabench.sweep.resume",
+    "lorabench.sweep.sharing",
     "lorabench.sweep.workers",
     "lorabench.clusters",
     "lorabench.export",

@@ -22,7 +22,7 @@ from lorabench.analyze.updates import Trained
 from lorabench.config.contracts.method import SlicePlan
 from lorabench.config.contracts.model import BaseInfo, is_inside
 from lorabench.config.errors import ConfigError
-from lorabench.training.saved import SavedRun, open_run
+from lorabench.training.saved_run import SavedRun, open_run
 
 SPECTRUM = 64  # leading singular values kept of a layer
 State = Mapping[str, Tensor]

@@ -10,21 +10,22 @@ from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, S
 from concurrent.futures import ThreadPoolExecutor, wait
 from typing import Any
 
-from lorabench.clusters import job as jobs
-from lorabench.clusters import watch as watching
-from lorabench.clusters.engines import Busy, Death, Engine, engine
+from lorabench.clusters.engines import Busy, Death, Engine, make_engine
+from lorabench.clusters.job import PackJob, job_end, job_entry, jobs_folder, leave_reason, note_job
 from lorabench.clusters.notice import PREEMPTED, TIME_LIMIT
-from lorabench.clusters.watch import Watch
+from lorabench.clusters.watch import Watch, close, pass_on_rows, resolve, runs_to_replace
 from lorabench.config.runs import Pack
 from lorabench.runtime.signals import map_in_order
 from lorabench.store import checkpoints
 from lorabench.store.records import Record, Store
-from lorabench.training.session import failed
+from lorabench.training.session import failed_record
 from lorabench.training.train import Listener, OutOfMemory
 
-GONE = 3  # looks in a row that must miss a job, its end and its records before it counts as dead
-LATE = 20  # the same for records after its end, which a network file system may show later, and for what cannot be read
-THREADS = 1000  # packs that wait at once
+MISSES_UNTIL_DEAD = 3  # looks in a row that must miss a job, its end and its records before it counts as dead
+MISSES_UNTIL_LOST = (
+    20  # the same for records after its end, which a network file system may show later, and for what cannot be read
+)
+MAX_WAITING_PACKS = 1000  # packs that wait at once
 
 
 class JobCrew:
@@ -64,7 +65,7 @@ class JobCrew:
             print(text, file=sys.stderr)  # a live display shows it above its bars
 
     def map(self, one: Callable[[Pack], list[Record]], packs: Sequence[Pack]) -> Iterator[list[Record]]:
-        with ThreadPoolExecutor(max(1, min(len(packs), THREADS))) as threads:
+        with ThreadPoolExecutor(max(1, min(len(packs), MAX_WAITING_PACKS))) as threads:
             try:
                 yield from map_in_order(threads, one, packs)
             except BaseException:
@@ -83,7 +84,7 @@ class JobCrew:
         while not self._stop.is_set():
             if wait([watch.result], timeout=5).done:  # what it raises may itself be a TimeoutError, a file system's
                 return watch.result.result()
-        raise Stopped
+        raise LauncherStopped
 
     def _loop(self) -> None:
         """The one thread that talks to the engine and to the listeners."""
@@ -100,11 +101,11 @@ class JobCrew:
             except BaseException as e:  # told to those who wait: their threads are the ones that are heard
                 self._give_up(e)
         self._waiting += self._arrived()
-        self._give_up(Stopped())
+        self._give_up(LauncherStopped())
 
     def _give_up(self, error: BaseException) -> None:
         for watch in (*self._waiting, *self._watched):
-            watching.settle(watch, error=error)
+            resolve(watch, error=error)
         self._waiting, self._watched = [], []
 
     def _arrived(self) -> list[Watch]:
@@ -122,15 +123,15 @@ class JobCrew:
             return
         store = self._waiting[0].store
         if self._engine is None:
-            self._engine = engine(self.name, self.settings, jobs.folder(store) / "log", self.sweep)
+            self._engine = make_engine(self.name, self.settings, jobs_folder(store) / "log", self.sweep)
         with store.locked():  # of two launchers on one sweep, one submits and the other finds it
-            noted = {w.pack.id: jobs.entry(store, w.pack.id) for w in self._waiting}
+            noted = {w.pack.id: job_entry(store, w.pack.id) for w in self._waiting}
             alive = self._engine.alive([str(e["job"]) for e in noted.values() if e.get("engine") == self.name])
             if alive is None:
                 return
             fresh = [w for w in self._waiting if not self._found(w, noted[w.pack.id], alive)]
             if there := [str(w.job) for w in self._waiting if w.job is not None]:
-                self.say(f"{store.root.name}: {len(there)} packs have jobs already, {_named(there)}")
+                self.say(f"{store.root.name}: {len(there)} packs have jobs already, {_job_names(there)}")
             if self._engine.room is not None:
                 fresh = fresh[: max(0, self._engine.room - len(self._watched))]
             if fresh:
@@ -144,19 +145,17 @@ class JobCrew:
             watch.job, watch.tries = job, max(watch.tries, int(noted.get("tries", 1)))
             self._watched.append(watch)
             return True
-        told, again = jobs.end(watch.store, watch.pack.id, job), watching.again(watch)
+        told, again = job_end(watch.store, watch.pack.id, job), runs_to_replace(watch)
         if told.get("kind") in ("mix", "memory"):
-            watching.close(watch, told)
+            close(watch, told)
         elif not again and all(watch.store.read(i) for i in watch.pack.run_ids):
-            watching.close(watch, {"kind": "done"})
+            close(watch, {"kind": "done"})
         return watch.result.done()
 
     def _submit(self, store: Store, fresh: Sequence[Watch]) -> None:
         assert self._engine is not None
         cpus = self.settings.get("cpus_per_task")
-        made = [
-            jobs.PackJob(str(store.root), w.pack.id, w.pack.prune, watching.again(w), w.options, cpus) for w in fresh
-        ]
+        made = [PackJob(str(store.root), w.pack.id, w.pack.prune, runs_to_replace(w), w.options, cpus) for w in fresh]
         try:
             ids = self._engine.submit(made)
         except Busy as e:
@@ -168,9 +167,9 @@ class JobCrew:
         for watch, job in zip(fresh, ids, strict=True):
             watch.job, watch.tries, watch.missed = job, watch.tries + 1, 0
             step = checkpoints.last_step(store.root, watch.pack.id) or 0
-            jobs.note(store, watch.pack.id, engine=self.name, job=job, tries=watch.tries, step=step)
+            note_job(store, watch.pack.id, engine=self.name, job=job, tries=watch.tries, step=step)
             self._watched.append(watch)
-        self.say(f"{store.root.name}: {len(fresh)} packs submitted, {self.name} job {_named(w.job for w in fresh)}")
+        self.say(f"{store.root.name}: {len(fresh)} packs submitted, {self.name} job {_job_names(w.job for w in fresh)}")
 
     def _look(self) -> None:
         if not self._watched:
@@ -179,21 +178,21 @@ class JobCrew:
         alive = self._engine.alive([str(w.job) for w in self._watched])
         for watch in list(self._watched):
             try:
-                watching.hear(watch)
-                if told := jobs.end(watch.store, watch.pack.id, str(watch.job)):
-                    watching.close(watch, told)
+                pass_on_rows(watch)
+                if told := job_end(watch.store, watch.pack.id, str(watch.job)):
+                    close(watch, told)
             except OSError:  # of a file system that may be itself again at the next look
                 watch.missed += 1
-                if watch.missed >= LATE:
+                if watch.missed >= MISSES_UNTIL_LOST:
                     raise
                 continue
             if told:
                 watch.missed += not watch.result.done()
-                if watch.missed >= LATE:
+                if watch.missed >= MISSES_UNTIL_LOST:
                     self._died(watch, Death(f"{self.name} job {watch.job} ended and left no record"))
             elif alive is not None and watch.job not in alive:
                 watch.missed += 1
-                if watch.missed >= GONE:
+                if watch.missed >= MISSES_UNTIL_DEAD:
                     self._died(watch, self._engine.death(str(watch.job)))
             else:
                 watch.missed = 0
@@ -202,34 +201,34 @@ class JobCrew:
     def _died(self, watch: Watch, death: Death) -> None:
         """Once more, in halves, or failed: what a job that left no word of its end is worth."""
         watch.store.leases.tidy(watch.pack.id)  # it may have held the pack
-        cause = death.cause or jobs.left(watch.store, watch.pack.id, str(watch.job))
-        begun = jobs.entry(watch.store, watch.pack.id).get("step", 0)
+        cause = death.cause or leave_reason(watch.store, watch.pack.id, str(watch.job))
+        begun = job_entry(watch.store, watch.pack.id).get("step", 0)
         step, why = checkpoints.last_step(watch.store.root, watch.pack.id) or 0, death.reason
         if cause == TIME_LIMIT:
             why += f"; hydra.launcher.timeout_min is its limit, it went from step {begun} to {step}"
         if cause == PREEMPTED or step > begun:
             watch.tries -= 1
         if death.memory and len(watch.pack.runs) > 1:
-            watching.settle(watch, error=OutOfMemory(f"{watch.pack.id}: {death.reason}"))
+            resolve(watch, error=OutOfMemory(f"{watch.pack.id}: {death.reason}"))
         elif death.again and watch.tries <= self.resubmit:
             self.say(f"{watch.pack.id}: {why}; submitted again")
             watch.job = None
             self._waiting.append(watch)
         else:
             why = f"{why}; sweep.retry_failed=true trains it again"
-            again = watching.again(watch)
+            again = runs_to_replace(watch)
             kept = [i for i in watch.pack.run_ids if i not in again and watch.store.read(i)]
             for run in watch.pack.runs:
                 if run.run_id not in kept:
-                    watch.store.write(failed(run, why, ""))
-            watching.close(watch, {"kind": "done"})
+                    watch.store.write(failed_record(run, why, ""))
+            close(watch, {"kind": "done"})
 
 
-def _named(made: Iterable[str | None]) -> str:
+def _job_names(made: Iterable[str | None]) -> str:
     """Jobs in a few words, an array once."""
     ids = sorted({str(job).split("_")[0] for job in made})
     return ", ".join(ids[:4]) + (f" and {len(ids) - 4} more" if len(ids) > 4 else "")
 
 
-class Stopped(Exception):
+class LauncherStopped(Exception):
     """The launcher ends; its jobs do not."""

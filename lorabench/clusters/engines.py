@@ -13,18 +13,26 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from lorabench.clusters import slurm
-from lorabench.clusters.job import PackJob, folder, unended
+from lorabench.clusters.job import PackJob, jobs_folder, unended_jobs
 from lorabench.clusters.notice import PREEMPTED, TIME_LIMIT
 from lorabench.config.errors import ConfigError, ExistingWork
 from lorabench.store.records import Store
 
 EXECUTORS = ("inline", "local", "slurm", "ray")
-EXTRA = {"slurm": ("slurm", "submitit"), "local": ("slurm", "submitit"), "ray": ("ray", "ray")}
+EXTRAS = {"slurm": ("slurm", "submitit"), "local": ("slurm", "submitit"), "ray": ("ray", "ray")}
 # What submitit's AutoExecutor takes under the same name; the rest is Slurm's own there.
-COMMON = {"timeout_min", "cpus_per_task", "gpus_per_node", "tasks_per_node", "nodes", "mem_gb", "stderr_to_stdout"}
-ARRAY = 1000  # jobs an array at most: Slurm's own default
-CORES = 8  # a local job's share where none was asked for
-BUSY = re.compile(
+SUBMITIT_SETTINGS = {
+    "timeout_min",
+    "cpus_per_task",
+    "gpus_per_node",
+    "tasks_per_node",
+    "nodes",
+    "mem_gb",
+    "stderr_to_stdout",
+}
+JOBS_PER_ARRAY = 1000  # jobs an array at most: Slurm's own default
+DEFAULT_LOCAL_CORES = 8  # a local job's share where none was asked for
+BUSY_MESSAGE = re.compile(
     r"unable to contact|timed out|time-?out|connection refused|not responding|temporar|try again", re.IGNORECASE
 )
 
@@ -58,12 +66,12 @@ class Engine(Protocol):
     def close(self) -> None: ...
 
 
-def check(executor: str | None) -> str:
+def check_executor(executor: str | None) -> str:
     """The executor asked for. Raises `ConfigError` for a name that is none and one that cannot be used here."""
     name = executor or "inline"
     if name not in EXECUTORS:
         raise ConfigError("hydra.launcher.executor", executor, f"allowed: null, {', '.join(EXECUTORS)}")
-    extra, module = EXTRA.get(name, ("", ""))
+    extra, module = EXTRAS.get(name, ("", ""))
     if module and importlib.util.find_spec(module) is None:
         raise ConfigError(
             "hydra.launcher.executor", executor, f"{module} is not installed: pip install 'lorabench[{extra}]'"
@@ -75,7 +83,7 @@ def check(executor: str | None) -> str:
     return name
 
 
-def engine(name: str, settings: Mapping[str, Any], logs: Path, sweep: str) -> Engine:
+def make_engine(name: str, settings: Mapping[str, Any], logs: Path, sweep: str) -> Engine:
     return Ray(settings) if name == "ray" else Submitit(name, settings, logs, sweep)
 
 
@@ -94,12 +102,12 @@ class Submitit:
             more = {"nice": nice} | more
         asked["additional_parameters"] = more
         cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-        share = max(1, cores // asked.get("cpus_per_task", CORES))
+        share = max(1, cores // asked.get("cpus_per_task", DEFAULT_LOCAL_CORES))
         self.room = min(share, asked.get("array_parallelism", share)) if name == "local" else None
         self._executor = submitit.AutoExecutor(folder=logs, cluster=name)
         if name == "local":
-            asked = {k: v for k, v in asked.items() if k in COMMON - {"nodes", "tasks_per_node"} | {"setup"}}
-        own = {k if k in COMMON else f"{name}_{k}": v for k, v in asked.items()}
+            asked = {k: v for k, v in asked.items() if k in SUBMITIT_SETTINGS - {"nodes", "tasks_per_node"} | {"setup"}}
+        own = {k if k in SUBMITIT_SETTINGS else f"{name}_{k}": v for k, v in asked.items()}
         if name == "slurm":
             own["slurm_srun_args"] = ["--kill-on-bad-exit=1"]  # a task alone waits for ever
         self._executor.update_parameters(name=f"lorabench-{sweep}", **own)
@@ -111,13 +119,13 @@ class Submitit:
 
         made: list[Any] = []
         try:
-            for i in range(0, len(jobs), ARRAY):
+            for i in range(0, len(jobs), JOBS_PER_ARRAY):
                 with self._executor.batch():
-                    made += [self._executor.submit(job) for job in jobs[i : i + ARRAY]]
+                    made += [self._executor.submit(job) for job in jobs[i : i + JOBS_PER_ARRAY]]
         except (submitit.core.utils.FailedSubmissionError, submitit.core.utils.FailedJobError) as e:
             words = [line for line in str(e).splitlines() if "error" in line.lower()] or str(e).splitlines()
             said = " ".join(words[-1].split())
-            if BUSY.search(said):
+            if BUSY_MESSAGE.search(said):
                 raise Busy(said) from e
             raise ConfigError("hydra.launcher", self.name, said) from e
         self._started.update((job.job_id, job) for job in made)
@@ -125,17 +133,17 @@ class Submitit:
 
     def alive(self, ids: Iterable[str]) -> set[str] | None:
         if self.name == "slurm":
-            return alive(self.name, ids, self.logs)
+            return alive_jobs(self.name, ids, self.logs)
         own = {i for i in ids if i in self._started}
         return {i for i in own if self._started[i].state == "RUNNING"} | (
-            alive("local", set(ids) - own, self.logs) or set()
+            alive_jobs("local", set(ids) - own, self.logs) or set()
         )
 
     def death(self, job: str) -> Death:
         last = self._last_words(job)
         if self.name == "local":
             return Death(f"local job {job} died{last}")
-        state, code = slurm.state(job)
+        state, code = slurm.job_state(job)
         memory = state == "OUT_OF_MEMORY" or re.search(r"\boom[-_ ]?kill", last, re.IGNORECASE) is not None
         again = not state.startswith(("CANCELLED", "DEADLINE"))
         ended = f"{state} (exit code {code})" if state else "it left the queue"
@@ -154,15 +162,15 @@ class Submitit:
         """Jobs go on."""
 
 
-def alive(name: str, ids: Iterable[str], logs: Path) -> set[str] | None:
+def alive_jobs(name: str, ids: Iterable[str], logs: Path) -> set[str] | None:
     """Which jobs are still there, whoever submitted them; None where nobody can say."""
     if name == "slurm":
-        out = slurm.said("squeue", "--noheader", "--array", f"--user={os.getuid()}", "--format=%i")
+        out = slurm.command_output("squeue", "--noheader", "--array", f"--user={os.getuid()}", "--format=%i")
         return None if out is None else set(out.split()) & set(ids)
-    return {i for i in ids if _breathes(i, logs)}
+    return {i for i in ids if _is_job_process(i, logs)}
 
 
-def _breathes(pid: str, logs: Path) -> bool:
+def _is_job_process(pid: str, logs: Path) -> bool:
     """A local job's id is that of a process, if it is that process still."""
     try:
         command = Path(f"/proc/{pid}/cmdline").read_bytes()
@@ -173,10 +181,10 @@ def _breathes(pid: str, logs: Path) -> bool:
 
 def refuse_others(store: Store, name: str) -> None:
     """Raise `ExistingWork` while packs of the sweep are jobs of another engine: they would be trained twice."""
-    noted = unended(store)
+    noted = unended_jobs(store)
     for other in {"slurm", "local"} - {name}:
         ids = {e["job"]: pack for pack, e in noted.items() if e.get("engine") == other}
-        if ids and (left := alive(other, ids, folder(store).resolve() / "log")):
+        if ids and (left := alive_jobs(other, ids, jobs_folder(store).resolve() / "log")):
             raise ExistingWork(
                 "hydra.launcher.executor", name,
                 f"{', '.join(ids[i] for i in sorted(left))}: {other} jobs still ({', '.join(sorted(left))}); "

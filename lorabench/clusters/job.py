@@ -27,50 +27,52 @@ from lorabench.runtime.files import atomic_write
 from lorabench.store import checkpoints
 from lorabench.store.records import Store, dump_json
 
-NOTED = 120.0  # seconds that a job waits for the launcher to note its id; a network file system may hide it for 60
+SECONDS_UNTIL_NOTED = (
+    120.0  # seconds that a job waits for the launcher to note its id; a network file system may hide it for 60
+)
 PACK_ID = re.compile(r"p\d+(\.\d+)*")
 
 
-def folder(store: Store) -> Path:
+def jobs_folder(store: Store) -> Path:
     return store.root / "locks" / "jobs"
 
 
-def entry(store: Store, pack_id: str) -> dict[str, Any]:
+def job_entry(store: Store, pack_id: str) -> dict[str, Any]:
     """The pack's job as noted: `engine`, `job`, `tries`, `step`; empty where there is none."""
     return _read(_path(store, pack_id, ".json"))
 
 
-def unended(store: Store) -> dict[str, dict[str, Any]]:
+def unended_jobs(store: Store) -> dict[str, dict[str, Any]]:
     """The entries whose job has left no word yet, by pack."""
-    found = {p.stem: _read(p) for p in sorted(folder(store).glob("p*.json")) if PACK_ID.fullmatch(p.stem)}
-    return {i: e for i, e in found.items() if e.get("job") and not end(store, i, e["job"])}
+    found = {p.stem: _read(p) for p in sorted(jobs_folder(store).glob("p*.json")) if PACK_ID.fullmatch(p.stem)}
+    return {i: e for i, e in found.items() if e.get("job") and not job_end(store, i, e["job"])}
 
 
-def note(store: Store, pack_id: str, **values: Any) -> None:
+def note_job(store: Store, pack_id: str, **values: Any) -> None:
     """Name the job that may train a pack; what an earlier job left is no longer its end."""
     for word in (".end.json", ".left.json"):
         _path(store, pack_id, word).unlink(missing_ok=True)
     atomic_write(_path(store, pack_id, ".json"), dump_json(values))
 
 
-def end(store: Store, pack_id: str, job: str) -> dict[str, Any]:
+def job_end(store: Store, pack_id: str, job: str) -> dict[str, Any]:
     """What that job says became of its training: `kind` done, mix, memory or refused; empty before."""
-    return _word(store, pack_id, job, ".end.json")
+    return _last_word(store, pack_id, job, ".end.json")
 
 
-def left(store: Store, pack_id: str, job: str) -> str | None:
+def leave_reason(store: Store, pack_id: str, job: str) -> str | None:
     """Why that job left before its end, if it was told to and said so."""
-    return _word(store, pack_id, job, ".left.json").get("why")
+    return _last_word(store, pack_id, job, ".left.json").get("why")
 
 
-def _word(store: Store, pack_id: str, job: str, suffix: str) -> dict[str, Any]:
+def _last_word(store: Store, pack_id: str, job: str, suffix: str) -> dict[str, Any]:
     found = _read(_path(store, pack_id, suffix))
     return found if found.get("job") == job else {}
 
 
 def _path(store: Store, pack_id: str, suffix: str) -> Path:
     assert PACK_ID.fullmatch(pack_id), f"{pack_id!r} is no pack's id"
-    return folder(store) / f"{pack_id}{suffix}"
+    return jobs_folder(store) / f"{pack_id}{suffix}"
 
 
 def _read(path: Path) -> dict[str, Any]:
@@ -107,7 +109,7 @@ class PackJob:
             try:
                 if not self._is_mine(store, me):
                     print(f"{self.pack_id}: job {me} is not the one its launcher noted; it trains nothing", flush=True)
-                elif not end(store, self.pack_id, me):  # requeued after its end, it has nothing left to do
+                elif not job_end(store, self.pack_id, me):  # requeued after its end, it has nothing left to do
                     self.run(me, env)
             except SystemExit:
                 if notice.heard is None:
@@ -115,12 +117,12 @@ class PackJob:
                 if env.global_rank == 0:
                     self._leave(store, env, notice.why(me, on_slurm=env.name() == "slurm"), begun)
                 else:  # where one task leaves Slurm may end all: the first has something to do yet
-                    time.sleep(NOTED)
+                    time.sleep(SECONDS_UNTIL_NOTED)
                 raise
 
     def _leave(self, store: Store, env: Any, why: str, begun: int) -> None:
         """Say why, and ask for the next start: always after a preemption, after a time-out if it got further than before."""
-        if entry(store, self.pack_id).get("job") == env.job_id:
+        if job_entry(store, self.pack_id).get("job") == env.job_id:
             atomic_write(_path(store, self.pack_id, ".left.json"), dump_json({"job": env.job_id, "why": why}))
         further = (checkpoints.last_step(store.root, self.pack_id) or 0) > begun
         if why == PREEMPTED or (why == TIME_LIMIT and further):
@@ -142,25 +144,27 @@ class PackJob:
                 print(f"{self.pack_id}: waits for {holder}, which trains it", flush=True)
             with store.leases.wait(self.pack_id) as lease:
                 ended = self._trained(store.under(lease), me, env, tasks)
-        if (first or ended["kind"] != "done") and not end(store, self.pack_id, me):
+        if (first or ended["kind"] != "done") and not job_end(store, self.pack_id, me):
             atomic_write(_path(store, self.pack_id, ".end.json"), dump_json({**ended, "job": me}))
 
     def _trained(self, store: Store, me: str, env: Any, tasks: int) -> dict[str, Any]:
         """What the word of the end says."""
-        from lorabench.sweep.packs import planned_pack
+        from lorabench.sweep.packs import pack_from_manifest
         from lorabench.sweep.ranks import train
-        from lorabench.training import precision as settled
+        from lorabench.training import precision
         from lorabench.training.precision import check_nodes
         from lorabench.training.train import Listener, OutOfMemory, SlicesMix
 
-        pack = planned_pack(store, self.pack_id, prune=self.prune)
+        pack = pack_from_manifest(store, self.pack_id, prune=self.prune)
         keep = [i for i in pack.run_ids if i not in self.again and store.read(i) is not None]
         try:
             check_nodes(pack.runs[0].trainer.num_nodes, tasks)
             if len(keep) < len(pack.runs):
                 with store.locked():
-                    settled.settle(store, pack.runs[0])
-                if said := settled.heed(store, pack.runs, accept_drift=bool(self.options.get("accept_drift"))):
+                    precision.note_device(store, pack.runs[0])
+                if said := precision.check_device(
+                    store, pack.runs, accept_drift=bool(self.options.get("accept_drift"))
+                ):
                     print(said, flush=True)
                 node = self._node(store, me, env) if tasks > 1 else None
                 train(pack, store, Listener(), keep=keep, node=node, **self.options)
@@ -183,11 +187,11 @@ class PackJob:
             atomic_write(path, dump_json({**start, "address": here, "port": free_port()}))
         while not (found := _read(path)).items() >= start.items():
             time.sleep(0.2)  # for as long as Slurm lets it
-        return Node(env.global_rank, found["address"], found["port"], lambda: bool(end(store, self.pack_id, me)))
+        return Node(env.global_rank, found["address"], found["port"], lambda: bool(job_end(store, self.pack_id, me)))
 
     def _is_mine(self, store: Store, me: str) -> bool:
-        until = time.monotonic() + NOTED
-        while (job := entry(store, self.pack_id).get("job")) != me and time.monotonic() < until:
+        until = time.monotonic() + SECONDS_UNTIL_NOTED
+        while (job := job_entry(store, self.pack_id).get("job")) != me and time.monotonic() < until:
             time.sleep(0.2)
         return job == me
 

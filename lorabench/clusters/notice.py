@@ -50,7 +50,7 @@ class Notice:
 
     def why(self, job: str, *, on_slurm: bool) -> str:
         """What the signal stood for."""
-        if on_slurm and slurm.being_preempted(job):
+        if on_slurm and slurm.is_being_preempted(job):
             return PREEMPTED
         return TIME_LIMIT if self.heard == signal.SIGUSR2 else STOPPED
 

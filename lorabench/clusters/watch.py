@@ -34,7 +34,7 @@ class Watch:
     begun: bool = False
 
 
-def _begin(watch: Watch) -> None:
+def _announce_start(watch: Watch) -> None:
     """What a listener hears first, once. Runs that keep their record are not told of: they were before."""
     if not watch.begun:
         watch.begun = True
@@ -43,7 +43,7 @@ def _begin(watch: Watch) -> None:
                 watch.listener.start(run)
 
 
-def again(watch: Watch) -> list[str]:
+def runs_to_replace(watch: Watch) -> list[str]:
     """Runs whose record is to be replaced: one that failed, that was pruned where pruning is off now, or beside which something
     cannot be read."""
     read = {i: watch.store.read(i) for i in watch.pack.run_ids if i not in watch.keep}
@@ -52,7 +52,7 @@ def again(watch: Watch) -> list[str]:
     return [i for i, record in found.items() if i in torn or record.status in ("failed", "pruned")]
 
 
-def hear(watch: Watch) -> None:
+def pass_on_rows(watch: Watch) -> None:
     """Pass on what the histories have grown by. A pack that starts again repeats its rows: those were heard."""
     for run in watch.pack.runs:
         try:
@@ -63,7 +63,7 @@ def hear(watch: Watch) -> None:
             continue
         watch.sizes[run.run_id] = size
         rows = watch.store.history(run.run_id)
-        _begin(watch)
+        _announce_start(watch)
         if new := rows[watch.heard.get(run.run_id, 0) :]:
             watch.heard[run.run_id] = len(rows)
             watch.listener.rows(run.run_id, new)
@@ -83,27 +83,27 @@ def _total(pack: Pack) -> int:
 def close(watch: Watch, told: Mapping[str, Any]) -> None:
     """The pack's end as the caller of `train` knows it."""
     if told["kind"] == "mix":
-        settle(watch, error=SlicesMix(told["layer"], told["reason"]))
+        resolve(watch, error=SlicesMix(told["layer"], told["reason"]))
     elif told["kind"] == "memory":
-        settle(watch, error=OutOfMemory(told["reason"]))
+        resolve(watch, error=OutOfMemory(told["reason"]))
     elif told["kind"] == "refused":
-        settle(watch, error=ExistingWork(told["key"], told["value"], told["allowed"]))
+        resolve(watch, error=ExistingWork(told["key"], told["value"], told["allowed"]))
     else:
-        hear(watch)
+        pass_on_rows(watch)
         found = [watch.store.read(i) for i in watch.pack.run_ids]
         records = [r for r in found if r is not None]
         if len(records) < len(found):
             return  # a network file system that is late: the next look may find it
-        _begin(watch)
+        _announce_start(watch)
         for record in records:
             if record.run_id not in watch.keep:
                 watch.listener.finish(record)
         if 0 < watch.step < (total := _total(watch.pack)):
             watch.listener.step(total, total)
-        settle(watch, records)
+        resolve(watch, records)
 
 
-def settle(watch: Watch, records: list[Record] | None = None, error: BaseException | None = None) -> None:
+def resolve(watch: Watch, records: list[Record] | None = None, error: BaseException | None = None) -> None:
     if watch.result.done():
         return
     if error is not None:

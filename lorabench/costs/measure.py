@@ -18,7 +18,7 @@ from lorabench.store.records import Store
 if TYPE_CHECKING:
     from lorabench.costs.timings import Bench
     from lorabench.results.cells import Result
-    from lorabench.training.saved import SavedRun
+    from lorabench.training.saved_run import SavedRun
 
 
 TOKENS = 32  # of a text where no record counts them
@@ -98,7 +98,7 @@ def _fill(
 
 def _opened(sweep_dir: str | Path, chosen: Mapping[str, Result]) -> Source:
     """Up to two runs with weights a cell. Raises `ConfigError` where no cell has one."""
-    from lorabench.training.saved import open_run
+    from lorabench.training.saved_run import open_run
 
     store, source = Store(sweep_dir), Source()
     for r in chosen.values():

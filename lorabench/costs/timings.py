@@ -26,7 +26,7 @@ from lorabench.config.contracts.method import SlicePlan
 from lorabench.config.contracts.model import BaseInfo
 from lorabench.config.errors import ConfigError
 from lorabench.models.folder import weight_files
-from lorabench.training.saved import SavedRun
+from lorabench.training.saved_run import SavedRun
 
 BATCHES = (1, 32)
 WARM_UP = 2  # calls before the clock

@@ -41,9 +41,9 @@ def make_job(
         with open_dict(cfg):
             cfg.method.r, cfg.method.match_parameters = matched_rank(run), None  # its identity is that of its rank
         run, settings = parse(cfg)
-    from lorabench.sweep.packs import Job, label_of
+    from lorabench.sweep.packs import Job, cell_label
 
-    return Job(run, settings, label_of(run, alpha_rule=_alpha_rule(cfg), extra=extra), tuple(words))
+    return Job(run, settings, cell_label(run, alpha_rule=_alpha_rule(cfg), extra=extra), tuple(words))
 
 
 def _alpha_rule(cfg: DictConfig) -> str | None:

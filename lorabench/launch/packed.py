@@ -21,9 +21,9 @@ class Packed:
     """
 
     def __init__(self, executor: str | None, settings: Mapping[str, Any]) -> None:
-        from lorabench.clusters.engines import check
+        from lorabench.clusters.engines import check_executor
 
-        self.executor, self.settings = check(executor), settings
+        self.executor, self.settings = check_executor(executor), settings
         nodes, tasks_per_node = int(settings.get("nodes", 1)), int(settings.get("tasks_per_node", 1))
         self.tasks = nodes * tasks_per_node if self.executor == "slurm" else 1
 

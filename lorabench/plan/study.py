@@ -208,7 +208,7 @@ def measure_paces(study: StudyPlan) -> tuple[list[Pace], float]:
     One kind's pace says nothing of another's, however alike they are in parameters: a head needs no backward pass through the
     base, and with the trunk kept hardly a forward one; DoRA computes norms that LoRA does not.
     """
-    from lorabench.training.train import measure
+    from lorabench.training.train import measure_alone
 
     kinds: dict[str | None, list[CellPlan]] = {}
     for cell in sorted(study.cells, key=lambda c: c.trainable):
@@ -219,7 +219,7 @@ def measure_paces(study: StudyPlan) -> tuple[list[Pace], float]:
         names = sorted({c.run.method.name for c in cells})
         for cell in {c.id: c for c in (cells[0], cells[-1])}.values():
             with tempfile.TemporaryDirectory() as folder:  # what training writes is of no use here
-                found: dict[str, Any] = measure(cell.run, Store(folder))
+                found: dict[str, Any] = measure_alone(cell.run, Store(folder))
             t, tokens = cell.run.trainer, found["tokens"]
             # a task without an attention mask counts no tokens; its seconds are then those of one step
             train = found["seconds"] / (tokens or t.batch_size * t.accumulate_grad_batches)

@@ -12,11 +12,13 @@ from lorabench.config.settings import StudyConfig
 from lorabench.store.records import Store
 from lorabench.sweep.packs import Job, cell_id
 
-SAID_ONLY = {"alpha_anchor"}  # keys that change no number: a manifest from before they existed is not held to them
-POST_HOC = {"margin": "python -m lorabench.report {root} --margin {value}"}
+KEYS_WITHOUT_EFFECT = {
+    "alpha_anchor"
+}  # keys that change no number: a manifest from before they existed is not held to them
+POST_HOC_COMMANDS = {"margin": "python -m lorabench.report {root} --margin {value}"}
 
 
-def check_run(job: Job) -> None:
+def check_metrics(job: Job) -> None:
     """Raises `ConfigError` for a metric that the run's task does not have, or a rule that pruning would break."""
     study, names = job.settings.study, job.run.task.metric_names
     for key, value in (("study.metric", study.metric), ("study.selection", study.selection)):
@@ -64,11 +66,11 @@ def check_unchanged(manifest: Mapping[str, Any], study: StudyConfig, root: Any) 
     if not then:
         return
     for key, now in asdict(study).items():
-        if key in SAID_ONLY and key not in then:
+        if key in KEYS_WITHOUT_EFFECT and key not in then:
             continue
         before = then.get(key, default[key])
         if now != before:
-            later = POST_HOC[key].format(root=root, value=now) if key in POST_HOC else ""
+            later = POST_HOC_COMMANDS[key].format(root=root, value=now) if key in POST_HOC_COMMANDS else ""
             raise ExistingWork(
                 f"study.{key}", now,
                 f"the sweep in {root} was declared with {_shown(before)} (study {manifest.get('study_hash')}); another sweep.name"

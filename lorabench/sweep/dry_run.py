@@ -15,12 +15,11 @@ from lorabench.results.formatting import plural
 from lorabench.store.integrity import damaged_files
 from lorabench.store.records import Store
 from lorabench.sweep import declaration
-from lorabench.sweep.memory import estimate
-from lorabench.sweep.packs import Job, new_manifest, packs_of
+from lorabench.sweep.memory import estimate_peak
+from lorabench.sweep.packs import Job, known_and_new_packs, new_manifest
 from lorabench.sweep.resume import finished_records
-from lorabench.sweep.reuse import would_bring
+from lorabench.sweep.reuse import preview_copy
 from lorabench.training import precision, preparation
-from lorabench.training import precision as settled
 
 
 def dry_run(store: Store, jobs: Sequence[Job], plans: Mapping[str, SlicePlan], console: Console) -> None:
@@ -30,9 +29,9 @@ def dry_run(store: Store, jobs: Sequence[Job], plans: Mapping[str, SlicePlan], c
     runs = [job.run for job in jobs]
     torn = damaged_files(store, [run.run_id for run in runs])
     finished = finished_records(store, settings, [run for run in runs if run.run_id not in torn])
-    brought = would_bring(store, runs, settings.sweep.reuse)
-    auto = brought.precision or settled.settled_precision(store)
-    known, fresh = packs_of(
+    brought = preview_copy(store, runs, settings.sweep.reuse)
+    auto = brought.precision or precision.noted_precision(store)
+    known, fresh = known_and_new_packs(
         new_manifest(jobs[0]) | store.manifest(), jobs, auto, lambda run: run.run_id in brought.run_ids
     )
     todo = {run.run_id for run in runs} - finished.keys() - brought.run_ids
@@ -74,7 +73,7 @@ def table(
 def _estimate(pack: Pack, plans: Mapping[str, SlicePlan], auto: str | None) -> int:
     first = pack.runs[0]
     resolved, chosen = precision.resolve(first, auto), [plans[i] for i in pack.run_ids]
-    return estimate(
+    return estimate_peak(
         preparation.base_info(first), chosen, first, dtype=resolved.base_dtype, device=resolved.device,
         part_tokens=resolved.part_tokens,
     )  # fmt: skip

@@ -19,17 +19,16 @@ from lorabench.runtime.provenance import code_fingerprint
 from lorabench.store import checkpoints
 from lorabench.store.integrity import damaged_files
 from lorabench.store.records import Record, Store
-from lorabench.sweep import declaration
-from lorabench.sweep import reuse as elsewhere
+from lorabench.sweep import declaration, reuse
 from lorabench.sweep.dry_run import dry_run
-from lorabench.sweep.packs import Job, beside, parts_of, planned_packs, replan, write_cells
-from lorabench.sweep.progress import Progress, announced, data_notices
+from lorabench.sweep.packs import Job, assign_packs, planning_round, replace_pack, replacing_packs, write_cells
+from lorabench.sweep.progress import ProgressDisplay, announce_slow, data_notices
 from lorabench.sweep.ranks import train
-from lorabench.sweep.resume import Ended, finished_records, freed, waits_for
-from lorabench.sweep.workers import Crew, one_share, shares, workers_for
+from lorabench.sweep.resume import finished_records
+from lorabench.sweep.sharing import FinishedRuns, wait_for_packs, waiting_lease
+from lorabench.sweep.workers import Crew, make_workers, share_count, worker_threads
 from lorabench.training import precision, preparation
-from lorabench.training import precision as settled
-from lorabench.training.distributed import Lost
+from lorabench.training.distributed import ProcessLost
 from lorabench.training.train import Listener, OutOfMemory, SlicesMix
 
 Executor = Callable[[Callable[[Pack], list[Record]], Sequence[Pack]], Iterable[list[Record]]]
@@ -41,13 +40,13 @@ class SweepFailed(Exception):
 
 def check_all(jobs: Sequence[Job]) -> dict[str, SlicePlan]:
     """Check every listed run before anything is written. Raises `ConfigError` for the first bad one."""
-    elsewhere.opened(jobs[0].settings.sweep.reuse)
+    reuse.open_sources(jobs[0].settings.sweep.reuse)
     for job in jobs:
-        declaration.check_run(job)
+        declaration.check_metrics(job)
         if (job.settings.sweep.workers or 1) > 1 and precision.device_count(job.run.trainer) > 1:
             allowed = "1 where a pack trains on several devices (trainer.devices): packs then follow one another"
             raise ConfigError("sweep.workers", job.settings.sweep.workers, allowed)
-    with announced(f"reading the data and checking {plural(len(jobs), 'run')}"):
+    with announce_slow(f"reading the data and checking {plural(len(jobs), 'run')}"):
         return {job.run.run_id: preparation.check_run(job.run) for job in jobs}
 
 
@@ -69,11 +68,11 @@ def execute(jobs: Sequence[Job], *, executor: Executor = map, console: Console |
     write_cells(store, jobs, plans, only_new=True)
     here = not isinstance(executor, Crew)  # else packs are jobs, and the machine that trains settles
     with store.locked():
-        for line in elsewhere.bring(store, [job.run for job in jobs], settings.sweep.reuse):
+        for line in reuse.copy_runs(store, [job.run for job in jobs], settings.sweep.reuse):
             console.print(line, highlight=False, soft_wrap=True)
         if here:
-            settled.settle(store, jobs[0].run)
-        packs = planned_packs(store, jobs)
+            precision.note_device(store, jobs[0].run)
+        packs = assign_packs(store, jobs)
     runs = [run for pack in packs for run in pack.runs]
     stamps = {run.run_id: store.stamp(run.run_id) for run in runs}
     torn = damaged_files(store, stamps)
@@ -84,31 +83,31 @@ def execute(jobs: Sequence[Job], *, executor: Executor = map, console: Console |
     for pack in packs:  # cut after its last record and before its checkpoints and its lease went
         if all(i in finished and finished[i].status != "failed" for i in pack.run_ids):
             checkpoints.remove(store.root, pack.id)
-            for name in (pack.id, waits_for(pack)):
+            for name in (pack.id, waiting_lease(pack)):
                 store.leases.tidy(name)
     other = sum(record.provenance.get("code") != code_fingerprint() for record in finished.values())
     if other and settings.sweep.progress:
         console.print(
             f"{store.root}: {other} finished runs were made by other source code of lorabench", highlight=False
         )
-    if todo and here and (said := settled.heed(store, runs, accept_drift=settings.sweep.accept_drift)):
+    if todo and here and (said := precision.check_device(store, runs, accept_drift=settings.sweep.accept_drift)):
         console.print(said, highlight=False)
     if not todo and settings.sweep.progress:
         console.print(f"{store.root}: all {len(plans)} runs are finished, nothing to train", highlight=False)
-    with Progress(console, todo, enabled=settings.sweep.progress) as progress:
-        cut = shares(beside(store, packs), settings.sweep.workers)
-        _run(todo, cut, store, settings, Ended(store, finished, stamps), executor, progress)
+    with ProgressDisplay(console, todo, enabled=settings.sweep.progress) as progress:
+        cut = share_count(planning_round(store, packs), settings.sweep.workers)
+        train_packs(todo, cut, store, settings, FinishedRuns(store, finished, stamps), executor, progress)
     return [store.read(j.run.run_id) for j in jobs]
 
 
-def _run(
-    todo: Sequence[Pack], cut: int, store: Store, settings: Settings, ended: Ended, executor: Executor, progress: Progress,
+def train_packs(
+    todo: Sequence[Pack], cut: int, store: Store, settings: Settings, ended: FinishedRuns, executor: Executor, progress: ProgressDisplay,
 ) -> None:  # fmt: skip
     from lorabench.trackers import make_tracker
 
     tracker = make_tracker(settings.tracker, sweep=store.root.name, sweep_dir=store.root)
     jobs = isinstance(executor, Crew)  # a job holds the pack that it trains, and its launcher that it waits for it
-    workers = executor if isinstance(executor, Crew) else workers_for(todo, cut)
+    workers = executor if isinstance(executor, Crew) else make_workers(todo, cut)
     train_pack, executor = (workers.train, workers.map) if workers else (train, executor)
 
     others: list[Pack] = []  # packs that another launcher holds, or that go on
@@ -116,13 +115,13 @@ def _run(
 
     def one(pack: Pack) -> list[Record]:
         with name_unwritable(store.leases.folder):
-            lease = store.leases.take(waits_for(pack) if jobs else pack.id)
+            lease = store.leases.take(waiting_lease(pack) if jobs else pack.id)
         if lease is None:
             others.append(pack)
             return []
         with lease:
             keep = ended.of(pack)  # another launcher may have ended some since, or all
-            parts = parts_of(store, pack)
+            parts = replacing_packs(store, pack)
             if not parts and not keep.issuperset(pack.run_ids):
                 drift, began = settings.sweep.accept_drift, checkpoints.last_step(store.root, pack.id) or 0
                 listener = _listener(progress.step(pack, began), tracker)
@@ -132,7 +131,7 @@ def _run(
                     progress.say(f"{pack.id}: {e}")
                     others.append(pack)
                     return []
-                except Lost as e:
+                except ProcessLost as e:
                     if (checkpoints.last_step(store.root, pack.id) or 0) > began:
                         progress.say(f"{pack.id}: {e}; it goes on from its last checkpoint")
                         others.append(pack)
@@ -146,15 +145,15 @@ def _run(
                 progress.say(why)
                 checkpoints.remove(store.root, pack.id)  # a job that was killed for its memory has left some
                 parts = _split(pack, size)
-                replan(store, pack, parts)
+                replace_pack(store, pack, parts)
         return [record for part in parts for record in one(part)]
 
     try:
-        with workers or one_share(cut):
+        with workers or worker_threads(cut):
             while todo:
                 for records in executor(one, todo):
                     progress.done(records)
-                todo = freed(store, others, progress, jobs=jobs)
+                todo = wait_for_packs(store, others, progress, jobs=jobs)
     finally:
         if tracker is not None:
             tracker.close()

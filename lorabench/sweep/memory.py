@@ -4,16 +4,16 @@ from __future__ import annotations
 
 from typing import Any
 
-RUNTIME = 700 * 2**20  # Python, torch, transformers and a data set of some thousand texts, resident
+RUNTIME_BYTES = 700 * 2**20  # Python, torch, transformers and a data set of some thousand texts, resident
 
 
-HELD = 1.8  # on a CPU the allocator holds on to what parts of many lengths leave behind
+CPU_ALLOCATOR_FACTOR = 1.8  # on a CPU the allocator holds on to what parts of many lengths leave behind
 
 
-KEPT = 3.5  # how often a layer's input and output are held at the peak: for backward, norms, non-linearities, products under way
+ACTIVATION_COPIES = 3.5  # how often a layer's input and output are held at the peak: for backward, norms, non-linearities, products under way
 
 
-def estimate(info: Any, plans: Any, run: Any, *, dtype: str, device: str, part_tokens: int) -> int:
+def estimate_peak(info: Any, plans: Any, run: Any, *, dtype: str, device: str, part_tokens: int) -> int:
     """Bytes a pack needs at its peak, before it runs: the process, weights, what trains with its AdamW state, activations.
 
     Activations are those of one part of full-length rows; attention keeps two T x T maps a head of width 64. `KEPT`, `HELD` and
@@ -28,8 +28,11 @@ def estimate(info: Any, plans: Any, run: Any, *, dtype: str, device: str, part_t
     maps = 2 * info.num_layers * max(1, info.hidden_size // 64) * tokens * tokens
     frozen_trunk = not any(p.adapters or p.biases or p.full for p in plans)  # a head alone keeps nothing of the trunk
     activations = (
-        rows * ((1 if frozen_trunk else KEPT) * tokens * widths + maps) * size / (len(layers) if frozen_trunk else 1)
+        rows
+        * ((1 if frozen_trunk else ACTIVATION_COPIES) * tokens * widths + maps)
+        * size
+        / (len(layers) if frozen_trunk else 1)
     )
     trainable = sum(p.trainable(info) for p in plans)
     moving = trainable * 16 + activations
-    return int(info.parameters * size + (RUNTIME + HELD * moving if device == "cpu" else moving))
+    return int(info.parameters * size + (RUNTIME_BYTES + CPU_ALLOCATOR_FACTOR * moving if device == "cpu" else moving))

@@ -11,10 +11,9 @@ from lorabench.config.contracts.method import SlicePlan
 from lorabench.config.runs import Pack, RunConfig, Settings, digest
 from lorabench.runtime.memory import available_memory
 from lorabench.store.records import Store
-from lorabench.sweep.memory import estimate
+from lorabench.sweep.memory import estimate_peak
 from lorabench.training import precision, preparation
-from lorabench.training import precision as settled
-from lorabench.training.pruning import cell_key, prunable
+from lorabench.training.pruning import cell_key, is_prunable
 
 
 @dataclass(frozen=True)
@@ -29,7 +28,7 @@ class Job:
     ] = ()  # the command line's words for it, but for rate, seed and place (`launch.command_line.run_words`)
 
 
-def label_of(
+def cell_label(
     run: RunConfig, *, alpha_rule: str | None = None, extra: Mapping[str, Any] | None = None
 ) -> dict[str, Any]:
     """What a run's cell is called: method, r, alpha and its rule, targets, other axes."""
@@ -49,8 +48,10 @@ def cell_id(label: Mapping[str, Any]) -> str:
     return "-".join(part.replace(" ", "") for part in parts)
 
 
-MOST = 16  # slices a pack where memory would allow more: a pack is what a kill costs
-SHARE = 0.7  # of the memory there is that a pack may be planned to take: its estimate is good to about a third
+MAX_SLICES_PER_PACK = 16  # slices a pack where memory would allow more: a pack is what a kill costs
+PLANNED_MEMORY_SHARE = (
+    0.7  # of the memory there is that a pack may be planned to take: its estimate is good to about a third
+)
 
 
 def plan_packs(
@@ -67,19 +68,19 @@ def plan_packs(
     packs: list[Pack] = []
     for group in groups.values():
         group.sort(key=lambda r: (r.method.name, r.method.r, r.seed, r.optimizer.lr, r.run_id))
-        most = max_pack or _fitting(group, auto)
+        most = max_pack or _max_fitting(group, auto)
         for units in _fill(_whole_cells(group) if prune else [[run] for run in group], most):
             cells = any(len(unit) > 1 for unit in units)
             packs.append(Pack(f"p{start + len(packs)}", tuple(r for unit in units for r in unit), prune=cells))
     return packs
 
 
-def _fitting(runs: Sequence[RunConfig], auto: str | None) -> int:
+def _max_fitting(runs: Sequence[RunConfig], auto: str | None) -> int:
     """How many of these runs, whose largest come last, fit into the memory that is free now; at least 1."""
-    largest, resolved = list(runs[-MOST:]), precision.resolve(runs[0], auto)
-    free, info = SHARE * available_memory(resolved.device), preparation.base_info(runs[0])
+    largest, resolved = list(runs[-MAX_SLICES_PER_PACK:]), precision.resolve(runs[0], auto)
+    free, info = PLANNED_MEMORY_SHARE * available_memory(resolved.device), preparation.base_info(runs[0])
     plans = [preparation.slice_plan(run, info) for run in largest]
-    while len(plans) > 1 and free < estimate(
+    while len(plans) > 1 and free < estimate_peak(
         info, plans, runs[0], dtype=resolved.base_dtype, device=resolved.device, part_tokens=resolved.part_tokens
     ):
         plans = plans[1:]
@@ -91,7 +92,7 @@ def _whole_cells(runs: Sequence[RunConfig]) -> list[list[RunConfig]]:
     cells: dict[str, list[RunConfig]] = {}
     for run in runs:
         cells.setdefault(cell_key(run), []).append(run)
-    whole = {run.run_id: cell for cell in cells.values() if prunable(cell) for run in cell}
+    whole = {run.run_id: cell for cell in cells.values() if is_prunable(cell) for run in cell}
     return [whole.get(run.run_id, [run]) for run in runs if whole.get(run.run_id, [run])[0] is run]
 
 
@@ -156,17 +157,17 @@ def new_manifest(job: Job) -> dict[str, Any]:
     }  # fmt: skip
 
 
-def planned_packs(store: Store, jobs: Sequence[Job]) -> list[Pack]:
+def assign_packs(store: Store, jobs: Sequence[Job]) -> list[Pack]:
     """The packs that hold the jobs: those of the manifest where they stand, new ones for what is new."""
-    manifest, auto = store.manifest(), settled.settled_precision(store)
-    known, fresh = packs_of(manifest, jobs, auto, lambda run: _reused(store, run))
+    manifest, auto = store.manifest(), precision.noted_precision(store)
+    known, fresh = known_and_new_packs(manifest, jobs, auto, lambda run: _is_copied(store, run))
     start = len(manifest["packs"])
-    manifest["packs"] += [_entry(pack, auto, version=1) | {"round": start} for pack in fresh]
+    manifest["packs"] += [_manifest_entry(pack, auto, version=1) | {"round": start} for pack in fresh]
     store.write_manifest(manifest)
     return known + fresh
 
 
-def packs_of(
+def known_and_new_packs(
     manifest: Mapping[str, Any], jobs: Sequence[Job], auto: str | None, reused: Callable[[RunConfig], bool]
 ) -> tuple[list[Pack], list[Pack]]:
     """Packs of the manifest that hold jobs, and new ones for the jobs in none of them.
@@ -178,7 +179,7 @@ def packs_of(
         # a pack trains with the members it was planned with, whether or not all of them are asked for now
         Pack(
             entry["id"],
-            tuple(runs.get(i) or _run_from_manifest(manifest, i) for i in entry["runs"]),
+            tuple(runs.get(i) or run_from_manifest(manifest, i) for i in entry["runs"]),
             prune=sweep.prune and entry.get("prune", False),
         )
         for entry in manifest["packs"]
@@ -188,7 +189,7 @@ def packs_of(
     new = [r for i, r in runs.items() if i not in planned]
     start = len(manifest["packs"])
     if sweep.prune and new:
-        begun = _begun(manifest)
+        begun = _begun_cells(manifest)
         apart = {r.run_id for r in new if cell_key(r) in begun}
     else:
         apart = {r.run_id for r in new if reused(r)}
@@ -197,51 +198,51 @@ def packs_of(
     return known, fresh
 
 
-def beside(store: Store, packs: Sequence[Pack]) -> list[Pack]:
+def planning_round(store: Store, packs: Sequence[Pack]) -> list[Pack]:
     """These packs and those that were planned along with any of them, ended ones too: however many of a round are asked for
     again after a kill, its packs are as many as they were."""
     manifest, own = store.manifest(), {pack.id.partition(".")[0] for pack in packs}  # halves of a pack are of its round
     rounds = {e["round"] for e in manifest["packs"] if e["id"] in own and "round" in e}
     others = [e for e in manifest["packs"] if e.get("round") in rounds and e["id"] not in own]
-    return [*packs, *(Pack(e["id"], (_run_from_manifest(manifest, e["runs"][0]),)) for e in others)]
+    return [*packs, *(Pack(e["id"], (run_from_manifest(manifest, e["runs"][0]),)) for e in others)]
 
 
-def planned_pack(store: Store, pack_id: str, *, prune: bool) -> Pack:
+def pack_from_manifest(store: Store, pack_id: str, *, prune: bool) -> Pack:
     """A pack as the manifest has it: what a job that is told its id trains."""
     manifest = store.manifest()
     entry = next(e for e in manifest["packs"] if e["id"] == pack_id)
-    return Pack(pack_id, tuple(_run_from_manifest(manifest, i) for i in entry["runs"]), prune=prune)
+    return Pack(pack_id, tuple(run_from_manifest(manifest, i) for i in entry["runs"]), prune=prune)
 
 
-def _reused(store: Store, run: RunConfig) -> bool:
+def _is_copied(store: Store, run: RunConfig) -> bool:
     record = store.read(run.run_id)
     return record is not None and "reused_from" in record.provenance
 
 
-def _begun(manifest: Mapping[str, Any]) -> set[str]:
+def _begun_cells(manifest: Mapping[str, Any]) -> set[str]:
     """Keys of the cells that packs of the manifest hold runs of: rates that join such a cell later are not pruned."""
     planned = {i for entry in manifest["packs"] for i in entry["runs"]}
-    return {cell_key(_run_from_manifest(manifest, i)) for i in planned}
+    return {cell_key(run_from_manifest(manifest, i)) for i in planned}
 
 
-def _run_from_manifest(manifest: Mapping[str, Any], run_id: str) -> RunConfig:
+def run_from_manifest(manifest: Mapping[str, Any], run_id: str) -> RunConfig:
     run = RunConfig.from_dict(manifest["runs"][run_id]["config"])
     assert run.run_id == run_id, "a manifest's config no longer gives its run_id"
     return run
 
 
-def replan(store: Store, pack: Pack, parts: Sequence[Pack]) -> None:
+def replace_pack(store: Store, pack: Pack, parts: Sequence[Pack]) -> None:
     """Append a new version of the plan in which `parts` stand for `pack`."""
     with store.locked():
         manifest = store.manifest()
         for entry in manifest["packs"]:
             if entry["id"] == pack.id:
                 entry["replaced"] = [p.id for p in parts]
-        manifest["packs"] += [_entry(part, settled.settled_precision(store), version=2) for part in parts]
+        manifest["packs"] += [_manifest_entry(part, precision.noted_precision(store), version=2) for part in parts]
         store.write_manifest(manifest)
 
 
-def parts_of(store: Store, pack: Pack) -> list[Pack]:
+def replacing_packs(store: Store, pack: Pack) -> list[Pack]:
     """The packs that stand for `pack` since a launcher, perhaps another one, planned it anew; none as long as it stands."""
     entries = {entry["id"]: entry for entry in store.manifest().get("packs", ())}
     runs = {run.run_id: run for run in pack.runs}
@@ -249,7 +250,7 @@ def parts_of(store: Store, pack: Pack) -> list[Pack]:
     return [Pack(i, tuple(runs[run_id] for run_id in entries[i]["runs"])) for i in replaced]
 
 
-def _entry(pack: Pack, auto: str | None, *, version: int) -> dict[str, Any]:
+def _manifest_entry(pack: Pack, auto: str | None, *, version: int) -> dict[str, Any]:
     """A pack in the manifest, with what `auto` means for it here."""
     first = pack.runs[0]
     entry = {"id": pack.id, "version": version, "role": first.role, "runs": pack.run_ids, "resolved": asdict(precision.resolve(first, auto))}  # fmt: skip

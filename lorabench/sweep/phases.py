@@ -58,7 +58,7 @@ def _choices(settings: Settings, *, retry: bool = False) -> dict[str, Choice]:
 
 def measure_cells(settings: Settings, jobs: Sequence[Job]) -> None:
     """A few steps of each cell alone, for the seconds and the memory that tables show; once a cell; none whose base is cut."""
-    from lorabench.training.train import measure
+    from lorabench.training.train import measure_alone
 
     if not settings.sweep.measure_solo or settings.sweep.dry_run:
         return
@@ -76,7 +76,7 @@ def measure_cells(settings: Settings, jobs: Sequence[Job]) -> None:
     with lease:  # two that measure at a time would measure each other
         timed = cells_with_timing(store.manifest(), done)
         for name in [name for name in first if name not in timed]:
-            found = measure(first[name].run, store)
+            found = measure_alone(first[name].run, store)
             with store.locked():
                 manifest = store.manifest()
                 for cell in manifest["cells"]:

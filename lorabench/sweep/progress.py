@@ -17,10 +17,10 @@ from lorabench.results.data_notes import data_caveats
 from lorabench.store.records import Record
 from lorabench.training import preparation
 
-EVERY = 60.0  # seconds between the lines of a pack where there are no bars
+SECONDS_BETWEEN_LINES = 60.0  # seconds between the lines of a pack where there are no bars
 
 
-class Progress:
+class ProgressDisplay:
     """Live bars on a terminal; elsewhere a line a pack, and one a minute. Time left comes from the steps done here so far."""
 
     def __init__(self, console: Console, packs: Sequence[Pack], *, enabled: bool) -> None:
@@ -36,7 +36,7 @@ class Progress:
         self._done = 0.0  # runs' worth of steps
         self._before = 0.0  # likewise, of packs that go on from a checkpoint: they took no time here
 
-    def __enter__(self) -> Progress:
+    def __enter__(self) -> ProgressDisplay:
         if self.packs:
             self.bars.start()
             self._all = self.bars.add_task(f"{self._runs} runs in {len(self.packs)} packs", total=self._runs, left="")
@@ -69,7 +69,7 @@ class Progress:
                     did = f"steps {begun + 1} to {total}" if begun else f"{total} steps"
                     took = time.monotonic() - began
                     self.say(f"{pack.id}: {describe(pack)}: {did} in {took:.0f} s{self._left_of_all()}")
-            elif self.verbose and not self.live and time.monotonic() - state["said"] >= EVERY:
+            elif self.verbose and not self.live and time.monotonic() - state["said"] >= SECONDS_BETWEEN_LINES:
                 state["said"] = time.monotonic()
                 self.say(f"{pack.id}: {describe(pack)}: step {step} of {total}{self._left_of_all()}")
 
@@ -108,7 +108,7 @@ def describe(pack: Pack) -> str:
 
 
 @contextmanager
-def announced(text: str, *, after: float = 3.0, console: Console | None = None) -> Iterator[None]:
+def announce_slow(text: str, *, after: float = 3.0, console: Console | None = None) -> Iterator[None]:
     """Say what goes on where it takes longer than `after` seconds: large data sets are read and tokenised for minutes."""
     timer = threading.Timer(after, (console or Console(stderr=True)).print, (text,), {"highlight": False})
     timer.daemon = True

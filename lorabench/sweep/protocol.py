@@ -13,38 +13,40 @@ from lorabench.config.errors import ExistingWork, Unwritable
 from lorabench.config.runs import Pack, RunConfig
 from lorabench.runtime.leases import LeaseLost
 from lorabench.store.records import Record, Store
-from lorabench.training.distributed import Lost
-from lorabench.training.session import failed
+from lorabench.training.distributed import ProcessLost
+from lorabench.training.session import failed_record
 from lorabench.training.train import Listener, OutOfMemory, SlicesMix
 
 EVENTS = ("step", "start", "rows", "finish")
 Message = tuple[str, Any]  # an event's name or how it ended, and what belongs to it, which pickles
 
 
-def belong_to_parent() -> None:
+def die_with_parent() -> None:
     """In the process: Ctrl-C is its parent's to hear, and it ends when its parent does."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     if sys.platform == "linux":
         ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG
 
 
-def telling(channel: Any) -> Listener:
-    """A listener that puts what it hears into a queue."""
-    return Listener(
-        step=lambda step, total: channel.put(("step", (step, total))),
-        start=lambda run: channel.put(("start", (run.to_dict(),))),
-        rows=lambda run_id, rows: channel.put(("rows", (run_id, rows))),
-        finish=lambda record: channel.put(("finish", (record,))),
-    )
+class QueueListener(Listener):
+    """Puts every event into a queue, as a message that `dispatch` reads."""
+
+    def __init__(self, queue: Any) -> None:
+        super().__init__(
+            step=lambda step, total: queue.put(("step", (step, total))),
+            start=lambda run: queue.put(("start", (run.to_dict(),))),
+            rows=lambda run_id, rows: queue.put(("rows", (run_id, rows))),
+            finish=lambda record: queue.put(("finish", (record,))),
+        )
 
 
-def heard(calls: Mapping[str, Callable[..., None]], message: Message) -> None:
+def dispatch(calls: Mapping[str, Callable[..., None]], message: Message) -> None:
     """Make the call of a listener that a message stands for."""
     name, args = message
     calls[name](*((RunConfig.from_dict(args[0]),) if name == "start" else args))
 
 
-def ended(train: Callable[[], list[Record]]) -> Message:
+def run_and_report(train: Callable[[], list[Record]]) -> Message:
     """Train; what the caller must know of an error comes back as data."""
     try:
         return "records", [asdict(r) for r in train()]
@@ -56,7 +58,7 @@ def ended(train: Callable[[], list[Record]]) -> Message:
         return "memory", (str(e),)
     except LeaseLost as e:
         return "lost", (str(e),)
-    except Lost as e:
+    except ProcessLost as e:
         return "gone", (str(e),)
     except Unwritable as e:
         return "unwritable", (e.errno, e.strerror, e.filename)
@@ -64,27 +66,27 @@ def ended(train: Callable[[], list[Record]]) -> Message:
         return "stopped", (e.code,)
 
 
-ERRORS: dict[str, type[BaseException]] = {
-    "drift": ExistingWork, "mix": SlicesMix, "memory": OutOfMemory, "lost": LeaseLost, "gone": Lost, "unwritable": Unwritable,
+ERROR_KINDS: dict[str, type[BaseException]] = {
+    "drift": ExistingWork, "mix": SlicesMix, "memory": OutOfMemory, "lost": LeaseLost, "gone": ProcessLost, "unwritable": Unwritable,
     "stopped": SystemExit,
 }  # fmt: skip
 
 
-def result(message: Message) -> list[Record]:
+def unpack_result(message: Message) -> list[Record]:
     """What `ended` stands for: the records, or the error raised here."""
     kind, value = message
-    if kind in ERRORS:
-        raise ERRORS[kind](*value)
+    if kind in ERROR_KINDS:
+        raise ERROR_KINDS[kind](*value)
     return [Record(**r) for r in value]
 
 
-def died(pack: Pack, store: Store, listener: Listener, keep: Collection[str], why: str) -> list[Record]:
+def record_death(pack: Pack, store: Store, listener: Listener, keep: Collection[str], why: str) -> list[Record]:
     """`failed` records for the runs of a pack whose process is gone, those in `keep` left as they are."""
     error = f"{why}; sweep.retry_failed=true goes on from its last checkpoint"
-    return wrote([failed(run, error, "") for run in pack.runs], store, listener, keep)
+    return write_records([failed_record(run, error, "") for run in pack.runs], store, listener, keep)
 
 
-def wrote(records: list[Record], store: Store, listener: Listener, keep: Collection[str]) -> list[Record]:
+def write_records(records: list[Record], store: Store, listener: Listener, keep: Collection[str]) -> list[Record]:
     """Records that a process could not write itself, written and told of."""
     for record in records:
         if record.run_id not in keep:

@@ -19,10 +19,10 @@ from typing import Any
 import torch
 
 from lorabench.config.runs import Pack, RunConfig
-from lorabench.runtime import signals as stopping
+from lorabench.runtime import signals
 from lorabench.store.records import Record, Store
-from lorabench.sweep import protocol as messages
-from lorabench.training import distributed as replicas
+from lorabench.sweep import protocol
+from lorabench.training import distributed
 from lorabench.training.precision import device_count
 from lorabench.training.train import Listener
 from lorabench.training.train import train as train_alone
@@ -50,7 +50,7 @@ def train(
 ) -> list[Record]:
     """`train.train`, in as many processes as `trainer.devices` asks for; the first of them writes the records.
 
-    Raises `replicas.Lost` when one of them died: nothing is recorded. SIGTERM is handed on: all leave at one step, with a checkpoint.
+    Raises `distributed.Lost` when one of them died: nothing is recorded. SIGTERM is handed on: all leave at one step, with a checkpoint.
     node: where `trainer.num_nodes` is more than one. Of those, all but the first return no records.
     """
     world = device_count(pack.runs[0].trainer)
@@ -59,10 +59,10 @@ def train(
     listener, node = listener or Listener(), node or Node(0, "127.0.0.1", free_port(), lambda: False)
     kind, value = message = _Group(pack, store, listener, keep, accept_drift, node).end()
     if kind != "failed":
-        return messages.result(message)
+        return protocol.unpack_result(message)
     if node.index:
         raise RuntimeError(value[0]["error"])  # its task ends, and all others of the job with it
-    return messages.wrote([Record(**r) for r in value], store, listener, keep)
+    return protocol.write_records([Record(**r) for r in value], store, listener, keep)
 
 
 class _Group:
@@ -82,11 +82,11 @@ class _Group:
         told = (here, world, meet, pack.id, runs, pack.prune, root, list(keep), accept_drift, self.channel)
         self.processes = [context.Process(target=_rank, args=(local, *told), daemon=True) for local in range(here)]
 
-    def end(self) -> messages.Message:
-        """How it ended, as the first process to end says it. Raises `replicas.Lost` when one died, and `SystemExit` at SIGTERM."""
-        with stopping.defer_stop() as stopped:
+    def end(self) -> protocol.Message:
+        """How it ended, as the first process to end says it. Raises `distributed.Lost` when one died, and `SystemExit` at SIGTERM."""
+        with signals.defer_stop() as stopped:
             try:
-                # They inherit the mask: a handler, Lightning's own too, would break what they do together (`stopping.watch`).
+                # They inherit the mask: a handler, Lightning's own too, would break what they do together (`signals.watch`).
                 before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM, signal.SIGUSR2})
                 try:
                     for process in self.processes:
@@ -99,15 +99,15 @@ class _Group:
                     process.kill()  # all of them are done, or one is gone and the others wait for it
                     process.join()
 
-    def _listen(self, stopped: Callable[[], bool]) -> messages.Message:
-        calls = {name: getattr(self.listener, name) for name in messages.EVENTS}
+    def _listen(self, stopped: Callable[[], bool]) -> protocol.Message:
+        calls = {name: getattr(self.listener, name) for name in protocol.EVENTS}
         up: list[int] = []
         calls["up"] = up.append
         told = False
         while True:
             if stopped() and not told:
                 if len(up) < len(self.processes):
-                    return "stopped", (stopping.EXIT_CODE,)
+                    return "stopped", (signals.EXIT_CODE,)
                 for process in self.processes:
                     process.terminate()
                 told = True
@@ -117,9 +117,9 @@ class _Group:
                 message = "silence", ()
             dead = [p.exitcode for p in self.processes if p.exitcode]
             if dead and message[0] in ("silence", "gone"):
-                raise replicas.Lost(f"a process of the pack died (exit code {dead[0]})")
+                raise distributed.ProcessLost(f"a process of the pack died (exit code {dead[0]})")
             if message[0] in calls:
-                messages.heard(calls, message)
+                protocol.dispatch(calls, message)
             elif message[0] != "silence":
                 return message
             elif self.over():
@@ -138,8 +138,8 @@ def _rank(
     accept_drift: bool, channel: Any,
 ) -> None:  # fmt: skip
     """In a process of the group: join it, train, and as the first of it say what happens."""
-    messages.belong_to_parent()
-    stopping.watch_for_sigterm(lambda: channel.put(("stopped", (stopping.EXIT_CODE,))))
+    protocol.die_with_parent()
+    signals.watch_for_sigterm(lambda: channel.put(("stopped", (signals.EXIT_CODE,))))
     channel.put(("up", (local,)))
     node, address, port = meet
     os.environ |= {
@@ -148,10 +148,10 @@ def _rank(
     if not torch.cuda.is_available():
         torch.set_num_threads(max(1, torch.get_num_threads() // here))
     rank = node * here + local
-    replicas.join(rank, world)
+    distributed.join(rank, world)
     pack = Pack(pack_id, tuple(RunConfig.from_dict(r) for r in runs), prune=prune)
-    store, listener = Store(*root), messages.telling(channel) if rank == 0 else Listener()
-    end = messages.ended(lambda: train_alone(pack, store, listener, keep=keep, accept_drift=accept_drift))
+    store, listener = Store(*root), protocol.QueueListener(channel) if rank == 0 else Listener()
+    end = protocol.run_and_report(lambda: train_alone(pack, store, listener, keep=keep, accept_drift=accept_drift))
     if rank and end[0] == "records":
         end = ("failed", end[1])  # what the first does not know of: it writes what it has trained itself
     if end[0] != "failed" or end[1]:

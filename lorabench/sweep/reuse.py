@@ -17,10 +17,10 @@ from lorabench.store.integrity import damaged_files
 from lorabench.store.records import MANIFEST, Record, Store, dump_json
 from lorabench.sweep.resume import check_drift
 
-WHOLE = ("completed", "diverged")  # a pruned run was held against rates that this sweep may not have
+COPYABLE_STATUSES = ("completed", "diverged")  # a pruned run was held against rates that this sweep may not have
 
 
-def opened(sources: Sequence[str]) -> list[Store]:
+def open_sources(sources: Sequence[str]) -> list[Store]:
     """The sweeps at these paths. Raises `ConfigError` for one that is no sweep's directory."""
     for path in sources:
         if not (Path(path) / MANIFEST).is_file():
@@ -29,13 +29,13 @@ def opened(sources: Sequence[str]) -> list[Store]:
     return [Store(path) for path in sources]
 
 
-def bring(store: Store, runs: Sequence[RunConfig], sources: Sequence[str]) -> Iterator[str]:
+def copy_runs(store: Store, runs: Sequence[RunConfig], sources: Sequence[str]) -> Iterator[str]:
     """Copy into `store` the runs it has not begun and that a source has trained to the end; yields a line a source.
 
     One made on another device or precision than this sweep's is left, as one made of data, base or Python files that are
     not here. To be called under `Store.locked`, before the sweep settles.
     """
-    here = _settled(store) if sources else {}
+    here = _noted_device(store) if sources else {}
     if sources and not store.run_ids():
         manifest = store.manifest()
         # what is copied decides, also for a launcher that goes on where this one is killed
@@ -43,12 +43,12 @@ def bring(store: Store, runs: Sequence[RunConfig], sources: Sequence[str]) -> It
             store.write_manifest(manifest)
     for other, found, left in _offers(store, runs, sources, here):
         taken = sum(_copy(other, store, record) for record in found)
-        if said := _said(taken, other, left):
+        if said := _copy_message(taken, other, left):
             yield f"{store.root}: {said}"
 
 
 @dataclass(frozen=True)
-class Brought:
+class CopyPreview:
     """What `bring` would take: its lines, the runs, and what `trainer.precision=auto` then means (None: as without)."""
 
     lines: tuple[str, ...]
@@ -56,17 +56,17 @@ class Brought:
     precision: str | None
 
 
-def would_bring(store: Store, runs: Sequence[RunConfig], sources: Sequence[str]) -> Brought:
+def preview_copy(store: Store, runs: Sequence[RunConfig], sources: Sequence[str]) -> CopyPreview:
     """The same, and nothing is written."""
-    here = _settled(store) if sources else {}
+    here = _noted_device(store) if sources else {}
     lines, run_ids = list[str](), set[str]()
     for other, found, left in _offers(store, runs, sources, here):
-        lines += [said] if (said := _said(len(found), other, left)) else []
+        lines += [said] if (said := _copy_message(len(found), other, left)) else []
         run_ids |= {record.run_id for record in found}
-    return Brought(tuple(lines), frozenset(run_ids), here.get("precision"))
+    return CopyPreview(tuple(lines), frozenset(run_ids), here.get("precision"))
 
 
-def _said(taken: int, other: Store, left: int) -> str:
+def _copy_message(taken: int, other: Store, left: int) -> str:
     why = f"; {left} of other data, base, device or precision than this sweep's are not" if left else ""
     return f"{taken} runs taken from {other.root}{why}" if taken or left else ""
 
@@ -77,14 +77,14 @@ def _offers(
     """By source: what `store` has not begun and it has trained to the end, and how many of these were made otherwise.
     here: {"device": "cpu", ...} of this sweep; the first run says what it does not."""
     taken: set[str] = set()
-    for other in opened(sources):
+    for other in open_sources(sources):
         new = {r.run_id: r for r in runs if r.run_id not in taken and not store.run_dir(r.run_id).exists()}
         torn = damaged_files(other, new)
         found, left = list[Record](), 0
         for record in map(other.read, sorted(new.keys() - torn.keys())):
-            if record is None or record.status not in WHOLE:
+            if record is None or record.status not in COPYABLE_STATUSES:
                 continue
-            if _alike(record, here, new[record.run_id]):
+            if _is_comparable(record, here, new[record.run_id]):
                 found.append(record)
             else:
                 left += 1
@@ -92,26 +92,26 @@ def _offers(
         taken |= {record.run_id for record in found}
 
 
-def _settled(store: Store) -> dict[str, str]:
+def _noted_device(store: Store) -> dict[str, str]:
     """{"device": "cpu", ...} as the runs that are there have it; a note from before any of them counts for nothing."""
     here = dict[str, str]()
     if store.run_ids():
         here |= store.manifest().get("settled") or {}
         for record in () if here else store.records():
-            _made_here(record, here)
+            _matches_device(record, here)
     return here
 
 
-def _alike(record: Record, here: dict[str, str], run: RunConfig) -> bool:
+def _is_comparable(record: Record, here: dict[str, str], run: RunConfig) -> bool:
     """Was it made as this sweep's are? The first run says how, where none is there. `here`: {"device": "cpu", ...}."""
     try:
         check_drift(record, run)
     except ExistingWork:
         return False
-    return _made_here(record, here)
+    return _matches_device(record, here)
 
 
-def _made_here(record: Record, here: dict[str, str]) -> bool:
+def _matches_device(record: Record, here: dict[str, str]) -> bool:
     automatic = record.config.get("trainer", {}).get("precision") == "auto"  # else the precision is part of the run_id
     for name in ("device", "precision") if automatic else ("device",):
         if (value := str(record.provenance.get(name))) != here.setdefault(name, value):
@@ -135,7 +135,7 @@ def _copy(other: Store, store: Store, record: Record) -> bool:
 
 def _fill_copy(other: Store, record: Record, made: Path) -> None:
     """Copy a run's folder into `made`; its record says where it comes from."""
-    shutil.copytree(other.run_dir(record.run_id), made, ignore=_skipped, dirs_exist_ok=True)
+    shutil.copytree(other.run_dir(record.run_id), made, ignore=_names_to_skip, dirs_exist_ok=True)
     data = json.loads((made / "run.json").read_text(encoding="utf-8"))
     data["provenance"]["reused_from"] = other.root.name
     atomic_write(made / "run.json", dump_json(data))
@@ -144,6 +144,6 @@ def _fill_copy(other: Store, record: Record, made: Path) -> None:
         atomic_write(made / "test.npz", columns.pack(arrays))
 
 
-def _skipped(folder: str, names: list[str]) -> list[str]:
+def _names_to_skip(folder: str, names: list[str]) -> list[str]:
     """What is not copied: symbolic links, which would lead elsewhere, and what a kill left half-written."""
     return [n for n in names if (Path(folder) / n).is_symlink() or n.endswith(".tmp")]

@@ -23,11 +23,11 @@ from lorabench.runtime.memory import release_memory
 from lorabench.runtime.signals import map_in_order
 from lorabench.store import checkpoints
 from lorabench.store.records import Record, Store
-from lorabench.sweep import protocol as messages
+from lorabench.sweep import protocol
 from lorabench.training.precision import device_count, resolve
 from lorabench.training.train import Listener, train
 
-GROUP = 8  # cores a CPU worker: more threads than that have little to do in one part
+CORES_PER_WORKER = 8  # cores a CPU worker: more threads than that have little to do in one part
 
 
 def worker_count(asked: int | None, device: str, packs: int) -> int:
@@ -36,7 +36,7 @@ def worker_count(asked: int | None, device: str, packs: int) -> int:
         if device == "cuda":
             asked = torch.cuda.device_count()
         else:
-            asked = len(_cores()) // GROUP if device == "cpu" else 1
+            asked = len(_cores()) // CORES_PER_WORKER if device == "cpu" else 1
     return max(1, min(asked, packs))
 
 
@@ -112,7 +112,7 @@ class Workers:
                         break
                     worker.restart()
                     if (checkpoints.last_step(store.root, pack.id) or 0) <= began:
-                        return messages.died(
+                        return protocol.record_death(
                             pack, store, listener, keep, "its worker process died (killed, or out of memory)"
                         )
             raise SystemExit(143)
@@ -129,7 +129,7 @@ class Workers:
 
             return heard
 
-        return {name: call(name) for name in messages.EVENTS}
+        return {name: call(name) for name in protocol.EVENTS}
 
 
 class _Worker:
@@ -165,8 +165,8 @@ class _Worker:
             if ending.is_set():  # told again: when it was told first its process may not have been there
                 self.terminate()
             with suppress(queue.Empty):
-                messages.heard(heard, self.channel.get(timeout=0.1))
-        return messages.result(future.result())
+                protocol.dispatch(heard, self.channel.get(timeout=0.1))
+        return protocol.unpack_result(future.result())
 
 
 _channel: Any = None  # of this worker
@@ -177,7 +177,7 @@ def _begin(index: int, shares: int, device: str, channel: Any) -> None:
     parent's. All workers have as many threads: a pack may go on in any of them."""
     global _channel
     _channel = channel
-    messages.belong_to_parent()
+    protocol.die_with_parent()
     if device == "cuda":
         visible = os.environ.get("CUDA_VISIBLE_DEVICES")
         os.environ["CUDA_VISIBLE_DEVICES"] = visible.split(",")[index] if visible else str(index)
@@ -201,14 +201,14 @@ def _train(
     """In the worker: train a pack, and say how it ended. A worker that then waits holds no memory of it: the others' packs
     may need it."""
     pack = Pack(pack_id, tuple(RunConfig.from_dict(r) for r in runs), prune=prune)
-    store, listener = Store(root, lease), messages.telling(_channel)
+    store, listener = Store(root, lease), protocol.QueueListener(_channel)
     try:
-        return messages.ended(lambda: train(pack, store, listener, keep=keep, accept_drift=accept_drift))
+        return protocol.run_and_report(lambda: train(pack, store, listener, keep=keep, accept_drift=accept_drift))
     finally:
         release_memory()
 
 
-def shares(planned: Sequence[Pack], asked: int | None) -> int:
+def share_count(planned: Sequence[Pack], asked: int | None) -> int:
     """Into how many the cores or devices are cut, whichever of the planned packs are left to train: threads are part of a
     number, and a pack that goes on after a kill, as the last of several, must have those it was begun with. Halves of a pack
     that did not fit count as one. 1: a pack on several devices has processes of its own."""
@@ -218,14 +218,14 @@ def shares(planned: Sequence[Pack], asked: int | None) -> int:
     return worker_count(asked, resolve(planned[0].runs[0]).device, asked or len(packs))
 
 
-def workers_for(packs: Sequence[Pack], cut: int) -> Workers | None:
+def make_workers(packs: Sequence[Pack], cut: int) -> Workers | None:
     """Processes for packs side by side, where more than one pays. cut: what `shares` gives."""
     count = min(cut, len(packs))
     return Workers(count, resolve(packs[0].runs[0]).device, cut) if count > 1 else None
 
 
 @contextmanager
-def one_share(cut: int) -> Iterator[None]:
+def worker_threads(cut: int) -> Iterator[None]:
     """Inside, this process has as many threads as a worker would have. cut: what `shares` gives; 1: it keeps its own."""
     before = torch.get_num_threads()
     if cut > 1:

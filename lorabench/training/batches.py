@@ -13,7 +13,9 @@ from typing import Any, NamedTuple
 import numpy as np
 
 Collate = Callable[[list[dict[str, Any]]], dict[str, Any]]
-WINDOW = 50  # batches a window, as in transformers' grouping by length: 2 % of the tokens are padding (16: 5 %)
+BATCHES_PER_WINDOW = (
+    50  # batches a window, as in transformers' grouping by length: 2 % of the tokens are padding (16: 5 %)
+)
 
 
 def epoch_order(lengths: Sequence[int] | np.ndarray, batch_size: int, seed: int, epoch: int) -> list[np.ndarray]:
@@ -26,7 +28,9 @@ def epoch_order(lengths: Sequence[int] | np.ndarray, batch_size: int, seed: int,
     order = own.permutation(len(lengths))
     size = np.asarray(lengths)
     count = math.ceil(len(lengths) / batch_size)
-    per_window = math.ceil(count / max(1, math.ceil(count / WINDOW)))  # of about one size: a short last one sorts badly
+    per_window = math.ceil(
+        count / max(1, math.ceil(count / BATCHES_PER_WINDOW))
+    )  # of about one size: a short last one sorts badly
     batches: list[np.ndarray] = []
     for start in range(0, len(order), per_window * batch_size):
         window = order[start : start + per_window * batch_size]

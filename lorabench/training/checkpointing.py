@@ -2,7 +2,7 @@
 
 What trains, the optimizer's moments, each slice's state and how far its history goes, no base weights (except where the base
 trains). The schedule and the data follow from the step; dropout is keyed by it. A slice's best weights are left out where
-they are its present ones. What is cut over processes (`shards`) is whole in a checkpoint: the first process gathers it, one
+they are its present ones. What is cut over processes (`fsdp`) is whole in a checkpoint: the first process gathers it, one
 tensor at a time, and has room for all of it in its memory.
 """
 
@@ -26,26 +26,23 @@ from lorabench.store import checkpoints
 from lorabench.store.checkpoints import Content, Unreadable
 from lorabench.store.records import Store
 from lorabench.tasks.probe import probe_fingerprint
-from lorabench.training import distributed as replicas
-from lorabench.training import fsdp as shards
-from lorabench.training import precision as settled
-from lorabench.training import preparation
+from lorabench.training import distributed, fsdp, precision, preparation
 from lorabench.training.module import SliceState
 from lorabench.training.optimizer import PackedAdamW
 from lorabench.training.precision import Resolved
 from lorabench.training.session import Session
 
-FIELDS = {
+STATE_FIELDS = {
     "pack", "runs", "prune", "step", "total", "evaluated_at", "slices", "history", "seconds", "peak_memory", "reused", "resumed",
     "changed", "facts", "cpu",
 }  # fmt: skip
-SETTINGS = ("eval_batch_size", "reuse_trunk", "log_interval")  # no part of a run's identity, yet of its numbers
-EVERY = 180.0  # seconds between checkpoints of a pack that evaluates less often
-SHARE = 0.03  # of the time that checkpoints may take where their interval is not set
+TRAINER_FACTS = ("eval_batch_size", "reuse_trunk", "log_interval")  # no part of a run's identity, yet of its numbers
+MAX_SECONDS_BETWEEN = 180.0  # seconds between checkpoints of a pack that evaluates less often
+MAX_TIME_SHARE = 0.03  # of the time that checkpoints may take where their interval is not set
 
 
 @dataclass(frozen=True)
-class Begun:
+class Checkpoint:
     """A checkpoint to go on from. changed: {what: [then, now]} that was accepted, over all restarts."""
 
     tensors: dict[str, Tensor]  # given up by `restore`
@@ -65,15 +62,15 @@ def facts(pack: Pack, model: str, resolved: Resolved) -> dict[str, Any]:
     """What a pack's numbers depend on beside its runs. model: the fingerprint of the base's files."""
     first = pack.runs[0]
     data = preparation.load_data(first.task).fingerprint
-    settings = {name: getattr(first.trainer, name) for name in SETTINGS}
+    settings = {name: getattr(first.trainer, name) for name in TRAINER_FACTS}
     return {
         "code": provenance.code_fingerprint(), **provenance.packages(), "data": data, "model": model, **settings,
         "user code": preparation.user_code_fingerprint(first), "probe": probe_fingerprint(first), "threads": torch.get_num_threads(),
-        "processes": replicas.world(), "base cut": first.trainer.strategy == "fsdp" and replicas.world() > 1, **asdict(resolved),
+        "processes": distributed.world_size(), "base cut": first.trainer.strategy == "fsdp" and distributed.world_size() > 1, **asdict(resolved),
     }  # fmt: skip
 
 
-def begun(pack: Pack, store: Store, keep: Collection[str], *, accept_drift: bool) -> Begun | None:
+def load_checkpoint(pack: Pack, store: Store, keep: Collection[str], *, accept_drift: bool) -> Checkpoint | None:
     """The checkpoint a pack goes on from; None: it starts anew. stderr says which ones were refused and why.
 
     Raises `ExistingWork` when code, packages, data, model or machine settings are not those it was begun with.
@@ -84,7 +81,7 @@ def begun(pack: Pack, store: Store, keep: Collection[str], *, accept_drift: bool
         return None
     tensors, state = found
     first = pack.runs[0]
-    now = facts(pack, preparation.model_fingerprint(first), settled.resolve_in(first, store))
+    now = facts(pack, preparation.model_fingerprint(first), precision.resolve_in_sweep(first, store))
     changed = checkpoints.drift(state["facts"], now)
     if changed and not accept_drift:
         differences = ", ".join(f"{name} {then}, here {now}" for name, (then, now) in changed.items())
@@ -96,13 +93,13 @@ def begun(pack: Pack, store: Store, keep: Collection[str], *, accept_drift: bool
     cpu = provenance.machine()["cpu"]
     if state["cpu"] != cpu:
         print(f"pack {pack.id} goes on on another CPU ({state['cpu']} then, {cpu} now)", file=sys.stderr)
-    return Begun(tensors, state, {**state["changed"], **changed})
+    return Checkpoint(tensors, state, {**state["changed"], **changed})
 
 
 def _check(content: Content, pack: Pack, store: Store, keep: Collection[str]) -> None:
     """Raise `Unreadable` for a checkpoint that is not this pack's, or goes further than a history does."""
     state = content[1]
-    if missing := FIELDS - state.keys():
+    if missing := STATE_FIELDS - state.keys():
         raise Unreadable(f"not as this version writes it: {', '.join(sorted(missing))} missing")
     if (state.get("pack"), state.get("runs"), state.get("prune")) != (pack.id, pack.run_ids, pack.prune):
         raise Unreadable("of other runs, or of a sweep that prunes otherwise")
@@ -134,17 +131,17 @@ def capture(s: Session, peak: int, known: Mapping[str, Any]) -> Content:
         if state.best_weights is not None and not present:
             tensors |= {f"best/{k}/{name}": value for name, value in state.best_weights.items()}
         slices.append(plain | {"present_is_best": present})
-    tensors = {name: shards.whole(t) for name, t in tensors.items()}
+    tensors = {name: fsdp.gather(t) for name, t in tensors.items()}
     history = {i: None if i in s.keep else s.store.sync_history(i) for i in s.pack.run_ids}
     return tensors, {
         "schema": 1, "pack": s.pack.id, "runs": s.pack.run_ids, "prune": s.pack.prune, "step": m.steps_done,
         "total": m.total_steps, "evaluated_at": m.evaluated_at, "slices": slices, "history": history,
-        "seconds": dict(s.seconds), "peak_memory": peak, "reused": getattr(m.reuse, "decided", None), "resumed": s.resumed,
+        "seconds": dict(s.seconds), "peak_memory": peak, "reused": m.trunk_cache.decided, "resumed": s.resumed,
         "changed": s.changed, "facts": dict(known), "cpu": provenance.machine()["cpu"],
     }  # fmt: skip
 
 
-def restore(s: Session, begun: Begun) -> None:
+def restore(s: Session, begun: Checkpoint) -> None:
     """Bring a fresh session to where its checkpoint was taken. Raises `Unreadable`, and then the session is of no use."""
     try:
         _restore(s, begun)
@@ -155,26 +152,25 @@ def restore(s: Session, begun: Begun) -> None:
 
 
 @torch.no_grad()
-def _restore(s: Session, begun: Begun) -> None:
+def _restore(s: Session, begun: Checkpoint) -> None:
     m, state, tensors = s.module, begun.state, begun.tensors
     trainables = s.stack.named_trainables()
     for t in trainables:
-        t.parameter.copy_(shards.cut_as(t.parameter, tensors[f"trained/{t.name}"]))
+        t.parameter.copy_(fsdp.shard_like(t.parameter, tensors[f"trained/{t.name}"]))
     m.moments = {t.name: _moments(tensors, t) for t in trainables}  # for the optimizer, when it is made
     m.steps_done, m.evaluated_at = state["step"], state["evaluated_at"]
     for k, saved in enumerate(state["slices"]):
         plain = {key: value for key, value in saved.items() if key != "present_is_best"}
         now = s.stack.slice_state(k)
         own = {
-            name: shards.cut_as(t, best).cpu()
+            name: fsdp.shard_like(t, best).cpu()
             for name, t in now.items()
             if (best := tensors.get(f"best/{k}/{name}")) is not None
         }
         if saved["present_is_best"]:
             own = {name: t.cpu().clone() for name, t in now.items()}
         m.slices[k] = SliceState(**plain, best_weights=own or None)
-    if hasattr(m.reuse, "decided"):
-        m.reuse.decided = state["reused"]
+    m.trunk_cache.resume(state["reused"])
     s.seconds |= state["seconds"]
     s.peak_memory, s.resumed, s.changed = state["peak_memory"], [*state["resumed"], state["step"]], begun.changed
     torch.set_rng_state(tensors["generator/cpu"])
@@ -185,7 +181,7 @@ def _restore(s: Session, begun: Begun) -> None:
 
 def _moments(tensors: Mapping[str, Tensor], of: Trainable) -> dict[str, Tensor]:
     found = {key: t for key in PackedAdamW.STATE if (t := tensors.get(f"moment/{key}/{of.name}")) is not None}
-    return {key: t if key == "steps" else shards.cut_as(of.parameter, t) for key, t in found.items()}
+    return {key: t if key == "steps" else fsdp.shard_like(of.parameter, t) for key, t in found.items()}
 
 
 class Saver:
@@ -202,7 +198,7 @@ class Saver:
         self.session, self._peak = session, peak
         self.interval = session.pack.runs[0].trainer.checkpoint_interval
         self._facts = facts(session.pack, session.base.fingerprint, session.resolved)
-        self._together = any(shards.cut(t.parameter) for t in session.stack.named_trainables())
+        self._together = any(fsdp.is_shard(t.parameter) for t in session.stack.named_trainables())
         self._last = time.monotonic()
 
     def peak(self) -> int:
@@ -213,8 +209,8 @@ class Saver:
         """To be called when a step, and the evaluation that belongs to it, is done."""
         m, since = self.session.module, time.monotonic() - self._last
         if self.interval is None:
-            due = (evaluated or since >= EVERY) and since * SHARE >= Saver.cost
-            due = replicas.gather(due)[0] if self._together else due  # by one clock
+            due = (evaluated or since >= MAX_SECONDS_BETWEEN) and since * MAX_TIME_SHARE >= Saver.cost
+            due = distributed.gather_objects(due)[0] if self._together else due  # by one clock
         else:
             due = self.interval > 0 and m.steps_done % self.interval == 0
         if due and (m.steps_done < m.total_steps or self.session.pack.runs[0].role == "confirm"):
@@ -222,14 +218,14 @@ class Saver:
 
     def save(self) -> None:
         """Write one now, unless they are off. One that cannot be written is said on stderr: training goes on."""
-        if self.interval == 0 or not (replicas.leads() or self._together):
+        if self.interval == 0 or not (distributed.is_rank_zero() or self._together):
             return
         s, start = self.session, time.monotonic()
         where = checkpoints.pack_folder(s.store.root, s.pack.id)
         leases.check_held(s.store.lease)
         try:
             content = capture(s, self.peak(), self._facts)
-            if replicas.leads():
+            if distributed.is_rank_zero():
                 checkpoints.write(where, s.module.steps_done, *content)
         except OSError as e:
             print(f"pack {s.pack.id}: no checkpoint at step {s.module.steps_done}: {e}", file=sys.stderr)

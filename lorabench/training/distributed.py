@@ -18,10 +18,12 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 
-WAIT = timedelta(days=1)  # for another process, which may be measuring beside the test; one that dies shows otherwise
+COLLECTIVE_TIMEOUT = timedelta(
+    days=1
+)  # for another process, which may be measuring beside the test; one that dies shows otherwise
 
 
-class Replicas(DDPStrategy):
+class GroupStrategy(DDPStrategy):
     """Lightning's process group without torch's DistributedDataParallel: gradients are summed once a step, by the module."""
 
     def configure_ddp(self) -> None:
@@ -35,7 +37,7 @@ class Replicas(DDPStrategy):
         super().setup(trainer)
 
 
-class Lost(Exception):
+class ProcessLost(Exception):
     """A process that trains a pack with others is gone: no run's fault, and nothing is recorded."""
 
 
@@ -48,25 +50,25 @@ def join(rank: int, world: int) -> None:
     _place = rank, world
 
 
-def placed(device: str, devices: Any) -> dict[str, Any]:
+def trainer_devices(device: str, devices: Any) -> dict[str, Any]:
     """What a Trainer is told of devices: the first for one process; in a process of a group how to form it.
 
     The environment is named, or Lightning would take ranks, and a requeue of its own, from a Slurm job's variables.
     """
     plugins = [LightningEnvironment()]
-    if world() == 1:
+    if world_size() == 1:
         return {"devices": devices[:1] if isinstance(devices, list) else 1, "plugins": plugins}
-    joins = Replicas(process_group_backend="nccl" if device == "cuda" else "gloo", timeout=WAIT)
-    nodes = world() // (len(devices) if isinstance(devices, list) else int(devices))
+    joins = GroupStrategy(process_group_backend="nccl" if device == "cuda" else "gloo", timeout=COLLECTIVE_TIMEOUT)
+    nodes = world_size() // (len(devices) if isinstance(devices, list) else int(devices))
     return {"devices": devices, "num_nodes": nodes, "strategy": joins, "plugins": plugins}
 
 
-def place() -> tuple[int, int]:
+def rank_and_world() -> tuple[int, int]:
     """(rank, world) of this process."""
     return _place
 
 
-def world() -> int:
+def world_size() -> int:
     """Processes that train this pack."""
     return _place[1]
 
@@ -76,25 +78,25 @@ def rank() -> int:
     return _place[0]
 
 
-def leads() -> bool:
+def is_rank_zero() -> bool:
     """Whether this process writes: records, histories, weights, checkpoints."""
     return rank() == 0
 
 
-def add_up(tensors: Iterable[Tensor]) -> None:
+def sum_over_ranks(tensors: Iterable[Tensor]) -> None:
     """Each tensor becomes the sum of its values in all processes, in place."""
-    if world() > 1:
+    if world_size() > 1:
         for tensor in tensors:
             dist.all_reduce(tensor)
 
 
-def add_up_gradients(parameters: Iterable[torch.nn.Parameter]) -> None:
+def sum_gradients(parameters: Iterable[torch.nn.Parameter]) -> None:
     """The same for gradients; a process whose share of a batch was empty has none, and gives zeros. What no process has used
     keeps none, as in one process: the optimizer then leaves it alone, its weight decay too.
 
     Those of parameters that are cut over the processes were summed in the backward pass.
     """
-    if world() == 1:
+    if world_size() == 1:
         return
     whole = [p for p in parameters if not isinstance(p, DTensor)]
     if not whole:
@@ -107,24 +109,24 @@ def add_up_gradients(parameters: Iterable[torch.nn.Parameter]) -> None:
         dist.all_reduce(parameter.grad)
 
 
-def anywhere(so: bool) -> bool:
+def any_rank(so: bool) -> bool:
     """Whether it is so in any process; the same answer in each of them."""
-    if world() == 1:
+    if world_size() == 1:
         return so
     count = torch.tensor(int(so), device="cuda" if dist.get_backend() == "nccl" else "cpu")
-    add_up([count])
+    sum_over_ranks([count])
     return bool(count)
 
 
-def gather(value: Any) -> list[Any]:
+def gather_objects(value: Any) -> list[Any]:
     """The value of every process, in the order of their ranks, in each of them."""
-    if world() == 1:
+    if world_size() == 1:
         return [value]
-    found: list[Any] = [None] * world()
+    found: list[Any] = [None] * world_size()
     dist.all_gather_object(found, value)
     return found
 
 
-def broken(error: BaseException) -> bool:
+def is_process_lost(error: BaseException) -> bool:
     """Whether an error says that another process of the group cannot be reached; gloo has no kind of error for it."""
-    return world() > 1 and (isinstance(error, dist.DistError) or "gloo/transport" in str(error))
+    return world_size() > 1 and (isinstance(error, dist.DistError) or "gloo/transport" in str(error))

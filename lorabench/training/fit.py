@@ -12,20 +12,20 @@ from typing import Any
 import pytorch_lightning as pl
 
 from lorabench.config.runs import RunConfig
-from lorabench.runtime import signals as stopping
-from lorabench.training import distributed as replicas
+from lorabench.runtime import signals
+from lorabench.training import distributed
 from lorabench.training.checkpointing import Saver
 from lorabench.training.precision import Resolved
 from lorabench.training.session import Session
 
 
-def make_trainer(run: RunConfig, resolved: Resolved, progress: Progress, start: int) -> pl.Trainer:
+def make_trainer(run: RunConfig, resolved: Resolved, progress: TrainingClock, start: int) -> pl.Trainer:
     """For the steps from `start` on."""
     t, total = run.trainer, progress.total
     interval = t.eval_interval or max(1, -(-total // 5))
-    with quiet():
+    with quiet_lightning():
         return pl.Trainer(
-            accelerator=t.accelerator, **replicas.placed(resolved.device, t.devices),
+            accelerator=t.accelerator, **distributed.trainer_devices(resolved.device, t.devices),
             precision=resolved.trainer_precision, max_steps=max(1, total - start), max_epochs=-1,  # type: ignore[arg-type]
             val_check_interval=interval, check_val_every_n_epoch=None, num_sanity_val_steps=0,
             callbacks=[progress], logger=False, enable_checkpointing=False,
@@ -33,7 +33,7 @@ def make_trainer(run: RunConfig, resolved: Resolved, progress: Progress, start: 
         )  # fmt: skip
 
 
-class Progress(pl.Callback):
+class TrainingClock(pl.Callback):
     """Tells a listener of each step and adds up the seconds of training and of evaluation; ends at SIGTERM after a batch and at
     the beginning of either. Lightning ends then too, but hears of it only inside, and in one process of several."""
 
@@ -56,9 +56,9 @@ class Progress(pl.Callback):
 
     def heed(self) -> None:
         """Leave if SIGTERM has come. Where several processes train the pack all of them ask here, and leave at one step."""
-        self.leaving = replicas.anywhere(self.stopped())
+        self.leaving = distributed.any_rank(self.stopped())
         if self.leaving:
-            raise SystemExit(stopping.EXIT_CODE)
+            raise SystemExit(signals.EXIT_CODE)
 
     def on_train_start(self, trainer: Any, module: Any) -> None:
         self.heed()
@@ -80,7 +80,7 @@ class Progress(pl.Callback):
         self.lap("eval")
 
 
-class Checkpoints(pl.Callback):
+class CheckpointCallback(pl.Callback):
     """Says when a step is done, and the evaluation that belongs to it."""
 
     def __init__(self, saver: Saver) -> None:
@@ -100,7 +100,7 @@ def fit(s: Session, saver: Saver) -> None:
     SIGTERM: the step under way is finished, a checkpoint written, and the process leaves with 143; so do all that train the
     pack, whichever was told.
     """
-    with stopping.defer_stop() as stopped:
+    with signals.defer_stop() as stopped:
         s.progress.stopped = stopped
         try:
             _train_and_test(s)
@@ -109,8 +109,8 @@ def fit(s: Session, saver: Saver) -> None:
                 raise SystemExit(130) from e
             saver.save()
             with suppress(RuntimeError):  # one is gone
-                replicas.gather(None)  # whoever ends first ends all: not before it is written
-            raise SystemExit(stopping.EXIT_CODE) from e
+                distributed.gather_objects(None)  # whoever ends first ends all: not before it is written
+            raise SystemExit(signals.EXIT_CODE) from e
 
 
 def _train_and_test(s: Session) -> None:
@@ -147,7 +147,7 @@ def _evaluate(s: Session) -> None:
         s.progress.heed()
 
 
-class quiet(warnings.catch_warnings):
+class quiet_lightning(warnings.catch_warnings):
     """Lightning's advice about things decided here on purpose stays off the user's terminal."""
 
     def __enter__(self) -> None:

@@ -4,7 +4,7 @@ Between uses each process holds its share of every weight of the base. A block's
 and backward, and let go afterwards, so the processes take the same blocks in the same order. Of a base that trains itself the
 backward pass sums each gradient into the shares, and optimizer and best weights are shares, too. Checkpoints and files are
 those of one process: the first gathers them whole on its CPU and writes. Adapters, heads and biases beside a frozen base stay
-whole in each process, as `replicas` has it.
+whole in each process, as `distributed` has it.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FSDPModule, fully_shard, register_fsdp_forward_method
 from torch.distributed.tensor import DTensor, distribute_tensor
 
-from lorabench.training import distributed as replicas
+from lorabench.training import distributed
 
 T = TypeVar("T")
 
@@ -31,7 +31,7 @@ def shard(model: nn.Module, beside: Collection[nn.Parameter], layers: int, strat
     the group here, before it fits.
     """
     strategy.setup_environment()
-    mesh = init_device_mesh(strategy.root_device.type, (replicas.world(),))
+    mesh = init_device_mesh(strategy.root_device.type, (distributed.world_size(),))
     kept = {*beside, *(p for p in model.parameters() if p.dim() == 0 or not p.is_contiguous())}
     given = [p for p in model.parameters() if p not in kept]
     for module in [*_blocks(model, layers), model]:
@@ -52,44 +52,44 @@ def _blocks(model: nn.Module, layers: int) -> list[nn.Module]:
     return [block for found in lists if found not in inside for block in found]
 
 
-def sharded(model: nn.Module) -> bool:
+def is_sharded(model: nn.Module) -> bool:
     return isinstance(model, FSDPModule)
 
 
-def within(model: nn.Module, call: Callable[[], T]) -> T:
+def run_gathered(model: nn.Module, call: Callable[[], T]) -> T:
     """What `call` gives, which runs a module of the model and not the model: what lies outside the blocks is gathered for it."""
-    if not sharded(model):
+    if not is_sharded(model):
         return call()
     found: T = model.run_whole(call)  # type: ignore[operator]
     return found
 
 
-def cut(tensor: Tensor) -> bool:
+def is_shard(tensor: Tensor) -> bool:
     """Whether each process holds its share of a tensor."""
     return isinstance(tensor, DTensor)
 
 
-def held(tensor: Tensor) -> Tensor:
+def local_part(tensor: Tensor) -> Tensor:
     """What this process holds of a tensor between uses: its share where it is cut, else all of it."""
     return tensor.to_local() if isinstance(tensor, DTensor) else tensor
 
 
-def whole(tensor: Tensor) -> Tensor:
+def gather(tensor: Tensor) -> Tensor:
     """Of a tensor that is cut all of it, on the first process's CPU; the others, which must ask, too, get an empty one."""
     if not isinstance(tensor, DTensor):
         return tensor
     there = tensor.detach().to(tensor.device_mesh.device_type)
     assert isinstance(there, DTensor)
     full = there.full_tensor()
-    return full.cpu() if replicas.leads() else full.new_empty(0)
+    return full.cpu() if distributed.is_rank_zero() else full.new_empty(0)
 
 
-def whole_parameters(own: Mapping[str, nn.Parameter]) -> dict[str, nn.Parameter]:
+def gather_parameters(own: Mapping[str, nn.Parameter]) -> dict[str, nn.Parameter]:
     """The same of each of them."""
-    return {name: nn.Parameter(whole(p), requires_grad=False) for name, p in own.items()}
+    return {name: nn.Parameter(gather(p), requires_grad=False) for name, p in own.items()}
 
 
-def cut_as(like: Tensor, tensor: Tensor) -> Tensor:
+def shard_like(like: Tensor, tensor: Tensor) -> Tensor:
     """This process's share of a whole tensor that every process has; all of it where `like` is not cut."""
     if not isinstance(like, DTensor):
         return tensor
@@ -97,7 +97,7 @@ def cut_as(like: Tensor, tensor: Tensor) -> Tensor:
     return distribute_tensor(there, like.device_mesh, like.placements, src_data_rank=None).clone()
 
 
-def bytes_held(model: nn.Module) -> list[int]:
+def bytes_by_rank(model: nn.Module) -> list[int]:
     """Bytes of the base's parameters between uses in each process, by rank."""
-    own = [held(p) for p in model.parameters() if not p.requires_grad or isinstance(p, DTensor)]
-    return [int(n) for n in replicas.gather(sum(p.numel() * p.element_size() for p in own))]
+    own = [local_part(p) for p in model.parameters() if not p.requires_grad or isinstance(p, DTensor)]
+    return [int(n) for n in distributed.gather_objects(sum(p.numel() * p.element_size() for p in own))]

@@ -16,13 +16,13 @@ from torch import Tensor
 from lorabench.adapters import Stack
 from lorabench.config.contracts.task import Example, Task
 from lorabench.config.runs import RunConfig
-from lorabench.training import distributed as replicas
+from lorabench.training import distributed
 from lorabench.training.batches import Part
-from lorabench.training.optimizer import PackedAdamW, clip_factors, drop_frozen, grad_norms, scale_grads, schedule
-from lorabench.training.pruning import cell_key, pruned, reason
+from lorabench.training.optimizer import PackedAdamW, clip_factors, grad_norms, scale_grads, schedule, zero_frozen_grads
+from lorabench.training.pruning import cell_key, prune_reason, slices_to_prune
 
-Rows = Callable[[int, list[dict[str, Any]]], None]
-Along = Callable[[Sequence[int]], Mapping[int, Mapping[str, float]]]
+WriteRows = Callable[[int, list[dict[str, Any]]], None]
+MeasureDuringTraining = Callable[[Sequence[int]], Mapping[int, Mapping[str, float]]]
 
 
 @dataclass
@@ -54,6 +54,26 @@ class BoundTask:
         return self.task.collate(examples, self.processor)
 
 
+class NoTrunkCache:
+    """Computes every block of the base anew; `trunk_cache.TrunkCache` serves the frozen ones.
+
+    Called with a part before its forward pass; gives the context in which the pass runs.
+    """
+
+    decided: int | None = None  # blocks that are served; None: not tried
+
+    def __call__(self, part: Part) -> AbstractContextManager[None]:
+        return nullcontext()
+
+    @property
+    def depth(self) -> int:
+        """How many blocks are served; 0: none."""
+        return self.decided or 0
+
+    def resume(self, decided: int | None) -> None:
+        """Take what a checkpoint decided."""
+
+
 class PackModule(pl.LightningModule):
     """Trains K slices over one base.
 
@@ -72,7 +92,7 @@ class PackModule(pl.LightningModule):
         runs: Sequence[RunConfig],
         *,
         total_steps: int,
-        rows: Rows,
+        rows: WriteRows,
         prune: bool = False,
     ) -> None:
         super().__init__()
@@ -80,8 +100,10 @@ class PackModule(pl.LightningModule):
         self.total_steps, self.rows = total_steps, rows
         self.slices = [SliceState() for _ in runs]
         self.cells = [cell_key(r) for r in runs] if prune else None
-        self.reuse: Callable[[Part], AbstractContextManager[None]] = lambda part: nullcontext()
-        self.along: Along = lambda slices: {}  # what else is measured of these slices at an evaluation
+        self.trunk_cache = NoTrunkCache()
+        self.measure_during_training: MeasureDuringTraining = (
+            lambda slices: {}
+        )  # what else is measured of these slices at an evaluation
         self.results: dict[int, dict[str, np.ndarray]] = {}  # per-example test results by slice
         self._chunks: dict[int, list[dict[str, np.ndarray]]] = {}
         self.steps_done = 0
@@ -142,7 +164,7 @@ class PackModule(pl.LightningModule):
         return {t.name: self.packed.state.get(t.parameter, {}) for t in self.stack.named_trainables()}
 
     def on_fit_start(self) -> None:
-        if len(set(replicas.gather(self.steps_done))) > 1:
+        if len(set(distributed.gather_objects(self.steps_done))) > 1:
             raise RuntimeError("the processes of this pack do not stand at one step")
 
     def training_step(self, batch: list[Part], batch_idx: int) -> None:
@@ -153,17 +175,17 @@ class PackModule(pl.LightningModule):
         for part in batch:
             with self.stack.active(part.slices):
                 self._key_dropout(self.steps_done * micros + part.micro, part.batch)
-                with self.reuse(part):
+                with self.trunk_cache(part):
                     out = self.task.step(self.model, part.batch)
                 loss = out.loss_sum.sum()
                 self.manual_backward(loss if part.counts else 0 * loss)
             if not part.counts:
                 continue
-            losses[list(part.slices)] += by_slice(out.loss_sum.detach(), part)
-            weights[list(part.slices)] += by_slice(out.weight, part)
+            losses[list(part.slices)] += sum_by_slice(out.loss_sum.detach(), part)
+            weights[list(part.slices)] += sum_by_slice(out.weight, part)
             mask = self.task.token_mask(part.batch)
             if mask is not None:
-                tokens[list(part.slices)] += by_slice(mask.sum(1), part)
+                tokens[list(part.slices)] += sum_by_slice(mask.sum(1), part)
         self._add_up(sums)
         for k, s in enumerate(self.slices):
             s.tokens += int(tokens[k])
@@ -180,11 +202,11 @@ class PackModule(pl.LightningModule):
 
     def _add_up(self, sums: Tensor) -> None:
         """Sums [3, K] and gradients over the processes that share this pack's batches."""
-        if replicas.world() > 1:
+        if distributed.world_size() > 1:
             there = sums.to(self.device)
-            replicas.add_up([there])
+            distributed.sum_over_ranks([there])
             sums.copy_(there.cpu())
-            replicas.add_up_gradients(t.parameter for t in self.stack.named_trainables())
+            distributed.sum_gradients(t.parameter for t in self.stack.named_trainables())
 
     def _key_dropout(self, step: int, batch: Mapping[str, Tensor]) -> None:
         self.stack.context.set(seeds=[r.seed for r in self.runs], step=step, examples=batch["example"])
@@ -193,7 +215,7 @@ class PackModule(pl.LightningModule):
         """Freeze the slices whose loss or gradient is not finite, divide by the weights, clip each slice."""
         trainables = self.stack.named_trainables()
         for t in trainables:
-            drop_frozen(t.parameter, t.rates)
+            zero_frozen_grads(t.parameter, t.rates)
         parameters = [(t.parameter, t.stacked) for t in trainables]
         norms = grad_norms(parameters, len(self.runs)) / weights
         for k, s in enumerate(self.slices):
@@ -220,7 +242,7 @@ class PackModule(pl.LightningModule):
     # -- evaluation -------------------------------------------------------------------------------------------------
 
     def _evaluate(self, part: Part) -> None:
-        with self.stack.active(part.slices), self.reuse(part):
+        with self.stack.active(part.slices), self.trunk_cache(part):
             out = self.task.step(self.model, part.batch)
         if not part.counts:
             return
@@ -235,7 +257,7 @@ class PackModule(pl.LightningModule):
     def _end_evaluation(self) -> dict[int, dict[str, np.ndarray]]:
         """Per-example results of each slice that was evaluated, in the order of the example's own id."""
         results = {}
-        everywhere = replicas.gather(self._chunks)
+        everywhere = distributed.gather_objects(self._chunks)
         for k in sorted({k for chunks in everywhere for k in chunks}):
             chunks = [c for one in everywhere for c in one.get(k, ())]
             table = {name: np.concatenate([c[name] for c in chunks]) for name in chunks[0]}
@@ -256,7 +278,7 @@ class PackModule(pl.LightningModule):
         for k, rows in evaluated.items():
             self._judge(k, self.slices[k], self.task.metrics(rows))
         self._prune()
-        for k, found in self.along([k for k in evaluated if k in self.kept]).items():
+        for k, found in self.measure_during_training([k for k in evaluated if k in self.kept]).items():
             self.slices[k].pending[-1] |= found  # the row of this evaluation
         for k in range(len(self.slices)):
             self.flush(k)
@@ -269,9 +291,9 @@ class PackModule(pl.LightningModule):
         keep_last = self.runs[0].trainer.keep == "last"
         losses = [s.last_metrics.get("loss", math.nan) if keep_last else s.best_loss for s in self.slices]
         step, total = self.steps_done, self.total_steps
-        for k in pruned(rates, losses, alive, step=step, total=total, groups=self.cells):
+        for k in slices_to_prune(rates, losses, alive, step=step, total=total, groups=self.cells):
             if self.slices[k].status == "running":
-                self._freeze(k, "pruned", reason(step, total))
+                self._freeze(k, "pruned", prune_reason(step, total))
 
     def _judge(self, k: int, s: SliceState, metrics: dict[str, float]) -> None:
         """Keep the best weights of a slice; freeze it when it diverged or has waited long enough."""
@@ -306,6 +328,6 @@ class PackModule(pl.LightningModule):
         self.results = self._end_evaluation()
 
 
-def by_slice(rows: Tensor, part: Part) -> Tensor:
+def sum_by_slice(rows: Tensor, part: Part) -> Tensor:
     """[len(slices) * B] -> [len(slices)], summed in float64."""
     return rows.double().view(len(part.slices), -1).sum(1).cpu()

@@ -15,8 +15,8 @@ import torch
 from torch import Tensor, nn
 from torch.optim.adamw import adamw
 
-from lorabench.training import distributed as replicas
-from lorabench.training.fsdp import cut, held
+from lorabench.training import distributed
+from lorabench.training.fsdp import is_shard, local_part
 
 
 def per_slice(values: Tensor, like: Tensor, *, stacked: bool) -> Tensor:
@@ -86,7 +86,7 @@ class PackedAdamW(torch.optim.Optimizer):
                 slices = len(group["slice_lr"])
                 state["exp_avg"], state["exp_avg_sq"] = torch.zeros_like(p), torch.zeros_like(p)
                 state["steps"] = torch.zeros(slices, device=p.device)
-            own = [held(t) for t in (p, p.grad, state["exp_avg"], state["exp_avg_sq"])]
+            own = [local_part(t) for t in (p, p.grad, state["exp_avg"], state["exp_avg_sq"])]
             views = (*(t[k] if group["stacked"] else t for t in own), state["steps"][k])
             for into, tensor in zip(lists, views, strict=True):
                 into.append(tensor)
@@ -100,7 +100,7 @@ class PackedAdamW(torch.optim.Optimizer):
 
 
 @torch.no_grad()
-def drop_frozen(parameter: nn.Parameter, rates: Sequence[float] | None) -> None:
+def zero_frozen_grads(parameter: nn.Parameter, rates: Sequence[float] | None) -> None:
     """Zero the gradients of slices whose factor of the rate is 0: they count for no norm. rates: one a slice, or None."""
     if rates and not all(rates) and parameter.grad is not None:
         parameter.grad[[k for k, rate in enumerate(rates) if not rate]] = 0.0
@@ -114,17 +114,17 @@ def grad_norms(parameters: Sequence[tuple[nn.Parameter, bool]], slices: int) -> 
     whole, shares = list[Tensor](), list[Tensor]()
     for p, stacked in parameters:
         if p.grad is not None:
-            grad = held(p.grad)
+            grad = local_part(p.grad)
             flat = grad.flatten(1) if stacked else grad.reshape(1, -1)
             wide = torch.promote_types(p.dtype, torch.float32)
             norm = torch.linalg.vector_norm(flat, dim=1, dtype=wide)
-            (shares if cut(p) else whole).append(norm)
+            (shares if is_shard(p) else whole).append(norm)
     squares = torch.zeros(slices, dtype=torch.float64)
     if whole:
         squares = torch.stack(whole).cpu().double().square().sum(0)  # one copy off the device, not one a tensor
     if shares:
         own = torch.stack(shares).double().square().sum(0)
-        replicas.add_up([own])
+        distributed.sum_over_ranks([own])
         squares = squares + own.cpu()
     return squares.sqrt()
 
@@ -134,7 +134,7 @@ def scale_grads(parameters: Sequence[tuple[nn.Parameter, bool]], factors: Tensor
     """Multiply each slice's gradients by its factor, in place. factors: [K]."""
     for p, stacked in parameters:
         if p.grad is not None:
-            grad = held(p.grad)
+            grad = local_part(p.grad)
             grad.mul_(per_slice(factors, grad, stacked=stacked))
 
 

@@ -14,7 +14,6 @@ from lorabench.config.errors import ConfigError, ExistingWork
 from lorabench.config.runs import RunConfig
 from lorabench.config.settings import TrainerConfig
 from lorabench.store.records import Store
-from lorabench.training import precision
 
 
 @dataclass(frozen=True)
@@ -45,16 +44,16 @@ def resolve(run: RunConfig, auto: str | None = None) -> Resolved:
     """
     device = _device(run.trainer)
     asked = run.trainer.precision
-    precision = _precision(auto if auto and asked == "auto" else asked, device)
+    name = _canonical_precision(auto if auto and asked == "auto" else asked, device)
     full = run.method.name == "full"
     names = {"32": ("float32", "32-true"), "64": ("float64", "32-true"), "bf16-mixed": ("float32", "bf16-mixed")}
-    dtype, trainer = names.get(precision, ("float32", "bf16-mixed") if full else ("bfloat16", "32-true"))
+    dtype, trainer = names.get(name, ("float32", "bf16-mixed") if full else ("bfloat16", "32-true"))
     attention = run.model.attention
     if attention == "auto":
         short = run.task.longest is not None and run.task.longest <= 256
         attention = "eager" if device == "cpu" and short else "sdpa"
     part = run.trainer.part_tokens or PART_TOKENS[device]
-    return Resolved(device, precision, dtype, trainer, attention, part)
+    return Resolved(device, name, dtype, trainer, attention, part)
 
 
 def _device(trainer: TrainerConfig) -> str:
@@ -103,7 +102,7 @@ def check_nodes(asked: int, tasks: int) -> None:
         )  # fmt: skip
 
 
-def _precision(name: str, device: str) -> str:
+def _canonical_precision(name: str, device: str) -> str:
     known = {
         "32": "32",
         "32-true": "32",
@@ -123,10 +122,10 @@ def _precision(name: str, device: str) -> str:
 
 def auto_precision(device: str) -> str:
     """What `trainer.precision=auto` is on this machine, by itself."""
-    return "bf16" if fast_bf16(device) else "32"
+    return "bf16" if has_fast_bf16(device) else "32"
 
 
-def fast_bf16(device: str) -> bool:
+def has_fast_bf16(device: str) -> bool:
     """Whether bfloat16 products run natively on this device."""
     import torch
 
@@ -136,17 +135,17 @@ def fast_bf16(device: str) -> bool:
     return device == "cpu" and any(getattr(torch.cpu, p, lambda: False)() for p in probes)
 
 
-def settle(store: Store, run: RunConfig) -> None:
+def note_device(store: Store, run: RunConfig) -> None:
     """Note what this machine would use, unless runs have begun: then what they have. To be called under `Store.locked`."""
-    manifest, device = store.manifest(), precision.resolve(run).device
-    note = {"device": device, "precision": precision.auto_precision(device)}
+    manifest, device = store.manifest(), resolve(run).device
+    note = {"device": device, "precision": auto_precision(device)}
     if store.run_ids():  # a run's folder is made as its training begins
-        note = manifest.get("settled") or _recorded(store, note)
+        note = manifest.get("settled") or _from_records(store, note)
     if note != manifest.get("settled"):
         store.write_manifest(manifest | {"settled": note})
 
 
-def _recorded(store: Store, note: dict[str, str]) -> dict[str, str]:
+def _from_records(store: Store, note: dict[str, str]) -> dict[str, str]:
     """The same, where records say otherwise what most of them say: of a manifest that was lost, or has no note yet."""
     found: dict[str, Counter[str]] = {name: Counter() for name in note}
     for record in store.records():
@@ -157,13 +156,13 @@ def _recorded(store: Store, note: dict[str, str]) -> dict[str, str]:
     return note | {name: values.most_common(1)[0][0] for name, values in found.items() if values}
 
 
-def heed(store: Store, runs: Sequence[RunConfig], *, accept_drift: bool) -> str | None:
+def check_device(store: Store, runs: Sequence[RunConfig], *, accept_drift: bool) -> str | None:
     """What to tell a user of what the sweep has settled and this machine would not have chosen, in one line.
 
     Raises `ExistingWork` where the sweep was begun on another kind of device, unless that is accepted.
     """
     trainer, note = runs[0].trainer, store.manifest().get("settled", {})
-    device = precision.resolve(runs[0]).device
+    device = resolve(runs[0]).device
     then = note.get("device", device)
     if device != then and not accept_drift:
         raise ExistingWork(
@@ -172,7 +171,7 @@ def heed(store: Store, runs: Sequence[RunConfig], *, accept_drift: bool) -> str 
             f"would be compared. Go on with {then} (trainer.accelerator={then}, where there is one), or with "
             f"sweep.accept_drift=true: the report then says which runs differ; another sweep.name trains all anew",
         )  # fmt: skip
-    own, meant = precision.auto_precision(device), note.get("precision")
+    own, meant = auto_precision(device), note.get("precision")
     if meant in (None, own) or all(run.trainer.precision != "auto" for run in runs):
         return None
     slow = ", slow here" if meant == "bf16" else ""
@@ -182,12 +181,12 @@ def heed(store: Store, runs: Sequence[RunConfig], *, accept_drift: bool) -> str 
     )
 
 
-def settled_precision(store: Store) -> str | None:
+def noted_precision(store: Store) -> str | None:
     """What `trainer.precision=auto` means in a sweep; None: nothing has trained yet."""
     found: str | None = store.manifest().get("settled", {}).get("precision")
     return found
 
 
-def resolve_in(run: RunConfig, store: Store) -> Resolved:
+def resolve_in_sweep(run: RunConfig, store: Store) -> Resolved:
     """What `auto` means for a run of this sweep."""
-    return precision.resolve(run, settled_precision(store))
+    return resolve(run, noted_precision(store))

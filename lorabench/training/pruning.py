@@ -13,10 +13,10 @@ from statistics import fmean
 
 from lorabench.config.runs import RunConfig, digest
 
-LEAST = 4  # rates: of three, the best and its neighbours leave nothing worth pruning
+MIN_RATES = 4  # rates: of three, the best and its neighbours leave nothing worth pruning
 
 
-def pruned(
+def slices_to_prune(
     rates: Sequence[float],
     losses: Sequence[float],
     alive: Sequence[bool],
@@ -47,10 +47,12 @@ def pruned(
     cells: dict[Hashable, list[int]] = {}
     for k, group in enumerate(groups):
         cells.setdefault(group, []).append(k)
-    return sorted(k for slices in cells.values() for k in _of_cell(slices, rates, losses, alive))
+    return sorted(k for slices in cells.values() for k in _to_prune_in_cell(slices, rates, losses, alive))
 
 
-def _of_cell(slices: list[int], rates: Sequence[float], losses: Sequence[float], alive: Sequence[bool]) -> list[int]:
+def _to_prune_in_cell(
+    slices: list[int], rates: Sequence[float], losses: Sequence[float], alive: Sequence[bool]
+) -> list[int]:
     by_rate: dict[float, list[int]] = {}
     for k in slices:
         by_rate.setdefault(rates[k], []).append(k)
@@ -60,7 +62,7 @@ def _of_cell(slices: list[int], rates: Sequence[float], losses: Sequence[float],
         for lr in grid
         if all(alive[k] and math.isfinite(losses[k]) for k in by_rate[lr])
     }
-    if len(grid) < LEAST or not score:
+    if len(grid) < MIN_RATES or not score:
         return []
     ranked = sorted(score, key=lambda lr: (score[lr], lr))
     last = score[ranked[math.ceil(len(ranked) / 2) - 1]]
@@ -69,7 +71,7 @@ def _of_cell(slices: list[int], rates: Sequence[float], losses: Sequence[float],
     return [k for lr in grid if lr not in stay for k in by_rate[lr] if alive[k]]
 
 
-def reason(step: int, total: int) -> str:
+def prune_reason(step: int, total: int) -> str:
     """What a pruned slice's record says."""
     return f"pruned at step {step} of {total}: its learning rate was out of the race within its cell"
 
@@ -81,6 +83,6 @@ def cell_key(run: RunConfig) -> str:
     return digest(identity)[:12]
 
 
-def prunable(runs: Sequence[RunConfig]) -> bool:
+def is_prunable(runs: Sequence[RunConfig]) -> bool:
     """Whether a cell's runs are worth keeping in one pack: tuning runs at enough rates. Confirmation is never pruned."""
-    return all(r.role == "tune" for r in runs) and len({r.optimizer.lr for r in runs}) >= LEAST
+    return all(r.role == "tune" for r in runs) and len({r.optimizer.lr for r in runs}) >= MIN_RATES

@@ -18,7 +18,7 @@ from lorabench.runtime import provenance
 from lorabench.runtime.files import name_unwritable
 from lorabench.store.records import Record, Store
 from lorabench.tasks.probe import probe_fingerprint
-from lorabench.training import distributed as replicas
+from lorabench.training import distributed
 from lorabench.training.batches import EvalStream, PackStream
 from lorabench.training.module import PackModule
 from lorabench.training.precision import Resolved
@@ -59,7 +59,7 @@ class Session:
             encoded.splits["train"], encoded.lengths["train"], [r.seed for r in self.pack.runs],
             collate=self.module.task.collate, batch_size=t.batch_size, accumulate=t.accumulate_grad_batches,
             start=self.module.steps_done, total_steps=self.module.total_steps, budget=self.resolved.part_tokens,
-            live=lambda: self.module.live, shares=replicas.place(),
+            live=lambda: self.module.live, shares=distributed.rank_and_world(),
         )  # fmt: skip
 
     def eval_stream(self, split: str, live: Callable[[], list[int]], *, dealt: bool = True) -> EvalStream:
@@ -67,14 +67,14 @@ class Session:
         encoded, rows = self.prepared.encoded, self.pack.runs[0].trainer.eval_batch_size
         return EvalStream(
             encoded.splits[split], encoded.lengths[split], live, rows=rows, collate=self.module.task.collate,
-            budget=self.resolved.part_tokens, shares=replicas.place() if dealt else (0, 1),
+            budget=self.resolved.part_tokens, shares=distributed.rank_and_world() if dealt else (0, 1),
         )  # fmt: skip
 
     def val_stream(self) -> EvalStream:
         return self.eval_stream("val", lambda: self.module.live)
 
 
-def records_of(s: Session) -> list[Record]:
+def make_records(s: Session) -> list[Record]:
     """One record a slice, and beside it what the slice trained and its per-example test results; of a run whose record
     stands already nothing is written: its files are those that the record speaks of."""
     records = []
@@ -106,11 +106,11 @@ def _metrics(s: Session, k: int, run: RunConfig, status: str) -> dict[str, Any]:
         rows = s.module.results[k]
         metrics |= {f"test/{name}": value for name, value in run.task.metrics(rows).items()}
         if run.run_id not in s.keep:
-            s.store.write_arrays(run.run_id, "test", _kept(rows) | _groups(s, rows["example"]))
+            s.store.write_arrays(run.run_id, "test", _example_columns(rows) | _groups(s, rows["example"]))
     return metrics | s.extras.get(k, {})
 
 
-def _kept(rows: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
+def _example_columns(rows: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
     """What later statistics need of each example, in small types; `loss` is the loss per unit of weight."""
     loss = rows["loss_sum"] / np.maximum(rows["weight"], 1e-12)
     kept = {
@@ -169,7 +169,7 @@ def _provenance(s: Session, state: Any) -> dict[str, Any]:
         "code": provenance.code_fingerprint(), "git": provenance.git_state(), "packages": provenance.packages(),
         "machine": provenance.machine(), "device": s.resolved.device, "threads": torch.get_num_threads(),
         "precision": s.resolved.precision, "base_dtype": s.resolved.base_dtype, "attention": s.resolved.attention,
-        "part_tokens": s.resolved.part_tokens, "reused_blocks": getattr(s.module.reuse, "depth", 0),
+        "part_tokens": s.resolved.part_tokens, "reused_blocks": s.module.trunk_cache.depth,
         "data_fingerprint": s.prepared.data.fingerprint, "model_fingerprint": s.base.fingerprint, "model_notes": s.base.notes,
         "data_notes": {**s.prepared.data.notes, **s.prepared.encoded.notes}, "pack": s.pack.id, "pack_runs": s.pack.run_ids, **_devices(s),
         "head": {"auto_class": s.prepared.head.auto_class, "label_names": list(s.prepared.head.label_names)},
@@ -180,12 +180,12 @@ def _provenance(s: Session, state: Any) -> dict[str, Any]:
 
 def _devices(s: Session) -> dict[str, Any]:
     """Where several processes trained the pack."""
-    if replicas.world() == 1:
+    if distributed.world_size() == 1:
         return {}
-    return {"devices": replicas.world(), **({"base_bytes_by_rank": s.base_bytes} if s.base_bytes else {})}
+    return {"devices": distributed.world_size(), **({"base_bytes_by_rank": s.base_bytes} if s.base_bytes else {})}
 
 
-def failed(run: RunConfig, error: str, trace: str) -> Record:
+def failed_record(run: RunConfig, error: str, trace: str) -> Record:
     """The record of a run whose pack raised."""
     made = provenance.packages(), provenance.machine(), provenance.git_state()
     where = dict(zip(("packages", "machine", "git"), made, strict=True))

@@ -17,24 +17,21 @@ import torch
 from lorabench.adapters import SlicesMix, check_slices_independent, inject
 from lorabench.config.errors import Unwritable
 from lorabench.config.runs import Pack, RunConfig
-from lorabench.runtime import signals as stopping
+from lorabench.runtime import signals
 from lorabench.runtime.leases import LeaseLost
 from lorabench.runtime.memory import PeakMemory, freeze_heap, is_out_of_memory, release_memory
 from lorabench.store import checkpoints
 from lorabench.store.checkpoints import Unreadable
 from lorabench.store.records import Record, Store
-from lorabench.training import distributed as replicas
-from lorabench.training import fsdp as shards
-from lorabench.training import precision as settled
-from lorabench.training import preparation
-from lorabench.training.checkpointing import Begun, Saver, begun, restore
+from lorabench.training import distributed, fsdp, precision, preparation
+from lorabench.training.checkpointing import Checkpoint, Saver, load_checkpoint, restore
 from lorabench.training.evaluation.measures import AuxiliaryMeasures
-from lorabench.training.fit import Checkpoints, Progress, fit, make_trainer, quiet
+from lorabench.training.fit import CheckpointCallback, TrainingClock, fit, make_trainer, quiet_lightning
 from lorabench.training.module import BoundTask, PackModule
-from lorabench.training.session import Session, failed, records_of
-from lorabench.training.trunk_cache import Reuse
+from lorabench.training.session import Session, failed_record, make_records
+from lorabench.training.trunk_cache import TrunkCache
 
-__all__ = ["Listener", "OutOfMemory", "Pack", "SlicesMix", "measure", "train"]
+__all__ = ["Listener", "OutOfMemory", "Pack", "SlicesMix", "measure_alone", "train"]
 
 
 @dataclass
@@ -67,12 +64,12 @@ def train(
 
     Raises `SlicesMix` when the base cannot be shared between slices, and `OutOfMemory` when the pack does not fit: the
     caller then trains the runs one by one, or the pack in halves. Neither leaves a record; nor do `LeaseLost`, `Unwritable` and
-    `replicas.Lost`.
+    `distributed.Lost`.
     """
     freeze_heap()  # before anything of the pack is there: what is frozen with it would keep it for good
     listener = listener or Listener()
-    start = begun(pack, store, keep, accept_drift=accept_drift)
-    leads = replicas.leads()
+    start = load_checkpoint(pack, store, keep, accept_drift=accept_drift)
+    leads = distributed.is_rank_zero()
     if not leads:
         keep = pack.run_ids  # another process of the group writes
     for run in pack.runs:
@@ -93,11 +90,11 @@ def train(
         checkpoints.remove(store.root, pack.id)
         return train(pack, store, listener, keep=keep)
     except Exception as e:
-        if replicas.broken(e):
-            raise replicas.Lost(f"a process of the pack is gone ({e})") from e
+        if distributed.is_process_lost(e):
+            raise distributed.ProcessLost(f"a process of the pack is gone ({e})") from e
         if not (is_out_of_memory(e) and len(pack.runs) > 1):
             error = "".join(traceback.format_exception(e)[-3:]).strip()
-            records = [failed(run, f"{type(e).__name__}: {e}", error) for run in pack.runs]
+            records = [failed_record(run, f"{type(e).__name__}: {e}", error) for run in pack.runs]
     if records is None:  # raised out here, where the traceback no longer holds the tensors that did not fit
         release_memory()
         if leads:
@@ -116,33 +113,37 @@ class OutOfMemory(RuntimeError):
     """A pack of several runs did not fit into memory."""
 
 
-def _train(pack: Pack, store: Store, listener: Listener, keep: Collection[str], start: Begun | None) -> list[Record]:
-    with _opened(pack, store, listener, keep, start.step if start else 0) as session:
-        _probe(session)
-        cut = shards.sharded(session.base.model)
+def _train(
+    pack: Pack, store: Store, listener: Listener, keep: Collection[str], start: Checkpoint | None
+) -> list[Record]:
+    with open_session(pack, store, listener, keep, start.step if start else 0) as session:
+        check_isolation(session)
+        cut = fsdp.is_sharded(session.base.model)
         if pack.runs[0].trainer.reuse_trunk and not cut:
-            session.module.reuse = Reuse(session)
-        measured = pack.runs[0].role == "confirm" and (replicas.leads() or cut)  # what is cut runs in all or in none
+            session.module.trunk_cache = TrunkCache(session)
+        measured = pack.runs[0].role == "confirm" and (
+            distributed.is_rank_zero() or cut
+        )  # what is cut runs in all or in none
         auxiliary = (
             AuxiliaryMeasures(session) if measured else None
         )  # the base as it is, before anything of a checkpoint
         if start:
             restore(session, start)
-        with PeakMemory(session.resolved.device) as memory, quiet():
+        with PeakMemory(session.resolved.device) as memory, quiet_lightning():
             saver = Saver(session, memory.peak)
-            session.trainer.callbacks.append(Checkpoints(saver))
+            session.trainer.callbacks.append(CheckpointCallback(saver))
             fit(session, saver)
             session.peak_memory = saver.peak()
         if cut:
-            session.base_bytes = shards.bytes_held(session.base.model)
+            session.base_bytes = fsdp.bytes_by_rank(session.base.model)
         if auxiliary:
             auxiliary.measure_trained()
         if cut and pack.runs[0].trainer.save_weights:
-            session.stack.own = shards.whole_parameters(session.stack.own)  # for the files
-        return records_of(session) if replicas.leads() else []
+            session.stack.own = fsdp.gather_parameters(session.stack.own)  # for the files
+        return make_records(session) if distributed.is_rank_zero() else []
 
 
-def measure(run: RunConfig, store: Store, *, steps: int = 10) -> dict[str, Any]:
+def measure_alone(run: RunConfig, store: Store, *, steps: int = 10) -> dict[str, Any]:
     """Seconds, tokens and peak memory of a few training steps of one run alone, the first two left out of the clock.
 
     The seconds are the median pace, seconds a token, over the tokens: a machine that was busy for a moment does not show.
@@ -150,19 +151,19 @@ def measure(run: RunConfig, store: Store, *, steps: int = 10) -> dict[str, Any]:
     training split takes, which a run alone pays once. Features that other packs have left with the base are no part of the peak.
     """
     freeze_heap()
-    return _measured(run, store, steps)
+    return _timed_steps(run, store, steps)
 
 
-def _measured(run: RunConfig, store: Store, steps: int) -> dict[str, Any]:
+def _timed_steps(run: RunConfig, store: Store, steps: int) -> dict[str, Any]:
     trainer = replace(run.trainer, max_steps=steps, eval_interval=steps + 1)
     marks: list[tuple[float, int]] = []
-    with _opened(Pack("solo", (replace(run, trainer=trainer),)), store, Listener()) as s:
+    with open_session(Pack("solo", (replace(run, trainer=trainer),)), store, Listener()) as s:
         listener = Listener(step=lambda step, total: marks.append((time.perf_counter(), s.module.tokens)))
-        s.trainer.callbacks.append(Progress(listener.step, steps, dict(s.seconds)))
-        reuse = Reuse(s, alone=preparation.total_steps(run, len(s.prepared.encoded.splits["train"])))
+        s.trainer.callbacks.append(TrainingClock(listener.step, steps, dict(s.seconds)))
+        reuse = TrunkCache(s, alone=preparation.total_steps(run, len(s.prepared.encoded.splits["train"])))
         if run.trainer.reuse_trunk:
-            s.module.reuse = reuse
-        with PeakMemory(s.resolved.device) as memory, quiet(), stopping.defer_stop() as s.progress.stopped:
+            s.module.trunk_cache = reuse
+        with PeakMemory(s.resolved.device) as memory, quiet_lightning(), signals.defer_stop() as s.progress.stopped:
             s.trainer.fit(s.module, s.train_stream(), s.val_stream())  # never reached: eval_interval
             peak = memory.peak() - reuse.idle_bytes()
         reused = {"reused_blocks": reuse.depth, "trunk_seconds": round(reuse.seconds("train"), 4)}
@@ -179,17 +180,17 @@ def _measured(run: RunConfig, store: Store, steps: int) -> dict[str, Any]:
 
 
 @contextmanager
-def _opened(
+def open_session(
     pack: Pack, store: Store, listener: Listener, keep: Collection[str] = (), start: int = 0
 ) -> Iterator[Session]:
     """A pack ready to train on its base from step `start`; the base comes back as it was, and that is checked."""
     first = pack.runs[0]
-    prepared, resolved = preparation.prepare(first), settled.resolve_in(first, store)
+    prepared, resolved = preparation.prepare(first), precision.resolve_in_sweep(first, store)
     base = preparation.load_base(first, prepared.head, resolved)
     prepared = preparation.teach(first, prepared, base)
-    before: int | None = _checksum(base.model)
+    before: int | None = _base_checksum(base.model)
     plans = [preparation.slice_plan(run, base.info) for run in pack.runs]
-    cut = first.trainer.strategy == "fsdp" and replicas.world() > 1
+    cut = first.trainer.strategy == "fsdp" and distributed.world_size() > 1
     stack = inject(base.model, plans, info=base.info, give_back=not cut)
     if cut and stack.own:
         before = None  # it trains and is given up
@@ -208,12 +209,12 @@ def _opened(
             base.model.activation_checkpointing_enable({"use_reentrant": False})  # type: ignore[operator]
         module.train()  # dropout is on; the stack keeps frozen normalisation in eval
         seconds = {"train": 0.0, "eval": 0.0}
-        progress = Progress(listener.step, total, seconds)
+        progress = TrainingClock(listener.step, total, seconds)
         trainer = make_trainer(first, resolved, progress, start)
         if cut:
             beside = {t.parameter for t in stack.named_trainables() if t.stacked}
-            with quiet():
-                shards.shard(base.model, beside, base.info.num_layers, trainer.strategy)
+            with quiet_lightning():
+                fsdp.shard(base.model, beside, base.info.num_layers, trainer.strategy)
             stack.own = dict(base.model.named_parameters()) if stack.own else {}
         yield Session(
             pack, store, prepared, resolved, base, plans, stack, module, trainer, progress, keep=keep, seconds=seconds
@@ -225,11 +226,11 @@ def _opened(
         base.model.eval()
         if cut:
             preparation.forget_base()
-    if before is not None and _checksum(base.model) != before:
+    if before is not None and _base_checksum(base.model) != before:
         raise RuntimeError("the frozen base changed during training")
 
 
-def _probe(s: Session) -> None:
+def check_isolation(s: Session) -> None:
     """Two rows a slice, no two alike, through the base: refuses one that would let slices see each other."""
     if len(s.pack.runs) == 1:
         return
@@ -241,7 +242,7 @@ def _probe(s: Session) -> None:
     check_slices_independent(s.base.model, s.stack, lambda: s.module.task.step(s.base.model, batch).loss_sum)
 
 
-def _checksum(model: torch.nn.Module) -> int:
+def _base_checksum(model: torch.nn.Module) -> int:
     """A wrap-around sum over the bits of every parameter and buffer: cheap, and any changed bit shows.
 
     Shares of parameters that are cut over processes add up to the whole.
@@ -249,6 +250,6 @@ def _checksum(model: torch.nn.Module) -> int:
     kinds = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
     sums = [0, 0]  # of what is whole here, of what is cut
     for i, t in enumerate([*model.parameters(), *model.buffers()], 1):
-        own = shards.held(t)
+        own = fsdp.local_part(t)
         sums[own is not t] += int(own.detach().contiguous().view(kinds[t.element_size()]).sum(dtype=torch.int64)) * i
-    return (sums[0] + (sum(replicas.gather(sums[1])) if shards.sharded(model) else 0)) % 2**64
+    return (sums[0] + (sum(distributed.gather_objects(sums[1])) if fsdp.is_sharded(model) else 0)) % 2**64

@@ -7,13 +7,14 @@ from typing import Any
 
 from lorabench.adapters.trunk import MAX_FEATURE_BYTES, Features, Trunk, find_trunk
 from lorabench.training.batches import Part
+from lorabench.training.module import NoTrunkCache
 from lorabench.training.session import Session
 
-MOST_IDLE = MAX_FEATURE_BYTES  # of what a pack finds on the base and does not read
-WORTH = 4  # a split is computed whole when training sees at least one in so many of its examples
+MAX_IDLE_BYTES = MAX_FEATURE_BYTES  # of what a pack finds on the base and does not read
+MAX_EXAMPLES_PER_SEEN = 4  # a split is computed whole when training sees at least one in so many of its examples
 
 
-class Reuse:
+class TrunkCache(NoTrunkCache):
     """Called with a part before its forward pass; inside the context it gives, the trunk is served where that pays.
 
     The trunk is looked for at the first part, when the base is on its device. Features stay with the base, so the next
@@ -26,7 +27,6 @@ class Reuse:
         self.session, self.alone = session, alone
         self._paying: dict[str, bool] = {}
         self.trunk: Trunk | None = None
-        self.decided: int | None = None
         splits = session.prepared.encoded.splits
         self._split_of = {e["example"]: name for name, examples in splits.items() for e in examples}
 
@@ -38,10 +38,9 @@ class Reuse:
             return nullcontext()
         return self.trunk.serve(self._features(self._split_of[int(part.batch["example"][0])]), part.batch)
 
-    @property
-    def depth(self) -> int:
-        """How many blocks are served; 0: none."""
-        return self.decided or 0
+    def resume(self, decided: int | None) -> None:
+        """Take what a checkpoint decided: tried anew, on another batch, it might come out otherwise."""
+        self.decided = decided
 
     def seconds(self, split: str) -> float:
         """What computing a split's features took, whichever pack of this base did it; 0 where they are not served."""
@@ -85,7 +84,7 @@ class Reuse:
         if not self._paying[split]:  # nor what a longer run has computed: numbers would depend on who trained before
             return None
         if key not in s.base.features:
-            if self.idle_bytes() > MOST_IDLE:  # what it was is computed anew, should a pack come back to it
+            if self.idle_bytes() > MAX_IDLE_BYTES:  # what it was is computed anew, should a pack come back to it
                 self._forget_idle()
             s.base.features[key] = self._compute(split)
         found: Features = s.base.features[key]
@@ -98,7 +97,7 @@ class Reuse:
         if sum(lengths) * s.base.info.hidden_size * size > MAX_FEATURE_BYTES:
             return False
         seen = (self.alone or s.module.total_steps) * t.batch_size * t.accumulate_grad_batches
-        return split != "train" or seen * WORTH >= len(lengths)
+        return split != "train" or seen * MAX_EXAMPLES_PER_SEEN >= len(lengths)
 
     def _compute(self, split: str) -> Features:
         assert self.trunk is not None

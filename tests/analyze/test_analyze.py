@@ -27,7 +27,7 @@ from lorabench.analyze import measure as measure_
 from lorabench.analyze.scope import Asked
 from lorabench.analyze.updates import Trained
 from lorabench.config.contracts.method import AdapterSpec, SlicePlan
-from lorabench.training.saved import SavedRun
+from lorabench.training.saved_run import SavedRun
 
 QUERY = "bert.encoder.layer.0.attention.self.query"
 LORA = {"method.target_modules": ["query", "value"], "method.alpha": 8.0}

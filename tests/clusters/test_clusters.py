@@ -18,11 +18,11 @@ import pytest
 
 from fixtures.runs import make_base, make_data, make_run
 from lorabench.clusters import crew, engines, job, slurm, watch
-from lorabench.clusters.engines import Death, check
+from lorabench.clusters.engines import Death, check_executor
 from lorabench.clusters.notice import PREEMPTED, STOPPED, TIME_LIMIT, Notice
 from lorabench.config.errors import ConfigError, ExistingWork
 from lorabench.config.runs import Pack
-from lorabench.runtime import signals as stopping
+from lorabench.runtime import signals
 from lorabench.store import checkpoints
 from lorabench.store.records import Store
 from lorabench.sweep import ranks
@@ -81,7 +81,7 @@ def sweep(cli, tiny, monkeypatch):
 
     def run(engine, *argv):
         monkeypatch.setattr("lorabench.clusters.engines.EXECUTORS", ("inline", "here"))
-        monkeypatch.setattr(crew, "engine", lambda *args: engine)
+        monkeypatch.setattr(crew, "make_engine", lambda *args: engine)
         return cli(
             *GRID, *tiny, "sweep.name=s", "hydra.launcher.executor=here", "hydra.launcher.poll_seconds=0.05", *argv
         )
@@ -143,15 +143,15 @@ def test_an_engine_that_is_busy_is_asked_again(sweep):
 
 @pytest.mark.parametrize("times", [3, 99])
 def test_a_file_that_cannot_be_read_for_a_moment_ends_nothing(sweep, monkeypatch, times):
-    real, asked = watch.hear, itertools.count()
+    real, asked = watch.pass_on_rows, itertools.count()
 
     def hear(seen):
         if next(asked) < times:
             raise OSError(errno.ESTALE, os.strerror(errno.ESTALE))
         real(seen)
 
-    monkeypatch.setattr(watch, "hear", hear)
-    with pytest.raises(OSError, match=os.strerror(errno.ESTALE)) if times > crew.LATE else nullcontext():
+    monkeypatch.setattr(watch, "pass_on_rows", hear)
+    with pytest.raises(OSError, match=os.strerror(errno.ESTALE)) if times > crew.MISSES_UNTIL_LOST else nullcontext():
         code, out = sweep(Here(), "method.r=1")
         assert code == 0, out
 
@@ -222,7 +222,7 @@ def test_what_slurm_says_of_a_death(tmp_path, monkeypatch, state, cause):
     """A lost node is as little a pack's fault as a preemption."""
     engine = object.__new__(engines.Submitit)
     engine.name, engine.logs = "slurm", tmp_path
-    monkeypatch.setattr(slurm, "state", lambda job: (state, "0:9"))
+    monkeypatch.setattr(slurm, "job_state", lambda job: (state, "0:9"))
     assert engine.death("7_0") == Death(f"Slurm job 7_0 ended: {state} (exit code 0:9)", cause=cause)
 
 
@@ -260,7 +260,7 @@ def test_a_job_hears_what_is_deferred_while_a_pack_trains(number):
     heard = []
 
     def train() -> None:
-        with stopping.defer_stop() as stopped:
+        with signals.defer_stop() as stopped:
             os.kill(os.getpid(), number)
             time.sleep(0.1)
             heard.append(stopped())
@@ -282,10 +282,14 @@ def test_which_jobs_ask_for_another_start(tmp_path, monkeypatch, why, step, requ
         _requeue = staticmethod(asked.append)
 
     store = Store(tmp_path)
-    job.note(store, "p0", engine="slurm", job="7_0", tries=1, step=3)
+    job.note_job(store, "p0", engine="slurm", job="7_0", tries=1, step=3)
     monkeypatch.setattr(checkpoints, "last_step", lambda root, pack: step)
     job.PackJob(str(tmp_path), "p0")._leave(store, Environment(), why, begun=3)
-    assert (len(asked), job.left(store, "p0", "7_0"), job.left(store, "p0", "8_0")) == (requeues, why, None)
+    assert (len(asked), job.leave_reason(store, "p0", "7_0"), job.leave_reason(store, "p0", "8_0")) == (
+        requeues,
+        why,
+        None,
+    )
 
 
 @pytest.mark.parametrize(
@@ -297,15 +301,15 @@ def test_which_jobs_ask_for_another_start(tmp_path, monkeypatch, why, step, requ
     ],
 )
 def test_a_job_that_ended_in_its_grace_time_was_preempted(monkeypatch, shown, state):
-    monkeypatch.setattr(slurm, "said", lambda *command: shown)
-    assert slurm.state("7_0")[0] == state
+    monkeypatch.setattr(slurm, "command_output", lambda *command: shown)
+    assert slurm.job_state("7_0")[0] == state
 
 
 def test_a_job_killed_for_its_memory_is_split(sweep):
     engine = Here(lose=1, death=Death("OUT_OF_MEMORY", memory=True))
 
     def death(name):  # it had come some way
-        where = checkpoints.pack_folder(Store("sweeps/s").root, job.unended(Store("sweeps/s")).popitem()[0])
+        where = checkpoints.pack_folder(Store("sweeps/s").root, job.unended_jobs(Store("sweeps/s")).popitem()[0])
         checkpoints.write(where, 2, {}, {"schema": 1})
         return engine.why
 
@@ -347,7 +351,7 @@ def test_a_launcher_that_comes_back_waits_for_the_jobs_there_are(sweep, tiny, cl
 
     first.alive = stop
     assert sweep(first)[0] == 143
-    noted = {p: job.entry(Store("sweeps/s"), p)["job"] for p in ("p0", "p1")}
+    noted = {p: job.job_entry(Store("sweeps/s"), p)["job"] for p in ("p0", "p1")}
     assert set(noted.values()) == set(first.queue) and not Store("sweeps/s").records()
     second, seen = Here(), []
     second.queue, run = first.queue, second.alive
@@ -400,52 +404,52 @@ def test_a_job_holds_its_pack_and_waits_for_whoever_does(sweep, monkeypatch, cap
 
     again = store.run_ids()[0]
     (store.run_dir(again) / "run.json").unlink()
-    job.note(store, "p0", engine="here", job="twin", tries=1)
+    job.note_job(store, "p0", engine="here", job="twin", tries=1)
     first = store.leases.take("p0")
     with ThreadPoolExecutor(1) as thread:
         twin = thread.submit(job.PackJob(str(store.root), "p0").run, "twin")
         while "p0: waits for process" not in (said := capsys.readouterr().out) and not twin.done():
             time.sleep(0.05)
-        assert "which trains it" in said and not job.end(store, "p0", "twin") and len(held) == 1
+        assert "which trains it" in said and not job.job_end(store, "p0", "twin") and len(held) == 1
         first.release()
         twin.result(300)
-    assert len(held) == 2 and job.end(store, "p0", "twin") == {"kind": "done", "job": "twin"}
+    assert len(held) == 2 and job.job_end(store, "p0", "twin") == {"kind": "done", "job": "twin"}
     assert store.read(again)
 
 
 def test_a_job_that_no_launcher_noted_trains_nothing(tmp_path, monkeypatch):
-    monkeypatch.setattr(job, "NOTED", 0.3)
+    monkeypatch.setattr(job, "SECONDS_UNTIL_NOTED", 0.3)
     store = Store(tmp_path)
     made = job.PackJob(str(tmp_path), "p0")
     assert not made._is_mine(store, "7_0")
-    job.note(store, "p0", engine="slurm", job="8_0", tries=1)
+    job.note_job(store, "p0", engine="slurm", job="8_0", tries=1)
     assert not made._is_mine(store, "7_0") and made._is_mine(store, "8_0")
 
 
 def test_an_end_is_that_of_one_job(tmp_path):
     store = Store(tmp_path)
-    job.note(store, "p0", engine="slurm", job="7_0", tries=1)
-    (job.folder(store) / "p0.end.json").write_text('{"kind": "done", "job": "7_0"}')
-    assert job.end(store, "p0", "7_0")["kind"] == "done"
-    assert job.end(store, "p0", "8_0") == {}
-    job.note(store, "p0", engine="slurm", job="7_0", tries=2)
-    assert job.end(store, "p0", "7_0") == {}, "submitted again under a number that came back"
-    (job.folder(store) / "p0.json").write_text("[1")
-    assert job.entry(store, "p0") == {}
+    job.note_job(store, "p0", engine="slurm", job="7_0", tries=1)
+    (job.jobs_folder(store) / "p0.end.json").write_text('{"kind": "done", "job": "7_0"}')
+    assert job.job_end(store, "p0", "7_0")["kind"] == "done"
+    assert job.job_end(store, "p0", "8_0") == {}
+    job.note_job(store, "p0", engine="slurm", job="7_0", tries=2)
+    assert job.job_end(store, "p0", "7_0") == {}, "submitted again under a number that came back"
+    (job.jobs_folder(store) / "p0.json").write_text("[1")
+    assert job.job_entry(store, "p0") == {}
     with pytest.raises(AssertionError):
-        job.entry(store, "../../x")
+        job.job_entry(store, "../../x")
 
 
 def test_jobs_of_another_engine_are_not_trained_here_too(tmp_path, monkeypatch):
     store = Store(tmp_path)
     for pack, made in (("p0", "7_0"), ("p1", "7_1"), ("p2", "7_2")):
-        job.note(store, pack, engine="slurm", job=made, tries=1)
-    (job.folder(store) / "p1.end.json").write_text('{"kind": "done", "job": "7_1"}')
-    monkeypatch.setattr(engines, "alive", lambda name, ids, logs: set(ids) - {"7_2"})
+        job.note_job(store, pack, engine="slurm", job=made, tries=1)
+    (job.jobs_folder(store) / "p1.end.json").write_text('{"kind": "done", "job": "7_1"}')
+    monkeypatch.setattr(engines, "alive_jobs", lambda name, ids, logs: set(ids) - {"7_2"})
     with pytest.raises(ExistingWork, match=r"p0: slurm jobs still \(7_0\)"):
         engines.refuse_others(store, "inline")
     engines.refuse_others(store, "slurm")
-    monkeypatch.setattr(engines, "alive", lambda name, ids, logs: None)
+    monkeypatch.setattr(engines, "alive_jobs", lambda name, ids, logs: None)
     engines.refuse_others(store, "inline")
 
 
@@ -458,14 +462,14 @@ def test_an_executor_that_is_none(cli):
 def test_a_missing_engine_is_named_with_its_extra(executor, extra, monkeypatch):
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     with pytest.raises(ConfigError, match=rf"pip install 'lorabench\[{extra}\]'"):
-        check(executor)
+        check_executor(executor)
 
 
 def test_slurm_needs_its_commands(monkeypatch):
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: object())
     monkeypatch.setattr("shutil.which", lambda name: None)
     with pytest.raises(ConfigError, match="no sbatch, srun here"):
-        check("slurm")
+        check_executor("slurm")
 
 
 def test_a_watch_hears_each_row_once(tmp_path, monkeypatch):
@@ -487,7 +491,7 @@ def test_a_watch_hears_each_row_once(tmp_path, monkeypatch):
     for rows in ([1, 2], [1], [1, 2], [1, 2, 3]):
         store.reset_history(Run.run_id)
         store.append_history(Run.run_id, [{"step": s} for s in rows])
-        watch.hear(seen)
+        watch.pass_on_rows(seen)
     assert heard == [1, 2, 3] and len(began) == 1
 
 
@@ -511,7 +515,7 @@ def test_a_file_system_that_timed_out_ends_the_wait_for_a_job(tmp_path):
     class Answered(watch.Watch):
         def __init__(self, *given):
             super().__init__(*given)
-            watch.settle(self, error=TimeoutError(110, "Connection timed out"))
+            watch.resolve(self, error=TimeoutError(110, "Connection timed out"))
 
     with pytest.MonkeyPatch.context() as m, ThreadPoolExecutor(1) as thread:
         m.setattr(crew, "Watch", Answered)

@@ -24,7 +24,7 @@ from lorabench.costs import timings
 from lorabench.costs.measure import Asked
 from lorabench.report import render
 from lorabench.report.sections import costs
-from lorabench.training.saved import open_run
+from lorabench.training.saved_run import open_run
 
 LORA = {"method.target_modules": ["query", "value"], "method.alpha": 8.0}
 CELLS: dict[str, dict[str, Any]] = {

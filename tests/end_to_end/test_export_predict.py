@@ -25,7 +25,7 @@ from lorabench.adapters.files import save_slice
 from lorabench.config.errors import ConfigError
 from lorabench.config.runs import RunConfig, parse_run
 from lorabench.store.records import Record, Store
-from lorabench.training.saved import open_run
+from lorabench.training.saved_run import open_run
 
 pytestmark = pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing`:FutureWarning")  # PEFT 0.21 asks for it
 TEXTS = ["the small dog runs south", "a big red house north of here", "cat"]

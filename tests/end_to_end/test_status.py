@@ -197,7 +197,7 @@ def test_a_job_of_a_cluster_outlives_its_launcher(
     """Nobody holds the lease: what the job writes is the only sign of it."""
     from lorabench.clusters import job
 
-    job.note(store, "p1", engine="slurm", job="17\x1b", tries=1)
+    job.note_job(store, "p1", engine="slurm", job="17\x1b", tries=1)
     moment = time.time() - age
     os.utime(store.run_dir(f"{6:012x}") / "history.jsonl", (moment, moment))
     assert read(store.root).counts["running"] == running
@@ -210,7 +210,7 @@ def test_a_job_of_a_cluster_outlives_its_launcher(
 def test_a_job_that_has_written_nothing_yet_holds_its_pack(store: Store, capsys: pytest.CaptureFixture[str]) -> None:
     from lorabench.clusters import job
 
-    job.note(store, "p2", engine="slurm", job="18", tries=1)
+    job.note_job(store, "p2", engine="slurm", job="18", tries=1)
     assert read(store.root).counts["waiting"] == 1
     lease = store.leases.take("p2")
     assert lease

@@ -266,7 +266,7 @@ def test_one_kind_of_method_says_nothing_of_anothers_pace(monkeypatch: pytest.Mo
             id=f"{name}{trainable}", trainable=trainable, run=SimpleNamespace(method=method, trainer=None)
         )
 
-    monkeypatch.setattr(train, "measure", measure)
+    monkeypatch.setattr(train, "measure_alone", measure)
     cells = [cell("full", 10**7), cell("lora", 10**4), cell("lora", 10**5), cell("dora", 10**4), cell("head", 10**3)]
     asked: Any = SimpleNamespace(cells=cells, examples={"train": 400, "val": 100, "test": 300})
     paces, once = study.measure_paces(asked)

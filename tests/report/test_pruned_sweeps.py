@@ -20,7 +20,7 @@ from lorabench.report.tables import lost_runs, rates
 from lorabench.results.findings import Findings, find
 from lorabench.results.sweep import load
 from lorabench.store.records import Store
-from lorabench.training.pruning import reason
+from lorabench.training.pruning import prune_reason
 
 RATES = (5e-4, 1e-3, 2e-3, 4e-3, 8e-3, 1.6e-2)
 CELLS = (Planted("lora", RATES, 2e-3, 0.75, r=4), Planted("lora", RATES, 4e-3, 0.76, r=16))
@@ -37,7 +37,7 @@ def drop(store: Store, cell: str, at: Mapping[float, int], *, error: bool = True
         if step is not None:
             metrics = record.metrics | {"val/loss": 0.001, "val/accuracy": 0.999, "pruned_step": step}
             found = record.resources | {"steps": step}
-            text = reason(step, 100) if error else None
+            text = prune_reason(step, 100) if error else None
             store.write(dataclasses.replace(record, status="pruned", metrics=metrics, resources=found, error=text))
 
 
@@ -85,7 +85,7 @@ def test_the_list_of_lost_runs_names_the_step(found: Findings) -> None:
     ]
     assert len(rows) == 12
     assert all(r["status"] == "pruned" for r in rows)
-    assert {r["why"] for r in rows if r["cell"] == "LoRA r = 4"} == {reason(60, 100), reason(80, 100)}
+    assert {r["why"] for r in rows if r["cell"] == "LoRA r = 4"} == {prune_reason(60, 100), prune_reason(80, 100)}
     assert {r["why"] for r in rows if r["cell"] == "LoRA r = 16"} == {"pruned at step 60"}
 
 

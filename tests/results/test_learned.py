@@ -16,7 +16,7 @@ from lorabench.report.cautions import warnings
 from lorabench.results.data_notes import data_caveats
 from lorabench.results.findings import Findings, find
 from lorabench.results.sweep import load
-from lorabench.sweep.progress import announced
+from lorabench.sweep.progress import announce_slow
 
 LABELS = {"no": 300, "yes": 1500, "perhaps": 200}  # always "yes": 75 %
 
@@ -78,8 +78,8 @@ def test_what_takes_long_is_announced() -> None:
             said.set()
 
     console = Console(file=Heard())
-    with announced("reading the data", after=0.0, console=console):
+    with announce_slow("reading the data", after=0.0, console=console):
         assert said.wait(60)
-    with announced("never said", after=600.0, console=console):
+    with announce_slow("never said", after=600.0, console=console):
         pass
     assert console.file.getvalue() == "reading the data\n"  # type: ignore[attr-defined]

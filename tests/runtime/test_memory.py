@@ -13,7 +13,7 @@ import pytest
 from lorabench.config.runs import RunConfig
 from lorabench.runtime.memory import PeakMemory, available_memory, freeze_heap, is_out_of_memory, release_memory
 from lorabench.store.records import Store
-from lorabench.sweep.memory import estimate
+from lorabench.sweep.memory import estimate_peak
 from lorabench.training import preparation
 
 
@@ -30,7 +30,7 @@ def test_estimates_lie_near_the_measured_peaks_of_the_reference_packs(repo):
         plans = [preparation.slice_plan(run, info) for run in runs]
         p = records[0].provenance
         parts = p.get("part_tokens", 10**9)  # records from before there were parts: the whole pack went through at once
-        guess = estimate(info, plans, runs[0], dtype=p["base_dtype"], device=p["device"], part_tokens=parts)
+        guess = estimate_peak(info, plans, runs[0], dtype=p["base_dtype"], device=p["device"], part_tokens=parts)
         ratio = guess / records[0].resources["peak_memory_bytes"]
         assert 0.6 < ratio < 1.5, (name, [r.method.label() for r in runs], round(ratio, 2))
 
@@ -136,12 +136,12 @@ def test_a_cell_measured_alone_is_collected_and_others_features_are_none_of_its_
     lora = make_run(base, data, **{"trainer.max_steps": 20})
     head = make_run(base, data, **{"method.name": "head", "trainer.max_steps": 100})
     gc.unfreeze()
-    first = training.measure(lora, store, steps=3)["peak_memory_bytes"]
+    first = training.measure_alone(lora, store, steps=3)["peak_memory_bytes"]
     left = tensors()
     assert not [x for x in gc.get_objects() if type(x).__name__ in ("PackModule", "PackedAdamW", "Session")]
-    assert training.measure(head, store, steps=3)["reused_blocks"] > 0
+    assert training.measure_alone(head, store, steps=3)["reused_blocks"] > 0
     assert tensors() > left, "the features stay with the base"
-    assert training.measure(lora, store, steps=3)["peak_memory_bytes"] == first
+    assert training.measure_alone(lora, store, steps=3)["peak_memory_bytes"] == first
 
 
 def test_a_failed_allocation_is_told_from_other_errors():

@@ -93,7 +93,7 @@ def wait_for(what, seconds=300.0):
 
 
 def noted(name, pack="p0"):
-    return job.entry(Store(f"sweeps/{name}"), pack).get("job")
+    return job.job_entry(Store(f"sweeps/{name}"), pack).get("job")
 
 
 def history_rows(name):

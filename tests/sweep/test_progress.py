@@ -37,7 +37,7 @@ def packs(tmp_path: Path) -> list[Pack]:
 def said(clock: Clock, packs: list[Pack], begun: int, seconds: float) -> list[str]:
     """The lines of the first of the packs, of 100 steps that goes on after step `begun`."""
     out = io.StringIO()
-    with terminal.Progress(Console(file=out, width=200), packs, enabled=True) as progress:
+    with terminal.ProgressDisplay(Console(file=out, width=200), packs, enabled=True) as progress:
         heard = progress.step(packs[0], begun)
         for step in range(begun + 1, 101):
             clock.now += seconds

@@ -21,7 +21,7 @@ from lorabench.config.runs import Pack
 from lorabench.store import checkpoints
 from lorabench.store.records import Record, Store
 from lorabench.sweep.ranks import train
-from lorabench.training import distributed as replicas
+from lorabench.training import distributed
 from lorabench.training.precision import device_count
 from lorabench.training.train import Listener
 
@@ -97,11 +97,11 @@ def test_other_runs_in_two_processes(parts: tuple[Path, Path], tmp_path: Path, c
 def _sum_of_gradients(rank: int, meet: str, out: Any) -> None:
     """One of two processes with three parameters: both use the first, one the second, neither the third."""
     torch.distributed.init_process_group("gloo", init_method=f"file://{meet}", rank=rank, world_size=2)
-    replicas.join(rank, 2)
+    distributed.join(rank, 2)
     made = [torch.nn.Parameter(torch.ones(2)) for _ in range(3)]
     for parameter in made[: 1 + rank]:
         parameter.grad = torch.full((2,), 1.0 + rank)
-    replicas.add_up_gradients(made)
+    distributed.sum_gradients(made)
     torch.optim.AdamW(made, lr=0.5, weight_decay=0.5).step()
     out.put(([p.grad if p.grad is None else p.grad.tolist() for p in made], made[2].tolist()))
 
@@ -121,8 +121,8 @@ def test_what_no_process_uses_is_left_alone(tmp_path: Path) -> None:
 
 def test_processes_wait_for_one_that_measures(monkeypatch: pytest.MonkeyPatch) -> None:
     """Beside the test the first one measures alone, before training and after it, longer than torch's half hour perhaps."""
-    monkeypatch.setattr(replicas, "_place", (0, 2))
-    assert replicas.placed("cpu", 2)["strategy"]._timeout >= timedelta(hours=12)
+    monkeypatch.setattr(distributed, "_place", (0, 2))
+    assert distributed.trainer_devices("cpu", 2)["strategy"]._timeout >= timedelta(hours=12)
 
 
 def processes() -> list[int]:

@@ -16,8 +16,8 @@ from lorabench.results.findings import find
 from lorabench.results.sweep import load
 from lorabench.slim import slim
 from lorabench.store.records import Record, Store
-from lorabench.sweep.packs import Job, label_of, planned_packs
-from lorabench.sweep.reuse import bring, would_bring
+from lorabench.sweep.packs import Job, assign_packs, cell_label
+from lorabench.sweep.reuse import copy_runs, preview_copy
 from lorabench.training import precision, preparation
 
 Cli = Callable[..., tuple[int, str]]
@@ -99,9 +99,9 @@ def test_a_dry_run_shows_what_is_there_and_writes_nothing(sweep: Cli) -> None:
 
 
 def test_runs_made_under_other_conditions_are_left(sweep: Cli, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(precision, "fast_bf16", lambda device: True)
+    monkeypatch.setattr(precision, "has_fast_bf16", lambda device: True)
     assert sweep("bf16", "method.r=2")[0] == 0
-    monkeypatch.setattr(precision, "fast_bf16", lambda device: False)
+    monkeypatch.setattr(precision, "has_fast_bf16", lambda device: False)
     assert sweep("mixed", "method.r=4")[0] == 0
     code, said = sweep("mixed", "method.r=2,4", "sweep.reuse=[sweeps/bf16]")
     assert code == 0
@@ -183,9 +183,9 @@ def test_a_note_from_before_any_run_does_not_outlive_what_is_taken(places: tuple
     run, store = own_run(places, 2), Store(tmp_path / "new")
     note = {"settled": {"device": "cpu", "precision": "32"}}
     store.write_manifest({"schema": 1, "cells": [], "runs": {}, "packs": [], **note})
-    assert list(bring(store, [run], [made(tmp_path / "bf16", run, "bf16")]))
-    precision.settle(store, run)
-    assert precision.settled_precision(store) == "bf16"
+    assert list(copy_runs(store, [run], [made(tmp_path / "bf16", run, "bf16")]))
+    precision.note_device(store, run)
+    assert precision.noted_precision(store) == "bf16"
 
 
 def test_what_would_be_taken_is_what_is_taken(places: tuple[Path, Path], tmp_path: Path) -> None:
@@ -195,9 +195,9 @@ def test_what_would_be_taken_is_what_is_taken(places: tuple[Path, Path], tmp_pat
     for note in ({}, {"settled": {"device": "cpu", "precision": "32"}}):
         store = Store(tmp_path / f"new{len(note)}")
         store.write_manifest({"schema": 1, "cells": [], "runs": {}, "packs": [], **note})
-        found = would_bring(store, runs, sources)
+        found = preview_copy(store, runs, sources)
         assert store.manifest().get("settled") == note.get("settled") and not store.run_ids()
-        lines = list(bring(store, runs, sources))
+        lines = list(copy_runs(store, runs, sources))
         assert [f"{store.root}: {line}" for line in found.lines] == lines and len(lines) == 2
         assert (found.run_ids, found.precision) == ({*store.run_ids()}, "bf16")
 
@@ -211,8 +211,8 @@ def test_a_launch_that_was_cut_while_it_copied_takes_no_more_than_it_would_have(
         store = Store(tmp_path / name)
         store.write_manifest({"schema": 1, "cells": [], "runs": {}, "packs": []})
         if name == "cut":
-            list(bring(store, runs, sources[:1]))
-        list(bring(store, runs, sources))
+            list(copy_runs(store, runs, sources[:1]))
+        list(copy_runs(store, runs, sources))
         assert store.run_ids() == [runs[0].run_id]
 
 
@@ -220,7 +220,7 @@ def test_what_was_taken_fills_no_pack_of_what_is_to_train(places: tuple[Path, Pa
     """A pack trains all of its members."""
     runs, store = [own_run(places, r) for r in (2, 4)], Store(tmp_path / "new")
     store.write_manifest({"schema": 1, "cells": [], "runs": {}, "packs": []})
-    list(bring(store, runs, [made(tmp_path / "first", runs[0], "32")]))
+    list(copy_runs(store, runs, [made(tmp_path / "first", runs[0], "32")]))
     settings = Settings(SweepConfig(max_pack=8), ReportConfig(), TrackerConfig(), StudyConfig())
-    packs = planned_packs(store, [Job(run, settings, label_of(run)) for run in runs])
+    packs = assign_packs(store, [Job(run, settings, cell_label(run)) for run in runs])
     assert [p.run_ids for p in packs] == [[runs[1].run_id], [runs[0].run_id]]

@@ -37,7 +37,7 @@ def threads(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     found: list[int] = []
     monkeypatch.setattr(workers, "_Worker", Idle)
     monkeypatch.setattr(workers, "_cores", lambda: [0, 1, 2, 3, 4])
-    monkeypatch.setattr(workers.messages, "belong_to_parent", lambda: None)
+    monkeypatch.setattr(workers.protocol, "die_with_parent", lambda: None)
     monkeypatch.setattr(workers.torch, "set_num_threads", found.append)
     monkeypatch.setattr(workers.os, "sched_setaffinity", lambda pid, cores: None)
     return found
@@ -55,15 +55,15 @@ def test_a_pack_has_as_many_threads_whichever_worker_it_meets_and_however_many_a
     """Else one that goes on after a kill, as the last of several, would be refused or come out otherwise."""
     packs = packs_of(tmp_path, *(f"p{i}" for i in range(8)))
     for planned in (packs, packs[:1]):
-        assert workers.shares(planned, asked) == asked
-    crew = workers.workers_for(packs, asked)
+        assert workers.share_count(planned, asked) == asked
+    crew = workers.make_workers(packs, asked)
     assert crew is not None
     with crew:
         assert len(crew._all) == asked
         for worker in crew._all:
             workers._begin(*worker.own, channel=None)
-    assert workers.workers_for(packs[-1:], asked) is None
-    with workers.one_share(asked):  # the last one, in this process
+    assert workers.make_workers(packs[-1:], asked) is None
+    with workers.worker_threads(asked):  # the last one, in this process
         pass
     assert threads == [max(1, 5 // asked)] * (asked + 1) + [1]
 
@@ -71,10 +71,10 @@ def test_a_pack_has_as_many_threads_whichever_worker_it_meets_and_however_many_a
 def test_by_itself_a_lone_pack_has_all_cores_and_its_halves_too(
     threads: list[int], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(workers, "GROUP", 2)
+    monkeypatch.setattr(workers, "CORES_PER_WORKER", 2)
     one, other, *halves = packs_of(tmp_path, "p0", "p1", "p0.0", "p0.1")
-    assert [workers.shares(packs, None) for packs in ([one, other], [one], halves)] == [2, 1, 1]
-    with workers.one_share(1):
+    assert [workers.share_count(packs, None) for packs in ([one, other], [one], halves)] == [2, 1, 1]
+    with workers.worker_threads(1):
         assert not threads
     assert not threads
 

@@ -23,9 +23,8 @@ from lorabench.config.runs import Pack, RunConfig
 from lorabench.store import checkpoints
 from lorabench.store.records import Record, Store
 from lorabench.sweep.ranks import free_port, train
-from lorabench.training import distributed as replicas
-from lorabench.training import fsdp as shards
-from lorabench.training.train import Listener, _opened, _probe
+from lorabench.training import distributed, fsdp
+from lorabench.training.train import Listener, check_isolation, open_session
 
 pytestmark = pytest.mark.slow
 CUT = {"trainer.devices": 2, "trainer.strategy": "fsdp"}
@@ -154,7 +153,7 @@ def test_a_killed_pack_goes_on_as_if_it_had_not_been(places: dict[str, Path], tm
     pack = Pack("p0", two_slices(parts, 2, **settings))
     stores = Store(tmp_path / "undisturbed"), Store(tmp_path / "killed")
     one = train(pack, stores[0])
-    with pytest.raises(replicas.Lost):
+    with pytest.raises(distributed.ProcessLost):
         train(pack, stores[1], Listener(step=kill))
     assert len(checkpoints.list_checkpoints(checkpoints.pack_folder(stores[1].root, "p0"))) == 2
     two = train(pack, stores[1])
@@ -179,7 +178,7 @@ def test_a_killed_pack_whose_base_trains_goes_on_as_if_it_had_not_been(places: d
     )
     pack, stores = Pack("p0", (run,)), (Store(tmp_path / "undisturbed"), Store(tmp_path / "killed"))
     (one,) = train(pack, stores[0])
-    with pytest.raises(replicas.Lost):
+    with pytest.raises(distributed.ProcessLost):
         train(pack, stores[1], Listener(step=kill))
     newest, before = checkpoints.list_checkpoints(checkpoints.pack_folder(stores[1].root, "p0"))
     assert [checkpoints.step_of(path) for path in (newest, before)] == [10, 5]
@@ -225,7 +224,7 @@ def in_two(call: Callable[..., Any], *told: Any) -> list[Any]:
 
 def _joined(rank: int, port: int, said: Any, call: Callable[..., Any], told: tuple[Any, ...]) -> None:
     os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "LOCAL_RANK": str(rank), "NODE_RANK": "0"}
-    replicas.join(rank, 2)
+    distributed.join(rank, 2)
     said.put((rank, call(rank, *told)))
     said.close()
     said.join_thread()
@@ -233,12 +232,12 @@ def _joined(rank: int, port: int, said: Any, call: Callable[..., Any], told: tup
 
 def _look(rank: int, configs: list[dict[str, Any]], root: str) -> tuple[int, int]:
     pack = Pack("p0", tuple(RunConfig.from_dict(c) for c in configs))
-    with _opened(pack, Store(root), Listener()) as session:
+    with open_session(pack, Store(root), Listener()) as session:
         full = configs[0]["method"]["name"] == "full"
         if full:
             session.trainer.fit(session.module, session.train_stream(), session.val_stream())
         else:
-            _probe(session)
+            check_isolation(session)
         found: dict[int, int] = {}
         gc.collect()
         for x in gc.get_objects():
@@ -278,6 +277,6 @@ def _take_own_expert(rank: int) -> dict[str, list[Any]]:
         root_device=torch.device("cpu"),
         setup_environment=lambda: dist.init_process_group("gloo", rank=rank, world_size=2),
     )
-    shards.shard(model, (), 0, strategy)
+    fsdp.shard(model, (), 0, strategy)
     model(_example(rank), rank).backward()
-    return {name: shards.held(p.grad).tolist() for name, p in model.named_parameters()}
+    return {name: fsdp.local_part(p.grad).tolist() for name, p in model.named_parameters()}

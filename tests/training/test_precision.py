@@ -15,7 +15,7 @@ from lorabench.results.findings import find
 from lorabench.results.sweep import load
 from lorabench.store.records import Store
 from lorabench.training import precision
-from lorabench.training.precision import settle
+from lorabench.training.precision import note_device
 
 Cli = Callable[..., tuple[int, str]]
 
@@ -43,7 +43,7 @@ def machine(monkeypatch: pytest.MonkeyPatch) -> Callable[[bool], None]:
     """Make this machine one with or without native bf16 products."""
 
     def become(native: bool) -> None:
-        monkeypatch.setattr(precision, "fast_bf16", lambda device: native)
+        monkeypatch.setattr(precision, "has_fast_bf16", lambda device: native)
 
     return become
 
@@ -96,11 +96,11 @@ def test_a_sweep_in_which_nothing_has_trained_is_settled_anew(
     store.write_manifest({"schema": 1})
     for native in (True, False):
         machine(native)
-        settle(store, run)
+        note_device(store, run)
         assert store.manifest()["settled"] == {"device": "cpu", "precision": "bf16" if native else "32"}
     store.append_history(run.run_id, [{"step": 1}])  # a run has begun
     machine(True)
-    settle(store, run)
+    note_device(store, run)
     assert store.manifest()["settled"]["precision"] == "32"
 
 

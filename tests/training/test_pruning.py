@@ -17,9 +17,9 @@ from fixtures.runs import make_base, make_data
 from lorabench.config.runs import Pack, RunConfig, Settings
 from lorabench.store.records import Record, Store
 from lorabench.sweep import workers
-from lorabench.sweep.packs import Job, beside, new_manifest, plan_packs, planned_packs
+from lorabench.sweep.packs import Job, assign_packs, new_manifest, plan_packs, planning_round
 from lorabench.sweep.resume import finished_records
-from lorabench.training.pruning import LEAST, cell_key, prunable, pruned, reason
+from lorabench.training.pruning import MIN_RATES, cell_key, is_prunable, prune_reason, slices_to_prune
 
 # -- the rule ------------------------------------------------------------------------------------------------------------
 
@@ -28,7 +28,7 @@ def drop(
     scores: Sequence[float], *, step: int = 50, total: int = 100, alive: Sequence[bool] | None = None
 ) -> list[int]:
     """Of one cell with one seed a rate, rates ascending: the places of the rates pruned."""
-    return pruned(
+    return slices_to_prune(
         RATES[: len(scores)], scores, alive or [True] * len(scores), step=step, total=total, groups=[0] * len(scores)
     )
 
@@ -84,7 +84,7 @@ def test_ties() -> None:
     assert drop([0.9, 0.1, 0.9, 0.5, 0.5, 0.9, 0.1, 0.9]) == [5, 7]
 
 
-@pytest.mark.parametrize("n", range(1, LEAST))
+@pytest.mark.parametrize("n", range(1, MIN_RATES))
 def test_fewer_than_four_rates_are_left_alone(n: int) -> None:
     assert drop([0.1, 0.9, 0.99][:n]) == []
 
@@ -105,7 +105,9 @@ def test_a_rate_that_lost_a_seed_is_out_with_all_its_seeds(lost: float | None) -
         alive = [True] * 16
         losses[2 * place + 1] = 0.0 if lost is None else lost
         alive[2 * place + 1] = lost is not None
-        found = pruned([r for r in RATES for _ in range(2)], losses, alive, step=50, total=100, groups=["c"] * 16)
+        found = slices_to_prune(
+            [r for r in RATES for _ in range(2)], losses, alive, step=50, total=100, groups=["c"] * 16
+        )
         assert (2 * place in found) == gone, "the neighbour of the best goes on: it bounds the grid"
         assert {6, 7}.isdisjoint(found), "the best is the best of those that lost nothing"
         assert (2 * place + 1 in found) == (gone and lost is not None)
@@ -155,7 +157,7 @@ def test_against_counting_and_cells_do_not_know_each_other(seed: int) -> None:
     order = [(c, k) for c, cell in enumerate(cells) for k in range(len(cell[0]))]
     g.shuffle(order)
     rates, losses, alive = ([cells[c][part][k] for c, k in order] for part in range(3))
-    found = pruned(rates, losses, alive, step=7, total=10, groups=[c for c, _ in order])
+    found = slices_to_prune(rates, losses, alive, step=7, total=10, groups=[c for c, _ in order])
     assert found == sorted(set(found))
     for c, pairs in enumerate(cells):
         mine = [i for i in found if order[i][0] == c]
@@ -165,7 +167,7 @@ def test_against_counting_and_cells_do_not_know_each_other(seed: int) -> None:
 
 
 def test_the_reason_names_the_step() -> None:
-    assert reason(50, 100).startswith("pruned at step 50 of 100: ")
+    assert prune_reason(50, 100).startswith("pruned at step 50 of 100: ")
 
 
 # -- cells ---------------------------------------------------------------------------------------------------------------
@@ -181,9 +183,9 @@ def test_the_key_of_a_cell() -> None:
 
 
 def test_what_can_be_pruned() -> None:
-    assert prunable(cell(RATES[:4]))
-    assert not prunable(cell(RATES[:3], seeds=range(9)))
-    assert not prunable(cell(**{"sweep.role": "confirm"}))
+    assert is_prunable(cell(RATES[:4]))
+    assert not is_prunable(cell(RATES[:3], seeds=range(9)))
+    assert not is_prunable(cell(**{"sweep.role": "confirm"}))
 
 
 # -- packs ---------------------------------------------------------------------------------------------------------------
@@ -261,7 +263,7 @@ def plan(store: Store, listed: Sequence[Job]) -> Any:
         j.run.run_id: {"lr": j.run.optimizer.lr, "seed": j.run.seed, "config": j.run.to_dict()} for j in listed
     }
     store.write_manifest(manifest)
-    return planned_packs(store, listed)
+    return assign_packs(store, listed)
 
 
 def test_the_manifest_says_which_packs_prune(sweep_dir: Path) -> None:
@@ -284,12 +286,16 @@ def test_packs_of_a_round_are_as_many_when_some_are_asked_for_again(sweep_dir: P
     added = [job(**{"optimizer.lr": lr, "seed": 0, "sweep.max_pack": 1}) for lr in (0.3, 0.6)]
     whole, left = plan(store, added), plan(store, added[1:])
     assert (len(whole), len(left)) == (2, 1) and left[0] == whole[1]
-    assert workers.shares(beside(store, whole), None) == workers.shares(beside(store, left), None) == 2
+    assert (
+        workers.share_count(planning_round(store, whole), None)
+        == workers.share_count(planning_round(store, left), None)
+        == 2
+    )
     halves = [Pack(f"{left[0].id}.{k}", left[0].runs) for k in range(2)]
-    assert workers.shares(beside(store, halves), None) == 2
-    assert {p.id for p in beside(store, whole)} == {p.id for p in whole}, "the grid was another round"
+    assert workers.share_count(planning_round(store, halves), None) == 2
+    assert {p.id for p in planning_round(store, whole)} == {p.id for p in whole}, "the grid was another round"
     lone = plan(store, [job(**{"optimizer.lr": 0.7, "seed": 0, "sweep.max_pack": 1})])
-    assert workers.shares(beside(store, lone), None) == 1
+    assert workers.share_count(planning_round(store, lone), None) == 1
 
 
 def test_without_pruning_the_manifest_says_nothing_of_it(sweep_dir: Path) -> None:
@@ -379,7 +385,7 @@ def test_a_sweep_with_pruning_does_what_the_replay_says_and_goes_on_without(
             continue
         step = want[record.run_id]
         assert record.status == "pruned" and record.metrics["pruned_step"] == step
-        assert record.error == reason(step, 12)
+        assert record.error == prune_reason(step, 12)
         seen = {h["step"]: h["val/loss"] for h in full.history(record.run_id) if "val/loss" in h}
         assert record.metrics["val/loss"] == pytest.approx(seen[step], abs=1e-10)
         assert max(h["step"] for h in short.history(record.run_id)) == step

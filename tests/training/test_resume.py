@@ -27,9 +27,9 @@ from lorabench.runtime import provenance
 from lorabench.store import checkpoints
 from lorabench.store.records import Store
 from lorabench.sweep.workers import Workers
-from lorabench.training import distributed as replicas
+from lorabench.training import distributed
 from lorabench.training.module import PackModule
-from lorabench.training.train import Listener, OutOfMemory, measure, train
+from lorabench.training.train import Listener, OutOfMemory, measure_alone, train
 
 
 class Killed(BaseException):
@@ -171,7 +171,7 @@ def test_sigterm_while_a_cell_is_timed(places: Any, tmp_path: Path, monkeypatch:
 
     monkeypatch.setattr(PackModule, "training_step", told)
     with pytest.raises(SystemExit) as e:
-        measure(pack_of(places).runs[0], Store(tmp_path))
+        measure_alone(pack_of(places).runs[0], Store(tmp_path))
     assert e.value.code == 143
 
 
@@ -520,7 +520,7 @@ def test_what_else_a_number_depends_on_is_held_against_a_checkpoint(
     """How many processes shared its batches, and the data that forgetting is measured on."""
     store = Store(tmp_path)
     pack, _ = interrupted(places, store)
-    monkeypatch.setattr(replicas, "_place", (0, 2))
+    monkeypatch.setattr(distributed, "_place", (0, 2))
     monkeypatch.setattr("lorabench.training.checkpointing.probe_fingerprint", lambda run: "changed")
     with pytest.raises(ExistingWork, match="probe None, here changed, processes 1, here 2"):
         train(pack, store)
@@ -555,17 +555,17 @@ def test_checkpoints_can_be_off(places: Any, tmp_path: Path) -> None:
 def test_by_default_they_come_with_evaluations_while_these_are_cheap(
     places: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from lorabench.training import checkpointing as snapshot
+    from lorabench.training import checkpointing
 
     pack = pack_of(places, **{"trainer.checkpoint_interval": None})
-    monkeypatch.setattr(snapshot.Saver, "cost", 0.0)
-    monkeypatch.setattr(snapshot, "SHARE", 1e9)
+    monkeypatch.setattr(checkpointing.Saver, "cost", 0.0)
+    monkeypatch.setattr(checkpointing, "MAX_TIME_SHARE", 1e9)
     killed(pack, Store(tmp_path / "cheap"), 7)
-    monkeypatch.setattr(snapshot, "SHARE", 1e-9)
-    monkeypatch.setattr(snapshot.Saver, "cost", 0.0)
+    monkeypatch.setattr(checkpointing, "MAX_TIME_SHARE", 1e-9)
+    monkeypatch.setattr(checkpointing.Saver, "cost", 0.0)
     killed(pack, Store(tmp_path / "dear"), 7)
-    monkeypatch.setattr(snapshot, "SHARE", 1e9)
-    monkeypatch.setattr(snapshot, "EVERY", 0.0)
+    monkeypatch.setattr(checkpointing, "MAX_TIME_SHARE", 1e9)
+    monkeypatch.setattr(checkpointing, "MAX_SECONDS_BETWEEN", 0.0)
     killed(pack, Store(tmp_path / "long"), 6)
     steps = {
         name: [checkpoints.step_of(p) for p in checkpoints.list_checkpoints(tmp_path / name / "checkpoints/p0")]

@@ -15,7 +15,7 @@ from lorabench.training import precision, preparation
 from lorabench.training.batches import PackStream
 from lorabench.training.module import BoundTask
 from lorabench.training.optimizer import schedule
-from lorabench.training.train import Pack, measure, train
+from lorabench.training.train import Pack, measure_alone, train
 
 
 @pytest.fixture(scope="module")
@@ -170,7 +170,7 @@ def test_a_record_says_what_it_cost_and_where_it_came_from(places, tmp_path):
 
 def test_measuring_a_cell_leaves_nothing_behind(places, tmp_path):
     bases, data, _ = places
-    found = measure(make_run(bases["bert"], data), Store(tmp_path), steps=5)
+    found = measure_alone(make_run(bases["bert"], data), Store(tmp_path), steps=5)
     assert found["tokens"] > 0 and found["seconds"] > 0 and found["peak_memory_bytes"] > 0
     assert (found["reused_blocks"], found["trunk_seconds"]) == (0, 0.0)
     assert list(tmp_path.iterdir()) == []
@@ -185,14 +185,14 @@ def test_a_cell_is_measured_with_the_trunk_that_its_runs_are_served(places, tmp_
     run = make_run(bases["bert"], data, **{"method.name": "head", "trainer.max_steps": steps})
     passes, output = [], Trunk.output
     monkeypatch.setattr(Trunk, "output", lambda self, forward: passes.append(1) or output(self, forward))
-    found = measure(run, Store(tmp_path), steps=8)
+    found = measure_alone(run, Store(tmp_path), steps=8)
     first = len(passes)
     served = steps == 100
     assert found["reused_blocks"] == 2 and (found["trunk_seconds"] > 0) == served
     assert (first > 1) == served  # one to look at the trunk, the others for the split
-    again = measure(run, Store(tmp_path), steps=8)
+    again = measure_alone(run, Store(tmp_path), steps=8)
     assert len(passes) == first + 1 and again["trunk_seconds"] == found["trunk_seconds"]
-    off = measure(
+    off = measure_alone(
         make_run(bases["bert"], data, **{"method.name": "head", "trainer.reuse_trunk": False}), Store(tmp_path), steps=3
     )
     assert (off["reused_blocks"], off["trunk_seconds"]) == (0, 0.0)

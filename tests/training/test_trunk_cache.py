@@ -62,20 +62,20 @@ def test_a_run_is_served_what_it_would_be_alone(
 def test_features_of_other_packs_go_when_they_are_many(
     places: tuple[Path, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from lorabench.training import trunk_cache as reuse
+    from lorabench.training import trunk_cache
 
     held: list[int] = []
-    real = reuse.Reuse._compute
+    real = trunk_cache.TrunkCache._compute
 
-    def compute(self: reuse.Reuse, split: str) -> Any:
+    def compute(self: trunk_cache.TrunkCache, split: str) -> Any:
         made = real(self, split)
         held.append(len(self.session.base.features))
         return made
 
-    monkeypatch.setattr(reuse.Reuse, "_compute", compute)
+    monkeypatch.setattr(trunk_cache.TrunkCache, "_compute", compute)
     results = []
-    for most in (reuse.MOST_IDLE, 0):
-        monkeypatch.setattr(reuse, "MOST_IDLE", most)
+    for most in (trunk_cache.MAX_IDLE_BYTES, 0):
+        monkeypatch.setattr(trunk_cache, "MAX_IDLE_BYTES", most)
         preparation.forget_base()
         for i, size in enumerate((16, 8, 16)):
             changes = {"method.name": "head", "trainer.eval_batch_size": size, "trainer.max_steps": 30}

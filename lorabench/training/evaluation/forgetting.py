@@ -19,7 +19,7 @@ from lorabench.config.runs import digest
 from lorabench.stats import logistic
 from lorabench.tasks.encoding import mean_state
 from lorabench.tasks.probe import ProbeData
-from lorabench.training import fsdp as shards
+from lorabench.training import fsdp
 from lorabench.training.batches import EvalStream
 from lorabench.training.session import Session
 
@@ -40,7 +40,7 @@ def evaluation_mode(s: Session) -> Iterator[torch.device]:
             device.type,
             dtype=torch.bfloat16,
             enabled=uses_autocast(s),
-            cache_enabled=not shards.sharded(s.base.model),  # it would keep each weight that is gathered
+            cache_enabled=not fsdp.is_sharded(s.base.model),  # it would keep each weight that is gathered
         )
         with torch.no_grad(), autocast:
             yield device
@@ -104,7 +104,7 @@ def _features(
     for part in stream:
         try:
             batch = {name: column.to(device) for name, column in part.batch.items()}
-            state = shards.within(s.base.model, lambda: mean_state(body, batch))  # noqa: B023
+            state = fsdp.run_gathered(s.base.model, lambda: mean_state(body, batch))  # noqa: B023
         except (AttributeError, TypeError) as e:
             raise ConfigError("task.probe", probe.task.name, "null: this base gives no last_hidden_state") from e
         states.append(state.double().view(max(1, len(slices)), -1, state.shape[-1]).cpu().numpy())

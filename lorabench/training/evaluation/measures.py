@@ -33,7 +33,7 @@ class AuxiliaryMeasures:
             self.style = ReplyStyle(session, task.style_prompts) if task.style_prompts else None
             self.samples = samples.answer_before(session)
         if task.probe_along:
-            session.module.along = self.measure_during_training
+            session.module.measure_during_training = self.measure_during_training
 
     def measure_during_training(self, slices: Sequence[int]) -> dict[int, dict[str, float]]:
         """Score the probe with these slices as they are now. Returns the history's entries by slice."""

@@ -16,7 +16,7 @@ from lorabench.config.contracts.task import Row
 from lorabench.runtime.files import atomic_write
 from lorabench.store.records import dump_json
 from lorabench.tasks.probe import CLASSIFICATION
-from lorabench.training import distributed as replicas
+from lorabench.training import distributed
 from lorabench.training.evaluation import replies
 from lorabench.training.evaluation.forgetting import evaluation_mode
 from lorabench.training.session import Session
@@ -68,7 +68,7 @@ def write(session: Session, samples: Samples) -> None:
         after = replies.generate(session, prompts, kept)
     else:
         after = _predicted_labels(session, samples.encoded, kept)
-    if not replicas.leads():
+    if not distributed.is_rank_zero():
         return
     for k, answers in zip(kept, after, strict=True):
         run_id = session.pack.runs[k].run_id

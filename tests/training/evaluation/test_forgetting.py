@@ -17,7 +17,7 @@ from lorabench.tasks.probe import load_probe
 from lorabench.training import preparation
 from lorabench.training.evaluation import forgetting
 from lorabench.training.evaluation.measures import AuxiliaryMeasures
-from lorabench.training.train import Listener, Pack, _opened, train
+from lorabench.training.train import Listener, Pack, open_session, train
 
 
 def write_text(path, seed, n=120):
@@ -165,7 +165,7 @@ def test_features_of_a_pack_are_those_of_its_runs_alone(places, tmp_path, kind):
 @pytest.mark.parametrize("method", ["lora", "pissa", "dora", "ia3"])
 def test_what_has_not_trained_has_forgotten_nothing(places, tmp_path, method):
     run = lm_run(places, "llama", **{"method.name": method})
-    with _opened(Pack("p0", (run,)), Store(tmp_path), Listener()) as s:
+    with open_session(Pack("p0", (run,)), Store(tmp_path), Listener()) as s:
         probe = load_probe(run, s.prepared.head)
         before = forgetting.base_score(s, probe)
         assert forgetting.score(s, probe, [0]) == ([before] if method in ("lora", "pissa") else pytest.approx([before]))
@@ -308,6 +308,6 @@ def test_a_probe_by_the_name_of_its_file(cli, places):
 
 def test_nothing_is_measured_where_the_task_asks_for_nothing(places, tmp_path):
     run = make_run(places["gpt2"], places["data"], role="confirm", task=lm(places["text"]))
-    with _opened(Pack("p0", (run,)), Store(tmp_path), Listener()) as s:
+    with open_session(Pack("p0", (run,)), Store(tmp_path), Listener()) as s:
         measures = AuxiliaryMeasures(s)
         assert (measures.probe, measures.style, measures.samples) == (None, None, None)

@@ -12,7 +12,7 @@ from lorabench.tasks.causal_lm import Config as LanguageModelling
 from lorabench.training import preparation
 from lorabench.training.evaluation import replies
 from lorabench.training.evaluation.style import split_in_halves
-from lorabench.training.train import Listener, Pack, _opened, train
+from lorabench.training.train import Listener, Pack, open_session, train
 
 
 @pytest.fixture(scope="module")
@@ -61,7 +61,7 @@ def test_replies_are_those_of_transformers_one_at_a_time(places, tmp_path):
     model = AutoModelForCausalLM.from_pretrained(
         places["llama"], dtype=torch.float64, attn_implementation="eager"
     ).eval()
-    with _opened(Pack("p0", (run,)), Store(tmp_path), Listener()) as s:
+    with open_session(Pack("p0", (run,)), Store(tmp_path), Listener()) as s:
         prompts = [replies.prompt_tokens(e) for e in s.prepared.encoded.splits["test"][:9]]
         ours = replies.base_replies(s, prompts)
         assert s.base.model.training
@@ -133,7 +133,7 @@ def test_labels_before_and_after(places, tmp_path):
         found = store.arrays(run.run_id, "test")
         said = dict(zip(found["example"].tolist(), found["prediction"].tolist(), strict=True))
         assert [x["after"] for x in items] == [("north", "south")[said[r["example"]]] for r in smallest]
-        with _opened(Pack("p1", (run,)), store, Listener()) as s:
+        with open_session(Pack("p1", (run,)), store, Listener()) as s:
             s.base.model.eval()
             batch = s.module.task.collate(
                 [e for r in smallest for e in s.prepared.encoded.splits["test"] if e["example"] == r["example"]]

@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 
     from lorabench.config.contracts.method import SlicePlan
 
-ALLOWED = "a run's directory, <sweep>/runs/<run_id>"
+RUN_DIRECTORY = "a run's directory, <sweep>/runs/<run_id>"
 
 
 @dataclass(frozen=True)
@@ -109,13 +109,13 @@ def open_run(path: str | Path) -> SavedRun:
 
 def _record(path: Path) -> Record:
     if not path.is_dir():
-        raise ConfigError("run", str(path), f"{ALLOWED}; there is no such directory")
+        raise ConfigError("run", str(path), f"{RUN_DIRECTORY}; there is no such directory")
     if (path / "sweep.json").is_file() or (path / "runs").is_dir():
-        raise ConfigError("run", str(path), f"{ALLOWED}; this is a whole sweep")
+        raise ConfigError("run", str(path), f"{RUN_DIRECTORY}; this is a whole sweep")
     try:
         return Record(**json.loads((path / "run.json").read_text(encoding="utf-8")))
     except FileNotFoundError as e:
-        raise ConfigError("run", str(path), f"{ALLOWED}; it holds no run.json") from e
+        raise ConfigError("run", str(path), f"{RUN_DIRECTORY}; it holds no run.json") from e
     except (ValueError, TypeError, AssertionError, OSError) as e:
         raise ConfigError("run", str(path / "run.json"), f"a record of this version, whole ({type(e).__name__})") from e
 
