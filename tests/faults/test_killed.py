@@ -96,7 +96,7 @@ def test_random_stops(fault, launcher, undisturbed, tmp_path, stops):
 OUTSIDE = {
     "preparation": "lorabench.training.preparation:load_data:1",
     "loading the second pack's base": "lorabench.training.preparation:load_base:2",
-    "the second pack's records": "lorabench.training.train:records_of:2",
+    "the second pack's records": "lorabench.training.train:make_records:2",
     "the report": "lorabench.report:render:1",
 }
 
