@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from lorabench.config.errors import ConfigError
+from lorabench.config.overrides import flatten
 from lorabench.runtime.command import command
 from lorabench.runtime.files import atomic_folder, check_empty
 
@@ -119,12 +120,12 @@ def card(saved: SavedRun, *, merged: bool, notes: Sequence[str]) -> str:
         else ", which took part in choosing the learning rate: its validation numbers flatter it."
     )
     lines += ["## Metrics", "", kept, "", *_table(("metric", "value"), rows), ""]
-    lines += ["## Settings", "", *_table(("setting", "value"), _flat(record.config)), ""]
+    lines += ["## Settings", "", *_table(("setting", "value"), _settings(record.config)), ""]
     facts = {
         k: record.provenance.get(k)
         for k in ("git", "packages", "data_fingerprint", "model_fingerprint", "model_notes", "precision")
     }
-    lines += ["## Provenance", "", *_table(("what", "value"), [("run", record.run_id), *_flat(facts)]), ""]
+    lines += ["## Provenance", "", *_table(("what", "value"), [("run", record.run_id), *_settings(facts)]), ""]
     return "\n".join(lines)
 
 
@@ -163,14 +164,9 @@ def _public(value: Any) -> Any:
     return Path(value).name if isinstance(value, str) and value.startswith(("/", "~", "./", "../")) else value
 
 
-def _flat(value: Mapping[str, Any], prefix: str = "") -> list[tuple[str, Any]]:
-    rows: list[tuple[str, Any]] = []
-    for key, inner in value.items():
-        if isinstance(inner, Mapping):
-            rows += _flat(inner, f"{prefix}{key}.")
-        elif inner is not None and inner != []:
-            rows.append((f"{prefix}{key}", _public(inner)))
-    return rows
+def _settings(config: Mapping[str, Any]) -> list[tuple[str, Any]]:
+    """Return the rows of a card's table: dotted settings that say something, without paths of this machine."""
+    return [(key, _public(value)) for key, value in flatten(config) if value is not None and value not in ([], {})]
 
 
 @command

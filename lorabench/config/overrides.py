@@ -1,9 +1,9 @@
-"""Values in Hydra's override grammar."""
+"""Settings as a command line has them: dotted keys, and values in Hydra's override grammar."""
 
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 
@@ -33,3 +33,12 @@ def quote(text: str) -> str:
     if re.fullmatch(r"([\w./+-]|\\(?=[\w.]))+", text, re.ASCII):
         return text
     return "'" + re.sub(r"(\\+)$", r"\1\1", re.sub(r"(\\*)'", r"\1\1\\'", text)) + "'"
+
+
+def flatten(config: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """Give each setting of nested mappings as its dotted key and its value. An empty mapping is a value."""
+    for key, value in config.items():
+        if isinstance(value, Mapping) and value:
+            yield from flatten(value, f"{prefix}{key}.")
+        else:
+            yield f"{prefix}{key}", value

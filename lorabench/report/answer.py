@@ -8,12 +8,11 @@ from dataclasses import dataclass
 from typing import Any
 
 from lorabench.config.method_names import FULL, HEAD_ONLY
-from lorabench.config.overrides import override_value
+from lorabench.config.overrides import flatten, override_value
 from lorabench.report import declared
 from lorabench.report.sections import conditions
 from lorabench.results import findings, formatting, unfinished
 from lorabench.results.cells import Result
-from lorabench.results.derived import flatten
 from lorabench.results.findings import Comparison, Findings
 from lorabench.results.formatting import plural
 from lorabench.stats import estimates

@@ -13,11 +13,11 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from lorabench.config.overrides import flatten
 from lorabench.report import table_formats
 from lorabench.report.tables import Column, Row, Table
 from lorabench.results import formatting, scores
 from lorabench.results.cells import Result
-from lorabench.results.derived import flatten
 from lorabench.results.evidence import gather
 from lorabench.results.sweep import Cell, Sweep, shorten
 from lorabench.stats import estimates

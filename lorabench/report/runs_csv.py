@@ -7,8 +7,8 @@ import io
 from collections.abc import Iterable, Iterator
 from typing import Any
 
+from lorabench.config.overrides import flatten
 from lorabench.report.tables import Table, error_summary
-from lorabench.results.derived import flatten
 from lorabench.results.findings import Findings
 from lorabench.store.records import Record
 

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from lorabench.config import alpha_rules
 from lorabench.config.method_names import display_name
+from lorabench.config.overrides import flatten
 from lorabench.store.records import Record
 
 LABEL_FIELDS = {"method.name", "method.r", "method.alpha", "method.target_modules", "method.use_rslora"}
@@ -58,14 +59,6 @@ def _axes(configs: Sequence[Mapping[str, Any]]) -> list[str]:
             seen.setdefault(key, set()).add(setting_text(value))
     apart = LABEL_FIELDS | {"seed", "role", "optimizer.lr"}
     return sorted(key for key, values in seen.items() if len(values) > 1 and key not in apart)
-
-
-def flatten(config: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
-    for key, value in config.items():
-        if isinstance(value, Mapping) and value:
-            yield from flatten(value, f"{prefix}{key}.")
-        else:
-            yield f"{prefix}{key}", value
 
 
 def _label(config: Mapping[str, Any], axes: Sequence[str]) -> dict[str, Any]:

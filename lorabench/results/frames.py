@@ -7,8 +7,8 @@ from typing import Any
 
 import pandas as pd
 
+from lorabench.config.overrides import flatten
 from lorabench.results.cells import Result
-from lorabench.results.derived import flatten
 from lorabench.results.findings import Comparison, Findings
 from lorabench.store.records import Record
 

@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from lorabench.config.overrides import flatten
 from lorabench.config.settings import TrackerConfig
 from lorabench.store.records import Record, Store, dump_json
 from lorabench.trackers.contract import Row, Tracker
@@ -41,7 +42,7 @@ class TensorBoardTracker(Tracker):
         if folder.is_dir():
             shutil.rmtree(folder)
         self.writers[run_id] = writer = SummaryWriter(str(folder))
-        self.config[run_id] = _flat({**config, "tags": ", ".join(tags)})
+        self.config[run_id] = _hyperparameters({**config, "tags": ", ".join(tags)})
         writer.add_text("config", "\n".join("    " + line for line in dump_json(config).splitlines()), 0)
 
     def log(self, run_id: str, row: Row) -> None:
@@ -66,12 +67,7 @@ class TensorBoardTracker(Tracker):
         self.writers.clear()
 
 
-def _flat(value: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+def _hyperparameters(config: Mapping[str, Any]) -> dict[str, Any]:
     """Return dotted keys with plain values, as the HPARAMS tab takes them."""
-    out: dict[str, Any] = {}
-    for key, inner in value.items():
-        if isinstance(inner, Mapping):
-            out |= _flat(inner, f"{prefix}{key}.")
-        else:
-            out[prefix + key] = inner if isinstance(inner, (bool, int, float, str)) else str(inner)
-    return out
+    plain = (bool, int, float, str)
+    return {key: value if isinstance(value, plain) else str(value) for key, value in flatten(config) if value != {}}
