@@ -76,9 +76,9 @@ def _warm(folder: Path) -> None:
 def _weights(model: Any) -> Path:
     """The folder transformers reads: a gguf file's float32 copy, made here if need be."""
     if model.kind == "gguf":
-        from lorabench.models.gguf import converted
+        from lorabench.models.gguf import convert_once
 
-        return converted(model.file())
+        return convert_once(model.file())
     from lorabench.models.folder import model_folder
 
     return model_folder(model.source)

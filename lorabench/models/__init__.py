@@ -1,1 +1,1 @@
-"""How a base is loaded: one file a family. Each file holds a frozen dataclass `Config` (see docs/architecture.md)."""
+"""Models: a frozen base by its layers and its weights. One file a kind, found by its name."""

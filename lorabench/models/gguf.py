@@ -1,4 +1,4 @@
-"""A GGUF file as a base: its quantized weights become float32 once, in a cache folder, and are read from there."""
+"""A GGUF file as a base. Its quantized weights become float32 once, in a cache folder, and are read from there."""
 
 from __future__ import annotations
 
@@ -14,10 +14,11 @@ from typing import Any
 from lorabench.config.contracts.model import Base, BaseInfo, HeadSpec, Model
 from lorabench.config.errors import ConfigError
 from lorabench.config.fields import knob
-from lorabench.models import build, folder
+from lorabench.models import pretrained
+from lorabench.models.folder import SOURCE_KEY, file_digest, locate
 from lorabench.runtime.files import atomic_folder, cache_root
 
-LAYOUT = "1"  # of the cache; a change makes new folders
+CACHE_LAYOUT = "1"  # a change makes new folders
 
 
 @dataclass(frozen=True)
@@ -28,47 +29,48 @@ class Config(Model):
     kind: str = knob("gguf", help="how the base is loaded", choices=("gguf",))
     name: str = knob("base", help="what tables call it")
     dropout: float | None = knob(None, help="every dropout of the base; null keeps the base's own", low=0, high=0.9)
-    attention: str = knob("auto", help="auto: by device and length", choices=build.ATTENTION)
+    attention: str = knob("auto", help="auto: by device and length", choices=pretrained.ATTENTION)
 
     def file(self) -> Path:
-        """The GGUF file. Raises `ConfigError`."""
-        path = folder.locate(self.source)
+        """Return the GGUF file. Raises `ConfigError`."""
+        path = locate(self.source)
         if path.suffix != ".gguf" or not path.is_file():
-            raise ConfigError(folder.KEY, self.source, "a .gguf file; for other weights use model.kind=transformers")
+            raise ConfigError(SOURCE_KEY, self.source, "a .gguf file; for other weights use model.kind=transformers")
         return path
 
     def info(self, head: HeadSpec) -> BaseInfo:
-        """The layers, on the meta device (the first time after the conversion)."""
-        return build.describe(converted(self.file()), head, self.dropout)
+        """Return the layers. The first time the file is converted."""
+        return pretrained.describe(convert_once(self.file()), head, self.dropout)
 
     def processor(self) -> Any:
-        """The tokenizer, padding on the right."""
-        return build.load_tokenizer(converted(self.file()))
+        """Return the tokenizer, padding on the right."""
+        return pretrained.load_tokenizer(convert_once(self.file()))
 
     def load(self, head: HeadSpec, *, dtype: str = "float32", attention: str = "eager") -> Base:
-        """The base with its weights: frozen, in eval mode; its notes say that they are dequantized."""
+        """Return the base with its weights. Its notes say that they are dequantized."""
         file = self.file()
-        base = build.load_base(converted(file), head, dropout=self.dropout, dtype=dtype, attention=attention)
+        base = pretrained.load_base(convert_once(file), head, dropout=self.dropout, dtype=dtype, attention=attention)
         note = {"weights": f"dequantized from {quantization(file)}"}
         return dataclasses.replace(base, fingerprint=self.fingerprint(), notes=base.notes | note)
 
     def fingerprint(self) -> str:
-        """SHA-256 of the GGUF file."""
-        return folder.file_digest(self.file())
+        """Return the SHA-256 of the GGUF file."""
+        return file_digest(self.file())
 
 
 def quantization(file: Path) -> str:
-    """The type of the quantized tensors as file names carry it: Q4_1 of `SmolLM2.Q4_1.gguf`."""
+    """Return the type of the quantized tensors as a file's name says it: Q4_1 of `SmolLM2.Q4_1.gguf`."""
     return file.stem.rpartition(".")[2] or "GGUF"
 
 
-def converted(file: Path) -> Path:
-    """The folder of the file's float32 weights; made when it is not there (20 s for 135M parameters, 540 MB).
+def convert_once(file: Path) -> Path:
+    """Return the folder of the file's float32 weights, converted when it is not there.
 
-    Written beside and renamed, so that it is whole or absent; a second process waits for the first.
+    The folder is written beside its place and renamed, so that it is whole or absent. A second process waits for the
+    first. Converting 135M parameters takes 20 s and 540 MB.
     """
     root = cache_root() / "gguf"
-    target = root / f"{folder.file_digest(file)[:16]}-{LAYOUT}"
+    target = root / f"{file_digest(file)[:16]}-{CACHE_LAYOUT}"
     if target.is_dir():
         return target
     root.mkdir(parents=True, exist_ok=True)
@@ -77,30 +79,30 @@ def converted(file: Path) -> Path:
         if target.is_dir():
             return target
         with atomic_folder(target) as temporary:
-            _convert(file, temporary)
+            write_float32(file, temporary)
     return target
 
 
-def _convert(file: Path, out: Path) -> None:
+def write_float32(file: Path, out: Path) -> None:
+    """Write the model and tokenizer of a GGUF file into a folder. Raises `ConfigError` where a package is missing."""
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    print(
-        f"Converting {file.name} to float32 once, into {out.parent}: about half a minute", file=sys.stderr, flush=True
-    )
+    message = f"Converting {file.name} to float32 once, into {out.parent}: about half a minute"
+    print(message, file=sys.stderr, flush=True)
     try:
-        with build.quiet(), redirect_stderr(io.StringIO()):  # its progress bar knows no switch
+        with pretrained.quiet(), redirect_stderr(io.StringIO()):  # its progress bar knows no switch
             tokenizer = AutoTokenizer.from_pretrained(file.parent, gguf_file=file.name)
             model = AutoModelForCausalLM.from_pretrained(file.parent, gguf_file=file.name, dtype=torch.float32)
-            _forget_quantization(model)
+            _unmark_quantized(model)
             model.save_pretrained(out)
             tokenizer.save_pretrained(out)
     except ImportError as e:
-        raise ConfigError(folder.KEY, str(file), "reading GGUF needs two packages: pip install gguf accelerate") from e
+        raise ConfigError(SOURCE_KEY, str(file), "reading GGUF needs two packages: pip install gguf accelerate") from e
 
 
-def _forget_quantization(model: Any) -> None:
-    """The weights are plain float32 by now, but transformers still calls the model quantized and would not save it."""
+def _unmark_quantized(model: Any) -> None:
+    """Remove the marks of quantization, with which transformers would not save the weights that are float32 by now."""
     for owner, name in ((model.config, "quantization_config"), (model, "hf_quantizer"), (model, "is_quantized")):
         if hasattr(owner, name):
             delattr(owner, name)

@@ -12,9 +12,9 @@ if TYPE_CHECKING:
 
 
 def inventory(model: nn.Module, *, head: Sequence[str] = (), output: Sequence[str] = ()) -> BaseInfo:
-    """The layers of a model, which may be on the meta device.
+    """Return the layers of a model, which may be on the meta device.
 
-    head: modules without pretrained weights. output: the output embedding; both by dotted name.
+    head: modules without pretrained weights. output: the output embedding. Both by dotted name.
     """
     config = getattr(model, "config", None)
     layers = tuple(info for name, module in model.named_modules() if (info := _layer_info(name, module)))
@@ -29,20 +29,26 @@ def inventory(model: nn.Module, *, head: Sequence[str] = (), output: Sequence[st
 
 
 def _layer_info(name: str, module: nn.Module) -> LayerInfo | None:
-    own = {key: p for key, p in module._parameters.items() if p is not None}
-    if not own:
+    parameters = {key: p for key, p in module._parameters.items() if p is not None}
+    if not parameters:
         return None
     kind, sizes = _shape(module)
-    bias = own.pop("bias", None)
+    bias = parameters.pop("bias", None)
     return LayerInfo(
-        name=name, kind=kind, **sizes, weight_numel=sum(p.numel() for p in own.values()),
+        name=name,
+        kind=kind,
+        **sizes,
+        weight_numel=sum(p.numel() for p in parameters.values()),
         bias_numel=0 if bias is None else bias.numel(),
-    )  # fmt: skip
+    )
 
 
 def _shape(module: nn.Module) -> tuple[str, dict[str, int]]:
-    """Kind and sizes. A subclass of Linear or Embedding whose caller or forward needs more than the layer itself does
-    (MultiheadAttention's out_proj, position tables that compute their own indices) goes by its class: not adaptable."""
+    """Return the kind and the sizes of a layer.
+
+    A subclass of Linear or Embedding whose caller or forward needs more than the layer itself goes by its class, which is
+    not adaptable: MultiheadAttention's out_proj, position tables that compute their own indices.
+    """
     from torch import nn
 
     kind = type(module).__name__
@@ -52,8 +58,8 @@ def _shape(module: nn.Module) -> tuple[str, dict[str, int]]:
         return kind, {"in_features": weight.shape[0], "out_features": weight.shape[1]}
     if isinstance(module, nn.Linear) and kind != "NonDynamicallyQuantizableLinear":
         return "Linear", {"in_features": module.in_features, "out_features": module.out_features}
-    plain = type(module).forward is nn.Embedding.forward or hasattr(module, "embed_scale")
-    if isinstance(module, nn.Embedding) and plain:
+    is_plain = type(module).forward is nn.Embedding.forward or hasattr(module, "embed_scale")
+    if isinstance(module, nn.Embedding) and is_plain:
         return "Embedding", {"in_features": module.num_embeddings, "out_features": module.embedding_dim}
     if isinstance(module, nn.Conv2d) and module.padding_mode == "zeros":
         kernel = module.kernel_size[0] * module.kernel_size[1]

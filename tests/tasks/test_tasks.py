@@ -20,7 +20,7 @@ from lorabench.config.components import load_component
 from lorabench.config.contracts.model import HeadSpec
 from lorabench.config.contracts.task import TaskData
 from lorabench.config.fields import check_ranges
-from lorabench.models.build import load_tokenizer
+from lorabench.models.pretrained import load_tokenizer
 from lorabench.models.transformers import Config as Model
 from lorabench.tasks import encoding, sources, split
 from lorabench.tasks.causal_lm import Config as LanguageModelling

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from lorabench.models.build import end_tokens, quiet
+from lorabench.models.pretrained import end_tokens, quiet
 from lorabench.training.evaluation.forgetting import base_key, evaluation_mode
 from lorabench.training.session import Session
 
