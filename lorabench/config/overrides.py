@@ -29,7 +29,10 @@ def override_value(value: Any, *, floats_keep_point: bool = False) -> str:
 
 
 def quote(text: str) -> str:
-    """Return a text as an override's value: in quotes unless it is plain. Only backslashes before a quote are doubled."""
+    """Return a text as an override's value, in quotes unless it is plain.
+
+    Hydra's grammar doubles only the backslashes before a quote.
+    """
     if re.fullmatch(r"([\w./+-]|\\(?=[\w.]))+", text, re.ASCII):
         return text
     return "'" + re.sub(r"(\\+)$", r"\1\1", re.sub(r"(\\*)'", r"\1\1\\'", text)) + "'"

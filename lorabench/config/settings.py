@@ -56,7 +56,8 @@ class TrainerConfig(Section):
     log_interval: int = knob(1, help="steps between training rows of the history", low=1, identity=False)
     checkpoint_interval: int | None = knob(
         None,
-        help="steps between checkpoints of a pack; 0: none; null: at evaluations or every 3 minutes, for 3 % of the time at most",
+        help="steps between checkpoints of a pack; 0: none; null: at evaluations or every 3 minutes, "
+        "for 3 % of the time at most",
         low=0,
         identity=False,
     )
@@ -93,7 +94,8 @@ class SweepConfig(Section):
     extend_lr: bool = knob(False, help="add rates outward until the best lies inside, at most 6 a cell")
     workers: int | None = knob(
         None,
-        help="processes that train packs side by side, each on its share of the CPU's cores; null: one a GPU, one for every 8 cores",
+        help="processes that train packs side by side, each on its share of the CPU's cores; "
+        "null: one a GPU, one for every 8 cores",
         low=1,
     )
     dry_run: bool = knob(False, help="print runs, packs, parameters and memory; write nothing")

@@ -1,4 +1,4 @@
-"""The words of a command line: which of them ask for a run, which may be shown, and what a sweep is called after them."""
+"""The words of a command line: those that ask for a run, those that may be shown, and the sweep's name."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ _SECRET = re.compile(r"(\b[A-Z0-9_]*(?:KEY|TOKEN|SECRET|PASSWORD)[A-Z0-9_]*=[\"'
 
 
 def config_dir() -> str:
-    """Return the folder of the configs as an absolute path: the package's own `conf/` (a wheel), else the repository's."""
+    """Return the absolute path of the configs: the package's own `conf/` (a wheel), else the repository's."""
     package = Path(__file__).resolve().parent.parent
     return str(package / "conf" if (package / "conf").is_dir() else package.parent / "conf")
 

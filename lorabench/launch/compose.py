@@ -84,7 +84,7 @@ class Composer:
         return [self.job(o) for o in override_sets]
 
     def _compose(self, overrides: tuple[str, ...]) -> DictConfig:
-        """Return the config of an override set. Hydra composes once for all rates and seeds, which are set on a copy."""
+        """Return the config of an override set. Hydra composes once; rates and seeds are set on a copy."""
         numbers = [o for o in overrides if _PLAIN_NUMBER.fullmatch(o)]
         rest = tuple(o for o in overrides if o not in numbers)
         if rest not in self._configs:

@@ -32,7 +32,7 @@ class ListedCell:
 
 
 class GridSweep:
-    """One sweep. launcher: trains lists of override sets; it may be one that launches nothing, to list the jobs only."""
+    """One sweep. launcher: trains lists of override sets, or launches nothing where jobs are only listed."""
 
     def __init__(self, context: HydraContext, config: DictConfig, launcher: Launcher) -> None:
         self.config, self.launcher = config, launcher

@@ -1,4 +1,4 @@
-"""What a command line or a YAML file must not make Hydra do (run code by name, fill the memory), and what Hydra's errors mean."""
+"""Refuse what makes Hydra run code by name or fill the memory, and explain Hydra's errors."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ def check_arguments(arguments: Sequence[str]) -> None:
 
 
 def explain_grammar_error(error: OverrideParseException) -> ConfigError:
-    """Return the error of an argument that Hydra's grammar refused, with how a value with brackets or spaces is written."""
+    """Return the error of an argument that Hydra's grammar refused, which says how such a value is written."""
     reason = next((line for line in error.message.splitlines()[::-1] if not line.startswith("See http")), "")
     key, equals, value = error.override.partition("=")
     if not equals:

@@ -48,7 +48,8 @@ class Listing:
 def list_jobs(experiment: str, overrides: Sequence[str] = (), *, user_config_dir: Path | None = None) -> Listing:
     """Compose an experiment as `python -m lorabench +experiment=... sweep.dry_run=true` does.
 
-    user_config_dir: a folder of the user's own, as `--config-dir`. Raises `ConfigError` for whatever would stop the sweep.
+    user_config_dir: a folder of the user's own, as `--config-dir`.
+    Raises `ConfigError` for whatever would stop the sweep.
     """
     check_arguments(overrides)
     guard_yaml()

@@ -1,4 +1,4 @@
-"""A sweep that Optuna steers: trials as tuning runs, their records as what the study hears, then the best cell's confirmation."""
+"""A sweep that Optuna steers: trials train as tuning runs, then the best trial's cell is confirmed."""
 
 from __future__ import annotations
 

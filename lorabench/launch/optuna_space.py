@@ -1,4 +1,4 @@
-"""Hydra's sweep grammar as Optuna's distributions, and a trial's values as overrides. Optuna is imported inside functions."""
+"""Hydra's sweep grammar as Optuna's distributions, and a trial's values as overrides."""
 
 from __future__ import annotations
 

@@ -101,7 +101,7 @@ class OptunaStudy:
         return batch + [Drawn(t.number, self.space.overrides(t.params)) for t in drawn]
 
     def _draw(self, number: int) -> Any:
-        """Draw a trial from the seed and its number, so that a study that goes on does not draw its first trials again."""
+        """Draw a trial from the seed and its number, so that a study that goes on never draws a trial again."""
         seed = self.settings.seed
         own = None if seed is None else int(np.random.SeedSequence([seed, number]).generate_state(1)[0])
         self._study.sampler = SAMPLERS[self.settings.sampler](own)

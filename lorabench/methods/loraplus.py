@@ -1,4 +1,7 @@
-"""LoRA+ (Hayou et al., arXiv 2402.12354): B learns at a multiple of A's rate; so do the vectors of a new head, as in PEFT."""
+"""LoRA+ (Hayou et al., arXiv 2402.12354): B learns at a multiple of A's rate.
+
+So do the vectors of a new head, as in PEFT.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,7 @@
-"""OLoRA (Büyükakyüz, arXiv 2406.01775): LoRA whose A and B start as the first columns and rows of the weight's Q and R."""
+"""OLoRA (Büyükakyüz, arXiv 2406.01775): LoRA that starts from the QR decomposition of the weight.
+
+B starts as the first columns of Q, A as the first rows of R.
+"""
 
 from __future__ import annotations
 

@@ -43,9 +43,9 @@ def match_layers(base: BaseInfo, target: Any, blocks: Sequence[int] | None, modu
 
     target: a list of name suffixes; `all-linear` (every Linear and Conv1D but the output embedding); portable words
     joined by `+`; else a regex for the whole name. A list and a regex follow PEFT's rules.
-    blocks: indices to keep (the first number in a name); None: all. Layers inside `modules`, which train whole, are left
-    out. Raises `ConfigError` for a target that matches nothing, naming what exists, and for a layer that cannot be
-    adapted.
+    blocks: indices to keep (the first number in a name); None: all.
+    modules: train whole, so layers inside are left out.
+    Raises `ConfigError` for a target that matches nothing, naming what exists, and for a layer that cannot be adapted.
     """
     candidates = [x for x in base.layers if not is_inside(x.name, modules)]
     if isinstance(target, list):
@@ -132,7 +132,7 @@ def targets_text(target: Any) -> str:
 
 
 def check_targets(key: str, target: Any, blocks: list[int] | None, *, field: str = "target_modules") -> None:
-    """Raise `ConfigError` unless a setting can name layers: a string, or a list of strings; and blocks by index or None.
+    """Raise `ConfigError` unless settings can name layers (a string, a list of strings) and blocks (indices, None).
 
     key: the section's name. field: the setting's.
     """

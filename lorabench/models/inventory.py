@@ -46,8 +46,8 @@ def _layer_info(name: str, module: nn.Module) -> LayerInfo | None:
 def _shape(module: nn.Module) -> tuple[str, dict[str, int]]:
     """Return the kind and the sizes of a layer.
 
-    A subclass of Linear or Embedding whose caller or forward needs more than the layer itself goes by its class, which is
-    not adaptable: MultiheadAttention's out_proj, position tables that compute their own indices.
+    A subclass of Linear or Embedding whose caller or forward needs more than the layer itself goes by its class, which
+    is not adaptable: MultiheadAttention's out_proj, position tables that compute their own indices.
     """
     from torch import nn
 

@@ -65,7 +65,7 @@ def build_empty(config: Any, head: HeadSpec) -> Any:
 
 
 def _auto_class(head: HeadSpec, config: Any) -> Any:
-    """Return the transformers Auto class that a task asks for. Raises `ConfigError` where the model has no such head."""
+    """Return the transformers Auto class that a task asks for. Raises `ConfigError` for a model without such a head."""
     import transformers
     from transformers.models.auto import modeling_auto
 
@@ -234,10 +234,10 @@ def load_base(folder: Path, head: HeadSpec, *, dropout: float | None, dtype: str
 
 
 def _make_contiguous(head: Any, args: tuple[Any, ...]) -> tuple[Any, ...]:
-    """Copy a view of hidden states, of which a decoder cuts out the last positions, before the output embedding reads it.
+    """Copy hidden states out of which a decoder cut the last positions, before the output embedding reads them.
 
-    Given such a view, torch copies a frozen weight once an example: gigabytes, and hundreds of times slower in bf16 on a
-    CPU.
+    Given such a view, torch copies a frozen weight once an example: gigabytes, and in bf16 on a CPU hundreds of times
+    slower.
     """
     return (args[0].contiguous(), *args[1:])
 

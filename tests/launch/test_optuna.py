@@ -1,4 +1,4 @@
-"""`hydra/sweeper=optuna` on a tiny base: a study's trials are runs with records, and the same command goes on with it."""
+"""`hydra/sweeper=optuna` on a tiny base: trials are runs with records, and the same command goes on with the study."""
 
 import json
 import math

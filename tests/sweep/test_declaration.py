@@ -11,7 +11,6 @@ import pytest
 
 from fixtures.runs import make_base, make_data
 from fixtures.sweeps import RANK_SWEEP, build
-from lorabench.config import alpha_rules
 from lorabench.config.errors import ConfigError, ExistingWork
 from lorabench.config.runs import digest
 from lorabench.config.settings import StudyConfig
@@ -69,23 +68,6 @@ def test_what_cannot_be_judged_is_refused_and_nothing_is_written(cli, case):
     assert said in out
     assert "Traceback" not in out
     assert not Path("sweeps").exists()
-
-
-@pytest.mark.parametrize(
-    ("rule", "s"),
-    [
-        ("16", 2),
-        ("2r", 2),
-        ("r", 1),
-        ("5.656854249492381/sqrt(r)", 2),
-        ("2r/sqrt(r)", 2 * 8**0.5),
-        ("1e2", 12.5),
-        ("x", None),
-    ],
-)
-def test_scale_of_a_rule_at_a_rank(rule: str, s: float | None) -> None:
-    parsed = alpha_rules.parse(rule)
-    assert (parsed and parsed.scaling(8)) == (None if s is None else pytest.approx(s))
 
 
 # -- a sweep that is there -----------------------------------------------------------------------------------------------

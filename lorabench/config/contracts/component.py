@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 else:
 
     class attribute:
-        """A read-only attribute whose default a subclass may replace: by a dataclass field, a class variable or a property.
+        """A read-only attribute whose default a field, a class variable or a property of a subclass may replace.
 
         A plain `property` would not do: it refuses the value that a dataclass field sets, and a dataclass would take it
         for the field's default. Asked of the class, it raises `AttributeError`: only an instance knows.

@@ -16,7 +16,7 @@ from lorabench.config.contracts.model import BaseInfo, LayerInfo, is_inside
 
 @dataclass(frozen=True)
 class AdapterSpec:
-    """One slice's adapter on one layer: W' = W + scaling * B @ A, or what `kind` makes of it (`adapters/variants.py`)."""
+    """One slice's adapter on one layer: W' = W + scaling * B @ A, or what `kind` makes of it."""
 
     r: int  # 0: this slice does not target the layer; ia3 has no rank and says 1
     scaling: float
@@ -63,7 +63,7 @@ class SlicePlan:
 
 @dataclass(frozen=True)
 class Method(Component, ABC):
-    """What trains, as a run names it. One file `methods/<name>.py` each, with a frozen dataclass `Config` that inherits this.
+    """What trains, as a run names it: a frozen dataclass `Config` in `methods/<name>.py`.
 
     Fields of the dataclass are the settings under `method.`.
     """
@@ -88,7 +88,7 @@ class Method(Component, ABC):
 
     @attribute
     def match_parameters(self) -> int | None:
-        """Number of parameters that the adapters are to train, from which the rank is chosen. None: the rank is given."""
+        """Number of parameters that the adapters are to train, which gives the rank. None: the rank is set."""
         return None
 
     @abstractmethod
@@ -100,4 +100,4 @@ class Method(Component, ABC):
 
     @abstractmethod
     def label(self) -> dict[str, Any]:
-        """Return how tables name the cell: `method` (display name), `r`, `alpha` (None where there is none), `targets`."""
+        """Return what tables call the cell: `method` (display name), `r`, `alpha` (or None), `targets`."""

@@ -83,9 +83,9 @@ class Base:
 
 @dataclass(frozen=True)
 class Model(Component, ABC):
-    """A base as a run names it. One file `models/<kind>.py` each, with a frozen dataclass `Config` that inherits this.
+    """A base as a run names it: a frozen dataclass `Config` in `models/<kind>.py`, or in a file of the user's own.
 
-    Fields of the dataclass are the settings under `model.`. Every method may raise `ConfigError` with a key under `model.`.
+    Fields of the dataclass are the settings under `model.`. Every method may raise `ConfigError` with a key under it.
     """
 
     @attribute
@@ -119,7 +119,7 @@ class Model(Component, ABC):
 
     @abstractmethod
     def processor(self) -> Any:
-        """Return what turns raw examples into tensors: a tokenizer, an image or audio processor. Tasks alone look inside."""
+        """Return what turns examples into tensors, such as a tokenizer or an image processor. Only tasks use it."""
 
     @abstractmethod
     def load(self, head: HeadSpec, *, dtype: str, attention: str) -> Base:
