@@ -1,4 +1,4 @@
-"""The command line as a user meets it: what is wrong is named, exit codes mean what they say, nothing half-done stays."""
+"""The command line: errors name what is wrong, exit codes mean what they say, and nothing half-done stays."""
 
 import json
 import os

@@ -1,4 +1,4 @@
-"""What others may hand us (records, manifests, adapters, configs), broken at random: read, or refused in words; nothing else."""
+"""Records, manifests, adapters and configs, broken at random, are read or refused in words."""
 
 from __future__ import annotations
 
@@ -36,9 +36,13 @@ QUICK = settings(
     suppress_health_check=list(HealthCheck),
 )
 SCALARS = st.one_of(
-    st.none(), st.booleans(), st.integers(-(2**70), 2**70), st.floats(), st.text(max_size=20),
+    st.none(),
+    st.booleans(),
+    st.integers(-(2**70), 2**70),
+    st.floats(),
+    st.text(max_size=20),
     st.sampled_from(["../../etc/passwd", "<script>alert(1)</script>", "=cmd()", "\0", "a" * 300, "nan", "1e400"]),
-)  # fmt: skip
+)
 JSON = st.recursive(
     SCALARS, lambda x: st.lists(x, max_size=3) | st.dictionaries(st.text(max_size=8), x, max_size=3), max_leaves=6
 )
@@ -87,9 +91,9 @@ def sweep(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def read_all(root: Path) -> None:
     """What a report reads of a sweep, up to its tables."""
-    found = find(load(root))
-    runs_csv(found)
-    main_tables(found)
+    findings = find(load(root))
+    runs_csv(findings)
+    main_tables(findings)
 
 
 def check(root: Path, target: Path, content: bytes) -> None:
@@ -130,10 +134,21 @@ def test_bytes_of_any_file(sweep: Path, data: st.DataObject) -> None:
     check(sweep, target, bytes(content))
 
 
-# -- adapters -----------------------------------------------------------------------------------------------------------
+# -- adapters ------------------------------------------------------------------------------------------------------------
 
-CONFIG = {"peft_type": "LORA", "r": 2, "lora_alpha": 4, "lora_dropout": 0.0, "target_modules": ["query"], "bias": "none",
-          "rank_pattern": {}, "alpha_pattern": {}, "modules_to_save": None, "use_rslora": False, "task_type": "SEQ_CLS"}  # fmt: skip
+CONFIG = {
+    "peft_type": "LORA",
+    "r": 2,
+    "lora_alpha": 4,
+    "lora_dropout": 0.0,
+    "target_modules": ["query"],
+    "bias": "none",
+    "rank_pattern": {},
+    "alpha_pattern": {},
+    "modules_to_save": None,
+    "use_rslora": False,
+    "task_type": "SEQ_CLS",
+}
 LAYER = "base_model.model.bert.encoder.layer.0.attention.self.query"
 
 
@@ -172,7 +187,7 @@ def test_peft_folders(adapter: Path, tmp_path_factory: pytest.TempPathFactory, d
     shutil.rmtree(folder.parent)
 
 
-# -- configs ------------------------------------------------------------------------------------------------------------
+# -- configs -------------------------------------------------------------------------------------------------------------
 
 
 @pytest.fixture(scope="module")

