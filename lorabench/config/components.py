@@ -22,6 +22,14 @@ _DEFAULT_CONTRACTS = {
     "task": ("lorabench.tasks.text_task", "TextTask"),
 }
 
+# Modules that users' own files imported before 0.1.0, and where their contents are now.
+MOVED_MODULES = {
+    "lorabench.base": "lorabench.config.contracts.model and lorabench.models.inventory",
+    "lorabench.schema": "lorabench.config.fields and lorabench.config.errors",
+    "lorabench.slice_plan": "lorabench.config.contracts.method",
+    "lorabench.tasks.contract": "lorabench.config.contracts.task",
+}
+
 
 def component_names(section: str) -> list[str]:
     """Return what a section's selector may name. section: `model`, `task` or `method`."""
@@ -59,7 +67,7 @@ def _load_local(section: str, file: str | None) -> type[Component]:
     try:
         module = _import_file(path)
     except Exception as e:
-        raise ConfigError(key, file, f"the file does not import: {type(e).__name__}: {e}") from e
+        raise ConfigError(key, file, f"the file does not import: {type(e).__name__}: {e}{_moved(e)}") from e
     config: Any = getattr(module, "Config", None)
     if not dataclasses.is_dataclass(config) or not isinstance(config, type):
         raise ConfigError(key, file, "the file must define a dataclass named Config")
@@ -68,6 +76,12 @@ def _load_local(section: str, file: str | None) -> type[Component]:
         raise ConfigError(key, file, f"its Config must define {', '.join(undefined)}")
     config.local_file = str(path)
     return config
+
+
+def _moved(error: Exception) -> str:
+    """Return where a module of lorabench is now that an import of a user's file did not find; "" for any other error."""
+    name = error.name if isinstance(error, ModuleNotFoundError) else None
+    return f"; what it held is in {MOVED_MODULES[name]} now" if name in MOVED_MODULES else ""
 
 
 def _import_file(path: Path) -> ModuleType:

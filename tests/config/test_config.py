@@ -5,6 +5,7 @@ import dataclasses
 import pytest
 from omegaconf import OmegaConf
 
+from lorabench.config.components import MOVED_MODULES, load_component
 from lorabench.config.errors import ConfigError
 from lorabench.config.fields import field_dict, knob
 from lorabench.config.runs import RunConfig, parse, parse_run
@@ -142,3 +143,23 @@ def test_a_users_own_file_is_checked_like_ours(tmp_path):
     path.write_text("1 / 0")
     with pytest.raises(ConfigError, match="does not import: ZeroDivisionError"):
         run(task={"kind": "local", "file": str(path)})
+
+
+def test_a_file_that_imports_a_module_that_moved_is_told_where(tmp_path):
+    file = tmp_path / "my_task.py"
+    file.write_text("from lorabench.base import HeadSpec\n")
+    with pytest.raises(
+        ConfigError, match=r"No module named 'lorabench.base'; what it held is in lorabench.config.contracts"
+    ):
+        load_component("task", "local", str(file))
+    file.write_text("import lorabench.nothing\n")
+    with pytest.raises(ConfigError, match=r"No module named 'lorabench.nothing'$"):
+        load_component("task", "local", str(file))
+
+
+def test_modules_that_moved_name_ones_that_are_there():
+    import importlib.util
+
+    for old, new in MOVED_MODULES.items():
+        assert importlib.util.find_spec(old) is None
+        assert all(importlib.util.find_spec(name) for name in new.split(" and "))
