@@ -4,12 +4,12 @@
     python benchmarks/tracker_overhead.py --arms none online slow down refusing absent
     python benchmarks/tracker_overhead.py --runs 8 --repeats 1             does it work here?
 
-Makespan: wall seconds of `python -m lorabench -m ...`, start-up, report and the wait for W&B at the end in it; what is
-sent in the background after that is waited for before the next arm and counted as `seconds_after`. Offline
-writes W&B's files; online sends to a stand-in server on the loopback device (`tests/fixtures/wandb_server.py`), which runs in this
-process and so takes its share of the same CPU. Bad servers: slow answers each request `--delay` seconds later, down refuses
-connections, refusing answers HTTP 500, absent takes connections and never answers. Arms take turns, in another order each
-repeat; a ratio compares arms of one repeat. Nothing leaves the machine. Run it where nothing else runs.
+Makespan: wall seconds of `python -m lorabench -m ...`, with start-up, report and the wait for W&B at the end. What is
+sent in the background after that is waited for before the next arm and counted as `seconds_after`. Offline writes W&B's
+files. Online sends to a stand-in server on the loopback device (`tests/fixtures/wandb_server.py`), which runs in this
+process and so takes its share of the same CPU. Bad servers: slow answers each request `--delay` seconds later, down
+refuses connections, refusing answers HTTP 500, absent takes connections and never answers. Arms take turns, in another
+order each repeat; a ratio compares arms of one repeat. Nothing leaves the machine. Run it where nothing else runs.
 """
 
 from __future__ import annotations
@@ -91,7 +91,7 @@ def served(arm: str, server: Any, delay: float) -> Iterator[str]:
 
 
 def run(arm: str, overrides: Sequence[str], folder: Path, server: Any, url: str) -> dict[str, Any]:
-    """Run one sweep in a folder of its own. Return its seconds, its CPU seconds with children, and what was mirrored."""
+    """Run one sweep in a folder of its own. Return its seconds, CPU seconds with children, and what was mirrored."""
     from fixtures.wandb_server import KEY
 
     folder.mkdir(parents=True)
@@ -203,8 +203,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         for arm, r in by_arm.items():
             whole = min(x[arm]["mirrored"] for x in repeats)
             print(
-                f"{arm}: {r['median']:.3f} of {reference} ({r['least']:.3f} to {r['most']:.3f}, {args.repeats} repeats; "
-                f"at most {max_ratio(arm):.2f} wanted); at least {whole} of {args.runs} runs mirrored in full"
+                f"{arm}: {r['median']:.3f} of {reference} ({r['least']:.3f} to {r['most']:.3f}, "
+                f"{args.repeats} repeats; at most {max_ratio(arm):.2f} wanted); "
+                f"at least {whole} of {args.runs} runs mirrored in full"
             )
     if args.json:
         result = {

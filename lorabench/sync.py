@@ -1,7 +1,7 @@
 """`python -m lorabench.sync <sweep dir>`: send W&B what it lacks of a sweep, from the sweep's records alone.
 
-What the server has is not sent again. W&B's own local files are not needed: offline runs, and runs that an outage cut off,
-are read from `run.json` and `history.jsonl`.
+What the server has is not sent again. W&B's own local files are not needed: offline runs, and runs that an outage cut
+off, are read from `run.json` and `history.jsonl`.
 """
 
 from __future__ import annotations
@@ -165,7 +165,8 @@ def _counts(lacks: Sequence[runs.Missing]) -> str:
 def parser() -> argparse.ArgumentParser:
     p = argparse.ArgumentParser(
         prog="python -m lorabench.sync",
-        description="Send W&B what it lacks of a sweep, from the sweep's records: runs, histories, summaries, the report.",
+        description="Send W&B what it lacks of a sweep, from the sweep's records: "
+        "runs, histories, summaries, the report.",
     )
     p.add_argument("sweep", type=Path, help="a sweep's directory, such as sweeps/rank_sweep")
     p.add_argument("--project", help=f"W&B project (default: where the sweep's tracker sent to, else {PROJECT})")

@@ -1,4 +1,4 @@
-"""Trackers mirror the records in other tools: W&B, TensorBoard, CSV. The records stay the truth, and no tracker fails a run."""
+"""Trackers mirror the records in other tools: W&B, TensorBoard, CSV. No tracker fails a run."""
 
 from __future__ import annotations
 

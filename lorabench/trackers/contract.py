@@ -16,8 +16,8 @@ Row = Mapping[str, Any]  # one row of a history: {"step": 10, "train/loss": 0.9,
 class Tracker(ABC):
     """A mirror of the records in another tool. It hears of each run as it starts, moves and ends.
 
-    A pack trains K runs at once, so several are live at the same time. Every method may raise: `Mirror` reports the error
-    and goes on without the tracker.
+    A pack trains K runs at once, so several are live at the same time. Every method may raise: `Mirror` prints the
+    error and goes on without the tracker.
 
     To add a tracker `mlflow`, write three things:
 
@@ -55,7 +55,7 @@ class Tracker(ABC):
         """
 
     def close(self) -> None:
-        """Let go of what is open: a phase of the sweep has ended, or was stopped. Runs without a record were stopped."""
+        """Close what is open: a phase of the sweep has ended or was stopped. Runs without a record were stopped."""
 
 
 class Mirror:

@@ -35,7 +35,7 @@ def record(run_id: str, status: str = "completed") -> Record:
 
 
 def mirror(kind: str, sweep_dir: Path, runs: tuple[str, ...] = RUNS) -> None:
-    """Three runs live at once, as in a pack; history rows interleave, and stand in the records before a mirror hears."""
+    """Mirror three runs that are live at once, as in a pack. Rows are in the records before a mirror hears of them."""
     store = Store(sweep_dir)
     tracker = make_tracker(TrackerConfig(name=kind), sweep="my sweep", sweep_dir=sweep_dir)
     assert tracker is not None
@@ -107,14 +107,14 @@ def test_csv_of_a_run_that_starts_again_starts_again(sweep_dir: Path) -> None:
 
 
 def test_a_run_that_goes_on_from_a_checkpoint_keeps_its_rows(sweep_dir: Path) -> None:
-    """Who heard the first ones is gone; those after the checkpoint come as they are trained, and each stands once."""
+    """The process that logged the first rows is gone. Each row stands once, those after the checkpoint as they come."""
     whole, cut = sweep_dir / "whole", sweep_dir / "cut"
-    for root, begun, heard in ((whole, [], HISTORY), (cut, HISTORY[:2], HISTORY[1:])):
-        Store(root).append_history(RUNS[0], begun)
+    for root, on_disk, logged in ((whole, [], HISTORY), (cut, HISTORY[:2], HISTORY[1:])):
+        Store(root).append_history(RUNS[0], on_disk)
         tracker = make_tracker(TrackerConfig(name="csv"), sweep="s", sweep_dir=root)
         assert tracker is not None
         tracker.start(RUNS[0], CONFIG, method="lora", tags=[])
-        for row in heard:
+        for row in logged:
             tracker.log(RUNS[0], row)
         tracker.finish(RUNS[0], record(RUNS[0]))
         tracker.close()
@@ -164,23 +164,23 @@ def test_wandb_offline_reads_back(sweep_dir: Path, monkeypatch: pytest.MonkeyPat
     monkeypatch.setenv("NETRC", str(tmp_path / "no-netrc"))
     mirror("wandb", sweep_dir)
     for k, run_id in enumerate(RUNS):
-        found: dict[str, list[dict[str, Any]]] = {}
+        entries: dict[str, list[dict[str, Any]]] = {}
         for entry in inspect(sweep_dir / "runs" / run_id):
-            found.setdefault(entry["type"], []).append(entry[entry["type"]])
-        assert not {"stats", "output", "output_raw"} & set(found)  # no system metrics, no console
-        (run,) = found["run"]
+            entries.setdefault(entry["type"], []).append(entry[entry["type"]])
+        assert not {"stats", "output", "output_raw"} & set(entries)  # no system metrics, no console
+        (run,) = entries["run"]
         assert (run["project"], run["run_group"], run["job_type"]) == ("lorabench", "my sweep", "lora")
         assert run["run_id"] == wandb_id("my sweep", run_id) and run["tags"] == ["minilm", "tweets"]
         assert {key: run["config"]["update"][key] for key in CONFIG} == CONFIG
-        steps = {entry["item"]["_step"]: entry["item"] for entry in found["history"]}
-        assert len(steps) == len(found["history"]) == 2
+        steps = {entry["item"]["_step"]: entry["item"] for entry in entries["history"]}
+        assert len(steps) == len(entries["history"]) == 2
         assert steps[10]["train/loss"] == pytest.approx(0.9 + k)
         assert steps[20]["val/loss"] == pytest.approx(0.8 + k)  # one step holds what was logged at it
         assert steps[20]["train/loss"] == pytest.approx(0.7 + k)
-        summary = {key: value for entry in found["summary"] for key, value in entry["update"].items()}
+        summary = {key: value for entry in entries["summary"] for key, value in entry["update"].items()}
         assert summary["val/accuracy"] == 0.74 and summary["test/accuracy"] == 0.73  # the record's, not the last row's
         assert summary["resources/trainable_parameters"] == 4096 and summary["status"] == "completed"
-        assert found["exit"][0].get("exit_code", 0) == 0
+        assert entries["exit"][0].get("exit_code", 0) == 0
 
 
 def test_wandb_ids_are_stable_and_legal() -> None:
@@ -218,24 +218,24 @@ class Broken(Tracker):
     """A tracker that breaks at a given call for a given run."""
 
     def __init__(self, at: str, run_id: str = RUNS[0]) -> None:
-        self.at, self.run_id, self.heard = at, run_id, []  # type: ignore[var-annotated]
+        self.at, self.run_id, self.calls = at, run_id, []  # type: ignore[var-annotated]
 
-    def _hear(self, what: str, run_id: str) -> None:
+    def _note(self, what: str, run_id: str) -> None:
         if what == self.at and run_id in (self.run_id, "close"):
             raise ConnectionError("the server said no")
-        self.heard.append((what, run_id))
+        self.calls.append((what, run_id))
 
     def start(self, run_id: str, config: Any, *, method: str, tags: list[str]) -> None:
-        self._hear("start", run_id)
+        self._note("start", run_id)
 
     def log(self, run_id: str, row: Any) -> None:
-        self._hear("log", run_id)
+        self._note("log", run_id)
 
     def finish(self, run_id: str, record: Record) -> None:
-        self._hear("finish", run_id)
+        self._note("finish", run_id)
 
     def close(self) -> None:
-        self._hear("close", "close")
+        self._note("close", "close")
 
 
 @pytest.mark.parametrize("at", ["build", "start", "log", "finish", "close"])
@@ -259,8 +259,8 @@ def test_a_broken_mirror_is_heard_once_and_fails_nothing(at: str, capsys: pytest
     said = capsys.readouterr().err
     assert said.count("the server said no") == 1
     if at in ("start", "log", "finish"):  # off for that run alone
-        assert not [x for x in broken.heard if x[1] == RUNS[0] and x[0] in ("log", "finish")][3:]
-        assert [x for x in broken.heard if x[0] == "finish"] == [("finish", RUNS[1]), ("finish", RUNS[2])]
+        assert not [x for x in broken.calls if x[1] == RUNS[0] and x[0] in ("log", "finish")][3:]
+        assert [x for x in broken.calls if x[0] == "finish"] == [("finish", RUNS[1]), ("finish", RUNS[2])]
 
 
 def test_a_client_that_is_not_installed_is_a_message(

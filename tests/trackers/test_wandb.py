@@ -77,13 +77,13 @@ def store(sweep_dir: Path) -> Store:
 
 def record(run_id: str, status: str = "completed", **changes: Any) -> Record:
     metrics = {"val/accuracy": 0.74, "test/accuracy": 0.73, "primary": "accuracy", "best_step": 10}
-    found = {"train_seconds": 2.5, "trainable_parameters": 4096}
-    return Record(run_id, "confirm", status, CONFIG, metrics, found, **changes)
+    resources = {"train_seconds": 2.5, "trainable_parameters": 4096}
+    return Record(run_id, "confirm", status, CONFIG, metrics, resources, **changes)
 
 
 def to(server: WandbServer | None, store: Store, **changes: Any) -> runs.Target:
-    asked = Server(server.url, KEY, "lorabench", None, timeout=20) if server else None
-    return runs.Target(store, "my sweep", "lorabench", None, asked, "online" if server else "offline", **changes)
+    client = Server(server.url, KEY, "lorabench", None, timeout=20) if server else None
+    return runs.Target(store, "my sweep", "lorabench", None, client, "online" if server else "offline", **changes)
 
 
 @pytest.fixture(autouse=True)
@@ -301,13 +301,13 @@ def test_an_adapter_is_an_artifact_if_asked(server: WandbServer, store: Store) -
     store.append_history(RUNS[0], ROWS)
     end(follower, RUNS[0])
     turns(follower, lambda: follower.idle)
-    (made,) = server.artifacts.values()
-    assert made["state"] == "COMMITTED" and made["files"]["adapter_config.json"] == b'{"r": 8}'
+    (artifact,) = server.artifacts.values()
+    assert artifact["state"] == "COMMITTED" and artifact["files"]["adapter_config.json"] == b'{"r": 8}'
     assert bucket(server, RUNS[0]).summary["adapter"] == f"adapter-{runs.wandb_id('my sweep', RUNS[0])}"
     assert runs.missing(to(server, store, artifacts=True), record(RUNS[0])).is_nothing and len(server.artifacts) == 1
 
 
-# -- the whole tracker, with its process -------------------------------------------------------------------------------------
+# -- the whole tracker, with its process ------------------------------------------------------------------------------
 
 
 def track(store: Store, *run_ids: str, sweep: str = "my sweep", **settings: Any) -> Any:
@@ -369,7 +369,7 @@ def test_the_tracker_sends_and_no_key_is_left_anywhere(
 def test_a_bad_server_is_not_waited_for_and_a_sync_sends_the_rest(
     kind: str, server: WandbServer, store: Store, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """Ten minutes would be there, in which a slow server takes everything: that anything is left shows that none waited."""
+    """Ten minutes would do even for a slow server. That runs are left shows that nothing waited."""
     monkeypatch.setattr(parent, "WAIT_SHARE", 0.0)
     with ExitStack() as stack:
         if kind == "down":
@@ -502,7 +502,7 @@ time.sleep(1)"""
 
 
 def test_a_mirror_rests_while_a_sweep_trains_and_hurries_at_its_end(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Looks every half second, of which each takes a second of the CPU; what the client's start costs is rested for first."""
+    """Each half second it looks, for a second of CPU. It first rests for what the client's start costs."""
     clock, busy, turns = [0.0], [0.0], list[float]()
 
     class Heard:
@@ -576,7 +576,7 @@ def test_phases_of_a_sweep_share_one_process(server: WandbServer, store: Store) 
 
 
 def test_what_a_killed_launcher_had_not_sent_the_next_one_sends(server: WandbServer, store: Store) -> None:
-    """Runs that ended while nobody mirrored them, as jobs do, or whose mirror died with its launcher: nothing trains them again."""
+    """Runs ended whose mirror died with its launcher. Nothing trains them again."""
     finished(store, *RUNS[:2])
     for run_id, start in zip(RUNS, ("1", None), strict=False):  # of a process that is no more, of this one
         mark_pending(store, run_id)
@@ -713,7 +713,7 @@ def test_a_sweep_without_its_server_is_the_same_sweep(
     assert "6 of 6 ended runs are there; 0 history rows to send" in capsys.readouterr().out
 
 
-# -- sync ----------------------------------------------------------------------------------------------------------------------
+# -- sync -------------------------------------------------------------------------------------------------------------
 
 
 def finished(store: Store, *run_ids: str) -> Store:
@@ -784,7 +784,7 @@ def test_a_sync_sends_nothing_that_a_mirror_has_sent_meanwhile(server: WandbServ
 def test_sync_ends_what_is_there_and_not_over(
     server: WandbServer, store: Store, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """A sender that is killed between the last row and its goodbye leaves a crashed run; one that was tried again, a failed one."""
+    """A sender killed after the last row leaves a crashed run, one that was tried again a failed run."""
     finished(store, *RUNS)
     store.write(record(RUNS[2], status="failed"))
     assert sync.main([str(store.root)]) == 0
@@ -808,25 +808,25 @@ def test_a_run_that_an_agent_of_a_wandb_sweep_started_is_the_agents(
     tmp_path: Path,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    """W&B's client takes an agent's id and project for whatever it is asked to open; a sync later finds the run by that id."""
-    given = {"WANDB_SWEEP_ID": "sw7", "WANDB_RUN_ID": "abc123", "WANDB_PROJECT": "theirs", "WANDB_ENTITY": "team"}
+    """W&B's client takes an agent's id and project for whatever it opens. A later sync finds the run by that id."""
+    agent = {"WANDB_SWEEP_ID": "sw7", "WANDB_RUN_ID": "abc123", "WANDB_PROJECT": "theirs", "WANDB_ENTITY": "team"}
     params = tmp_path / "config.yaml"
     params.write_text("wandb_version: 1\nmethod.r:\n  value: 8\n")
-    for key, value in {**given, "WANDB_SWEEP_PARAM_PATH": str(params)}.items():
+    for key, value in {**agent, "WANDB_SWEEP_PARAM_PATH": str(params)}.items():
         monkeypatch.setenv(key, value)
     leave(track(store, *RUNS[:2]))
     assert capsys.readouterr().err == ""
-    for key in (*given, "WANDB_SWEEP_PARAM_PATH"):
+    for key in (*agent, "WANDB_SWEEP_PARAM_PATH"):
         monkeypatch.delenv(key)
-    own, other = server.runs["team/theirs/abc123"], server.runs[f"team/theirs/{runs.wandb_id('my sweep', RUNS[1])}"]
-    assert len(server.runs) == 2 and own.fields["sweep"] == "sw7" and "sweep" not in other.fields
-    for run in (own, other):
+    first, second = server.runs["team/theirs/abc123"], server.runs[f"team/theirs/{runs.wandb_id('my sweep', RUNS[1])}"]
+    assert len(server.runs) == 2 and first.fields["sweep"] == "sw7" and "sweep" not in second.fields
+    for run in (first, second):
         assert run.steps == STEPS and not run.faults and run.state == "finished"
-    assert own.summary["run_id"] == RUNS[0] and own.summary["val/accuracy"] == 0.74
+    assert first.summary["run_id"] == RUNS[0] and first.summary["val/accuracy"] == 0.74
     Path(store.root).rename(tmp_path / "my sweep")
     assert sync.main([str(tmp_path / "my sweep")]) == 0
     assert "; 0 history rows to send" in capsys.readouterr().out
-    assert len(server.runs) == 2 and own.sent == other.sent == 20
+    assert len(server.runs) == 2 and first.sent == second.sent == 20
 
 
 def test_sync_says_what_did_not_arrive(
@@ -873,7 +873,7 @@ def test_sync_goes_where_the_tracker_went(server: WandbServer, store: Store) -> 
     assert list(server.runs) == [f"team/other/{runs.wandb_id('test', RUNS[0])}"]
 
 
-# -- the report ------------------------------------------------------------------------------------------------------------------
+# -- the report -------------------------------------------------------------------------------------------------------
 
 
 @pytest.fixture
@@ -909,9 +909,9 @@ def test_one_run_a_sweep_carries_the_report_and_runs_get_verdicts(
     assert table["columns"] == tables["comparison"]["columns"] and len(table["data"]) == 2
     assert any(b"the answer" in v for k, v in run.files.items() if k.startswith("media/html/report"))
     assert any(k.startswith("media/images/figures/rank") for k in run.files)
-    told = bucket(server, one.run_id).summary
-    assert told["verdict/direction"] in ("reference", "better", "worse", "not resolved")
-    assert told["verdict/reference"] == "lora-r16-a16-all-linear" and told["val/loss"] == one.metrics["val/loss"]
+    summary = bucket(server, one.run_id).summary
+    assert summary["verdict/direction"] in ("reference", "better", "worse", "not resolved")
+    assert summary["verdict/reference"] == "lora-r16-a16-all-linear" and summary["val/loss"] == one.metrics["val/loss"]
     before = sent(server)
     assert report.send(to(server, store), rendered, tables) is False
     assert sent(server) == before
@@ -928,7 +928,7 @@ def test_the_report_is_kept_offline_too(server: WandbServer, store: Store, rende
     assert not server.operations
 
 
-# -- pure ------------------------------------------------------------------------------------------------------------------------
+# -- pure -------------------------------------------------------------------------------------------------------------
 
 
 def test_steps_are_one_row_each_of_finite_values() -> None:
@@ -936,18 +936,20 @@ def test_steps_are_one_row_each_of_finite_values() -> None:
     assert runs.history_steps(rows) == [(2, {"a": 1.0, "c": 3}), (3, {"a": 4})]
 
 
-def test_an_answer_that_is_none_of_w_and_b_is_away(server: WandbServer, monkeypatch: pytest.MonkeyPatch) -> None:
-    asked = Server(server.url, KEY, "p", None)
+def test_an_answer_that_is_none_of_w_and_b_is_an_error_with_its_reason(
+    server: WandbServer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    client = Server(server.url, KEY, "p", None)
     server.refuse = 404
     with pytest.raises(ServerUnavailable, match="the server failed \\(HTTP 404\\)"):
-        asked.entity()
+        client.entity()
     server.refuse = 0
     monkeypatch.setattr(server, "answer", lambda name, v: ["a page"])
     with pytest.raises(ServerUnavailable, match="an answer that is none of W&B"):
-        asked.entity()
+        client.entity()
     monkeypatch.setattr(server, "answer", lambda name, v: {"viewer": None})
     with pytest.raises(ServerUnavailable, match="does not know this key"):
-        asked.entity()
+        client.entity()
 
 
 def test_the_key_is_the_servers_own(server: WandbServer, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
@@ -972,8 +974,8 @@ def test_looking_for_a_key_starts_no_process_of_wandb(monkeypatch: pytest.Monkey
     for name in ("WANDB_API_KEY", "WANDB_BASE_URL"):
         monkeypatch.delenv(name, raising=False)
     code = "from lorabench.trackers.wandb.server import api_key; print(api_key(), flush=True); input()"
-    asked = [sys.executable, "-c", code]
-    with subprocess.Popen(asked, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as process:
+    argv = [sys.executable, "-c", code]
+    with subprocess.Popen(argv, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as process:
         assert process.stdin and process.stdout
         assert process.stdout.readline().strip() == KEY
         assert not wandb_core(process.pid)
@@ -981,7 +983,7 @@ def test_looking_for_a_key_starts_no_process_of_wandb(monkeypatch: pytest.Monkey
     assert process.returncode == 0
 
 
-# -- the workspace -----------------------------------------------------------------------------------------------------------------
+# -- the workspace ----------------------------------------------------------------------------------------------------
 
 
 @pytest.fixture
@@ -1004,12 +1006,12 @@ def test_workspace_panels_name_what_is_written(workspace: Any, repo: Path, capsy
     for one in store.records():
         configs |= {f"{k}.{x}" for k, v in one.config.items() if isinstance(v, dict) for x in v}
         values |= set(runs.summary(one, verdicts.get(one.run_id)))
-        rows |= {key for _, found in runs.history_steps(store.history(one.run_id)) for key in found}
+        rows |= {key for _, values_at in runs.history_steps(store.history(one.run_id)) for key in values_at}
     figures = {f"figures/{p.stem}" for p in (repo / "reports/ref_rank_sweep/figures").glob("*.png")}
     assert workspace.main(["ref_rank_sweep", "--entity", "me", "--print"]) == 0
-    made = json.loads(capsys.readouterr().out)
-    assert list(made) == ["Answer", "Rank", "Rate", "Alpha", "Cost"]
-    for panel in (p for panels in made.values() for p in panels):
+    sections = json.loads(capsys.readouterr().out)
+    assert list(sections) == ["Answer", "Rank", "Rate", "Alpha", "Cost"]
+    for panel in (p for panels in sections.values() for p in panels):
         if panel["kind"] == "media":
             assert set(panel["keys"]) <= figures | {"report"}
         elif panel["kind"] == "lines":
@@ -1018,7 +1020,7 @@ def test_workspace_panels_name_what_is_written(workspace: Any, repo: Path, capsy
             x = panel["x"]
             assert x.removeprefix("summary:") in values if x.startswith("summary:") else x in configs
             assert panel["y"] in values
-    assert not [p for p in made["Rate"] if "test/" in json.dumps(p)]
+    assert not [p for p in sections["Rate"] if "test/" in json.dumps(p)]
 
 
 def test_workspace_without_its_package_is_a_message(

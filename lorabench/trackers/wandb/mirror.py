@@ -7,7 +7,9 @@ queue grows. `WandbTracker` starts this process and writes one JSON message a li
     {"do": "rest"}: a phase is over; runs without a record were stopped
     {"do": "close", "alone"}: no more will come; alone: this process may go on after the sweep's
 
-It answers on stdout with {"say": a line for the terminal}, {"why": the reason why something is not sent} and {"alone": true}.
+It answers on stdout:
+
+    {"say": a line for the terminal}    {"why": the reason why something is not sent}    {"alone": true}
 """
 
 from __future__ import annotations
@@ -157,7 +159,7 @@ class Follower:
         mark_arrived(self.target.store, run_id)
 
     def _log(self, one: Live) -> None:
-        """Log the steps that are complete: a later one has begun, or the run has ended. Several rows may share a step."""
+        """Log the steps that are complete. Several rows may share a step, until a later one begins or the run ends."""
         path = self.target.store.run_dir(one.run_id) / "history.jsonl"
         size = path.stat().st_size if path.is_file() else 0
         if size == one.history_size and one.record is None:
@@ -172,8 +174,8 @@ class Follower:
 def serve(follower: Follower, messages: queue.Queue[dict[str, Any] | None], opening: float = 0.0) -> None:
     """Follow the runs until the sweep has closed and all is sent, or until the server is silent after that.
 
-    Message None: the sweep's process died. opening: seconds of a core that starting W&B's client takes. The mirror rests
-    for them before its first look, so that a sweep which is over soon is sent after its end.
+    Message None: the sweep's process died. opening: seconds of a core that starting W&B's client takes. The mirror
+    rests for them before its first look, so that a sweep which is over soon is sent after its end.
     """
     closing, resumes = False, time.monotonic() + opening / CORE_SHARE
     while not (closing and (follower.idle or follower.silences)):
@@ -198,7 +200,10 @@ def serve(follower: Follower, messages: queue.Queue[dict[str, Any] | None], open
 
 
 class Listener:
-    """Hands messages on to `serve`, and ends this process where nobody waits: W&B's client may hang in the other thread."""
+    """Hands messages on to `serve` from a thread of its own, since W&B's client may hang in the main one.
+
+    Ends this process where nobody waits for it any more.
+    """
 
     def __init__(self, target: runs.Target, messages: queue.Queue[dict[str, Any] | None], tell: Tell) -> None:
         self.target, self.messages, self.tell = target, messages, tell
@@ -229,7 +234,10 @@ class Listener:
         os._exit(0)
 
     def _check_server(self) -> None:
-        """End this process if the server does not answer now. Looking up a host's name knows no time limit: hence a thread."""
+        """End this process if the server does not answer now.
+
+        Looking up a host's name knows no time limit, hence a thread.
+        """
         server = self.target.server
         if server is None:
             return

@@ -50,7 +50,7 @@ def run_tags(config: Mapping[str, Any]) -> list[str]:
 
 
 def history_steps(rows: Iterable[Mapping[str, Any]]) -> Steps:
-    """Merge history rows into one row a step, of finite values, as W&B keeps them. A step without values is left out."""
+    """Merge history rows into one row a step, as W&B keeps them. Values that are not finite are left out."""
     out: dict[int, dict[str, Any]] = {}
     for row in rows:
         values = {k: v for k, v in row.items() if k != "step" and _is_plain(v)}
@@ -72,14 +72,14 @@ def _is_plain(value: Any) -> bool:
 
 
 def missing_values(want: Mapping[str, Any], has: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the values of `want` that `has` lacks, and None for those that an earlier failure of the run left in it."""
+    """Return the values of `want` that `has` lacks, and None for those that an earlier failure left in it."""
     stale = {k: None for k in ("error", "pruned_step") if k in has and k not in want}
     return {k: v for k, v in want.items() if k not in has or has[k] != v} | stale
 
 
 @dataclass(frozen=True)
 class Target:
-    """Where the runs of a sweep go. Only the mode `online` has a server; offline, W&B's files lie in `<run dir>/wandb`."""
+    """Where the runs of a sweep go. Only mode `online` has a server; offline, W&B's files lie in `<run dir>/wandb`."""
 
     store: Store
     sweep: str
@@ -161,8 +161,9 @@ def log(run: wandb.Run, rows: Steps) -> None:
 class Missing:
     """What the server lacks of a run that has ended.
 
-    remote: the run as the server has it. rows: to be sent. back_to: the step after which the server's history is another
-    than the records'; None where it is the same. values: of the summary. is_over: the server knows that the run has ended.
+    remote: the run as the server has it. rows: history to be sent. values: of the summary.
+    back_to: the step after which the server's history is another than the records'; None where it is the same.
+    is_over: the server knows that the run has ended.
     """
 
     record: Record
@@ -214,8 +215,8 @@ def send(target: Target, lack: Missing) -> None:
     """Send what the server lacks of a run that has ended, and check that it arrived.
 
     A run that is all there and not over there, since its sender was killed, is opened and ended.
-    Raises `ServerUnavailable`, also where the server has not all of it afterwards. Raises `ValueError` where its history
-    begins otherwise than the records'.
+    Raises `ServerUnavailable`, also where the server has not all of it afterwards. Raises `ValueError` where the
+    server's history begins otherwise than the records'.
     """
     server, record, remote = target.server, lack.record, lack.remote
     assert server is not None

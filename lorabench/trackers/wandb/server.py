@@ -119,11 +119,13 @@ class Server:
         try:
             client = getattr(self._clients, "api", None)
             if client is None:
-                where = {"base_url": self.url}
-                client = self._clients.api = wandb.Api(where, timeout=self.timeout, api_key=self.key)  # type: ignore[arg-type]
+                limit: Any = self.timeout  # W&B takes fractions of a second, too
+                client = wandb.Api({"base_url": self.url}, timeout=limit, api_key=self.key)
+                self._clients.api = client
             return question(client)
         except Exception as e:  # whatever W&B's client makes of an answer that it can not use
-            raise ServerUnavailable(f"{self.url}: {_reason(e, self.timeout)}") from None
+            reason = _reason(e, self.timeout).replace(self.key, "<key>")
+            raise ServerUnavailable(f"{self.url}: {reason}") from None
 
 
 def _reason(error: Exception, timeout: float) -> str:

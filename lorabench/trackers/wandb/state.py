@@ -1,4 +1,4 @@
-"""Files in a sweep's directory that outlive a process: which runs are not at W&B yet, and what W&B's agents call runs."""
+"""Files in a sweep's directory that say which runs are not at W&B yet, and what agents of W&B Sweeps call runs."""
 
 from __future__ import annotations
 

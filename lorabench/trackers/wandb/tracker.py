@@ -1,7 +1,7 @@
 """Weights & Biases: one W&B run a slice, grouped by sweep. Offline unless there is a key to be online with.
 
-A process of its own (`lorabench.trackers.wandb.mirror`) reads the records and talks to W&B. Training never waits for W&B,
-and a process can be ended where W&B's client would wait on.
+A process of its own (`lorabench.trackers.wandb.mirror`) reads the records and talks to W&B. Training never waits for
+W&B, and a process can be ended where W&B's client would wait on.
 """
 
 from __future__ import annotations
@@ -131,7 +131,7 @@ class WandbTracker(Tracker):
             self.leave()
 
     def leave(self) -> None:
-        """Wait a little for what is still to be sent, then leave the mirror to itself, or end it and print what is left."""
+        """Wait a little for what is still to be sent. Then the mirror goes on alone, or ends and what is left is printed."""
         atexit.unregister(self.leave)
         stopped, in_job = self.stopped or signals.is_stopping(), ends_with_its_parent()
         wait = min(MAX_WAIT, max(WAIT_SHARE * (time.monotonic() - self.began), MIN_WAIT_IN_JOB if in_job else 0.0))
@@ -230,6 +230,6 @@ def ends_with_its_parent() -> bool:
 
 
 def resolve_mode(asked: str) -> str:
-    """Return W&B's mode: the one asked for. For `auto` it is WANDB_MODE's, else online with a key and offline without."""
+    """Return W&B's mode. For `auto` it is that of WANDB_MODE, else online with a key and offline without one."""
     mode = asked if asked != "auto" else os.environ.get("WANDB_MODE") or ("online" if api_key() else "offline")
     return {"run": "online", "shared": "online", "dryrun": "offline"}.get(mode, mode)
