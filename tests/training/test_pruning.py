@@ -198,7 +198,7 @@ def before(runs: Sequence[RunConfig], max_pack: int, start: int = 0) -> list[tup
         groups.setdefault(run.pack_key, []).append(run)
     packs: list[tuple[str, list[str]]] = []
     for group in groups.values():
-        group.sort(key=lambda r: (getattr(r.method, "r", 0), r.seed, r.optimizer.lr, r.run_id))
+        group.sort(key=lambda r: (r.method.r, r.seed, r.optimizer.lr, r.run_id))
         count = math.ceil(len(group) / max_pack)
         size = math.ceil(len(group) / count)
         for i in range(0, len(group), size):
