@@ -25,7 +25,6 @@ from lorabench.adapters.merge import merge
 from lorabench.config.contracts.method import SlicePlan
 from lorabench.config.contracts.model import BaseInfo
 from lorabench.config.errors import ConfigError
-from lorabench.models.folder import weight_files
 from lorabench.training.saved_run import SavedRun
 
 BATCHES = (1, 32)
@@ -63,8 +62,8 @@ def bench(saved: SavedRun, dtype: str, repeats: int) -> Bench:
     model = base.model.eval()
     shared: dict[int, Any] = {id(t): t for t in (*model.parameters(), *model.buffers())}
     size = sum(t.numel() * t.element_size() for t in model.parameters())
-    if hasattr(saved.run.model, "folder"):
-        size = sum(path.stat().st_size for path in weight_files(saved.run.model.folder()))
+    if files := saved.run.model.weight_files():
+        size = sum(path.stat().st_size for path in files)
     return Bench(model, copy.deepcopy(model, shared), copy.deepcopy(model), base.info, spread(seconds), size)
 
 

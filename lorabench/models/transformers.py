@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -10,7 +11,7 @@ from lorabench.config.contracts.model import Base, BaseInfo, HeadSpec, Model
 from lorabench.config.errors import ConfigError
 from lorabench.config.fields import knob
 from lorabench.models import pretrained
-from lorabench.models.folder import ALLOWED_SOURCES, fingerprint, model_folder
+from lorabench.models.folder import ALLOWED_SOURCES, fingerprint, model_folder, weight_files
 
 
 @dataclass(frozen=True)
@@ -41,6 +42,9 @@ class Config(Model):
 
     def load(self, head: HeadSpec, *, dtype: str = "float32", attention: str = "eager") -> Base:
         return pretrained.load_base(self.folder(), head, dropout=self.dropout, dtype=dtype, attention=attention)
+
+    def weight_files(self) -> Sequence[Path]:
+        return weight_files(self.folder())
 
     def fingerprint(self) -> str:
         """Return the SHA-256 over the content of weights, configuration and tokenizer."""

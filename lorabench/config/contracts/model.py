@@ -6,8 +6,9 @@ Shape letters: K slices, B batch, T tokens, I in, O out, R rank, N examples of a
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from lorabench.config.contracts.component import Component, attribute
@@ -127,6 +128,10 @@ class Model(Component, ABC):
 
         dtype: `float32`, `bfloat16` or `float64`. attention: `eager` or `sdpa`.
         """
+
+    def weight_files(self) -> Sequence[Path]:
+        """Return the files whose size is what the base takes on disk; empty where that is not known."""
+        return ()
 
     @abstractmethod
     def fingerprint(self) -> str:
