@@ -11,17 +11,23 @@ from lorabench.config.method_names import FULL, HEAD_ONLY
 from lorabench.config.overrides import flatten, override_value
 from lorabench.report import declared
 from lorabench.report.sections import conditions
+from lorabench.report.tables import plus_minus
 from lorabench.results import findings, formatting, unfinished
 from lorabench.results.cells import Result
-from lorabench.results.findings import Comparison, Findings
-from lorabench.results.formatting import plural
+from lorabench.results.findings import Comparison, Findings, Recommendation
+from lorabench.results.formatting import capital, plural
 from lorabench.stats import estimates
 
-MAX_SEEDS_COUNTED = 200  # up to which they are counted
+MAX_SEEDS_COUNTED = 200  # up to which the seeds that a verdict would take are counted
+MAX_CELLS_ONE_BY_ONE = 3  # compared with the reference in a sentence each
+MIN_GAP = 1e-9  # to the margin, in the metric; nothing settles on which side a smaller one lies
+METHOD_SETTINGS = ("r", "alpha", "target_modules", "use_rslora", "lr_ratio", "d_initial", "projection_key", "layers")
 
 
 @dataclass(frozen=True)
 class Answer:
+    """What a report says at its top."""
+
     lead: str
     points: tuple[tuple[str, str], ...]  # (what it is about, sentence)
     command: str | None  # trains the recommended adapter, or what is missing
@@ -29,230 +35,283 @@ class Answer:
 
 
 def answer(f: Findings) -> Answer:
+    """Return the answer that the findings allow."""
     if not f.confirmed:
         command = unfinished.continue_command(f.sweep) if unfinished.missing_runs(f) else None
-        return Answer(_unconfirmed(f), tuple(_validation(f)), command, "Go on with it")
-    if chance := findings.majority_baseline(f):
-        text = f"Nothing was learned: no cell does better on test than always answering {chance[0]} ({f.metric.value(chance[1], unit=True)}), so cells that agree show nothing. Train longer, at other rates or on more data."
+        return Answer(_unconfirmed_lead(f), tuple(_validation_points(f)), command, "Go on with it")
+    if baseline := findings.majority_baseline(f):
+        label, share = baseline
+        text = (
+            f"Nothing was learned: no cell does better on test than always answering {label} "
+            f"({f.metric.value(share, unit=True)}), so cells that agree show nothing. "
+            "Train longer, at other rates or on more data."
+        )
         return Answer(text, tuple(_points(f)), None)
-    command = _command(f, f.recommendation.cell) if f.recommendation and f.recommendation.cell else None
+    command = training_command(f, f.recommendation.cell) if f.recommendation and f.recommendation.cell else None
     return Answer(_lead(f), tuple(_points(f)), command)
 
 
-# -- confirmed sweeps ----------------------------------------------------------------------------------------------------
+# -- the lead of a confirmed sweep ---------------------------------------------------------------------------------------
 
 
 def _lead(f: Findings) -> str:
-    rec = f.recommendation
+    recommendation = f.recommendation
+    if recommendation is None or recommendation.cell is None:
+        return _lead_without_recommendation(f, recommendation)
     margin = declared.margin(f)
-    if rec and rec.cell is None and rec.passed and rec.stopped:
-        best = f.results[rec.reference]
-        return f"{formatting.capital(best.name)} reaches {_score(f, best)}; whether a smaller adapter would do gets no verdict ({rec.stopped.blocked})."
-    if rec is None or rec.cell is None:
-        best = _leader(f)
-        if f.alone:
-            return f"{formatting.capital(best.name)} reaches {_score(f, best)} on test; there is no other test result to set it against."
-        text = f"{formatting.capital(best.name)} has the best {declared.selection(f.sweep)} and reaches {_score(f, best)} on test."
-        if rec is not None:
-            none = not any(x.cell.adapter for x in f.results.values())
-            text += "" if none else f" No adapter was shown to be within {margin} of {f.results[rec.reference].name}."
-        return text
-    r, ref = f.results[rec.cell], f.results[rec.reference]
-    if rec.cell != rec.reference:
-        text = f"{formatting.capital(r.name)} is enough: {_score(f, r)}, shown to fall short of {ref.name} by less than {margin}"
-        return text + f", with {_fraction(r, ref)} trainable parameters."
-    if rec.stopped is None:
-        why = "no smaller one has confirmation seeds and test examples in common with it, so none was set against it"
-        why = why if rec.skipped else f"there is no smaller adapter here to set against it{_level(f, margin)}"
-        return f"{formatting.capital(r.name)} reaches {_score(f, r)}; {why}."
-    if rec.stopped.size == "beyond":
-        small = f.results[rec.stopped.cell]
-        return f"{formatting.capital(r.name)} is the one to keep ({_score(f, r)}): {small.name}, the next smaller one, falls short of it by more than {margin}."
-    text = f"Not resolved how small an adapter can be: none below {r.name} was shown to be within {margin} of it, so it is the one to keep"
-    return f"{text} ({_score(f, r)})."
+    kept, reference = f.results[recommendation.cell], f.results[recommendation.reference]
+    name, score = capital(kept.name), score_text(f, kept)
+    if kept.id != reference.id:
+        return (
+            f"{name} is enough: {score}, shown to fall short of {reference.name} by less than {margin}, "
+            f"with {_parameter_share(kept, reference)} trainable parameters."
+        )
+    stopped = recommendation.stopped
+    if stopped is None and recommendation.skipped:
+        return (
+            f"{name} reaches {score}; no smaller one has confirmation seeds and test examples in common with it, "
+            "so none was set against it."
+        )
+    if stopped is None:
+        return f"{name} reaches {score}; there is no smaller adapter here to set against it{_others_within(f, margin)}."
+    if stopped.size == "beyond":
+        smaller = f.results[stopped.cell].name
+        return (
+            f"{name} is the one to keep ({score}): {smaller}, the next smaller one, "
+            f"falls short of it by more than {margin}."
+        )
+    return (
+        f"Not resolved how small an adapter can be: none below {kept.name} was shown to be within {margin} of it, "
+        f"so it is the one to keep ({score})."
+    )
 
 
-def _level(f: Findings, margin: str) -> str:
-    """That every other cell does as well as the reference, as far as the margin tells: the answer to where adapters go."""
-    near = [f.results[c].name for c, made in f.versus.items() if made.size == "within" and not made.blocked]
-    if not near or len(near) < len(f.versus):
+def _lead_without_recommendation(f: Findings, recommendation: Recommendation | None) -> str:
+    if recommendation and recommendation.passed and recommendation.stopped:
+        reference = f.results[recommendation.reference]
+        return (
+            f"{capital(reference.name)} reaches {score_text(f, reference)}; "
+            f"whether a smaller adapter would do gets no verdict ({recommendation.stopped.blocked})."
+        )
+    best = _best_on_validation(f)
+    name, score = capital(best.name), score_text(f, best)
+    if f.alone:
+        return f"{name} reaches {score} on test; there is no other test result to set it against."
+    text = f"{name} has the best {declared.selection(f.sweep)} and reaches {score} on test."
+    if recommendation is not None and any(x.cell.adapter for x in f.results.values()):
+        reference = f.results[recommendation.reference]
+        text += f" No adapter was shown to be within {declared.margin(f)} of {reference.name}."
+    return text
+
+
+def _others_within(f: Findings, margin: str) -> str:
+    """Return that every other cell does as well as the reference, as far as the margin tells; else nothing."""
+    within = [f.results[c].name for c, x in f.versus.items() if x.size == "within" and not x.blocked]
+    if not within or len(within) < len(f.versus):
         return ""
-    who = " and ".join(near) if len(near) <= 3 else f"all {len(near)} other cells"
-    return f", and {who} {'is' if len(near) == 1 else 'are'} within {margin} of it"
+    names = " and ".join(within) if len(within) <= MAX_CELLS_ONE_BY_ONE else f"all {len(within)} other cells"
+    return f", and {names} {'is' if len(within) == 1 else 'are'} within {margin} of it"
+
+
+def score_text(f: Findings, r: Result) -> str:
+    """Return `81.2 ± 0.4 % accuracy`, or `a loss of 2.909 ± 0.100 nats a token`."""
+    if r.test is None:
+        return f"{f.metric.value(r.val, unit=True)} {f.metric.title} on validation"
+    number, unit = plus_minus(f, r), f.metric.measured_in
+    if unit == f.metric.unit:
+        return f"{number}{f' {unit}' if unit else ''} {f.metric.title}"
+    return f"a {f.metric.title} of {number} {unit}"
+
+
+def _best_on_validation(f: Findings) -> Result:
+    """Return the adapter, else the cell, that is best on validation."""
+    if f.best:
+        return f.results[f.best]
+    tested = [r for r in f.results.values() if r.test is not None and r.val_selection is not None]
+    return min(
+        tested or f.results.values(),
+        key=lambda r: (r.val_selection if r.val_selection is not None else float("inf"), r.id),
+    )
+
+
+def _parameter_share(small: Result, large: Result) -> str:
+    a, b = small.cell.trainable, large.cell.trainable
+    return f"{formatting.share(a, b)} of its" if a and b else "fewer"
+
+
+# -- its points ----------------------------------------------------------------------------------------------------------
 
 
 def _points(f: Findings) -> Iterator[tuple[str, str]]:
     for method, about in ((HEAD_ONLY, "Against head-only"), (FULL, "Against full fine-tuning")):
-        if made := f.controls.get(method):
-            yield about, _sentence(f, made, f"the best adapter on {declared.selection(f.sweep)}, ")
-    yield from _how_small(f)
-    if found := conditions.conditions(f):
-        yield "Under each condition", " ".join(f"At {c.name}: {conditions.verdict_sentence(f, c)}." for c in found)
+        if comparison := f.controls.get(method):
+            yield about, _comparison_sentence(f, comparison, f"the best adapter on {declared.selection(f.sweep)}, ")
+    if steps := how_small(f):
+        yield "How small", steps
+    if by_condition := conditions.conditions(f):
+        sentences = (f"At {c.name}: {conditions.verdict_sentence(f, c)}." for c in by_condition)
+        yield "Under each condition", " ".join(sentences)
     if not f.controls:
         yield from _against_reference(f)
 
 
 def _against_reference(f: Findings) -> Iterator[tuple[str, str]]:
-    """Every cell in a sentence while they are few, else in groups."""
-    if len(f.versus) <= 3:
-        yield from ((formatting.capital(f.results[made.cell].name), _sentence(f, made)) for made in f.versus.values())
+    """Yield a sentence for every cell while they are few, else one for all in groups."""
+    if len(f.versus) <= MAX_CELLS_ONE_BY_ONE:
+        yield from ((capital(f.results[x.cell].name), _comparison_sentence(f, x)) for x in f.versus.values())
         return
-    ways = {"better": "better", "worse": "worse", "not resolved": "not told apart from it"}
-    groups = {way: [f.results[c].name for c, made in f.versus.items() if made.direction == way] for way in ways}
-    text = "; ".join(f"{ways[way]}: {', '.join(names)}" for way, names in groups.items() if names)
-    yield f"Against {f.results[f.reference].name if f.reference else ''}", f"{formatting.capital(text)}."
+    words = {"better": "better", "worse": "worse", "not resolved": "not told apart from it"}
+    groups = {way: [f.results[c].name for c, x in f.versus.items() if x.direction == way] for way in words}
+    text = "; ".join(f"{words[way]}: {', '.join(names)}" for way, names in groups.items() if names)
+    yield f"Against {f.results[f.reference].name if f.reference else ''}", f"{capital(text)}."
 
 
-def _sentence(f: Findings, made: Comparison, prefix: str = "") -> str:
-    """Direction and size of one difference, apart from each other."""
-    name, other = f.results[made.cell].name, f.results[made.other].name
-    subject = f"{prefix}{name}," if prefix else name
-    adjusted = "exploratory, " if made.exploratory else "adjusted " if made.level > 0.95 else ""
-    bounds = f"({adjusted}95 % interval {f.metric.bounds(*made.interval)})" if made.bounded else "(no interval)"
-    signed = f"{f.metric.difference(made.estimate.mean, unit=True)} {bounds}"
-    if made.blocked:
-        return f"{formatting.capital(subject)} against {other}: {signed}; no verdict ({made.blocked})."
-    if made.direction == "not resolved":
-        return f"{formatting.capital(subject)} and {other} are not told apart: {signed}; {_margin_words(f, made)}."
-    text = f"{subject} is {f.metric.size(made.estimate.mean)} {made.direction} than {other} {bounds}"
-    return f"{formatting.capital(text)}; {_margin_words(f, made)}."
+def _comparison_sentence(f: Findings, comparison: Comparison, prefix: str = "") -> str:
+    """Return direction and size of one difference, apart from each other."""
+    name, other = f.results[comparison.cell].name, f.results[comparison.other].name
+    subject = capital(f"{prefix}{name}," if prefix else name)
+    adjusted = "exploratory, " if comparison.exploratory else "adjusted " if comparison.level > 0.95 else ""
+    bounds = f"({adjusted}95 % interval {f.metric.bounds(*comparison.interval)})"
+    bounds = bounds if comparison.bounded else "(no interval)"
+    mean = comparison.estimate.mean
+    signed = f"{f.metric.difference(mean, unit=True)} {bounds}"
+    if comparison.blocked:
+        return f"{subject} against {other}: {signed}; no verdict ({comparison.blocked})."
+    if comparison.direction == "not resolved":
+        return f"{subject} and {other} are not told apart: {signed}; {margin_clause(f, comparison)}."
+    text = f"{subject} is {f.metric.size(mean)} {comparison.direction} than {other} {bounds}"
+    return f"{text}; {margin_clause(f, comparison)}."
 
 
-def _how_small(f: Findings) -> Iterator[tuple[str, str]]:
-    rec = f.recommendation
-    if rec is None or rec.passed == (rec.reference,) and rec.cell is None:  # the lead says it
-        return
-    steps = [c for c in rec.passed if c != rec.reference]
-    said = []
-    if steps:
-        made = f.versus[steps[-1]]
-        low, high = made.estimate.interval(0.90)
-        names = " and ".join(f.results[c].name for c in steps)
-        said.append(f"Tested from {f.results[rec.reference].name} down, {names} passed (last: {f.metric.difference(made.estimate.mean, unit=True)}, "
-                    f"90 % interval {f.metric.bounds(low, high)})")  # fmt: skip
-    if rec.stopped:
-        e = rec.stopped.estimate
-        low, high = e.interval(0.90)
-        short = e.mean if f.metric.lower_is_better else -e.mean  # by so much it falls short
-        why = rec.stopped.blocked or (
-            f"{f.metric.difference(e.mean, unit=True)}, 90 % interval {f.metric.bounds(low, high)}{_settle(f, rec.stopped, abs(f.sweep.margin - short))}"
-        )
-        said.append(
-            f"{f.results[rec.stopped.cell].name} was the first not shown to be within the margin ({why}), and the test stops there"
-        )
-    if said:
-        yield "How small", "; ".join(said) + "."
-
-
-def _margin_words(f: Findings, made: Comparison) -> str:
-    margin = declared.margin(f)
-    if made.size == "not resolved":
-        return f"whether that is within the margin of {margin} is not resolved{_settle(f, made, abs(f.sweep.margin - abs(made.estimate.mean)))}"
-    return f"that is {'within' if made.size == 'within' else 'more than'} the margin of {margin}"
-
-
-def _settle(f: Findings, made: Comparison, gap: float) -> str:
-    """What it would take to place an unresolved difference against the margin, which lies a gap away from it."""
-    if made.blocked or made.size != "not resolved" or gap < 1e-9:
+def how_small(f: Findings) -> str:
+    """Return which adapters passed the fixed sequence and what stopped it; empty where the lead says it."""
+    recommendation = f.recommendation
+    if recommendation is None or (recommendation.passed == (recommendation.reference,) and recommendation.cell is None):
         return ""
-    seeds = estimates.seeds_needed(made.estimate, gap, limit=MAX_SEEDS_COUNTED)
-    if seeds is None and estimates.least_half_width(made.estimate) >= gap:
+    clauses = []
+    if steps := [c for c in recommendation.passed if c != recommendation.reference]:
+        names = " and ".join(f.results[c].name for c in steps)
+        clauses.append(
+            f"Tested from {f.results[recommendation.reference].name} down, {names} passed "
+            f"(last: {_difference_90(f, f.versus[steps[-1]])})"
+        )
+    if stopped := recommendation.stopped:
+        mean = stopped.estimate.mean
+        shortfall = mean if f.metric.lower_is_better else -mean
+        measured = _difference_90(f, stopped) + seeds_clause(f, stopped, abs(f.sweep.margin - shortfall))
+        clauses.append(
+            f"{f.results[stopped.cell].name} was the first not shown to be within the margin "
+            f"({stopped.blocked or measured}), and the test stops there"
+        )
+    return "; ".join(clauses) + "." if clauses else ""
+
+
+def _difference_90(f: Findings, comparison: Comparison) -> str:
+    """Return a difference with the 90 % interval of a one-sided test at 5 %."""
+    e = comparison.estimate
+    return f"{f.metric.difference(e.mean, unit=True)}, 90 % interval {f.metric.bounds(*e.interval(0.90))}"
+
+
+def margin_clause(f: Findings, comparison: Comparison) -> str:
+    """Return whether a difference is within the margin, and what would settle it where that is open."""
+    margin = declared.margin(f)
+    if comparison.size == "not resolved":
+        gap = abs(f.sweep.margin - abs(comparison.estimate.mean))
+        return f"whether that is within the margin of {margin} is not resolved{seeds_clause(f, comparison, gap)}"
+    return f"that is {'within' if comparison.size == 'within' else 'more than'} the margin of {margin}"
+
+
+def seeds_clause(f: Findings, comparison: Comparison, gap: float) -> str:
+    """Return what it would take to place an unresolved difference against the margin, a gap away from it."""
+    if comparison.blocked or comparison.size != "not resolved" or gap < MIN_GAP:
+        return ""
+    seeds = estimates.seeds_needed(comparison.estimate, gap, limit=MAX_SEEDS_COUNTED)
+    if seeds is None and estimates.least_half_width(comparison.estimate) >= gap:
         return ", and no number of seeds alone would settle it: it takes more test examples"
-    if seeds is None:
-        return f"; if the difference stays as it is, more than {MAX_SEEDS_COUNTED} confirmation seeds would settle it"
-    return (
-        f"; if the difference stays as it is, about {plural(seeds, 'confirmation seed')} would settle it"
-        if seeds > made.estimate.seeds
-        else ""
-    )
-
-
-def _score(f: Findings, r: Result) -> str:
-    if r.test is None:
-        return f"{f.metric.value(r.val, unit=True)} {f.metric.title} on validation"
-    half = f" ± {f.metric.size(r.test.half_width(), unit=False)}" if r.test.seeds > 1 else ""
-    number, unit = f"{f.metric.value(r.test.mean)}{half}", f.metric.measured_in
-    if unit == f.metric.unit:
-        return f"{number}{f' {unit}' if unit else ''} {f.metric.title}"
-    return f"a {f.metric.title} of {number} {unit}"  # of 2.909 ± 0.100 nats a token
-
-
-def _leader(f: Findings) -> Result:
-    """The adapter, else the cell, that is best on validation."""
-    if f.best:
-        return f.results[f.best]
-    found = [r for r in f.results.values() if r.test is not None and r.val_selection is not None]
-    return min(
-        found or f.results.values(),
-        key=lambda r: (r.val_selection if r.val_selection is not None else float("inf"), r.id),
-    )
-
-
-def _fraction(small: Result, large: Result) -> str:
-    a, b = small.cell.trainable, large.cell.trainable
-    return f"{formatting.share(a, b)} of its" if a and b else "fewer"
+    if seeds is not None and seeds <= comparison.estimate.seeds:
+        return ""
+    count = f"more than {MAX_SEEDS_COUNTED} confirmation seeds"
+    count = count if seeds is None else f"about {plural(seeds, 'confirmation seed')}"
+    return f"; if the difference stays as it is, {count} would settle it"
 
 
 # -- sweeps without a test result ----------------------------------------------------------------------------------------
 
 
-def _unconfirmed(f: Findings) -> str:
-    done = [r for r in f.results.values() if r.runs]
-    if sum(len(f.sweep.completed_records(r.cell.tune)) for r in f.results.values()) == 1 and len(done) == 1:
-        r = done[0]
-        return f"One run: {r.name} at {formatting.rate(r.lr)} reaches {f.metric.value(r.val, unit=True)} {f.metric.title} on validation. One run compares nothing."
+def _unconfirmed_lead(f: Findings) -> str:
+    with_runs = [r for r in f.results.values() if r.runs]
+    completed = sum(len(f.sweep.completed_records(r.cell.tune)) for r in f.results.values())
+    if completed == 1 and len(with_runs) == 1:
+        r = with_runs[0]
+        return (
+            f"One run: {r.name} at {formatting.rate(r.lr)} reaches {f.metric.value(r.val, unit=True)} {f.metric.title} "
+            "on validation. One run compares nothing."
+        )
+    numbers = "so every number here is from validation and none is a test result."
     ended, planned = unfinished.tuning_progress(f.sweep)
     if ended < planned:
-        return f"No verdict yet: {ended} of {plural(planned, 'tuning run')} have ended and nothing is confirmed, so every number here is from validation and none is a test result."
-    return "No verdict yet. Tuning only: no confirmation run has finished, so every number here is from validation and none is a test result."
+        runs = plural(planned, "tuning run")
+        return f"No verdict yet: {ended} of {runs} have ended and nothing is confirmed, {numbers}"
+    return f"No verdict yet. Tuning only: no confirmation run has finished, {numbers}"
 
 
-def _validation(f: Findings) -> Iterator[tuple[str, str]]:
-    named = [(f.best, "Best adapter")]
-    named += [(next((r.id for r in f.results.values() if r.cell.method == m and r.runs), None), a)
-              for m, a in ((HEAD_ONLY, "Head-only"), (FULL, "Full fine-tuning"))]  # fmt: skip
-    said = [f"{about.lower()} {f.results[i].name} at {formatting.rate(f.results[i].lr)}: {f.metric.value(f.results[i].val, unit=True)}"
-            if about == "Best adapter" else f"{f.results[i].name}: {f.metric.value(f.results[i].val, unit=True)}"
-            for i, about in named if i]  # fmt: skip
-    if len(said) > 1:
-        text = f"{formatting.capital('; '.join(said))} {f.metric.title}. The seeds that chose these rates measured them, so they are too good, most where more rates were tried."
-        yield "On validation", text
-    if gaps := unfinished.missing_runs(f):
+def _validation_points(f: Findings) -> Iterator[tuple[str, str]]:
+    scores = list(_validation_scores(f))
+    if len(scores) > 1:
         yield (
-            "Missing",
-            f"{formatting.capital(gaps)}. After them confirmation runs with fresh seeds, which alone see test.",
+            "On validation",
+            f"{capital('; '.join(scores))} {f.metric.title}. The seeds that chose these rates measured them, "
+            "so they are too good, most where more rates were tried.",
         )
-        yield "To go on", f"{formatting.capital(unfinished.HOW_TO_CONTINUE)}."
+    if gaps := unfinished.missing_runs(f):
+        yield "Missing", f"{capital(gaps)}. After them confirmation runs with fresh seeds, which alone see test."
+        yield "To go on", f"{capital(unfinished.HOW_TO_CONTINUE)}."
         return
     yield (
         "To confirm",
-        "Run the same command with fresh seeds, e.g. sweep.confirm_seeds=[100,101,102]: they train at the chosen rates, and they alone see test.",
+        "Run the same command with fresh seeds, e.g. sweep.confirm_seeds=[100,101,102]: "
+        "they train at the chosen rates, and they alone see test.",
     )
+
+
+def _validation_scores(f: Findings) -> Iterator[str]:
+    """Yield the best adapter's score and those of the controls."""
+    if f.best:
+        best = f.results[f.best]
+        score = f.metric.value(best.val, unit=True)
+        yield f"best adapter {best.name} at {formatting.rate(best.lr)}: {score}"
+    for method in (HEAD_ONLY, FULL):
+        control = next((r for r in f.results.values() if r.cell.method == method and r.runs), None)
+        if control:
+            yield f"{control.name}: {f.metric.value(control.val, unit=True)}"
 
 
 # -- the command ---------------------------------------------------------------------------------------------------------
 
 
-def _command(f: Findings, cell: str) -> str | None:
-    """Hydra overrides that train this cell at its chosen rate: as its runs were asked for, where the manifest says how."""
+def training_command(f: Findings, cell: str) -> str | None:
+    """Return the command that trains a cell at its chosen rate: as its runs were asked for, where the manifest says how.
+
+    None for a cell that was trained elsewhere, on what no command of ours names.
+    """
     r = f.results[cell]
-    if r.runs[0].provenance.get("adopted"):
-        return None  # trained elsewhere, on what no command of ours names
-    config: Mapping[str, Any] = r.runs[0].config
+    first = r.runs[0]
+    if first.provenance.get("adopted"):
+        return None
     experiment = f.sweep.manifest.get("experiment")
     words = ["python", "-m", "lorabench"]
     place = ["hydra.mode=RUN", f"sweep.name={f.sweep.name}-chosen"] if experiment else []
-    if asked := f.sweep.manifest.get("runs", {}).get(r.runs[0].run_id, {}).get("asked"):
+    if asked := f.sweep.manifest.get("runs", {}).get(first.run_id, {}).get("asked"):
         return shlex.join([*words, *asked, *place, f"optimizer.lr={override_value(r.lr)}"])
     words += [f"+experiment={experiment}", *place] if experiment else []
+    settings = {**_cell_settings(r, first.config), "optimizer.lr": r.lr}
+    words += [f"{k}={override_value(v)}" for k, v in settings.items()]
+    return " ".join(shlex.quote(w) for w in words)
+
+
+def _cell_settings(r: Result, config: Mapping[str, Any]) -> dict[str, Any]:
     method = config["method"]
     settings = {"method": method["name"]}
-    settings |= {
-        f"method.{k}": method[k]
-        for k in ("r", "alpha", "target_modules", "use_rslora", "lr_ratio", "d_initial", "projection_key", "layers")
-        if method.get(k) not in (None, False)
-    }
+    settings |= {f"method.{k}": method[k] for k in METHOD_SETTINGS if method.get(k) not in (None, False)}
     flat = dict(flatten(config))
-    settings |= {k: flat[k] for k, _ in r.cell.extra if k in flat and k not in settings}
-    words += [f"{k}={override_value(v)}" for k, v in {**settings, "optimizer.lr": r.lr}.items()]
-    return " ".join(shlex.quote(w) for w in words)
+    return settings | {k: flat[k] for k, _ in r.cell.extra if k in flat and k not in settings}

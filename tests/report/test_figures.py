@@ -40,7 +40,7 @@ def test_a_panel_of_rates_names_no_alpha_where_there_is_none() -> None:
         found = SimpleNamespace(method="VeRA", r=8, adapter=True, alpha_rule=rule, extra=(("task.max_length", "64"),))
         return SimpleNamespace(cell=found)
 
-    titles = [curves._family(cell(rule)) for rule in (None, "16")]  # type: ignore[arg-type]
+    titles = [curves.family(cell(rule)) for rule in (None, "16")]  # type: ignore[arg-type]
     assert titles == ["VeRA, max_length 64", "VeRA, α = 16, max_length 64"]
 
 

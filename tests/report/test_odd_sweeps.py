@@ -176,11 +176,11 @@ def test_many_seeds_are_not_called_none(tmp_path: Path) -> None:
         made, size="not resolved", blocked=None, estimate=dataclasses.replace(made.estimate, mean=gap - f.sweep.margin)
     )
     assert (
-        words._settle(f, edge, gap)
+        words.seeds_clause(f, edge, gap)
         == "; if the difference stays as it is, more than 200 confirmation seeds would settle it"
     )
     few = dataclasses.replace(edge, estimate=dataclasses.replace(edge.estimate, example=1e-4, example_df=50))
-    assert words._settle(f, few, gap).endswith("it takes more test examples")
+    assert words.seeds_clause(f, few, gap).endswith("it takes more test examples")
 
 
 def test_what_settles_a_step_down_is_its_own_test(tmp_path: Path) -> None:
@@ -190,9 +190,9 @@ def test_what_settles_a_step_down_is_its_own_test(tmp_path: Path) -> None:
     stopped = dataclasses.replace(f.versus[FOUR], estimate=e, size=estimates.size(e, 0.02), blocked=None)
     assert not estimates.non_inferior(e, 0.02, lower_is_better=False) and stopped.size == "not resolved"
     step = Recommendation(TOP, TOP, (TOP,), stopped)
-    (said,) = (text for _, text in words._how_small(dataclasses.replace(f, recommendation=step)))
+    said = words.how_small(dataclasses.replace(f, recommendation=step))
     assert f"about {estimates.seeds_needed(e, 0.039)} confirmation seeds would settle it" in said
-    assert "more than 200 confirmation seeds" in words._margin_words(f, stopped)
+    assert "more than 200 confirmation seeds" in words.margin_clause(f, stopped)
 
 
 def test_where_no_adapter_passes_the_first_step_is_shown(tmp_path: Path) -> None:
@@ -236,8 +236,8 @@ def test_the_margin_names_its_series(tmp_path: Path) -> None:
     f = found(build(tmp_path / "s", cells, examples=200))
     assert f.reference is not None
     ax: Any = SimpleNamespace(axhline=lambda *args, **more: None)
-    assert figures._margin_line(ax, f, several=True)[0][2] == f"{f.results[f.reference].name} − margin"
-    assert figures._margin_line(ax, f, several=False)[0][2] == "r = 64 − margin"
+    assert figures.draw_margin_line(ax, f, several=True)[0][2] == f"{f.results[f.reference].name} − margin"
+    assert figures.draw_margin_line(ax, f, several=False)[0][2] == "r = 64 − margin"
     assert figures.is_by_rank(f) and conditions.conditions(f) == []
 
 

@@ -104,4 +104,4 @@ def test_the_answer_says_what_its_number_is_in(name: str, unit: str, said: str) 
 
     metric = formatting.metric(name, lower_is_better=name == "loss", unit=unit)
     test = SimpleNamespace(mean=2.909, seeds=3, half_width=lambda: 0.1)
-    assert answer._score(SimpleNamespace(metric=metric), SimpleNamespace(test=test)) == said  # type: ignore[arg-type]
+    assert answer.score_text(SimpleNamespace(metric=metric), SimpleNamespace(test=test)) == said  # type: ignore[arg-type]
