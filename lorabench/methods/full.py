@@ -17,7 +17,7 @@ class Config(Method):
 
     name: str = knob("full", help="method")
 
-    pack_group: ClassVar[str | None] = None
+    trains_base: ClassVar[bool] = True
 
     def plan(self, base: BaseInfo, *, seed: int) -> SlicePlan:
         return SlicePlan(seed=seed, full=True)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from typing import ClassVar
 
 from lorabench.config.contracts.method import AdapterSpec
 from lorabench.config.contracts.model import LayerInfo
@@ -16,8 +15,6 @@ class Config(LowRank):
     """LoRA's settings."""
 
     name: str = knob("lorafa", help="method")
-
-    pack_group: ClassVar[str | None] = "lora"
 
     def spec(self, layer: LayerInfo) -> AdapterSpec:
         check_is_no_embedding(self.name, self.target_modules, layer)

@@ -6,7 +6,6 @@ So do the vectors of a new head, as in PEFT.
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from typing import ClassVar
 
 from lorabench.config.contracts.method import AdapterSpec, SlicePlan
 from lorabench.config.contracts.model import BaseInfo, LayerInfo
@@ -20,8 +19,6 @@ class Config(LowRank):
 
     name: str = knob("loraplus", help="method")
     lr_ratio: float = knob(16.0, help="B's learning rate over A's, which is optimizer.lr", low=1, varies=True)
-
-    pack_group: ClassVar[str | None] = "lora"
 
     def plan(self, base: BaseInfo, *, seed: int) -> SlicePlan:
         return replace(super().plan(base, seed=seed), vector_rate=self.lr_ratio)

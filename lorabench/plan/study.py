@@ -78,7 +78,7 @@ class StudyPlan:
         tie), else full, else the first."""
         declared = [c for c in self.cells if c.id == self.settings.study.reference]
         ranked = sorted(self.adapters, key=lambda c: (-(c.r or 0), -c.trainable, -_data(c.run)))
-        full = [c for c in self.cells if c.run.method.name == "full"]
+        full = [c for c in self.cells if c.run.method.trains_base]
         return [*declared, *ranked, *full, *self.cells][0]
 
     @property

@@ -45,7 +45,7 @@ def resolve(run: RunConfig, auto: str | None = None) -> Resolved:
     device = _device(run.trainer)
     asked = run.trainer.precision
     name = _canonical_precision(auto if auto and asked == "auto" else asked, device)
-    full = run.method.name == "full"
+    full = run.method.trains_base
     names = {"32": ("float32", "32-true"), "64": ("float64", "32-true"), "bf16-mixed": ("float32", "bf16-mixed")}
     dtype, trainer = names.get(name, ("float32", "bf16-mixed") if full else ("bfloat16", "32-true"))
     attention = run.model.attention

@@ -324,7 +324,7 @@ def test_of_equal_ranks_the_one_with_most_data_is_the_reference() -> None:
 
     def chosen(*sizes: int | None) -> str:
         cells = tuple(
-            CellPlan(f"of {n}", SimpleNamespace(task=SimpleNamespace(train_examples=n), method=SimpleNamespace(name="lora")),
+            CellPlan(f"of {n}", SimpleNamespace(task=SimpleNamespace(train_examples=n), method=SimpleNamespace(trains_base=False)),
                      frozenset(), 64, 1000) for n in sizes
         )  # fmt: skip
         settings: Any = SimpleNamespace(study=SimpleNamespace(reference=None))

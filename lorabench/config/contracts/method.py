@@ -71,6 +71,9 @@ class Method(Component, ABC):
     pack_group: ClassVar[str | None] = None
     """Runs of one group may train as slices of one pack. None: a run has its base to itself."""
 
+    trains_base: ClassVar[bool] = False
+    """Whether the base's own weights train, which are float32 then and compute under autocast."""
+
     @attribute
     def name(self) -> str:
         """Name of the module that defines the method."""
