@@ -220,7 +220,7 @@ class TestFigures:
                     "start": None,
                     "cells": [SMALL, LARGE],
                 }
-                s = weights._similarity(x, parse(doc).cells)
+                s = weights.similarity(x, parse(doc).cells)
                 entries.append(dataclasses.replace(s, cells=(f"{n}", f"{m}")))
             s = weights.shown_similarities(entries)[0]
             return s.kind, s.i[-1], s.j[-1]
@@ -251,7 +251,7 @@ class TestFigures:
         spectrum = tidy(doc).spectra[1]
         with theme.canvas(3, 3) as figure:
             ax = figure.add_subplot()
-            x, y, name, _ = weights._curve(ax, spectrum, looks(tmp_path)[LARGE])
+            x, y, name, _ = weights.draw_spectrum(ax, spectrum, looks(tmp_path)[LARGE])
         assert (x, name) == (8, "LoRA r = 16") and y == pytest.approx(np.log10(0.025 * 2.0**-7))
         assert list(ax.lines[0].get_xdata()) == list(range(1, 9))
 

@@ -1,22 +1,25 @@
-"""How far replies moved towards the data's own style: records' `style/...` of confirmation runs, by cell (`lorabench.training.evaluation.style`)."""
+"""How far replies moved towards the data's own style, by cell.
+
+They are records' `style/...` of confirmation runs (`lorabench.training.evaluation.style`).
+"""
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from statistics import fmean
 
 from lorabench.report.section import Section
-from lorabench.report.tables import Column, Row, Table, plus_minus
+from lorabench.report.tables import Column, Row, Table, metric_title, plus_minus, run_ids
 from lorabench.results import formatting
 from lorabench.results.cells import Result
 from lorabench.results.findings import Findings
-from lorabench.stats import estimates
-from lorabench.stats.estimates import welch
+from lorabench.stats.estimates import mean_over_seeds, welch
 
 WRITERS = ("real", "base", "adapted")
 
 
 def section(f: Findings) -> Section | None:
-    """Where runs behind the numbers have the measure."""
+    """Return the section where runs behind the numbers have the measure."""
     cells = [r for r in f.results.values() if _values(r, "adapted")]
     return Section("tone", "What replies took on of the data's tone", (), (), (_table(f, cells),)) if cells else None
 
@@ -26,25 +29,37 @@ def _values(r: Result, name: str) -> list[float]:
 
 
 def _table(f: Findings, cells: list[Result]) -> Table:
-    unit = f" ({f.metric.measured_in})" if f.metric.measured_in else ""
     columns = (
-        Column("cell", "cell"), Column("test", f"test {f.metric.title}{unit}", "right"), *(Column(who, who, "right") for who in WRITERS),
-        Column("moved", "moved, over seeds", "right"), Column("prompts", "moved, over prompts (95 %)", "right"),
+        Column("cell", "cell"),
+        Column("test", metric_title(f, "test"), "right"),
+        *(Column(writer, writer, "right") for writer in WRITERS),
+        Column("moved", "moved, over seeds", "right"),
+        Column("prompts", "moved, over prompts (95 %)", "right"),
         Column("difference", "Δ to reference (95 %)", "right"),
-    )  # fmt: skip
-    rows = tuple(
-        Row((r.name, plus_minus(f, r), *map(_mean, (_values(r, who) for who in WRITERS)), _moved(r), _prompts(r), _difference(f, r)),
-            tuple(x.run_id for x in r.runs)) for r in cells
-    )  # fmt: skip
+    )
+    rows = tuple(_row(f, r) for r in cells)
+    return Table("tone", "Replies beside the base's and real ones", columns, rows, tuple(_notes(cells)))
+
+
+def _row(f: Findings, r: Result) -> Row:
+    means = (_mean(_values(r, writer)) for writer in WRITERS)
+    return Row((r.name, plus_minus(f, r), *means, _moved(r), _prompts(r), _difference(f, r)), run_ids(r))
+
+
+def _notes(cells: list[Result]) -> Iterator[str]:
     replies = sorted({int(n) for r in cells for n in _values(r, "examples")})
-    notes = [
-        f"Real, base, adapted: how likely {' or '.join(formatting.count(n) for n in replies)} held-out replies of people, of the base and of the trained runs are real ones to a classifier of "
-        "n-grams. Moved: (adapted − base) / (real − base), 0 like the base, 1 like the data. It knows surface (length, case, slang), not sense: read the samples.",
-        "Over seeds: mean with half its 95 % interval; over prompts: the mean of the runs' own intervals. Neither holds the other's luck. Δ: Welch over seeds, exploratory.",
-    ]  # fmt: skip
+    yield (
+        f"Real, base, adapted: how likely {' or '.join(formatting.count(n) for n in replies)} held-out replies "
+        "of people, of the base and of the trained runs are real ones to a classifier of n-grams. "
+        "Moved: (adapted − base) / (real − base), 0 like the base, 1 like the data. "
+        "It knows surface (length, case, slang), not sense: read the samples."
+    )
+    yield (
+        "Over seeds: mean with half its 95 % interval; over prompts: the mean of the runs' own intervals. "
+        "Neither holds the other's luck. Δ: Welch over seeds, exploratory."
+    )
     if any(len(_values(r, "moved")) < len(_values(r, "adapted")) for r in cells):
-        notes.append("A run without “moved”: the classifier does not tell real replies from the base's.")
-    return Table("tone", "Replies beside the base's and real ones", columns, rows, tuple(notes))
+        yield "A run without “moved”: the classifier does not tell real replies from the base's."
 
 
 def _mean(values: list[float]) -> str:
@@ -55,7 +70,7 @@ def _moved(r: Result) -> str:
     moved = _values(r, "moved")
     if not moved:
         return formatting.DASH
-    half = f" ± {formatting.number(estimates.mean_over_seeds(moved).half_width(), 2)}" if len(moved) > 1 else ""
+    half = f" ± {formatting.number(mean_over_seeds(moved).half_width(), 2)}" if len(moved) > 1 else ""
     return formatting.number(fmean(moved), 2) + half
 
 
@@ -67,8 +82,8 @@ def _prompts(r: Result) -> str:
 def _difference(f: Findings, r: Result) -> str:
     if r.id == f.reference:
         return "reference"
-    made = welch(_values(r, "moved"), _values(f.results[f.reference], "moved")) if f.reference else None
-    if made is None:
+    difference = welch(_values(r, "moved"), _values(f.results[f.reference], "moved")) if f.reference else None
+    if difference is None:
         return formatting.DASH
-    low, high = made.interval()
-    return f"{formatting.number(made.mean, 2, sign=True)} ({formatting.number(low, 2, sign=True)} to {formatting.number(high, 2, sign=True)})"
+    mean, low, high = (formatting.number(x, 2, sign=True) for x in (difference.mean, *difference.interval()))
+    return f"{mean} ({low} to {high})"
