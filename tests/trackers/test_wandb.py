@@ -11,6 +11,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager, suppress
@@ -950,6 +951,28 @@ def test_an_answer_that_is_none_of_w_and_b_is_an_error_with_its_reason(
     monkeypatch.setattr(server, "answer", lambda name, v: {"viewer": None})
     with pytest.raises(ServerUnavailable, match="does not know this key"):
         client.entity()
+
+
+@pytest.mark.parametrize("kind", ["hangs", "fails"])
+def test_a_server_that_is_there_and_answers_no_question_is_given_up_in_time(
+    kind: str, server: WandbServer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """W&B's client would try again for long."""
+
+    def no_answer(name: str, variables: dict[str, Any]) -> None:
+        if kind == "fails":
+            raise RuntimeError("the connection ends without an answer")
+        over.wait(30.0)
+
+    over = threading.Event()
+    monkeypatch.setattr(server, "answer", no_answer)
+    began = time.monotonic()
+    try:
+        with pytest.raises(ServerUnavailable, match="no answer in 0.5 s"):
+            Server(server.url, KEY, "p", None, timeout=0.5).entity()
+    finally:
+        over.set()
+    assert time.monotonic() - began < 10.0  # of which W&B's service process takes most to start
 
 
 def test_the_key_is_the_servers_own(server: WandbServer, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
