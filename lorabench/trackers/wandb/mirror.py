@@ -234,27 +234,12 @@ class Listener:
         os._exit(0)
 
     def _check_server(self) -> None:
-        """End this process if the server does not answer now.
-
-        Looking up a host's name knows no time limit, hence a thread.
-        """
-        server = self.target.server
-        if server is None:
-            return
-        why = [f"{server.url} does not answer in {END_PING_TIMEOUT:g} s"]
-
-        def ping() -> None:
-            try:
-                server.ping(END_PING_TIMEOUT)
-                why[0] = ""
-            except ServerUnavailable as e:
-                why[0] = str(e)
-
-        thread = threading.Thread(target=ping, daemon=True)
-        thread.start()
-        thread.join(2 * END_PING_TIMEOUT)
-        if why[0]:
-            self.exit(why[0])
+        """End this process if the server does not answer now."""
+        try:
+            if self.target.server is not None:
+                self.target.server.ping(END_PING_TIMEOUT)
+        except ServerUnavailable as e:
+            self.exit(str(e))
 
     def _go_on_alone(self) -> None:
         """Take the lease under which nobody else sends what is left, and limit how long this goes on."""

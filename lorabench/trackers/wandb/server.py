@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import netrc
 import os
+import queue
 import threading
 from collections.abc import Callable, Mapping
 from contextlib import suppress
@@ -60,17 +61,25 @@ class Server:
         """
         limit = self.timeout if timeout is None else timeout
         is_local = urlsplit(self.url).hostname in ("127.0.0.1", "localhost")
+        opener = build_opener(*([ProxyHandler({})] if is_local else []))
+
+        def status() -> int:
+            try:
+                with opener.open(f"{self.url}/healthz", timeout=limit) as reply:
+                    return int(reply.status)
+            except HTTPError as e:
+                with e:
+                    return e.code
+
         try:
-            with build_opener(*([ProxyHandler({})] if is_local else [])).open(f"{self.url}/healthz", timeout=limit):
-                return
-        except HTTPError as e:
-            if e.code >= 500:
-                raise ServerUnavailable(f"{self.url}: the server failed (HTTP {e.code})") from None
+            code = _within(limit, status)
         except (URLError, HTTPException, OSError, ValueError) as e:
             reason = getattr(e, "reason", e)
             text = str(getattr(reason, "strerror", None) or reason) or type(e).__name__
             why = f"nothing came in {limit:g} s" if isinstance(reason, TimeoutError) else text
             raise ServerUnavailable(f"{self.url} does not answer: {why}") from None
+        if code >= 500:
+            raise ServerUnavailable(f"{self.url}: the server failed (HTTP {code})")
 
     def entity(self) -> str:
         """Return the entity that was asked for, else the key's own."""
@@ -99,8 +108,11 @@ class Server:
 
     def steps(self, run: RemoteRun) -> list[int]:
         """Return the steps of the rows of a run's history, in order."""
-        rows = self._ask(lambda client: run.handle.history(samples=run.rows, pandas=False))
-        return [int(row["_step"]) for row in rows if "_step" in row]
+
+        def scan() -> list[int]:
+            return [int(row["_step"]) for row in run.handle.scan_history(use_cache=False) if "_step" in row]
+
+        return self._ask(lambda client: _within(self.timeout, scan))  # W&B gives a scan no time limit
 
     def write_summary(self, run: RemoteRun, values: Mapping[str, Any]) -> None:
         """Set these values in a run's summary and remove those that are None. All others stay."""
@@ -136,11 +148,31 @@ def _reason(error: Exception, timeout: float) -> str:
         return f"the key is refused (HTTP {status})"
     if status:
         return f"the server failed (HTTP {status})"
-    if "did not respond in time" in str(cause):
+    if isinstance(cause, TimeoutError) or "did not respond in time" in str(cause):
         return f"no answer in {timeout:g} s"
     if "invalid credentials" in str(cause):
         return "the server does not know this key"
     return f"an answer that is none of W&B ({type(cause).__name__}: {' '.join(str(cause).split())[:200]})"
+
+
+def _within(seconds: float, call: Callable[[], Answer]) -> Answer:
+    """Return what `call` returns. Raises `TimeoutError` after so many seconds; looking up a host's name knows no limit."""
+    outcome: queue.SimpleQueue[tuple[list[Answer], Exception | None]] = queue.SimpleQueue()
+
+    def work() -> None:
+        try:
+            outcome.put(([call()], None))
+        except Exception as e:
+            outcome.put(([], e))
+
+    threading.Thread(target=work, daemon=True).start()
+    try:
+        answers, error = outcome.get(timeout=seconds)
+    except queue.Empty:
+        raise TimeoutError(f"no answer in {seconds:g} s") from None
+    if error is not None:
+        raise error
+    return answers[0]
 
 
 def _cause(error: BaseException) -> BaseException:
