@@ -10,6 +10,7 @@ from hydra.plugins.launcher import Launcher
 from hydra.types import HydraContext
 from omegaconf import DictConfig
 
+from lorabench.config.cells import cell_id
 from lorabench.launch.command_line import sweep_words
 from lorabench.launch.compose import LABELLED_AXES, RATE, SEED, Composer, is_remote, tune_seeds
 from lorabench.launch.grid import Point, expand
@@ -69,8 +70,6 @@ class GridSweep:
         return returned
 
     def _list_tuning_jobs(self, points: Sequence[Point]) -> None:
-        from lorabench.sweep.packs import cell_id
-
         listed: dict[OverrideSet, ListedCell] = {}
         for cell in _with_extras(points):
             for rate in cell.point.rates or (f"{RATE}={self.config.optimizer.lr}",):
@@ -92,8 +91,6 @@ class GridSweep:
 
     def _extend_rates(self) -> list[Any]:
         """Tune one more rate outward in every cell whose best lies at an end, until none does."""
-        from lorabench.sweep.packs import cell_id
-
         tried: dict[str, set[float]] = {}
         for job in self.jobs.values():
             tried.setdefault(cell_id(job.label), set()).add(job.run.optimizer.lr)

@@ -10,6 +10,7 @@ from hydra.plugins.launcher import Launcher
 from hydra.types import HydraContext
 from omegaconf import DictConfig
 
+from lorabench.config.cells import cell_id
 from lorabench.config.errors import ConfigError
 from lorabench.launch.compose import LABELLED_AXES, RATE, SEED, Composer, is_remote, tune_seeds
 from lorabench.launch.optuna_space import parse_space
@@ -113,8 +114,6 @@ class OptunaSearch:
         seeds = self.settings.sweep.confirm_seeds
         if not seeds or self.settings.sweep.role != "tune" or (best := self._best_trial()) is None:
             return []
-        from lorabench.sweep.packs import cell_id
-
         trial, _ = best
         label = trial.jobs[0].label
         lr = phases.chosen_rates(self.settings).get(cell_id(label))

@@ -9,6 +9,7 @@ from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any
 
+from lorabench.config.cells import cell_id
 from lorabench.config.errors import ConfigError
 from lorabench.config.runs import RunConfig, Settings
 from lorabench.plan.pilot import Pace, evaluations, pace_of
@@ -17,7 +18,7 @@ from lorabench.results.cells import MIN_POOLED_CELLS
 from lorabench.results.formatting import Metric
 from lorabench.stats.power import MIN_SEEDS
 from lorabench.store.records import Store
-from lorabench.sweep.packs import Job, cell_id, plan_packs
+from lorabench.sweep.packs import Job, plan_packs
 from lorabench.training import precision, preparation
 from lorabench.training.batches import steps_per_epoch
 

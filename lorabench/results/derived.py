@@ -6,6 +6,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from lorabench.config import alpha_rules
+from lorabench.config.cells import cell_id
 from lorabench.config.method_names import display_name
 from lorabench.config.overrides import flatten
 from lorabench.store.records import Record
@@ -22,11 +23,7 @@ def derive_cells(records: Mapping[str, Record]) -> dict[str, Any]:
         label = _label(record.config, axes)
         if (kind := _kind(record.config)) in times and label["alpha"] is not None:
             label["alpha_rule"] = times[kind]
-        parts = [label["method"].lower().replace(" ", "")]
-        parts += [
-            f"{a}{label[k]}" for a, k in (("r", "r"), ("a", "alpha_rule"), ("", "targets")) if label[k] is not None
-        ]
-        name = "-".join([*parts, *(f"{k}={v}" for k, v in sorted(label["extra"].items()))]).replace(" ", "")
+        name = cell_id(label)
         cell = cells.setdefault(name, {"id": name, "label": label, "runs": {"tune": [], "confirm": []}})
         cell["runs"]["confirm" if record.role == "confirm" else "tune"].append(run_id)
     return {"cells": list(cells.values())}

@@ -7,10 +7,11 @@ from dataclasses import asdict
 from typing import Any
 
 from lorabench.config import alpha_rules
+from lorabench.config.cells import cell_id
 from lorabench.config.errors import ConfigError, ExistingWork
 from lorabench.config.settings import StudyConfig
 from lorabench.store.records import Store
-from lorabench.sweep.packs import Job, cell_id
+from lorabench.sweep.packs import Job
 
 KEYS_WITHOUT_EFFECT = {
     "alpha_anchor"

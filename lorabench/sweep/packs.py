@@ -7,6 +7,7 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from lorabench import __version__
+from lorabench.config.cells import cell_id
 from lorabench.config.contracts.method import SlicePlan
 from lorabench.config.runs import Pack, RunConfig, Settings, digest
 from lorabench.runtime.memory import available_memory
@@ -36,16 +37,6 @@ def cell_label(
     alpha = label.get("alpha")
     rule = alpha_rule if alpha is not None and alpha_rule else None if alpha is None else f"{alpha:g}"
     return {**label, "alpha_rule": rule, "extra": dict(extra or {})}
-
-
-def cell_id(label: Mapping[str, Any]) -> str:
-    """A readable, stable name of a cell."""
-    parts = [str(label["method"]).lower().replace(" ", "")]
-    for letter, key in (("r", "r"), ("a", "alpha_rule"), ("", "targets")):
-        if label.get(key) is not None:
-            parts.append(f"{letter}{label[key]}")
-    parts += [f"{k}={v}" for k, v in sorted(label["extra"].items())]
-    return "-".join(part.replace(" ", "") for part in parts)
 
 
 MAX_SLICES_PER_PACK = 16  # slices a pack where memory would allow more: a pack is what a kill costs

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Collection, Mapping, Sequence
 
+from lorabench.config.cells import cell_id
 from lorabench.config.errors import ConfigError
 from lorabench.config.runs import Settings
 from lorabench.results.selection import Choice, choose
 from lorabench.runtime.files import name_unwritable
 from lorabench.store.records import Store
 from lorabench.sweep import declaration
-from lorabench.sweep.packs import Job, cell_id, write_cells
+from lorabench.sweep.packs import Job, write_cells
 
 
 def declare(jobs: Sequence[Job], command: Sequence[str] = ()) -> None:
