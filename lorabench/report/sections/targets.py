@@ -11,7 +11,7 @@ from matplotlib.axes import Axes
 from lorabench.report import theme
 from lorabench.report.figures import score_interval
 from lorabench.report.section import Section
-from lorabench.report.tables import Column, Row, Table, plus_minus
+from lorabench.report.tables import Column, Row, Table, metric_title, plus_minus, run_ids
 from lorabench.report.theme import Drawing, Look
 from lorabench.results import formatting
 from lorabench.results.best_rate import Missing
@@ -30,139 +30,166 @@ class Group:
     by_rank: bool
 
     def label(self, r: Result) -> str:
+        """Return what a cell is called inside its group."""
         return shorten(r.cell.targets, 24) + ("" if self.by_rank else f", r = {r.cell.r}")
 
 
 def section(f: Findings, e: Evidence, looks: Mapping[str, Look]) -> Section | None:
-    """Where two sets of targets are confirmed at one rank, or at one number of parameters."""
-    found = groups(f)
-    if not found:
+    """Return the section where two sets of targets are confirmed at one rank, or at one number of parameters."""
+    compared = groups(f)
+    if not compared:
         return None
-    texts = tuple(_resolved(f, e, g) for g in found)
-    return Section("targets", "Where the adapters go", texts, (draw(f, found, looks),), (_table(f, e, found),))
+    texts = tuple(_verdict_sentence(f, e, g) for g in compared)
+    tables = (_table(f, e, compared),)
+    return Section("targets", "Where the adapters go", texts, (draw(f, compared, looks),), tables)
 
 
 def groups(f: Findings) -> list[Group]:
-    """The largest group at equal rank and alpha, the largest of equal parameters."""
+    """Return the largest group at equal rank and alpha, and the largest of equal parameters."""
     tested = [r for r in f.results.values() if r.cell.adapter and r.test is not None]
-    ranked: dict[tuple[object, ...], list[Result]] = {}
+    by_rank: dict[tuple[object, ...], list[Result]] = {}
     for r in tested:
-        ranked.setdefault((r.cell.method, r.cell.r, r.cell.alpha, r.cell.extra), []).append(r)
-    matched = [[o for o in tested if _equal(r, o)] for r in tested if r.cell.trainable]
-    made = []
-    if mine := _widest(list(ranked.values())):
-        c = mine[0].cell
-        alpha = "" if c.alpha is None else f", α = {c.alpha:.4g}"
-        made.append(Group(f"equal rank: r = {c.r}{alpha}", _sorted(f, mine), True))
-    if mine := _widest(matched):
-        count = formatting.compact(mine[0].cell.trainable)
-        made.append(Group(f"equal parameters: about {count}", _sorted(f, mine), False))
-    return made
+        by_rank.setdefault((r.cell.method, r.cell.r, r.cell.alpha, r.cell.extra), []).append(r)
+    by_size = [[o for o in tested if _has_equal_parameters(r, o)] for r in tested if r.cell.trainable]
+    widest = []
+    if cells := _widest(list(by_rank.values())):
+        first = cells[0].cell
+        alpha = "" if first.alpha is None else f", α = {first.alpha:.4g}"
+        widest.append(Group(f"equal rank: r = {first.r}{alpha}", _best_first(f, cells), True))
+    if cells := _widest(by_size):
+        count = formatting.compact(cells[0].cell.trainable)
+        widest.append(Group(f"equal parameters: about {count}", _best_first(f, cells), False))
+    return widest
 
 
-def _equal(least: Result, other: Result) -> bool:
-    """No smaller than the first, and within what counts as equal."""
-    same = (least.cell.method, least.cell.extra) == (other.cell.method, other.cell.extra)
-    return (
-        same
-        and (other.cell.trainable or 0) >= (least.cell.trainable or 0)
-        and parameter_gap(least, other) <= MAX_PARAMETER_GAP
-    )
+def _has_equal_parameters(smallest: Result, other: Result) -> bool:
+    """Whether a cell is no smaller than another, and within what counts as equal."""
+    same = (smallest.cell.method, smallest.cell.extra) == (other.cell.method, other.cell.extra)
+    larger = (other.cell.trainable or 0) >= (smallest.cell.trainable or 0)
+    return same and larger and parameter_gap(smallest, other) <= MAX_PARAMETER_GAP
 
 
-def _widest(found: Sequence[Sequence[Result]]) -> list[Result]:
-    """The group of most sets of targets, each once: of two cells with one set that of the lower validation loss."""
-    once = []
-    for group in found:
+def _widest(candidates: Sequence[Sequence[Result]]) -> list[Result]:
+    """Return the group of most sets of targets, each once; of two cells with one set that of the lower validation loss."""
+    unique = []
+    for group in candidates:
         best: dict[str, Result] = {}
         for r in sorted(group, key=lambda r: (r.val_loss is None, r.val_loss or 0.0, r.id)):
             best.setdefault(r.cell.targets, r)
-        once.append(list(best.values()))
-    widest = max(once, key=len, default=[])
+        unique.append(list(best.values()))
+    widest = max(unique, key=len, default=[])
     return widest if len(widest) > 1 else []
 
 
-def _sorted(f: Findings, cells: Sequence[Result]) -> tuple[Result, ...]:
+def _best_first(f: Findings, cells: Sequence[Result]) -> tuple[Result, ...]:
     sign = 1 if f.metric.lower_is_better else -1
     return tuple(sorted(cells, key=lambda r: (sign * (r.test.mean if r.test else 0.0), r.id)))
 
 
 def _pivot(f: Findings, g: Group) -> Result:
-    """What the others are held against: the declared reference, else the cell that trains most. Never the best on test."""
+    """Return what the others are held against: the declared reference, else the cell that trains most.
+
+    Never the best on test.
+    """
     declared = [r for r in g.cells if r.id == f.reference]
     return declared[0] if declared else max(g.cells, key=lambda r: (r.cell.trainable or 0, r.cell.r or 0, r.id))
 
 
-def _resolved(f: Findings, e: Evidence, g: Group) -> str:
-    """Which sets differ from the one they are held against."""
+def _verdict_sentence(f: Findings, e: Evidence, g: Group) -> str:
+    """Return which sets differ from the one they are held against."""
     pivot = _pivot(f, g)
-    said: dict[str, list[str]] = {"above": [], "below": [], "open": []}
+    labels: dict[str, list[str]] = {"above": [], "below": [], "not resolved from": []}
     for r in g.cells:
-        made = e.difference(r, pivot)
         if r is pivot:
             continue
-        low, high = (0.0, 0.0) if isinstance(made, Missing) else made.interval()
-        said["above" if low > 0 else "below" if high < 0 else "open"].append(g.label(r))
-    words = {"above": "above", "below": "below", "open": "not resolved from"}
-    listed = "; ".join(f"{', '.join(names)} {words[way]} {g.label(pivot)}" for way, names in said.items() if names)
-    return f"At {g.title.replace(':', ',', 1)}: {listed} (95 %, exploratory: not adjusted for their number)."
+        difference = e.difference(r, pivot)
+        low, high = (0.0, 0.0) if isinstance(difference, Missing) else difference.interval()
+        labels["above" if low > 0 else "below" if high < 0 else "not resolved from"].append(g.label(r))
+    verdicts = "; ".join(f"{', '.join(names)} {way} {g.label(pivot)}" for way, names in labels.items() if names)
+    return f"At {g.title.replace(':', ',', 1)}: {verdicts} (95 %, exploratory: not adjusted for their number)."
 
 
-def draw(f: Findings, found: Sequence[Group], looks: Mapping[str, Look]) -> Drawing:
-    tall = max(len(g.cells) for g in found)
-    with theme.canvas(5.2 if len(found) == 1 else 9.0, 1.3 + 0.34 * tall) as figure:
-        axes = np.atleast_1d(figure.subplots(1, len(found), sharex=True))
-        for ax, g in zip(axes, found, strict=True):
-            _panel(ax, f, g, looks, tall)
-        caption = ("Test metric at each cell's chosen rate, best first; bars are 95 % intervals over seeds and test examples."
-                   + (f" Parameters count as equal within {MAX_PARAMETER_GAP:.0%}." if not found[-1].by_rank else "")
-                   + (" Both panels have one horizontal axis." if len(found) > 1 else "")).replace("%.", " %.")  # fmt: skip
-        said = "; ".join(f"{g.title}: " + ", ".join(f"{g.label(r)} {plus_minus(f, r)}" for r in g.cells) for g in found)
+# -- the picture ---------------------------------------------------------------------------------------------------------
+
+
+def draw(f: Findings, compared: Sequence[Group], looks: Mapping[str, Look]) -> Drawing:
+    """Draw a dot with its interval a cell, a panel a group."""
+    rows = max(len(g.cells) for g in compared)
+    with theme.canvas(5.2 if len(compared) == 1 else 9.0, 1.3 + 0.34 * rows) as figure:
+        axes = np.atleast_1d(figure.subplots(1, len(compared), sharex=True))
+        for ax, g in zip(axes, compared, strict=True):
+            _draw_panel(ax, f, g, looks, rows)
+        scores = "; ".join(
+            f"{g.title}: " + ", ".join(f"{g.label(r)} {plus_minus(f, r)}" for r in g.cells) for g in compared
+        )
         title = f"{f.metric.title[:1].upper() + f.metric.title[1:]} by target modules"
-        return theme.render_drawing(
-            "targets", title, caption, f"Test {f.metric.axis} by target modules. {said}.", figure
-        )
+        alt = f"Test {f.metric.axis} by target modules. {scores}."
+        return theme.render_drawing("targets", title, _caption(compared), alt, figure)
 
 
-def _panel(ax: Axes, f: Findings, g: Group, looks: Mapping[str, Look], tall: int) -> None:
+def _caption(compared: Sequence[Group]) -> str:
+    text = "Test metric at each cell's chosen rate, best first; bars are 95 % intervals over seeds and test examples."
+    if not compared[-1].by_rank:
+        text += f" Parameters count as equal within {100 * MAX_PARAMETER_GAP:.0f} %."
+    if len(compared) > 1:
+        text += " Both panels have one horizontal axis."
+    return text
+
+
+def _draw_panel(ax: Axes, f: Findings, g: Group, looks: Mapping[str, Look], rows: int) -> None:
+    """Draw one group. rows: of the longest, so that rows are equally far apart in all panels."""
     for y, r in enumerate(g.cells):
-        s = score_interval(f, r)
-        assert s is not None
-        ax.hlines(y, s[0], s[2], color=looks[r.id].colour, linewidth=2.8, alpha=0.55)
-        ax.plot(
-            s[1], y, marker="o", color=looks[r.id].colour, markersize=7, markeredgecolor="white", markeredgewidth=0.8
-        )
+        interval = score_interval(f, r)
+        assert interval is not None
+        low, mean, high = interval
+        ax.hlines(y, low, high, color=looks[r.id].colour, linewidth=2.8, alpha=0.55)
+        theme.draw_point(ax, mean, y, looks[r.id], zorder=2, marker="o")
     ax.set_yticks(range(len(g.cells)), [g.label(r) for r in g.cells])
-    ax.set_ylim(tall - 0.4, -0.6)
+    ax.set_ylim(rows - 0.4, -0.6)
     theme.label_axes(ax, x=f"test {f.metric.axis}", y="", grid="x")
     theme.format_metric_ticks(ax, f.metric, "x")
     ax.tick_params(axis="y", length=0)
     ax.set_title(g.title)
 
 
-def _table(f: Findings, e: Evidence, found: Sequence[Group]) -> Table:
-    unit = f" ({f.metric.measured_in})" if f.metric.measured_in else ""
+# -- the table -----------------------------------------------------------------------------------------------------------
+
+NOTE = (
+    "Δ: to the row marked “held against” in its group, the declared reference where it is there, "
+    "else the set that trains most parameters."
+)
+
+
+def _table(f: Findings, e: Evidence, compared: Sequence[Group]) -> Table:
     columns = (
-        Column("group", "compared at"), Column("targets", "targets"), Column("r", "r", "right"), Column("trainable", "trainable", "right"),
-        Column("lr", "best lr", "right"), Column("test", f"test {f.metric.title}{unit}", "right"), Column("difference", "Δ (95 %, exploratory)", "right"),
-    )  # fmt: skip
-    rows = []
-    for g in found:
-        pivot = _pivot(f, g)
-        for r in g.cells:
-            texts = (
-                g.title, r.cell.targets, str(r.cell.r), formatting.count(r.cell.trainable), formatting.rate(r.lr),
-                plus_minus(f, r), "held against" if r is pivot else _difference(f, e, r, pivot),
-            )  # fmt: skip
-            rows.append(Row(texts, tuple(x.run_id for x in r.runs)))
-    note = "Δ: to the row marked “held against” in its group, the declared reference where it is there, else the set that trains most parameters."
-    return Table("targets", "Targets at one rank and at one number of parameters", columns, tuple(rows), (note,))
+        Column("group", "compared at"),
+        Column("targets", "targets"),
+        Column("r", "r", "right"),
+        Column("trainable", "trainable", "right"),
+        Column("lr", "best lr", "right"),
+        Column("test", metric_title(f, "test"), "right"),
+        Column("difference", "Δ (95 %, exploratory)", "right"),
+    )
+    rows = tuple(_row(f, e, g, r) for g in compared for r in g.cells)
+    return Table("targets", "Targets at one rank and at one number of parameters", columns, rows, (NOTE,))
+
+
+def _row(f: Findings, e: Evidence, g: Group, r: Result) -> Row:
+    pivot = _pivot(f, g)
+    texts = (
+        g.title,
+        r.cell.targets,
+        str(r.cell.r),
+        formatting.count(r.cell.trainable),
+        formatting.rate(r.lr),
+        plus_minus(f, r),
+        "held against" if r is pivot else _difference(f, e, r, pivot),
+    )
+    return Row(texts, run_ids(r))
 
 
 def _difference(f: Findings, e: Evidence, a: Result, b: Result) -> str:
-    made = e.difference(a, b)
-    return (
-        formatting.DASH
-        if isinstance(made, Missing)
-        else f"{f.metric.difference(made.mean)} ({f.metric.bounds(*made.interval())})"
-    )
+    difference = e.difference(a, b)
+    if isinstance(difference, Missing):
+        return formatting.DASH
+    return f"{f.metric.difference(difference.mean)} ({f.metric.bounds(*difference.interval())})"
