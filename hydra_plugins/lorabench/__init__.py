@@ -1,1 +1,1 @@
-"""Hydra plugins of lorabench: the packed launcher and the grid sweeper."""
+"""The classes that Hydra must find here: the packed launcher, the grid sweeper and the Optuna sweeper."""
