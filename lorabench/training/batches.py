@@ -1,7 +1,8 @@
-"""One data stream a run, stacked slice-major. Which examples a batch holds depends on a run's seed alone.
+"""Batches of a pack: one data stream a run, stacked slice-major.
 
-Batches are sorted by length inside windows; the order in which a window's length quantiles come is one constant for
-all seeds, so that slices of different seeds meet batches of one length and little is padded.
+Which examples a batch holds depends on a run's seed alone. Batches are sorted by length inside windows. The order of a
+window's length quantiles is the same for all seeds: slices of different seeds then meet batches of one length, and
+little is padded.
 """
 
 from __future__ import annotations
@@ -13,55 +14,54 @@ from typing import Any, NamedTuple
 import numpy as np
 
 Collate = Callable[[list[dict[str, Any]]], dict[str, Any]]
-BATCHES_PER_WINDOW = (
-    50  # batches a window, as in transformers' grouping by length: 2 % of the tokens are padding (16: 5 %)
-)
+BATCHES_PER_WINDOW = 50  # as transformers groups by length: 2 % of the tokens are padding (with 16: 5 %)
 
 
 def epoch_order(lengths: Sequence[int] | np.ndarray, batch_size: int, seed: int, epoch: int) -> list[np.ndarray]:
-    """The batches of one epoch: index arrays of `batch_size`, the last of a pass smaller where it does not divide.
+    """Return the batches of one epoch as index arrays of `batch_size`; the one with the remainder is smaller.
 
-    The shapes depend on the number of examples alone, so every seed's step holds as many examples.
+    lengths: [N], in any unit. Shapes depend on the number of examples alone, so every seed's step holds as many.
     """
-    own = np.random.default_rng([seed, epoch])
-    shared = np.random.default_rng([20260101, epoch])  # one constant for all seeds
-    order = own.permutation(len(lengths))
+    of_seed = np.random.default_rng([seed, epoch])
+    of_all_seeds = np.random.default_rng([20260101, epoch])
+    order = of_seed.permutation(len(lengths))
     size = np.asarray(lengths)
     count = math.ceil(len(lengths) / batch_size)
     per_window = math.ceil(
         count / max(1, math.ceil(count / BATCHES_PER_WINDOW))
-    )  # of about one size: a short last one sorts badly
+    )  # windows of about one size: a short last one sorts badly
     batches: list[np.ndarray] = []
     for start in range(0, len(order), per_window * batch_size):
         window = order[start : start + per_window * batch_size]
         window = window[np.argsort(size[window], kind="stable")]
-        cut = [window[i : i + batch_size] for i in range(0, len(window), batch_size)]
-        batches.extend(cut[i] for i in shared.permutation(len(cut)))
+        batches_here = [window[i : i + batch_size] for i in range(0, len(window), batch_size)]
+        batches.extend(batches_here[i] for i in of_all_seeds.permutation(len(batches_here)))
     return batches
 
 
 def steps_per_epoch(examples: int, batch_size: int, accumulate: int) -> int:
-    """Optimizer steps of one pass over the data."""
+    """Return the optimizer steps of one pass over the data."""
     return math.ceil(math.ceil(examples / batch_size) / accumulate)
 
 
 class Part(NamedTuple):
-    """Rows that go through the base at once: one batch of some slices of the pack, slice-major [len(slices) * B, ...]."""
+    """Rows that go through the base at once: a batch of some slices of the pack, slice-major [len(slices) * B, ...]."""
 
     micro: int  # which micro-batch of the step this belongs to
     slices: tuple[int, ...]
     batch: dict[str, Any]
-    counts: bool = True  # False: stands in for an empty share, and goes along without adding anything
+    counts: bool = True  # False: stands in for an empty share and adds nothing to sums
 
 
 class PackStream:
-    """All steps of a pack, indexed by the global step: `stream[step]` is the list of its parts. Iteration begins at `start`.
+    """All steps of a pack, indexed by the global step: `stream[step]` is the list of its parts.
 
-    seeds: one a slice; slices of equal seeds share their order, which is computed once. budget: the most padded tokens
-    (of whatever `lengths` counts) that go through the base at once: neighbouring slices share a part as far as it
-    allows, one slice's micro-batch is never cut. live: the slices that still train, asked at each step.
-    shares: (rank, world) where several processes train one pack, each on every `world`-th row of a micro-batch. All cut
-    their parts alike: as many, of the same slices, so that what the processes do together they do in one order.
+    start: the step at which iteration begins. seeds: one a slice; the order of equal seeds is computed once.
+    live: returns the slices that still train; called at each step.
+    budget: the most padded tokens (the unit of `lengths`) that go through the base at once. Neighbouring slices share a
+    part as far as it allows; one slice's micro-batch is never split.
+    shares: (rank, world) where several processes train one pack, each on every `world`-th row of a micro-batch. All
+    processes form as many parts of the same slices, so that their collective calls come in one order.
     """
 
     def __init__(
@@ -100,18 +100,18 @@ class PackStream:
         return [part for i in range(micros) for part in self._parts(i, {k: orders[k][i] for k in live})]
 
     def _parts(self, micro: int, indices: Mapping[int, np.ndarray]) -> list[Part]:
-        """As few parts of about one size as the budget allows. indices: the whole micro-batch of each slice."""
+        """Return as few parts of about one size as the budget allows. indices: the whole micro-batch of each slice."""
         rank, world = self.shares
         longest = max(self.lengths[rows].max() for rows in indices.values())
         tokens = sum(math.ceil(len(rows) / world) for rows in indices.values()) * int(longest)
         count = min(len(indices), math.ceil(tokens / self.budget)) if self.budget else 1
         counts = all(len(rows) > rank for rows in indices.values())
-        own = {k: rows[rank::world] if counts else rows[:1] for k, rows in indices.items()}
-        cut = [tuple(map(int, slices)) for slices in np.array_split(list(indices), count)]
-        return [Part(micro, slices, self._batch([own[k] for k in slices]), counts) for slices in cut]
+        share = {k: rows[rank::world] if counts else rows[:1] for k, rows in indices.items()}
+        groups = [tuple(map(int, slices)) for slices in np.array_split(list(indices), count)]
+        return [Part(micro, slices, self._batch([share[k] for k in slices]), counts) for slices in groups]
 
     def _batch(self, rows: Sequence[np.ndarray]) -> dict[str, Any]:
-        return self.collate([self.examples[i] for own in rows for i in own])
+        return self.collate([self.examples[i] for of_slice in rows for i in of_slice])
 
     def _order(self, seed: int, epoch: int) -> list[np.ndarray]:
         if (seed, epoch) not in self._orders:
@@ -121,10 +121,11 @@ class PackStream:
 
 
 class EvalStream:
-    """Every example once for every live slice, sorted by length outright, in parts of all live slices.
+    """Every example once for every live slice, sorted by length, in parts of all live slices.
 
     A part holds at most `rows` rows and, unless one example a slice is more, at most `budget` padded tokens.
-    shares: (rank, world) where several processes evaluate one pack, each every `world`-th example, in as many parts.
+    shares: (rank, world) where several processes evaluate one pack. Each takes every `world`-th example, and all form
+    as many parts.
     """
 
     def __init__(
@@ -152,12 +153,12 @@ class EvalStream:
     def __iter__(self) -> Iterator[Part]:
         slices = tuple(self.live())
         for start, end in self._cuts(len(slices)):
-            own = self.order[start:end]
-            chunk = [self.examples[i] for i in (own if len(own) else self.stand_in)]
-            yield Part(0, slices, self.collate(chunk * len(slices)), len(own) > 0)
+            indices = self.order[start:end]
+            chunk = [self.examples[i] for i in (indices if len(indices) else self.stand_in)]
+            yield Part(0, slices, self.collate(chunk * len(slices)), len(indices) > 0)
 
     def _cuts(self, slices: int) -> list[tuple[int, int]]:
-        """Runs of examples in order of length: as many at a time as rows and budget allow for so many slices."""
+        """Return (start, end) of each part in the order of length, as long as rows and budget allow."""
         cuts: list[tuple[int, int]] = []
         start = 0
         while slices and start < len(self.sorted):

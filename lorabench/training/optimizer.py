@@ -1,8 +1,8 @@
 """AdamW, clipping and schedules for K slices at once. Shapes: K slices; a stacked tensor is [K, ...].
 
 The update is that of torch.optim.AdamW (Loshchilov & Hutter, arXiv 1711.05101), with one learning rate and one
-decay a slice. A tensor that is not stacked (a base that trains itself) belongs to the one slice of its pack; where it is cut
-over processes (`shards`), each steps its share.
+decay a slice. A tensor that is not stacked (of a base that trains itself) belongs to the one slice of its pack. Where it
+is sharded over processes (`fsdp`), each steps its share.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from lorabench.training.fsdp import is_shard, local_part
 
 
 def per_slice(values: Tensor, like: Tensor, *, stacked: bool) -> Tensor:
-    """`values` [K] shaped to broadcast over `like`: [K, 1, ...] if stacked, else [1, ...] (K = 1)."""
+    """Return `values` [K] shaped to broadcast over `like`: [K, 1, ...] if stacked, else [1, ...] (K = 1)."""
     shape = (-1,) + (1,) * (like.dim() - 1) if stacked else (1,) * max(like.dim(), 1)
     return values.to(device=like.device, dtype=like.dtype).view(shape)
 
@@ -28,16 +28,16 @@ def per_slice(values: Tensor, like: Tensor, *, stacked: bool) -> Tensor:
 class PackedAdamW(torch.optim.Optimizer):
     """AdamW whose peak rate and decay are vectors over the slices of a pack.
 
-    Each slice is stepped by torch's own fused AdamW on its views of the stacked tensors, so a slice's numbers are
-    those of torch.optim.AdamW. group["lr"] stays the scalar factor of the schedule, so that torch's schedulers work as
-    they are; the per-slice rates stand beside it. A frozen slice gets no update at all, whatever its gradients are.
+    torch's own fused AdamW steps each slice on its views of the stacked tensors, so a slice's numbers are those of
+    torch.optim.AdamW. group["lr"] is the scalar factor of the schedule, so torch's schedulers work unchanged; the rates
+    by slice stand beside it. A frozen slice gets no update, whatever its gradients are.
 
     groups: dicts with "params", "stacked" (tensors are [K, ...]), "decay" (weight decay applies) and, where not all
     slices train these at their full rate, "rates" (a factor a slice; 0: frozen).
     lr, weight_decay: one number a slice.
     """
 
-    STATE = ("exp_avg", "exp_avg_sq", "steps")  # of a parameter that was stepped: as the parameter, twice, and [K]
+    STATE = ("exp_avg", "exp_avg_sq", "steps")  # shapes: the parameter's, the parameter's, [K]
 
     def __init__(
         self,
@@ -51,12 +51,12 @@ class PackedAdamW(torch.optim.Optimizer):
         rates = torch.tensor(lr, dtype=torch.float64)
         decay = torch.tensor(weight_decay, dtype=torch.float64)
         assert rates.shape == decay.shape and rates.dim() == 1
-        own = [dict(group) for group in groups]
-        for group in own:
-            own_rates = group.pop("rates", None)
-            group["slice_lr"] = rates * torch.tensor(own_rates or [1.0] * len(rates), dtype=torch.float64)
+        copies = [dict(group) for group in groups]
+        for group in copies:
+            factors = group.pop("rates", None)
+            group["slice_lr"] = rates * torch.tensor(factors or [1.0] * len(rates), dtype=torch.float64)
             group["slice_decay"] = decay.clone() if group.pop("decay") else torch.zeros_like(decay)
-        super().__init__(own, {"lr": 1.0, "betas": betas, "eps": eps, "stacked": True})
+        super().__init__(copies, {"lr": 1.0, "betas": betas, "eps": eps, "stacked": True})
 
     def freeze(self, slices: Tensor) -> None:
         """Take slices (bool [K]) out of training for good."""
@@ -76,7 +76,7 @@ class PackedAdamW(torch.optim.Optimizer):
         return loss
 
     def _step_slice(self, group: dict[str, Any], k: int, lr: float) -> None:
-        """torch's AdamW on slice k of every tensor of a group that has a gradient."""
+        """Apply torch's AdamW to slice k of every tensor of a group that has a gradient."""
         lists: tuple[list[Tensor], ...] = ([], [], [], [], [])
         for p in group["params"]:
             if p.grad is None:
@@ -86,30 +86,29 @@ class PackedAdamW(torch.optim.Optimizer):
                 slices = len(group["slice_lr"])
                 state["exp_avg"], state["exp_avg_sq"] = torch.zeros_like(p), torch.zeros_like(p)
                 state["steps"] = torch.zeros(slices, device=p.device)
-            own = [local_part(t) for t in (p, p.grad, state["exp_avg"], state["exp_avg_sq"])]
-            views = (*(t[k] if group["stacked"] else t for t in own), state["steps"][k])
-            for into, tensor in zip(lists, views, strict=True):
-                into.append(tensor)
+            parts = [local_part(t) for t in (p, p.grad, state["exp_avg"], state["exp_avg_sq"])]
+            views = (*(t[k] if group["stacked"] else t for t in parts), state["steps"][k])
+            for column, tensor in zip(lists, views, strict=True):
+                column.append(tensor)
         params, grads, avgs, squares, steps = lists
         if params:
             beta1, beta2 = group["betas"]
-            adamw(
-                params, grads, avgs, squares, [], steps, fused=True, amsgrad=False, beta1=beta1, beta2=beta2, lr=lr,
-                weight_decay=float(group["slice_decay"][k]), eps=group["eps"], maximize=False,
-            )  # fmt: skip
+            decay = float(group["slice_decay"][k])
+            settings = {"beta1": beta1, "beta2": beta2, "lr": lr, "weight_decay": decay, "eps": group["eps"]}
+            adamw(params, grads, avgs, squares, [], steps, fused=True, amsgrad=False, maximize=False, **settings)
 
 
 @torch.no_grad()
 def zero_frozen_grads(parameter: nn.Parameter, rates: Sequence[float] | None) -> None:
-    """Zero the gradients of slices whose factor of the rate is 0: they count for no norm. rates: one a slice, or None."""
+    """Zero the gradients of slices whose rate factor is 0, so they add to no norm. rates: one a slice, or None."""
     if rates and not all(rates) and parameter.grad is not None:
         parameter.grad[[k for k, rate in enumerate(rates) if not rate]] = 0.0
 
 
 def grad_norms(parameters: Sequence[tuple[nn.Parameter, bool]], slices: int) -> Tensor:
-    """Gradient norm of each slice over all its tensors, [K] float64 on the CPU. parameters: (tensor, stacked).
+    """Return the gradient norm of each slice over all its tensors, [K] float64 on the CPU.
 
-    Where some are cut over processes all of these must ask: their shares' squares are summed.
+    parameters: (tensor, stacked). Collective where some are sharded: the squares of the shares are summed.
     """
     whole, shares = list[Tensor](), list[Tensor]()
     for p, stacked in parameters:
@@ -123,9 +122,9 @@ def grad_norms(parameters: Sequence[tuple[nn.Parameter, bool]], slices: int) -> 
     if whole:
         squares = torch.stack(whole).cpu().double().square().sum(0)  # one copy off the device, not one a tensor
     if shares:
-        own = torch.stack(shares).double().square().sum(0)
-        distributed.sum_over_ranks([own])
-        squares = squares + own.cpu()
+        of_shares = torch.stack(shares).double().square().sum(0)
+        distributed.sum_over_ranks([of_shares])
+        squares = squares + of_shares.cpu()
     return squares.sqrt()
 
 
@@ -139,14 +138,17 @@ def scale_grads(parameters: Sequence[tuple[nn.Parameter, bool]], factors: Tensor
 
 
 def clip_factors(norms: Tensor, max_norm: float | None) -> Tensor:
-    """torch.nn.utils.clip_grad_norm_'s coefficient, one a slice: min(1, max_norm / (norm + 1e-6))."""
+    """Return the coefficient of torch.nn.utils.clip_grad_norm_ by slice: min(1, max_norm / (norm + 1e-6))."""
     if max_norm is None:
         return torch.ones_like(norms)
     return (max_norm / (norms + 1e-6)).clamp(max=1.0)
 
 
 def schedule(name: str, total_steps: int, warmup_ratio: float) -> Callable[[int], float]:
-    """The factor of the peak rate at a step (0-based): linear warm-up, then constant, linear or cosine to zero."""
+    """Return the factor of the peak rate as a function of the step, from 0.
+
+    A linear warm-up, then constant, or linear or cosine decay to zero.
+    """
     warmup = math.ceil(total_steps * warmup_ratio)
 
     def factor(step: int) -> float:
