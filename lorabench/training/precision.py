@@ -1,7 +1,8 @@
-"""What a sweep has settled: the kind of device it trains on, and what `trainer.precision=auto` means in it.
+"""Precision and device of a sweep: what `auto` resolves to, and what the manifest has noted.
 
-Whoever trains first notes both in the manifest, `"settled": {"device": "cpu", "precision": "bf16"}`. They hold from then on,
-whichever machine goes on: so no sweep compares runs of two precisions because two machines took part in it.
+The process that trains first notes the kind of device and the meaning of `trainer.precision=auto` in the manifest:
+`"settled": {"device": "cpu", "precision": "bf16"}`. Both then hold on every machine, so no sweep compares runs of two
+precisions because two machines took part in it.
 """
 
 from __future__ import annotations
@@ -18,24 +19,25 @@ from lorabench.store.records import Store
 
 @dataclass(frozen=True)
 class Resolved:
-    """What `auto` became. From a fixed table of device, shape and type, never from a timing."""
+    """What `auto` resolves to, from a fixed table of device, shape and type, never from a timing."""
 
     device: str  # cpu, cuda, mps
     precision: str  # 32, bf16, 64, or one of Lightning's names
     base_dtype: str  # float32, bfloat16, float64: how the frozen weights are held
-    trainer_precision: str  # what the Trainer is told: it casts nothing, except under autocast
+    trainer_precision: str  # for the Trainer, which casts nothing except under autocast
     attention: str  # eager, sdpa
-    part_tokens: int  # the most padded tokens that go through the base at once, unless one slice's micro-batch is more
+    part_tokens: int  # padded tokens that go through the base at once; one slice's micro-batch may be more
 
 
-# Enough for products to run at full speed, and memory does not grow with the pack: benchmarks/README.md has the CPU's
-# measurements. A GPU needs more to be busy; its number is not measured.
+# Enough tokens for products at full speed, while memory does not grow with the pack. The CPU's is measured
+# (benchmarks/README.md). A GPU needs more to be busy; its number is not measured.
 PART_TOKENS = {"cpu": 2048, "mps": 8192, "cuda": 32768}
 
 
 def resolve(run: RunConfig, auto: str | None = None) -> Resolved:
-    """The table behind `trainer.precision=auto` and `model.attention=auto`. auto: what the first means in a sweep that has
-    begun (`settled`), whatever this machine would choose.
+    """Return what `trainer.precision=auto` and `model.attention=auto` mean for a run.
+
+    auto: what precision `auto` means in a sweep that has begun (`noted_precision`), whatever this machine would choose.
 
     bf16: CUDA devices that have it, CPUs with native bf16 products (AVX512-BF16, AMX); else float32. Frozen bases
     are held in bf16 with float32 adapters; a base that trains keeps float32 master weights under autocast.
@@ -57,7 +59,7 @@ def resolve(run: RunConfig, auto: str | None = None) -> Resolved:
 
 
 def _device(trainer: TrainerConfig) -> str:
-    """The kind of device a pack trains on."""
+    """Return the kind of device a pack trains on. Raises `ConfigError` where there is none."""
     import torch
 
     device_count(trainer)
@@ -72,7 +74,10 @@ def _device(trainer: TrainerConfig) -> str:
 
 
 def device_count(trainer: TrainerConfig) -> int:
-    """How many devices, and so processes, train one pack, over all its nodes. Raises `ConfigError` for what is not built."""
+    """Return how many devices, and so processes, train one pack, over all its nodes.
+
+    Raises `ConfigError` for settings that are not supported.
+    """
     devices = trainer.devices
     count = len(devices) if isinstance(devices, list) else int(devices) if str(devices).isdecimal() else 0
     if count < 1:
@@ -96,13 +101,15 @@ def device_count(trainer: TrainerConfig) -> int:
 def check_nodes(asked: int, tasks: int) -> None:
     """Raise `ConfigError` where a pack's job has another number of tasks than the pack has nodes."""
     if asked != tasks:
-        raise ConfigError(
-            "trainer.num_nodes", asked,
-            f"{tasks}, the tasks of a pack's job; with hydra/launcher=slurm these are hydra.launcher.nodes x tasks_per_node",
-        )  # fmt: skip
+        allowed = (
+            f"{tasks}, the tasks of a pack's job; "
+            "with hydra/launcher=slurm these are hydra.launcher.nodes x tasks_per_node"
+        )
+        raise ConfigError("trainer.num_nodes", asked, allowed)
 
 
 def _canonical_precision(name: str, device: str) -> str:
+    """Return 32, 64, bf16 or bf16-mixed. Raises `ConfigError` for a name that is not supported."""
     known = {
         "32": "32",
         "32-true": "32",
@@ -121,12 +128,12 @@ def _canonical_precision(name: str, device: str) -> str:
 
 
 def auto_precision(device: str) -> str:
-    """What `trainer.precision=auto` is on this machine, by itself."""
+    """Return what `trainer.precision=auto` is on this machine in a sweep that has not begun."""
     return "bf16" if has_fast_bf16(device) else "32"
 
 
 def has_fast_bf16(device: str) -> bool:
-    """Whether bfloat16 products run natively on this device."""
+    """Return whether bfloat16 products run natively on this device."""
     import torch
 
     if device == "cuda":
@@ -136,7 +143,10 @@ def has_fast_bf16(device: str) -> bool:
 
 
 def note_device(store: Store, run: RunConfig) -> None:
-    """Note what this machine would use, unless runs have begun: then what they have. To be called under `Store.locked`."""
+    """Note device and precision in the manifest: this machine's, or those of runs that have begun.
+
+    Call it under `Store.locked`.
+    """
     manifest, device = store.manifest(), resolve(run).device
     note = {"device": device, "precision": auto_precision(device)}
     if store.run_ids():  # a run's folder is made as its training begins
@@ -146,18 +156,21 @@ def note_device(store: Store, run: RunConfig) -> None:
 
 
 def _from_records(store: Store, note: dict[str, str]) -> dict[str, str]:
-    """The same, where records say otherwise what most of them say: of a manifest that was lost, or has no note yet."""
-    found: dict[str, Counter[str]] = {name: Counter() for name in note}
+    """Return the device and precision that most records name; `note` where none does.
+
+    Used where the manifest was lost or has no note.
+    """
+    counts: dict[str, Counter[str]] = {name: Counter() for name in note}
     for record in store.records():
         automatic = record.config.get("trainer", {}).get("precision") == "auto"
         for name in ("device", "precision") if automatic else ("device",):
             if value := record.provenance.get(name):
-                found[name][str(value)] += 1
-    return note | {name: values.most_common(1)[0][0] for name, values in found.items() if values}
+                counts[name][str(value)] += 1
+    return note | {name: values.most_common(1)[0][0] for name, values in counts.items() if values}
 
 
 def check_device(store: Store, runs: Sequence[RunConfig], *, accept_drift: bool) -> str | None:
-    """What to tell a user of what the sweep has settled and this machine would not have chosen, in one line.
+    """Return one line for the user where this machine would choose another precision than the sweep has; else None.
 
     Raises `ExistingWork` where the sweep was begun on another kind of device, unless that is accepted.
     """
@@ -165,28 +178,28 @@ def check_device(store: Store, runs: Sequence[RunConfig], *, accept_drift: bool)
     device = resolve(runs[0]).device
     then = note.get("device", device)
     if device != then and not accept_drift:
-        raise ExistingWork(
-            "trainer.accelerator", trainer.accelerator,
+        allowed = (
             f"{then}, on which runs of {store.root} were trained; it is {device} here, and results of two kinds of device "
             f"would be compared. Go on with {then} (trainer.accelerator={then}, where there is one), or with "
-            f"sweep.accept_drift=true: the report then says which runs differ; another sweep.name trains all anew",
-        )  # fmt: skip
-    own, meant = auto_precision(device), note.get("precision")
-    if meant in (None, own) or all(run.trainer.precision != "auto" for run in runs):
+            f"sweep.accept_drift=true: the report then says which runs differ; another sweep.name trains all anew"
+        )
+        raise ExistingWork("trainer.accelerator", trainer.accelerator, allowed)
+    here, noted = auto_precision(device), note.get("precision")
+    if noted in (None, here) or all(run.trainer.precision != "auto" for run in runs):
         return None
-    slow = ", slow here" if meant == "bf16" else ""
+    slow = ", slow here" if noted == "bf16" else ""
     return (
-        f"{store.root}: trainer.precision=auto is {meant} as in the runs that are there{slow}; this machine's own choice "
-        f"would be {own}, which trainer.precision={own} trains anew under another sweep.name"
+        f"{store.root}: trainer.precision=auto is {noted} as in the runs that are there{slow}; this machine's own choice "
+        f"would be {here}, which trainer.precision={here} trains anew under another sweep.name"
     )
 
 
 def noted_precision(store: Store) -> str | None:
-    """What `trainer.precision=auto` means in a sweep; None: nothing has trained yet."""
-    found: str | None = store.manifest().get("settled", {}).get("precision")
-    return found
+    """Return what `trainer.precision=auto` means in a sweep; None: nothing has trained yet."""
+    precision: str | None = store.manifest().get("settled", {}).get("precision")
+    return precision
 
 
 def resolve_in_sweep(run: RunConfig, store: Store) -> Resolved:
-    """What `auto` means for a run of this sweep."""
+    """Return what `auto` means for a run of this sweep."""
     return resolve(run, noted_precision(store))

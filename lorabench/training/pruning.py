@@ -25,7 +25,7 @@ def slices_to_prune(
     total: int,
     groups: Sequence[Hashable],
 ) -> list[int]:
-    """The slices to prune now, ascending. To be called after every evaluation; all sequences have one entry a slice.
+    """Return the slices to prune now, ascending. Call it after every evaluation; sequences have one entry a slice.
 
     losses: the validation loss a slice's record would carry if training ended here (with `trainer.keep=best` its lowest
     so far, with `last` its latest), so that what is ranked is what `report.select` chooses by; NaN or inf: diverged.
@@ -72,17 +72,23 @@ def _to_prune_in_cell(
 
 
 def prune_reason(step: int, total: int) -> str:
-    """What a pruned slice's record says."""
+    """Return what a pruned slice's record says."""
     return f"pruned at step {step} of {total}: its learning rate was out of the race within its cell"
 
 
 def cell_key(run: RunConfig) -> str:
-    """Runs with equal keys differ in rate and seed only; a run that two named cells share has one key."""
+    """Return a key that is equal for runs that differ in rate and seed only.
+
+    A run that two named cells share has one key.
+    """
     identity = run.identity()
     del identity["seed"], identity["optimizer"]["lr"]
     return digest(identity)[:12]
 
 
 def is_prunable(runs: Sequence[RunConfig]) -> bool:
-    """Whether a cell's runs are worth keeping in one pack: tuning runs at enough rates. Confirmation is never pruned."""
+    """Return whether a cell's runs are worth keeping in one pack: tuning runs at enough rates.
+
+    Confirmation runs are never pruned.
+    """
     return all(r.role == "tune" for r in runs) and len({r.optimizer.lr for r in runs}) >= MIN_RATES

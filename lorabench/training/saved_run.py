@@ -1,6 +1,6 @@
-"""A run that has ended, read back from its directory: record, settings, what it trained, and the base to put it on.
+"""A run that has ended, read back from its directory: record, settings, trained weights and their base.
 
-Torch is imported when weights are read, not before: the command-line faces above answer `--help` at once.
+Torch is imported when weights are read, not before, so that commands answer `--help` at once.
 """
 
 from __future__ import annotations
@@ -43,27 +43,27 @@ class SavedRun:
 
     @cached_property
     def checksum(self) -> str:
-        """SHA-256 prefix over names and content of the weights' files."""
-        found = hashlib.sha256()
+        """A prefix of the SHA-256 over names and content of the weights' files."""
+        total = hashlib.sha256()
         for path in sorted(p for p in self.folder.iterdir() if p.is_file()):
             with open(path, "rb") as f:
-                found.update(f"{path.name}\0{hashlib.file_digest(f, 'sha256').hexdigest()}\0".encode())
-        return found.hexdigest()[:16]
+                total.update(f"{path.name}\0{hashlib.file_digest(f, 'sha256').hexdigest()}\0".encode())
+        return total.hexdigest()[:16]
 
     @cached_property
     def base_key(self) -> str:
-        """Equal where two runs trained on the same base under the same head."""
+        """A key that is equal where two runs trained on the same base under the same head."""
         fingerprint = self.record.provenance.get("model_fingerprint")
         return digest([dataclasses.asdict(self.run.model), dataclasses.asdict(self.head), fingerprint])
 
     def weights(self) -> tuple[dict[str, Tensor], SlicePlan]:
-        """What it trained. Raises `ConfigError` for torn or foreign files."""
+        """Return what the run trained. Raises `ConfigError` for torn or foreign files."""
         from lorabench.adapters.files import load_slice
 
         return load_slice(self.path / "adapter")
 
     def base(self, *, dtype: str, dropout: bool = True) -> Base:
-        """The base it was trained on, in `dtype`; dropout: as the run set it, else the base's own.
+        """Return the base it was trained on, in `dtype`. dropout: as the run set it; False: the base's own.
 
         Raises `ConfigError` where the base's files are gone or are no longer the ones it was trained on.
         """
@@ -88,7 +88,7 @@ class SavedRun:
 
 
 def open_run(path: str | Path) -> SavedRun:
-    """The run behind a directory. Raises `ConfigError` for anything that is not a run with trained weights."""
+    """Return the run behind a directory. Raises `ConfigError` for anything that is not a run with trained weights."""
     path = Path(path)
     record = _record(path)
     if record.status == "failed":
@@ -121,7 +121,7 @@ def _record(path: Path) -> Record:
 
 
 def metric_rows(record: Record) -> list[tuple[str, Any]]:
-    """Metrics a reader wants to see, test before validation."""
+    """Return the metrics a reader wants to see, test before validation."""
     numbers = [
         (name, value) for name, value in record.metrics.items() if "/" in name and isinstance(value, (int, float))
     ]

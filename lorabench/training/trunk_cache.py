@@ -1,4 +1,4 @@
-"""What a pack in training need not compute again: the frozen trunk's output, once a split and base."""
+"""The frozen trunk's output, computed once a split and base and served to every later forward pass."""
 
 from __future__ import annotations
 
@@ -15,12 +15,11 @@ MAX_EXAMPLES_PER_SEEN = 4  # a split is computed whole when training sees at lea
 
 
 class TrunkCache(NoTrunkCache):
-    """Called with a part before its forward pass; inside the context it gives, the trunk is served where that pays.
+    """Serves the frozen trunk's output inside the context that it gives for a part, where that pays.
 
     The trunk is looked for at the first part, when the base is on its device. Features stay with the base, so the next
-    pack finds them. decided: how many blocks are served, 0: none; None: not tried yet. A pack that goes on from a
-    checkpoint is given what was decided: tried anew, on another batch, it might come out otherwise.
-    alone: steps of the run that is asked about, where the session trains a few of them to time it.
+    pack finds them. decided: how many blocks are served; 0: none; None: not tried yet.
+    alone: steps of a whole run, where the session trains a few of them to time it.
     """
 
     def __init__(self, session: Session, *, alone: int | None = None) -> None:
@@ -43,17 +42,17 @@ class TrunkCache(NoTrunkCache):
         self.decided = decided
 
     def seconds(self, split: str) -> float:
-        """What computing a split's features took, whichever pack of this base did it; 0 where they are not served."""
-        found: Features | None = self.session.base.features.get(self._key(split))
-        return found.seconds if found and self._paying.get(split) else 0.0
+        """Return the seconds that a split's features took, in whichever pack; 0 where they are not served."""
+        features: Features | None = self.session.base.features.get(self._key(split))
+        return features.seconds if features and self._paying.get(split) else 0.0
 
     def idle_bytes(self) -> int:
-        """Of the features that stay with the base, those that this pack does not read."""
+        """Return the bytes of features that stay with the base and that this pack does not read."""
         return sum(self.session.base.features[key].flat.nbytes for key in self._idle())
 
     def _idle(self) -> list[tuple[str, ...]]:
-        own = {self._key(split) for split, pays in self._paying.items() if pays}
-        return [key for key in self.session.base.features if key not in own]
+        read_here = {self._key(split) for split, pays in self._paying.items() if pays}
+        return [key for key in self.session.base.features if key not in read_here]
 
     def _forget_idle(self) -> None:
         for key in self._idle():
@@ -69,7 +68,7 @@ class TrunkCache(NoTrunkCache):
         )  # fmt: skip
 
     def _key(self, split: str) -> tuple[str, ...]:
-        """All that a split's features depend on beside the base: autocast among it, and how examples are batched."""
+        """Return all that a split's features depend on beside the base, autocast and batch size included."""
         s, run = self.session, self.session.pack.runs[0]
         return (
             s.prepared.data.fingerprint, split, str(run.task), str(self.depth), str(s.resolved),
@@ -81,14 +80,14 @@ class TrunkCache(NoTrunkCache):
         s, key = self.session, self._key(split)
         if split not in self._paying:
             self._paying[split] = self._pays(split)
-        if not self._paying[split]:  # nor what a longer run has computed: numbers would depend on who trained before
+        if not self._paying[split]:  # features of a longer run are not read either: numbers would depend on who trained before
             return None
         if key not in s.base.features:
-            if self.idle_bytes() > MAX_IDLE_BYTES:  # what it was is computed anew, should a pack come back to it
+            if self.idle_bytes() > MAX_IDLE_BYTES:  # a pack that needs them again computes them anew
                 self._forget_idle()
             s.base.features[key] = self._compute(split)
-        found: Features = s.base.features[key]
-        return found
+        features: Features = s.base.features[key]
+        return features
 
     def _pays(self, split: str) -> bool:
         s = self.session
