@@ -80,7 +80,9 @@ class TrunkCache(NoTrunkCache):
         s, key = self.session, self._key(split)
         if split not in self._paying:
             self._paying[split] = self._pays(split)
-        if not self._paying[split]:  # features of a longer run are not read either: numbers would depend on who trained before
+        if not self._paying[
+            split
+        ]:  # features of a longer run are not read either: numbers would depend on who trained before
             return None
         if key not in s.base.features:
             if self.idle_bytes() > MAX_IDLE_BYTES:  # a pack that needs them again computes them anew
