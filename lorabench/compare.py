@@ -26,19 +26,18 @@ def main(argv: Sequence[str] | None = None) -> int:
     args = parser.parse_args(argv)
     from rich.console import Console
 
-    from lorabench.report import compare as faces
-    from lorabench.report.compare import compare
+    from lorabench.report.compare import compare, markdown, terminal_parts
     from lorabench.results.sweep import load
 
-    made = compare(load(args.a), load(args.b))
+    comparison = compare(load(args.a), load(args.b))
     if args.out is not None:
         if args.out.is_dir():
             raise ConfigError("--out", str(args.out), "a file; this is a directory")
-        atomic_write(args.out, faces.markdown(made))
+        atomic_write(args.out, markdown(comparison))
     console = Console()
-    for part in faces.terminal_parts(made):
+    for part in terminal_parts(comparison):
         console.print(part)
-    return 1 if made.obstacles else 0
+    return 1 if comparison.obstacles else 0
 
 
 if __name__ == "__main__":

@@ -24,11 +24,17 @@ def main(argv: Sequence[str] | None = None) -> None:
     )
     parser.add_argument("--title", help="the report's title (default: the sweep's name)")
     parser.add_argument(
-        "--margin", type=float, metavar="X", help="another margin than the study declares, printed as post hoc (default folder: <name>-post-hoc)"
-    )  # fmt: skip
+        "--margin",
+        type=float,
+        metavar="X",
+        help="another margin than the study declares, printed as post hoc (default folder: <name>-post-hoc)",
+    )
     parser.add_argument(
-        "--metric", metavar="NAME", help="another metric of the test results than the declared one (an attached evaluation), post hoc; with --margin"
-    )  # fmt: skip
+        "--metric",
+        metavar="NAME",
+        help="another metric of the test results than the declared one (an attached evaluation), post hoc; "
+        "with --margin",
+    )
     parser.add_argument("--lower-is-better", action="store_true", help="of that metric less is more")
     args = parser.parse_args(argv)
     from lorabench.report import render
@@ -40,11 +46,11 @@ def main(argv: Sequence[str] | None = None) -> None:
     declared = args.margin is None and other is None
     name = args.sweep.resolve().name + ("" if declared else "-post-hoc")  # never over the declared report
     out = args.out or Path("reports", name)
-    made = render(args.sweep, out, title=args.title, margin=args.margin, metric=other)
-    print(made.lead)
-    for warning in made.warnings:
+    summary = render(args.sweep, out, title=args.title, margin=args.margin, metric=other)
+    print(summary.lead)
+    for warning in summary.warnings:
         print(f"- {warning}")
-    print(f"report: {made.out / 'report.html'}")
+    print(f"report: {summary.out / 'report.html'}")
 
 
 if __name__ == "__main__":

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
 from lorabench.report import declared
@@ -13,14 +13,16 @@ from lorabench.results.findings import Findings
 from lorabench.results.formatting import plural
 from lorabench.store.records import Record
 
+STATUSES = ("completed", "diverged", "failed", "pruned")
+
 
 def budget(f: Findings) -> list[tuple[str, str]]:
-    """Name and value: steps, examples, seeds, time, precision, hardware, versions. No host, no path, no clock."""
+    """Return name and value: steps, examples, seeds, time, precision, hardware, versions. No host, no path, no clock."""
     return [(name, value) for name, value in (*_study(f), *_training(f), *_origin(f)) if value]
 
 
 def about(f: Findings) -> str:
-    """The sweep in a line: base, task, size."""
+    """Return the sweep in a line: base, task, size."""
     facts = dict(budget(f))
     what = " on ".join(facts[k] for k in ("Base", "Task") if k in facts)
     size = (plural(len(f.results), "cell"), facts["Runs"].split(":")[0], facts.get("Time", ""))
@@ -29,44 +31,49 @@ def about(f: Findings) -> str:
 
 def _study(f: Findings) -> Iterator[tuple[str, str]]:
     runs = list(f.sweep.records.values())
-    yield "Base", _each(runs, lambda r: r.config.get("model", {}).get("name"))
-    yield "Task", _each(runs, lambda r: r.config.get("task", {}).get("name"))
+    yield "Base", _distinct(runs, lambda r: r.config.get("model", {}).get("name"))
+    yield "Task", _distinct(runs, lambda r: r.config.get("task", {}).get("name"))
     yield from declared.study_facts(f)
 
 
 def _training(f: Findings) -> Iterator[tuple[str, str]]:
-    sweep = f.sweep
-    runs = [sweep.records[i] for i in sweep.planned if i in sweep.records]
-    done = [r for r in runs if r.status == "completed"]
-    sizes = {"train": "train_examples", "validation": "val_examples", "test": "test_examples"}
-    said = {
-        name: sorted({formatting.count(n) for r in done if (n := r.resources.get(key))}, key=formatting.natural_key)
-        for name, key in sizes.items()
-    }
-    yield "Examples", ", ".join(f"{' or '.join(counts)} {name}" for name, counts in said.items() if counts)
-    yield "Optimizer steps", _each(done, lambda r: _count(r.resources.get("steps")))
-    yield "Batch size", _each(done, _batch)
+    runs = [f.sweep.records[i] for i in f.sweep.planned if i in f.sweep.records]
+    completed = [r for r in runs if r.status == "completed"]
+    yield "Examples", _examples(completed)
+    yield "Optimizer steps", _distinct(completed, lambda r: _count(r.resources.get("steps")))
+    yield "Batch size", _distinct(completed, _batch)
     for role, name in (("tune", "Tuning seeds"), ("confirm", "Confirmation seeds")):
         seeds = sorted({int(r.config["seed"]) for r in runs if r.role == role})
         yield name, f"{len(seeds)} ({', '.join(map(str, seeds))})" if seeds else "none"
-    counts = [
-        f"{n} {s}" for s in ("completed", "diverged", "failed", "pruned") if (n := sum(r.status == s for r in runs))
-    ]
-    sources = Counter(str(r.provenance["reused_from"]) for r in runs if r.provenance.get("reused_from"))
-    counts += [f"{n} taken from {name}" for name, n in sorted(sources.items())]
-    open_runs = len(sweep.planned) - len(runs)
-    yield (
-        "Runs",
-        f"{plural(len(sweep.planned), 'run')}: {', '.join(counts)}" + (f", {open_runs} not ended" if open_runs else ""),
-    )
+    yield "Runs", _run_counts(len(f.sweep.planned), runs)
     yield "Pruned", _pruned(f)
     spent = sum(float(r.resources.get(k) or 0) for r in runs for k in ("train_seconds", "eval_seconds"))
     yield "Time", f"{formatting.duration(spent)} of training and evaluation in all" if spent else ""
-    yield "Precision", _each(done, lambda r: r.provenance.get("precision"))
+    yield "Precision", _distinct(completed, lambda r: r.provenance.get("precision"))
+
+
+def _examples(completed: Iterable[Record]) -> str:
+    keys = {"train": "train_examples", "validation": "val_examples", "test": "test_examples"}
+    counts = {
+        split: {formatting.count(n) for r in completed if (n := r.resources.get(key))} for split, key in keys.items()
+    }
+    return ", ".join(
+        f"{' or '.join(sorted(known, key=formatting.natural_key))} {split}" for split, known in counts.items() if known
+    )
+
+
+def _run_counts(planned: int, runs: Sequence[Record]) -> str:
+    """Return how many runs ended in which way, and how many were taken from other sweeps."""
+    ended = ((status, sum(r.status == status for r in runs)) for status in STATUSES)
+    counts = [f"{n} {status}" for status, n in ended if n]
+    sources = Counter(str(r.provenance["reused_from"]) for r in runs if r.provenance.get("reused_from"))
+    counts += [f"{n} taken from {name}" for name, n in sorted(sources.items())]
+    text = f"{plural(planned, 'run')}: {', '.join(counts)}"
+    return text + (f", {planned - len(runs)} not ended" if planned > len(runs) else "")
 
 
 def _pruned(f: Findings) -> str:
-    """How many tuning runs left early, when, and the share of the tuning steps that this spared."""
+    """Return how many tuning runs left early, when, and the share of the tuning steps that this spared."""
     full: dict[str, int] = {}  # steps of a run that is not pruned, by tuning run: its cell's
     for cell in f.sweep.cells:
         steps = max((int(r.resources.get("steps") or 0) for r in f.sweep.completed_records(cell.tune)), default=0)
@@ -75,23 +82,28 @@ def _pruned(f: Findings) -> str:
     if not left:
         return ""
     spared = formatting.share(sum(full[i] - step for i, step in left.items()), sum(full.values()))
-    return f"{len(left)} of {plural(len(full), 'tuning run')}, at step {step_list(left.values())}; {spared} of the tuning steps were spared"
+    return (
+        f"{len(left)} of {plural(len(full), 'tuning run')}, at step {step_list(left.values())}; "
+        f"{spared} of the tuning steps were spared"
+    )
 
 
 def _origin(f: Findings) -> Iterator[tuple[str, str]]:
     runs = [r for r in f.sweep.records.values() if r.status == "completed"]
-    yield "Hardware", _each(runs, _hardware)
+    yield "Hardware", _distinct(runs, _hardware)
     yield (
         "Software",
-        _each(runs, lambda r: ", ".join(f"{k} {v}" for k, v in sorted((r.provenance.get("packages") or {}).items()))),
+        _distinct(
+            runs, lambda r: ", ".join(f"{k} {v}" for k, v in sorted((r.provenance.get("packages") or {}).items()))
+        ),
     )
-    yield "Code", _each(runs, _revision)
-    yield "Data fingerprint", _each(runs, lambda r: r.provenance.get("data_fingerprint"))
-    yield "Base fingerprint", _each(runs, lambda r: r.provenance.get("model_fingerprint"))
+    yield "Code", _distinct(runs, _revision)
+    yield "Data fingerprint", _distinct(runs, lambda r: r.provenance.get("data_fingerprint"))
+    yield "Base fingerprint", _distinct(runs, lambda r: r.provenance.get("model_fingerprint"))
 
 
-def _each(runs: Iterable[Record], of: Callable[[Record], Any]) -> str:
-    """The distinct values, numbers by size, then words."""
+def _distinct(runs: Iterable[Record], of: Callable[[Record], Any]) -> str:
+    """Return the distinct values, numbers by size, then words."""
     return "; ".join(sorted({str(v) for r in runs if (v := of(r)) not in (None, "")}, key=formatting.natural_key))
 
 

@@ -1,13 +1,13 @@
 """Two sweeps side by side: matched cells, their difference on test, and what differs in settings and provenance.
 
-Seeds and test examples as in `statistics`. Where both sweeps confirmed a cell with the same seeds the difference is
-crossed and paired; with other seeds it is of two independent sets of seeds that met the same examples. Cells over other
-data and sweeps in another metric are shown, and no difference is taken.
+Seeds and test examples are crossed, as in `lorabench.stats.estimates`. Where both sweeps confirmed a cell with the same
+seeds the difference is paired; with other seeds it is of two independent sets of seeds that met the same examples. Cells
+over other data and sweeps in another metric are shown, and no difference is taken.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
@@ -15,7 +15,7 @@ import numpy as np
 
 from lorabench.config.overrides import flatten
 from lorabench.report import table_formats
-from lorabench.report.tables import Column, Row, Table
+from lorabench.report.tables import Column, Row, Table, unit_suffix
 from lorabench.results import formatting, scores
 from lorabench.results.cells import Result
 from lorabench.results.evidence import gather
@@ -29,9 +29,7 @@ if TYPE_CHECKING:
 
 
 NESTED_PROVENANCE = ("packages", "machine", "git")  # provenance that is a mapping
-
-
-IGNORED_PROVENANCE = {
+IGNORED_PROVENANCE = {  # of a single run, or of no meaning
     "pack",
     "pack_runs",
     "data_notes",
@@ -39,15 +37,15 @@ IGNORED_PROVENANCE = {
     "head",
     "stopped",
     "machine.host",
-}  # of a run, or of no meaning
-
-
+}
 UNKNOWN = "not recorded"
+MAX_VALUE_LENGTH = 60  # characters of a setting in a table
+MAX_FINGERPRINT_LENGTH = 12  # characters
 
 
 @dataclass(frozen=True)
 class Side:
-    """One sweep with its cells' results."""
+    """One of the two sweeps, with its cells' results."""
 
     sweep: Sweep
     results: Mapping[str, Result]
@@ -67,6 +65,8 @@ class Pair:
 
 @dataclass(frozen=True)
 class SweepComparison:
+    """Two sweeps side by side."""
+
     a: Side
     b: Side
     obstacles: tuple[str, ...]  # why the two cannot be compared; empty where they can
@@ -75,7 +75,7 @@ class SweepComparison:
 
 
 def compare(a: Sweep, b: Sweep) -> SweepComparison:
-    """Cells in A's order, then those of B alone."""
+    """Compare two sweeps: cells in A's order, then those of B alone."""
     left, right = _side(a), _side(b)
     obstacles = tuple(_obstacles(left, right))
     theirs = {matching_key(r.cell): r for r in right.results.values()}
@@ -86,13 +86,13 @@ def compare(a: Sweep, b: Sweep) -> SweepComparison:
 
 
 def matching_key(cell: Cell) -> tuple[Any, ...]:
-    """What a cell is matched by."""
+    """Return what a cell is matched by."""
     return cell.method, cell.r, cell.alpha_rule, cell.targets, cell.extra
 
 
 def _side(sweep: Sweep) -> Side:
-    found = gather(sweep)
-    return Side(sweep, found.measured.by_cell, found.metric)
+    evidence = gather(sweep)
+    return Side(sweep, evidence.measured.by_cell, evidence.metric)
 
 
 # -- whether they can be compared ------------------------------------------------------------------------------------------
@@ -105,23 +105,26 @@ def _obstacles(a: Side, b: Side) -> Iterator[str]:
         yield f"{a.metric.title} is better when lower in one sweep and when higher in the other"
     theirs = {matching_key(r.cell): r for r in b.results.values()}
     both = [(r, theirs[key]) for r in a.results.values() if (key := matching_key(r.cell)) in theirs]
-    if both and all(_other_data(*pair) for pair in both):
-        found = [{v for r in side for v in _data(r)} for side in zip(*both, strict=True)]
-        for name, values in zip("AB", found, strict=True):
-            if values <= {UNKNOWN}:
+    if both and all(_data_obstacle(*pair) for pair in both):
+        in_a, in_b = ({v for r in side for v in _fingerprints(r)} for side in zip(*both, strict=True))
+        for name, fingerprints in (("A", in_a), ("B", in_b)):
+            if fingerprints <= {UNKNOWN}:
                 yield f"the data of {name} are not known"
-        left, right = (", ".join(sorted(shorten(v, 12) for v in values)) for values in found)
+        left, right = (", ".join(sorted(shorten(v, MAX_FINGERPRINT_LENGTH) for v in side)) for side in (in_a, in_b))
         yield f"no cell met the same data in both (fingerprint {left} in A, {right} in B)"
 
 
-def _data(r: Result) -> set[str]:
-    """Fingerprints of the data behind a cell's numbers: one, where no one changed the data under it."""
+def _fingerprints(r: Result) -> set[str]:
+    """Return fingerprints of the data behind a cell's numbers: one, where no one changed the data under it."""
     return {str(x.provenance.get("data_fingerprint") or UNKNOWN) for x in r.runs}
 
 
-def _other_data(a: Result, b: Result) -> str:
-    """Why a cell's two results may not be of the same data; empty where they are. A sweep over sizes of the data has several."""
-    left, right = _data(a), _data(b)
+def _data_obstacle(a: Result, b: Result) -> str:
+    """Return why a cell's two results may not be of the same data; empty where they are.
+
+    A sweep over sizes of the data has several fingerprints.
+    """
+    left, right = _fingerprints(a), _fingerprints(b)
     if not left or not right:
         return ""  # nothing was run yet
     if UNKNOWN in left | right:
@@ -139,19 +142,18 @@ def _pair(a: Result | None, b: Result | None, comparable: bool) -> Pair:
         return Pair(named.name, a, b, None, f"only in {'A' if b is None else 'B'}")
     if not comparable:
         return Pair(named.name, a, b, None, "not comparable")
-    if why := _other_data(a, b):
+    if why := _data_obstacle(a, b):
         return Pair(named.name, a, b, None, why)
     if a.sample is None or b.sample is None:
         return Pair(named.name, a, b, None, f"no test result in {'A' if a.sample is None else 'B'}")
     lost = [name for name, r in (("A", a), ("B", b)) if r.lost]
     if lost:
         return Pair(named.name, a, b, None, f"confirmation runs in {' and '.join(lost)} did not survive")
-    made, how = difference(a.sample, b.sample)
-    return Pair(named.name, a, b, made, how)
+    return Pair(named.name, a, b, *difference(a.sample, b.sample))
 
 
 def difference(a: scores.Sample, b: scores.Sample) -> tuple[estimates.Estimate | None, str]:
-    """B − A, and what it is over."""
+    """Return B − A, and what it is over."""
     examples = ""
     if a.examples is not None and b.examples is not None:
         if not np.array_equal(a.examples, b.examples):
@@ -164,26 +166,36 @@ def difference(a: scores.Sample, b: scores.Sample) -> tuple[estimates.Estimate |
 
 
 def independent(a: scores.Sample, b: scores.Sample) -> estimates.Estimate:
-    """B − A of two independent sets of seeds [S] and [T], which met the same examples where those are known.
+    """Return B − A of two independent sets of seeds [S] and [T], which met the same examples where those are known.
 
     V = V_seed(a) + V_seed(b) + V_example(b − a) − V_interaction(a) − V_interaction(b): each interaction is in the part of
     its seeds and in that of the examples, as with one table.
     """
     parts = [a.estimate(), b.estimate()]
-    seed, seed_df = _sum([(p.seed, p.seed_df) for p in parts])
-    interaction, interaction_df = _sum([(p.interaction, p.interaction_df) for p in parts])
-    example, example_df = _sum([(p.example, p.example_df) for p in parts])
+    seed, seed_df = _sum_variances([(p.seed, p.seed_df) for p in parts])
+    interaction, interaction_df = _sum_variances([(p.interaction, p.interaction_df) for p in parts])
+    example, example_df = _sum_variances([(p.example, p.example_df) for p in parts])
     shared = _example_variance(a, b)
     if shared is not None:
         example, example_df = shared, min(p.example_df for p in parts)
     return replace(
-        parts[0], mean=parts[1].mean - parts[0].mean, seed=seed, example=example, interaction=interaction, seed_df=seed_df,
-        example_df=example_df, interaction_df=interaction_df, seeds=min(p.seeds for p in parts),
-    )  # fmt: skip
+        parts[0],
+        mean=parts[1].mean - parts[0].mean,
+        seed=seed,
+        example=example,
+        interaction=interaction,
+        seed_df=seed_df,
+        example_df=example_df,
+        interaction_df=interaction_df,
+        seeds=min(p.seeds for p in parts),
+    )
 
 
 def _example_variance(a: scores.Sample, b: scores.Sample) -> float | None:
-    """V_example of the difference, of examples that both met: over examples, or over resamples drawn once for both."""
+    """Return V_example of the difference, of examples that both met.
+
+    Over examples, or over resamples drawn once for both.
+    """
     if a.table is not None and b.table is not None:
         groups = b.groups if a.groups is None else a.groups
         if groups is not None and len(np.unique(groups)) == 1:
@@ -195,8 +207,8 @@ def _example_variance(a: scores.Sample, b: scores.Sample) -> float | None:
     return None
 
 
-def _sum(parts: Sequence[tuple[float, float]]) -> tuple[float, float]:
-    """Of independent variances, with Satterthwaite's degrees of freedom."""
+def _sum_variances(parts: Sequence[tuple[float, float]]) -> tuple[float, float]:
+    """Return the sum of independent variances, with Satterthwaite's degrees of freedom. parts: (variance, df)."""
     total, below = sum(v for v, _ in parts), sum(v * v / df for v, df in parts if v > 0 and df > 0)
     return total, total**2 / below if below > 0 else 0.0
 
@@ -205,15 +217,17 @@ def _sum(parts: Sequence[tuple[float, float]]) -> tuple[float, float]:
 
 
 def _differing(a: Sweep, b: Sweep) -> Iterator[tuple[str, str, str]]:
-    """Declared study, settings of runs (every value either sweep has), provenance; only where the two are not the same."""
-    for found in (_study, _settings, _provenance):
-        left, right = found(a), found(b)
+    """Yield what differs, in A and in B: declared study, settings of runs (every value either sweep has), provenance."""
+    for values in (_study, _settings, _provenance):
+        left, right = values(a), values(b)
         for key in sorted(left.keys() | right.keys()):
-            one, two = (
-                ", ".join(sorted(x.get(key, ()), key=formatting.natural_key)) or formatting.DASH for x in (left, right)
-            )
-            if one != two:
-                yield key, one, two
+            in_a, in_b = (_value_list(side.get(key, ())) for side in (left, right))
+            if in_a != in_b:
+                yield key, in_a, in_b
+
+
+def _value_list(values: Iterable[str]) -> str:
+    return ", ".join(sorted(values, key=formatting.natural_key)) or formatting.DASH
 
 
 def _study(sweep: Sweep) -> dict[str, set[str]]:
@@ -221,7 +235,10 @@ def _study(sweep: Sweep) -> dict[str, set[str]]:
 
 
 def _settings(sweep: Sweep) -> dict[str, set[str]]:
-    """Seeds apart by role: the tuning seeds of A are never set beside the confirmation seeds of B."""
+    """Return settings and their values.
+
+    Seeds are apart by role: the tuning seeds of A are never set beside the confirmation seeds of B.
+    """
     out: dict[str, set[str]] = {}
     for r in sweep.records.values():
         for key, value in flatten(r.config):
@@ -247,40 +264,47 @@ def _facts(record: Record) -> Iterator[tuple[str, str]]:
             yield {"code": "source hash"}.get(key, key), str(value)
 
 
-def headline(c: SweepComparison) -> list[str]:
-    """What a reader must know first."""
+# -- the page and the terminal -------------------------------------------------------------------------------------------
+
+CELLS_NOTE = (
+    "±: half the 95 % interval. Each difference stands alone: "
+    "no correction for their number, and no reference declared, so they are exploratory."
+)
+
+
+def headline(c: SweepComparison) -> str:
+    """Return what a reader must know first."""
     if c.obstacles:
-        return [
-            "Not comparable: " + "; ".join(c.obstacles) + ". The numbers stand side by side; no difference is taken."
-        ]
-    said = sum(p.difference is not None for p in c.pairs)
-    both = sum(p.a is not None and p.b is not None for p in c.pairs)
-    return [
-        f"{formatting.plural(both, 'cell')} in both sweeps, {said} with a difference on test: of one metric, on the same data."
-    ]
+        why = "; ".join(c.obstacles)
+        return f"Not comparable: {why}. The numbers stand side by side; no difference is taken."
+    with_difference = sum(p.difference is not None for p in c.pairs)
+    in_both = formatting.plural(sum(p.a is not None and p.b is not None for p in c.pairs), "cell")
+    return f"{in_both} in both sweeps, {with_difference} with a difference on test: of one metric, on the same data."
 
 
 def cells_table(c: SweepComparison) -> Table:
+    """Return a row a cell of either sweep."""
     columns = (
-        Column("cell", "cell"), Column("a", f"A: {_title(c.a)}", "right"), Column("b", f"B: {_title(c.b)}", "right"),
-        Column("difference", "B − A (95 %)", "right"), Column("over", "over"), Column("lr", "best lr, A and B", "right"),
+        Column("cell", "cell"),
+        Column("a", f"A: {_title(c.a)}", "right"),
+        Column("b", f"B: {_title(c.b)}", "right"),
+        Column("difference", "B − A (95 %)", "right"),
+        Column("over", "over"),
+        Column("lr", "best lr, A and B", "right"),
         Column("seconds", "train s, A and B", "right"),
-    )  # fmt: skip
-    rows = tuple(Row(_texts(c, p)) for p in c.pairs)
-    notes = (
-        "±: half the 95 % interval. Each difference stands alone: no correction for their number, and no reference declared, so they are exploratory.",
     )
-    return Table("cells", "Cells", columns, rows, notes)
+    return Table("cells", "Cells", columns, tuple(Row(_texts(c, p)) for p in c.pairs), (CELLS_NOTE,))
 
 
 def differences_table(c: SweepComparison) -> Table:
-    rows = tuple(Row((key, shorten(a, 60), shorten(b, 60))) for key, a, b in c.differing)
+    """Return what differs between the two sweeps."""
+    rows = tuple(Row((key, *(shorten(x, MAX_VALUE_LENGTH) for x in values))) for key, *values in c.differing)
     return Table("differing", "What differs", (Column("what", "what"), Column("a", "A"), Column("b", "B")), rows)
 
 
 def _title(side: Side) -> str:
-    unit = f" ({side.metric.measured_in})" if side.metric.measured_in else ""
-    return f"{'test' if side.sweep.confirmed else 'validation'} {side.metric.title}{unit}"
+    split = "test" if side.sweep.confirmed else "validation"
+    return f"{split} {side.metric.title}{unit_suffix(side.metric)}"
 
 
 def _texts(c: SweepComparison, p: Pair) -> tuple[str, ...]:
@@ -290,14 +314,12 @@ def _texts(c: SweepComparison, p: Pair) -> tuple[str, ...]:
         difference = c.a.metric.difference(p.difference.mean) + bounds
     rates = [formatting.rate(r.lr if r else None) for r in (p.a, p.b)]
     seconds = [formatting.seconds(r.seconds if r else None) for r in (p.a, p.b)]
-    return (
-        p.name, _score(c.a, p.a), _score(c.b, p.b), difference, p.how, rates[0] if rates[0] == rates[1] else " | ".join(rates),
-        " | ".join(seconds),
-    )  # fmt: skip
+    rate = rates[0] if rates[0] == rates[1] else " | ".join(rates)
+    return p.name, _score(c.a, p.a), _score(c.b, p.b), difference, p.how, rate, " | ".join(seconds)
 
 
-def _named(side: Side) -> str:
-    """The sweep, and its directory where that is called otherwise."""
+def _sweep_name(side: Side) -> str:
+    """Return the sweep's name, and its directory where that is called otherwise."""
     name, folder = side.sweep.name, side.sweep.store.root.resolve().name
     return name if name == folder else f"{name} ({folder})"
 
@@ -312,24 +334,21 @@ def _score(side: Side, r: Result | None) -> str:
 
 
 def markdown(c: SweepComparison) -> str:
-    """The comparison as a file."""
-    names = [table_formats.escape_markdown(_named(s)) for s in (c.a, c.b)]
-    parts = [f"# {names[0]} and {names[1]}", *(f"**{table_formats.escape_markdown(x)}**" for x in headline(c))]
-    parts += [f"A is {names[0]}, B is {names[1]}."]
+    """Return the comparison as a file."""
+    escape = table_formats.escape_markdown
+    a, b = (escape(_sweep_name(s)) for s in (c.a, c.b))
+    paragraphs = [f"# {a} and {b}", f"**{escape(headline(c))}**", f"A is {a}, B is {b}."]
     for table in (cells_table(c), differences_table(c)):
         body = table_formats.markdown(table) if table.rows else "Nothing."
-        parts += [f"## {table.title}", body, *(table_formats.escape_markdown(n) for n in table.notes)]
-    return "\n\n".join(parts) + "\n"
+        paragraphs += [f"## {table.title}", body, *(escape(n) for n in table.notes)]
+    return "\n\n".join(paragraphs) + "\n"
 
 
 def terminal_parts(c: SweepComparison) -> Iterator[RichTable | Text]:
+    """Yield what a terminal prints, one below the other."""
     from rich.text import Text
 
-    for line in headline(c):
-        yield Text(line, style="bold red" if c.obstacles else "bold")
-    yield Text(f"A is {_named(c.a)}, B is {_named(c.b)}.")
+    yield Text(headline(c), style="bold red" if c.obstacles else "bold")
+    yield Text(f"A is {_sweep_name(c.a)}, B is {_sweep_name(c.b)}.")
     for table in (cells_table(c), differences_table(c)):
-        if not table.rows:
-            yield Text(f"{table.title}: nothing.")
-            continue
-        yield table_formats.rich_table(table)
+        yield table_formats.rich_table(table) if table.rows else Text(f"{table.title}: nothing.")

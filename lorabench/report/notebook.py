@@ -72,11 +72,14 @@ class Study:
         return pd.DataFrame(rows(judge(self.findings.sweep)))
 
     def record(self, run_id: str) -> Record:
-        """What a run left: settings, metrics, resources, provenance. Raises `ConfigError` for a run that has not ended."""
-        found = self.findings.sweep.records.get(run_id)
-        if found is None:
-            raise ConfigError("run_id", run_id, f"one of the {len(self.findings.sweep.records)} runs of {self.name}")
-        return found
+        """Return what a run left: settings, metrics, resources, provenance.
+
+        Raises `ConfigError` for a run that has not ended.
+        """
+        records = self.findings.sweep.records
+        if run_id not in records:
+            raise ConfigError("run_id", run_id, f"one of the {len(records)} runs of {self.name}")
+        return records[run_id]
 
     @cached_property
     def _drawings(self) -> dict[str, Drawing]:
@@ -91,7 +94,7 @@ class Study:
         return list(self._drawings)
 
     def figure(self, name: str) -> Figure:
-        """The report's figure of this name, as a matplotlib Figure. Raises `ConfigError` for a name that is not there."""
+        """Return the report's figure of this name. Raises `ConfigError` for a name that is not there."""
         if name not in self._drawings:
             raise ConfigError(
                 "figure", name, f"allowed here: {', '.join(self._drawings) or 'none, the data are too few'}"
@@ -103,9 +106,9 @@ class Study:
         """What the report says at its top: the lead, its points, and the command that trains the recommended adapter."""
         from lorabench.report.answer import answer
 
-        said = answer(self.findings)
-        lines = [said.lead, *(f"{about}: {text}" for about, text in said.points)]
-        return "\n".join([*lines, *([f"{said.does}: {said.command}"] if said.command else [])])
+        top = answer(self.findings)
+        lines = [top.lead, *(f"{about}: {text}" for about, text in top.points)]
+        return "\n".join([*lines, *([f"{top.does}: {top.command}"] if top.command else [])])
 
     def __repr__(self) -> str:
         runs = len(self.findings.sweep.records)
