@@ -20,7 +20,7 @@ POST_HOC_COMMANDS = {"margin": "python -m lorabench.report {root} --margin {valu
 
 
 def check_metrics(job: Job) -> None:
-    """Raises `ConfigError` for a metric that the run's task does not have, or a rule that pruning would break."""
+    """Raise `ConfigError` for a metric that the run's task does not have, or a rule that pruning would break."""
     study, names = job.settings.study, job.run.task.metric_names
     for key, value in (("study.metric", study.metric), ("study.selection", study.selection)):
         if value is not None and value not in names:
@@ -34,7 +34,8 @@ def check_metrics(job: Job) -> None:
 
 
 def check_cells(jobs: Sequence[Job]) -> None:
-    """Raises `ConfigError` for a reference or family that is no cell, listed now or before, and for rules that do not meet."""
+    """Raise `ConfigError` for a reference or family that is no cell, listed now or before, and for rules that do not
+    meet."""
     study, manifest = jobs[0].settings.study, Store(jobs[0].settings.sweep.dir).manifest()
     cells = dict.fromkeys([*(c["id"] for c in manifest.get("cells", ())), *(cell_id(job.label) for job in jobs)])
     for key, names in (("study.reference", [study.reference]), ("study.family", study.family or [])):
@@ -62,7 +63,8 @@ def _check_anchor(rank: int, rules: Iterable[str]) -> None:
 
 
 def check_unchanged(manifest: Mapping[str, Any], study: StudyConfig, root: Any) -> None:
-    """Raises `ExistingWork` where the sweep that is there was declared otherwise: what is judged is fixed before it runs."""
+    """Raise `ExistingWork` where the sweep that is there was declared otherwise: what is judged is fixed before it
+    runs."""
     then, default = manifest.get("study"), asdict(StudyConfig())
     if not then:
         return

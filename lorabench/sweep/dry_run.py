@@ -1,4 +1,5 @@
-"""What a command would do (`sweep.dry_run=true`): the runs it would train, in which packs, and those that are there already."""
+"""What a command would do (`sweep.dry_run=true`): the runs it would train, in which packs, and those that are there
+already."""
 
 from __future__ import annotations
 
@@ -23,7 +24,8 @@ from lorabench.training import precision, preparation
 
 
 def dry_run(store: Store, jobs: Sequence[Job], plans: Mapping[str, SlicePlan], console: Console) -> None:
-    """Print it. No weights are loaded, nothing is written; raises what the command itself would."""
+    """Print what a command would do. No weights are loaded and nothing is written. Raises what the command itself
+    would."""
     jobs, settings = list({j.run.run_id: j for j in jobs}.values()), jobs[0].settings
     declaration.check_unchanged(store.manifest(), settings.study, store.root)
     runs = [job.run for job in jobs]
@@ -51,7 +53,7 @@ def dry_run(store: Store, jobs: Sequence[Job], plans: Mapping[str, SlicePlan], c
 def table(
     packs: Sequence[Pack], jobs: Sequence[Job], plans: Mapping[str, SlicePlan], auto: str | None, *, title: str
 ) -> Table:
-    """Runs, packs, trainable parameters and estimated memory. auto: as in `prepare.resolve`."""
+    """Return a table of runs, packs, trainable parameters and estimated memory. auto: as in `precision.resolve`."""
     made = Table(title=title, caption="memory: an estimate, at full-length batches; nothing was written")
     for name in ("run", "cell", "lr", "seed", "trainable"):
         made.add_column(name, justify="left" if name in ("run", "cell") else "right", no_wrap=name != "cell")

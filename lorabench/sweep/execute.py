@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,7 @@ from lorabench.config.errors import ConfigError
 from lorabench.config.runs import Pack, RunConfig, Settings
 from lorabench.results.formatting import plural
 from lorabench.runtime.files import name_unwritable
-from lorabench.runtime.leases import LeaseLost
+from lorabench.runtime.leases import Lease, LeaseLost
 from lorabench.runtime.provenance import code_fingerprint
 from lorabench.store import checkpoints
 from lorabench.store.integrity import damaged_files
@@ -51,7 +52,11 @@ def check_all(jobs: Sequence[Job]) -> dict[str, SlicePlan]:
 
 
 def execute(jobs: Sequence[Job], *, executor: Executor = map, console: Console | None = None) -> list[Record | None]:
-    """Train the listed runs that have no record yet; returns the jobs' records in their order, None after a dry run."""
+    """Train the listed runs that have no record yet. Return the jobs' records in their order, None each for a dry run.
+
+    executor: calls a function for each pack, as `map` does, or a `Crew` whose packs are jobs of a cluster. Raises
+    `ConfigError` before anything is written, and `SweepFailed` where packs were left unfinished.
+    """
     settings = jobs[0].settings
     console = console or Console(stderr=True)
     store = Store(settings.sweep.dir)
@@ -66,7 +71,7 @@ def execute(jobs: Sequence[Job], *, executor: Executor = map, console: Console |
         return [None] * len(jobs)
     declaration.check_unchanged(store.manifest(), settings.study, store.root)
     write_cells(store, jobs, plans, only_new=True)
-    here = not isinstance(executor, Crew)  # else packs are jobs, and the machine that trains settles
+    here = not isinstance(executor, Crew)  # else packs are jobs, and the machine that trains notes its device
     with store.locked():
         for line in reuse.copy_runs(store, [job.run for job in jobs], settings.sweep.reuse):
             console.print(line, highlight=False, soft_wrap=True)
@@ -74,96 +79,143 @@ def execute(jobs: Sequence[Job], *, executor: Executor = map, console: Console |
             precision.note_device(store, jobs[0].run)
         packs = assign_packs(store, jobs)
     runs = [run for pack in packs for run in pack.runs]
+    ended = _find_finished(store, settings, runs, console)
+    todo = [p for p in packs if any(i in plans and i not in ended.finished for i in p.run_ids)]
+    if todo and here and (notice := precision.check_device(store, runs, accept_drift=settings.sweep.accept_drift)):
+        console.print(notice, highlight=False)
+    _clear_after_kill(store, packs, ended)
+    if not todo and settings.sweep.progress:
+        console.print(f"{store.root}: all {len(plans)} runs are finished, nothing to train", highlight=False)
+    with ProgressDisplay(console, todo, enabled=settings.sweep.progress) as progress:
+        shares = share_count(planning_round(store, packs), settings.sweep.workers)
+        train_packs(todo, shares, store, settings, ended, executor, progress)
+    return [store.read(j.run.run_id) for j in jobs]
+
+
+def _find_finished(store: Store, settings: Settings, runs: Sequence[RunConfig], console: Console) -> FinishedRuns:
+    """Return which runs need no training. What cannot be read, and what other source code made, is said on the
+    console."""
     stamps = {run.run_id: store.stamp(run.run_id) for run in runs}
     torn = damaged_files(store, stamps)
     for run_id, name in torn.items():
         console.print(f"{store.run_dir(run_id)}: {name} cannot be read; the run trains again", highlight=False)
     finished = finished_records(store, settings, [run for run in runs if run.run_id not in torn])
-    todo = [p for p in packs if any(i in plans and i not in finished for i in p.run_ids)]
-    for pack in packs:  # cut after its last record and before its checkpoints and its lease went
-        if all(i in finished and finished[i].status != "failed" for i in pack.run_ids):
+    other = sum(record.provenance.get("code") != code_fingerprint() for record in finished.values())
+    if other and settings.sweep.progress:
+        text = f"{store.root}: {other} finished runs were made by other source code of lorabench"
+        console.print(text, highlight=False)
+    return FinishedRuns(store, finished, stamps)
+
+
+def _clear_after_kill(store: Store, packs: Sequence[Pack], ended: FinishedRuns) -> None:
+    """Remove checkpoints and leases of packs that were cut after their last record."""
+    for pack in packs:
+        if all(i in ended.finished and ended.finished[i].status != "failed" for i in pack.run_ids):
             checkpoints.remove(store.root, pack.id)
             for name in (pack.id, waiting_lease(pack)):
                 store.leases.tidy(name)
-    other = sum(record.provenance.get("code") != code_fingerprint() for record in finished.values())
-    if other and settings.sweep.progress:
-        console.print(
-            f"{store.root}: {other} finished runs were made by other source code of lorabench", highlight=False
-        )
-    if todo and here and (said := precision.check_device(store, runs, accept_drift=settings.sweep.accept_drift)):
-        console.print(said, highlight=False)
-    if not todo and settings.sweep.progress:
-        console.print(f"{store.root}: all {len(plans)} runs are finished, nothing to train", highlight=False)
-    with ProgressDisplay(console, todo, enabled=settings.sweep.progress) as progress:
-        cut = share_count(planning_round(store, packs), settings.sweep.workers)
-        train_packs(todo, cut, store, settings, FinishedRuns(store, finished, stamps), executor, progress)
-    return [store.read(j.run.run_id) for j in jobs]
 
 
 def train_packs(
-    todo: Sequence[Pack], cut: int, store: Store, settings: Settings, ended: FinishedRuns, executor: Executor, progress: ProgressDisplay,
-) -> None:  # fmt: skip
+    todo: Sequence[Pack],
+    shares: int,
+    store: Store,
+    settings: Settings,
+    ended: FinishedRuns,
+    executor: Executor,
+    progress: ProgressDisplay,
+) -> None:
+    """Train packs until each has its records, other launchers' packs included.
+
+    shares: into how many the cores or devices are cut. Raises `SweepFailed` where a pack's processes were lost and it
+    got no further.
+    """
     from lorabench.trackers import make_tracker
 
     tracker = make_tracker(settings.tracker, sweep=store.root.name, sweep_dir=store.root)
-    jobs = isinstance(executor, Crew)  # a job holds the pack that it trains, and its launcher that it waits for it
-    workers = executor if isinstance(executor, Crew) else make_workers(todo, cut)
+    jobs = isinstance(executor, Crew)
+    workers = executor if isinstance(executor, Crew) else make_workers(todo, shares)
     train_pack, executor = (workers.train, workers.map) if workers else (train, executor)
-
-    others: list[Pack] = []  # packs that another launcher holds, or that go on
-    lost: list[str] = []
-
-    def one(pack: Pack) -> list[Record]:
-        with name_unwritable(store.leases.folder):
-            lease = store.leases.take(waiting_lease(pack) if jobs else pack.id)
-        if lease is None:
-            others.append(pack)
-            return []
-        with lease:
-            keep = ended.of(pack)  # another launcher may have ended some since, or all
-            parts = replacing_packs(store, pack)
-            if not parts and not keep.issuperset(pack.run_ids):
-                drift, began = settings.sweep.accept_drift, checkpoints.last_step(store.root, pack.id) or 0
-                listener = _listener(progress.step(pack, began), tracker)
-                try:
-                    return train_pack(pack, store.under(lease), listener, keep=keep, accept_drift=drift)
-                except LeaseLost as e:
-                    progress.say(f"{pack.id}: {e}")
-                    others.append(pack)
-                    return []
-                except ProcessLost as e:
-                    if (checkpoints.last_step(store.root, pack.id) or 0) > began:
-                        progress.say(f"{pack.id}: {e}; it goes on from its last checkpoint")
-                        others.append(pack)
-                    else:
-                        lost.append(f"{pack.id}: {e}")
-                    return []
-                except SlicesMix as e:
-                    size, why = 1, f"{e}; its runs train one by one"
-                except OutOfMemory as e:
-                    size, why = (len(pack.runs) + 1) // 2, f"{e}; it trains in halves"
-                progress.say(why)
-                checkpoints.remove(store.root, pack.id)  # a job that was killed for its memory has left some
-                parts = _split(pack, size)
-                replace_pack(store, pack, parts)
-        return [record for part in parts for record in one(part)]
-
+    trainer = _PackTrainer(store, settings, ended, progress, tracker, train_pack, jobs)
     try:
-        with workers or worker_threads(cut):
+        with workers or worker_threads(shares):
             while todo:
-                for records in executor(one, todo):
+                for records in executor(trainer.train, todo):
                     progress.done(records)
-                todo = wait_for_packs(store, others, progress, jobs=jobs)
+                todo = wait_for_packs(store, trainer.held, progress, jobs=jobs)
     finally:
         if tracker is not None:
             tracker.close()
-    if lost:
-        raise SweepFailed(f"{'; '.join(lost)}; the same command goes on from its last checkpoint")
+    if trainer.lost:
+        raise SweepFailed(f"{'; '.join(trainer.lost)}; the same command goes on from its last checkpoint")
 
 
-def _split(pack: Pack, size: int) -> list[Pack]:
-    parts = [pack.runs[i : i + size] for i in range(0, len(pack.runs), size)]
-    return [Pack(f"{pack.id}.{k}", runs) for k, runs in enumerate(parts)]
+@dataclass
+class _PackTrainer:
+    """Trains one pack after another under its lease; splits one that does not fit or whose slices mix.
+
+    jobs: whether packs are jobs. A job holds the pack that it trains, and its launcher that it waits for it. held:
+    packs that another launcher holds, or that go on. lost: what became of packs whose processes were lost.
+    """
+
+    store: Store
+    settings: Settings
+    ended: FinishedRuns
+    progress: ProgressDisplay
+    tracker: Any
+    train_pack: Callable[..., list[Record]]
+    jobs: bool
+    held: list[Pack] = field(default_factory=list)
+    lost: list[str] = field(default_factory=list)
+
+    def train(self, pack: Pack) -> list[Record]:
+        """Return the records of a pack's runs; [] where it is left to another launcher, or to the next round."""
+        with name_unwritable(self.store.leases.folder):
+            lease = self.store.leases.take(waiting_lease(pack) if self.jobs else pack.id)
+        if lease is None:
+            self.held.append(pack)
+            return []
+        with lease:
+            keep = self.ended.of(pack)  # another launcher may have ended some since, or all
+            parts = replacing_packs(self.store, pack)
+            if not parts and not keep.issuperset(pack.run_ids):
+                began = checkpoints.last_step(self.store.root, pack.id) or 0
+                try:
+                    return self._train(pack, lease, keep, began)
+                except (LeaseLost, ProcessLost) as e:
+                    self._note_lost(pack, e, began)
+                    return []
+                except SlicesMix as e:
+                    parts = self._split(pack, 1, f"{e}; its runs train one by one")
+                except OutOfMemory as e:
+                    parts = self._split(pack, (len(pack.runs) + 1) // 2, f"{e}; it trains in halves")
+        return [record for part in parts for record in self.train(part)]
+
+    def _train(self, pack: Pack, lease: Lease, keep: set[str], began: int) -> list[Record]:
+        listener = _listener(self.progress.step(pack, began), self.tracker)
+        drift = self.settings.sweep.accept_drift
+        return self.train_pack(pack, self.store.under(lease), listener, keep=keep, accept_drift=drift)
+
+    def _note_lost(self, pack: Pack, error: LeaseLost | ProcessLost, began: int) -> None:
+        """Keep a pack for the next round if another launcher has it, or if it got further; else note that it is
+        lost."""
+        if isinstance(error, LeaseLost):
+            self.progress.say(f"{pack.id}: {error}")
+            self.held.append(pack)
+        elif (checkpoints.last_step(self.store.root, pack.id) or 0) > began:
+            self.progress.say(f"{pack.id}: {error}; it goes on from its last checkpoint")
+            self.held.append(pack)
+        else:
+            self.lost.append(f"{pack.id}: {error}")
+
+    def _split(self, pack: Pack, size: int, why: str) -> list[Pack]:
+        """Plan a pack anew in parts of at most `size` runs, and return them."""
+        self.progress.say(why)
+        checkpoints.remove(self.store.root, pack.id)  # a job that was killed for its memory has left some
+        groups = [pack.runs[i : i + size] for i in range(0, len(pack.runs), size)]
+        parts = [Pack(f"{pack.id}.{k}", runs) for k, runs in enumerate(groups)]
+        replace_pack(self.store, pack, parts)
+        return parts
 
 
 def _listener(step: Callable[[int, int], None], tracker: Any) -> Listener:

@@ -14,10 +14,10 @@ ACTIVATION_COPIES = 3.5  # how often a layer's input and output are held at the 
 
 
 def estimate_peak(info: Any, plans: Any, run: Any, *, dtype: str, device: str, part_tokens: int) -> int:
-    """Bytes a pack needs at its peak, before it runs: the process, weights, what trains with its AdamW state, activations.
+    """Return the bytes a pack needs at its peak: the process, weights, what trains with its AdamW state, activations.
 
-    Activations are those of one part of full-length rows; attention keeps two T x T maps a head of width 64. `KEPT`, `HELD` and
-    `RUNTIME` are fitted to the reference records, whose measured peaks a test holds against this.
+    Activations are those of one part of full-length rows; attention keeps two T x T maps a head of width 64. `KEPT`,
+    `HELD` and `RUNTIME` are fitted to the reference records, whose measured peaks a test holds against this.
     """
     size = {"float32": 4, "bfloat16": 2, "float64": 8}[dtype]
     tokens = run.task.longest or 256

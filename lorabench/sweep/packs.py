@@ -19,39 +19,40 @@ from lorabench.training.pruning import cell_key, is_prunable
 
 @dataclass(frozen=True)
 class Job:
-    """One listed run: the run, everything else of its config, and what it is called in comparisons."""
+    """One listed run: the run, everything else of its config, and what it is called in comparisons.
+
+    asked: the command line's words for it without rate, seed and place, as `launch.command_line.run_words` gives them.
+    """
 
     run: RunConfig
     settings: Settings
     label: Mapping[str, Any]
-    asked: tuple[
-        str, ...
-    ] = ()  # the command line's words for it, but for rate, seed and place (`launch.command_line.run_words`)
+    asked: tuple[str, ...] = ()
 
 
 def cell_label(
     run: RunConfig, *, alpha_rule: str | None = None, extra: Mapping[str, Any] | None = None
 ) -> dict[str, Any]:
-    """What a run's cell is called: method, r, alpha and its rule, targets, other axes."""
+    """Return what a run's cell is called: method, r, alpha and its rule, targets, other axes."""
     label = dict(run.method.label())
     alpha = label.get("alpha")
     rule = alpha_rule if alpha is not None and alpha_rule else None if alpha is None else f"{alpha:g}"
     return {**label, "alpha_rule": rule, "extra": dict(extra or {})}
 
 
-MAX_SLICES_PER_PACK = 16  # slices a pack where memory would allow more: a pack is what a kill costs
-PLANNED_MEMORY_SHARE = (
-    0.7  # of the memory there is that a pack may be planned to take: its estimate is good to about a third
-)
+MAX_SLICES_PER_PACK = 16  # where memory would allow more: a pack is what a kill costs
+PLANNED_MEMORY_SHARE = 0.7  # of free memory that a pack may be planned to take: its estimate is good to about a third
 
 
 def plan_packs(
     runs: Sequence[RunConfig], max_pack: int | None, start: int = 0, *, prune: bool = False, auto: str | None = None
 ) -> list[Pack]:
-    """Group runs that can share a base, most alike first: equal method, equal rank (unused rows cost time), then equal seed.
+    """Group runs that can share a base into packs.
 
-    max_pack: slices a pack at most; None: as many as fit into memory. prune: keep the tuning runs of a cell in one pack,
-    where the rule of `prune` sees all its rates, whatever its size. auto: as in `prepare.resolve`.
+    Runs that are most alike come together: equal method, then equal rank, since unused rows cost time, then equal seed.
+    max_pack: slices a pack at most; None: as many as fit into memory. start: number of the first pack. prune: keep the
+    tuning runs of a cell in one pack whatever its size, so that the pruning rule sees all its rates. auto: what
+    `trainer.precision=auto` means, as in `precision.resolve`.
     """
     groups: dict[str, list[RunConfig]] = {}
     for run in runs:
@@ -67,7 +68,7 @@ def plan_packs(
 
 
 def _max_fitting(runs: Sequence[RunConfig], auto: str | None) -> int:
-    """How many of these runs, whose largest come last, fit into the memory that is free now; at least 1."""
+    """Return how many of these runs fit into the memory that is free now; at least 1. The largest runs come last."""
     largest, resolved = list(runs[-MAX_SLICES_PER_PACK:]), precision.resolve(runs[0], auto)
     free, info = PLANNED_MEMORY_SHARE * available_memory(resolved.device), preparation.base_info(runs[0])
     plans = [preparation.slice_plan(run, info) for run in largest]
@@ -79,7 +80,7 @@ def _max_fitting(runs: Sequence[RunConfig], auto: str | None) -> int:
 
 
 def _whole_cells(runs: Sequence[RunConfig]) -> list[list[RunConfig]]:
-    """Cells with rates to prune as units, at the place of their first run; each other run is a unit of its own."""
+    """Return units of runs: a cell with rates to prune, at the place of its first run, or any other run alone."""
     cells: dict[str, list[RunConfig]] = {}
     for run in runs:
         cells.setdefault(cell_key(run), []).append(run)
@@ -88,7 +89,7 @@ def _whole_cells(runs: Sequence[RunConfig]) -> list[list[RunConfig]]:
 
 
 def _fill(units: Sequence[list[RunConfig]], most: int) -> list[list[list[RunConfig]]]:
-    """Units in their order, as few packs of at most `most` runs as that allows, and those of about one size."""
+    """Return units in their order as packs of at most `most` runs: as few as possible, and of about one size."""
 
     def filled(limit: int) -> list[list[list[RunConfig]]]:
         packs: list[list[list[RunConfig]]] = []
@@ -108,9 +109,9 @@ def _fill(units: Sequence[list[RunConfig]], most: int) -> list[list[list[RunConf
 def write_cells(
     store: Store, jobs: Sequence[Job], plans: Mapping[str, SlicePlan], *, only_new: bool, command: Sequence[str] = ()
 ) -> None:
-    """Put jobs and the cells they belong to into the manifest. only_new: leave alone what a sweeper declared before.
+    """Put jobs and the cells they belong to into the manifest.
 
-    command: words that launch all of it again (`app.launched`).
+    only_new: leave alone what a sweeper declared before. command: the words that launch all of it again.
     """
     with store.locked():
         manifest = new_manifest(jobs[0]) | store.manifest()
@@ -138,7 +139,7 @@ def write_cells(
 
 
 def new_manifest(job: Job) -> dict[str, Any]:
-    """The manifest of a sweep that has no cells yet: what its study declares, and the hash of that."""
+    """Return the manifest of a sweep that has no cells yet: what its study declares, and the hash of that."""
     settings, task = job.settings, job.run.task
     study = asdict(settings.study)
     return {
@@ -149,7 +150,7 @@ def new_manifest(job: Job) -> dict[str, Any]:
 
 
 def assign_packs(store: Store, jobs: Sequence[Job]) -> list[Pack]:
-    """The packs that hold the jobs: those of the manifest where they stand, new ones for what is new."""
+    """Return the packs that hold the jobs, and note new ones in the manifest for jobs that are in none."""
     manifest, auto = store.manifest(), precision.noted_precision(store)
     known, fresh = known_and_new_packs(manifest, jobs, auto, lambda run: _is_copied(store, run))
     start = len(manifest["packs"])
@@ -161,9 +162,10 @@ def assign_packs(store: Store, jobs: Sequence[Job]) -> list[Pack]:
 def known_and_new_packs(
     manifest: Mapping[str, Any], jobs: Sequence[Job], auto: str | None, reused: Callable[[RunConfig], bool]
 ) -> tuple[list[Pack], list[Pack]]:
-    """Packs of the manifest that hold jobs, and new ones for the jobs in none of them.
+    """Return the packs of the manifest that hold jobs, and new ones for the jobs in none of them.
 
-    A pack prunes when it was planned to and `sweep.prune` still asks for it. reused: runs beside which nothing is to train.
+    A pack prunes when it was planned to and `sweep.prune` still asks for it. reused: whether a run was copied from
+    another sweep, so that nothing is to train beside it.
     """
     sweep, runs = jobs[0].settings.sweep, {j.run.run_id: j.run for j in jobs}
     known = [
@@ -190,8 +192,10 @@ def known_and_new_packs(
 
 
 def planning_round(store: Store, packs: Sequence[Pack]) -> list[Pack]:
-    """These packs and those that were planned along with any of them, ended ones too: however many of a round are asked for
-    again after a kill, its packs are as many as they were."""
+    """Return these packs and all others planned in the same rounds.
+
+    Thread counts depend on the size of a round, so it includes packs that have ended.
+    """
     manifest, own = store.manifest(), {pack.id.partition(".")[0] for pack in packs}  # halves of a pack are of its round
     rounds = {e["round"] for e in manifest["packs"] if e["id"] in own and "round" in e}
     others = [e for e in manifest["packs"] if e.get("round") in rounds and e["id"] not in own]
@@ -199,7 +203,7 @@ def planning_round(store: Store, packs: Sequence[Pack]) -> list[Pack]:
 
 
 def pack_from_manifest(store: Store, pack_id: str, *, prune: bool) -> Pack:
-    """A pack as the manifest has it: what a job that is told its id trains."""
+    """Return a pack as the manifest has it: what a job that is told its id trains."""
     manifest = store.manifest()
     entry = next(e for e in manifest["packs"] if e["id"] == pack_id)
     return Pack(pack_id, tuple(run_from_manifest(manifest, i) for i in entry["runs"]), prune=prune)
@@ -211,12 +215,13 @@ def _is_copied(store: Store, run: RunConfig) -> bool:
 
 
 def _begun_cells(manifest: Mapping[str, Any]) -> set[str]:
-    """Keys of the cells that packs of the manifest hold runs of: rates that join such a cell later are not pruned."""
+    """Return keys of the cells that packs of the manifest hold runs of. Rates that join one later are not pruned."""
     planned = {i for entry in manifest["packs"] for i in entry["runs"]}
     return {cell_key(run_from_manifest(manifest, i)) for i in planned}
 
 
 def run_from_manifest(manifest: Mapping[str, Any], run_id: str) -> RunConfig:
+    """Return a run from its config in the manifest."""
     run = RunConfig.from_dict(manifest["runs"][run_id]["config"])
     assert run.run_id == run_id, "a manifest's config no longer gives its run_id"
     return run
@@ -234,7 +239,7 @@ def replace_pack(store: Store, pack: Pack, parts: Sequence[Pack]) -> None:
 
 
 def replacing_packs(store: Store, pack: Pack) -> list[Pack]:
-    """The packs that stand for `pack` since a launcher, perhaps another one, planned it anew; none as long as it stands."""
+    """Return the packs that stand for `pack` since a launcher planned it anew; [] as long as it stands."""
     entries = {entry["id"]: entry for entry in store.manifest().get("packs", ())}
     runs = {run.run_id: run for run in pack.runs}
     replaced = entries.get(pack.id, {}).get("replaced", ())
@@ -242,7 +247,8 @@ def replacing_packs(store: Store, pack: Pack) -> list[Pack]:
 
 
 def _manifest_entry(pack: Pack, auto: str | None, *, version: int) -> dict[str, Any]:
-    """A pack in the manifest, with what `auto` means for it here."""
+    """Return a pack's entry in the manifest, with what `auto` means for it here."""
     first = pack.runs[0]
-    entry = {"id": pack.id, "version": version, "role": first.role, "runs": pack.run_ids, "resolved": asdict(precision.resolve(first, auto))}  # fmt: skip
+    resolved = asdict(precision.resolve(first, auto))
+    entry = {"id": pack.id, "version": version, "role": first.role, "runs": pack.run_ids, "resolved": resolved}
     return entry | ({"prune": True} if pack.prune else {})

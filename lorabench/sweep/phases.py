@@ -15,8 +15,8 @@ from lorabench.sweep.packs import Job, write_cells
 
 
 def declare(jobs: Sequence[Job], command: Sequence[str] = ()) -> None:
-    """Check all jobs, then write the cells they belong to into the manifest, and the command that launched them. A dry run
-    writes nothing."""
+    """Check all jobs, then write the cells they belong to into the manifest, and the command that launched them. A dry
+    run writes nothing."""
     from lorabench.sweep.execute import check_all
 
     plans = check_all(jobs)
@@ -36,9 +36,9 @@ def outward_rates(
     settings: Settings, tried: Mapping[str, Collection[float]], most: Mapping[str, int]
 ) -> dict[str, float]:
     """The next rate to train, by cell id, after those tried here: those that were added before and have not ended (by a
-    launcher that was killed, or by another one), or failed and are to be tried again; where there are none one beyond, in
-    cells whose best lies at an end: a round that was cut is ended first, so that rates share packs as they would have.
-    most: rates of a cell."""
+    launcher that was killed, or by another one), or failed and are to be tried again; where there are none one beyond,
+    in cells whose best lies at an end: a round that was cut is ended first, so that rates share packs as they would
+    have. most: rates of a cell."""
     begun, beyond = dict[str, float](), dict[str, float]()
     for name, choice in _choices(settings, retry=settings.sweep.retry_failed).items():
         if name not in tried:
@@ -58,7 +58,8 @@ def _choices(settings: Settings, *, retry: bool = False) -> dict[str, Choice]:
 
 
 def measure_cells(settings: Settings, jobs: Sequence[Job]) -> None:
-    """A few steps of each cell alone, for the seconds and the memory that tables show; once a cell; none whose base is cut."""
+    """A few steps of each cell alone, for the seconds and the memory that tables show; once a cell; none whose base is
+    cut."""
     from lorabench.training.train import measure_alone
 
     if not settings.sweep.measure_solo or settings.sweep.dry_run:

@@ -21,7 +21,8 @@ SECONDS_BETWEEN_LINES = 60.0  # seconds between the lines of a pack where there 
 
 
 class ProgressDisplay:
-    """Live bars on a terminal; elsewhere a line a pack, and one a minute. Time left comes from the steps done here so far."""
+    """Live bars on a terminal; elsewhere a line a pack, and one a minute. Time left comes from the steps done here so
+    far."""
 
     def __init__(self, console: Console, packs: Sequence[Pack], *, enabled: bool) -> None:
         self.console, self.packs = console, packs
@@ -46,7 +47,7 @@ class ProgressDisplay:
         self.bars.stop()
 
     def step(self, pack: Pack, begun: int = 0) -> Callable[[int, int], None]:
-        """A callback for the steps of one pack. begun: steps that it had done before: it goes on from a checkpoint."""
+        """Return a callback for the steps of one pack. begun: steps done before, where it goes on from a checkpoint."""
         began = time.monotonic()
         state: dict[str, float] = {"said": began}
         bar: list[TaskID] = []  # a pack that waits for its job shows none yet
@@ -99,7 +100,7 @@ class ProgressDisplay:
 
 
 def describe(pack: Pack) -> str:
-    """A pack in a few words: what it holds."""
+    """Return in a few words what a pack holds."""
     labels = [r.method.label() for r in pack.runs]
     methods = "/".join(sorted({x["method"] for x in labels}))
     ranks = sorted({x["r"] for x in labels if x.get("r")})
@@ -109,7 +110,8 @@ def describe(pack: Pack) -> str:
 
 @contextmanager
 def announce_slow(text: str, *, after: float = 3.0, console: Console | None = None) -> Iterator[None]:
-    """Say what goes on where it takes longer than `after` seconds: large data sets are read and tokenised for minutes."""
+    """Say what goes on where it takes longer than `after` seconds: large data sets are read and tokenised for
+    minutes."""
     timer = threading.Timer(after, (console or Console(stderr=True)).print, (text,), {"highlight": False})
     timer.daemon = True
     timer.start()
@@ -123,7 +125,7 @@ _told: set[str] = set()  # a sweep goes through its phases in one process, and s
 
 
 def data_notices(jobs: Sequence[Any]) -> list[str]:
-    """What of the jobs' data is left out or cut, each line once a process."""
+    """Return lines that say what of the jobs' data is left out or cut; each line once a process."""
     found: dict[str, None] = {}
     for job in jobs:
         prepared = preparation.prepare(job.run)

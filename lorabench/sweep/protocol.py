@@ -22,14 +22,14 @@ Message = tuple[str, Any]  # an event's name or how it ended, and what belongs t
 
 
 def die_with_parent() -> None:
-    """In the process: Ctrl-C is its parent's to hear, and it ends when its parent does."""
+    """Let this process ignore Ctrl-C, which its parent hears, and end when its parent does."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     if sys.platform == "linux":
         ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG
 
 
 class QueueListener(Listener):
-    """Puts every event into a queue, as a message that `dispatch` reads."""
+    """A listener that puts every event into a queue, as a message that `dispatch` reads."""
 
     def __init__(self, queue: Any) -> None:
         super().__init__(
@@ -47,7 +47,7 @@ def dispatch(calls: Mapping[str, Callable[..., None]], message: Message) -> None
 
 
 def run_and_report(train: Callable[[], list[Record]]) -> Message:
-    """Train; what the caller must know of an error comes back as data."""
+    """Call `train` and return how it ended as a message; what the caller must know of an error is data in it."""
     try:
         return "records", [asdict(r) for r in train()]
     except ExistingWork as e:
@@ -73,7 +73,7 @@ ERROR_KINDS: dict[str, type[BaseException]] = {
 
 
 def unpack_result(message: Message) -> list[Record]:
-    """What `ended` stands for: the records, or the error raised here."""
+    """Return the records of a message of `run_and_report`, or raise the error that it stands for."""
     kind, value = message
     if kind in ERROR_KINDS:
         raise ERROR_KINDS[kind](*value)
@@ -81,13 +81,13 @@ def unpack_result(message: Message) -> list[Record]:
 
 
 def record_death(pack: Pack, store: Store, listener: Listener, keep: Collection[str], why: str) -> list[Record]:
-    """`failed` records for the runs of a pack whose process is gone, those in `keep` left as they are."""
+    """Write `failed` records for the runs of a pack whose process is gone, but for those in `keep`. Return them."""
     error = f"{why}; sweep.retry_failed=true goes on from its last checkpoint"
     return write_records([failed_record(run, error, "") for run in pack.runs], store, listener, keep)
 
 
 def write_records(records: list[Record], store: Store, listener: Listener, keep: Collection[str]) -> list[Record]:
-    """Records that a process could not write itself, written and told of."""
+    """Write records that a process could not write itself, and tell the listener. Return them."""
     for record in records:
         if record.run_id not in keep:
             store.write(record)

@@ -1,7 +1,8 @@
 """One pack on several devices: a process each, started here and not by Lightning.
 
-Lightning's own launcher runs the command line again in each process, and so the whole multirun; these run one pack. Where a
-pack has several nodes, each of them starts its own processes, and somebody else has started this one on each (`Node`).
+Lightning's own launcher runs the command line again in each process, and so the whole multirun; these run one pack.
+Where a pack has several nodes, each of them starts its own processes, and somebody else has started this one on each
+(`Node`).
 """
 
 from __future__ import annotations
@@ -30,8 +31,8 @@ from lorabench.training.train import train as train_alone
 
 @dataclass(frozen=True)
 class Node:
-    """This machine's place among those of a pack. address, port: where the first one's first process waits for all others;
-    over: whether another node has said how the pack ended."""
+    """This machine's place among those of a pack. address, port: where the first one's first process waits for all
+    others; over: whether another node has said how the pack ended."""
 
     index: int
     address: str
@@ -50,8 +51,8 @@ def train(
 ) -> list[Record]:
     """`train.train`, in as many processes as `trainer.devices` asks for; the first of them writes the records.
 
-    Raises `distributed.Lost` when one of them died: nothing is recorded. SIGTERM is handed on: all leave at one step, with a checkpoint.
-    node: where `trainer.num_nodes` is more than one. Of those, all but the first return no records.
+    Raises `distributed.Lost` when one of them died: nothing is recorded. SIGTERM is handed on: all leave at one step,
+    with a checkpoint. node: where `trainer.num_nodes` is more than one. Of those, all but the first return no records.
     """
     world = device_count(pack.runs[0].trainer)
     if world == 1:
@@ -83,10 +84,14 @@ class _Group:
         self.processes = [context.Process(target=_rank, args=(local, *told), daemon=True) for local in range(here)]
 
     def end(self) -> protocol.Message:
-        """How it ended, as the first process to end says it. Raises `distributed.Lost` when one died, and `SystemExit` at SIGTERM."""
+        """Wait for the end and return what the first process to end says of it.
+
+        Raises `ProcessLost` when one died, and `SystemExit` at SIGTERM.
+        """
         with signals.defer_stop() as stopped:
             try:
-                # They inherit the mask: a handler, Lightning's own too, would break what they do together (`signals.watch`).
+                # They inherit the mask: a handler, Lightning's own too, would break what they do together
+                # (`signals.watch`).
                 before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM, signal.SIGUSR2})
                 try:
                     for process in self.processes:
@@ -137,7 +142,7 @@ def _rank(
     keep: list[str],
     accept_drift: bool, channel: Any,
 ) -> None:  # fmt: skip
-    """In a process of the group: join it, train, and as the first of it say what happens."""
+    """Join the group in one of its processes, and train; the first process says what happens."""
     protocol.die_with_parent()
     signals.watch_for_sigterm(lambda: channel.put(("stopped", (signals.EXIT_CODE,))))
     channel.put(("up", (local,)))

@@ -1,4 +1,5 @@
-"""Which of a sweep's runs need no training: those whose record stands, on the data, base and Python files that are here."""
+"""Which of a sweep's runs need no training: those whose record stands, on the data, base and Python files that are
+here."""
 
 from __future__ import annotations
 
@@ -12,7 +13,8 @@ from lorabench.training import preparation
 
 
 def finished_records(store: Store, settings: Settings, runs: Sequence[RunConfig]) -> dict[str, Record]:
-    """Records of the runs that need no training, after checking that what they were trained on is what is here.
+    """Return the records of the runs that need no training, after checking that what they were trained on is what is
+    here.
 
     A pruned run is finished as long as `sweep.prune` is on; without it, it is one to train to its end.
     """
@@ -30,7 +32,7 @@ def finished_records(store: Store, settings: Settings, runs: Sequence[RunConfig]
 
 
 def check_drift(record: Record, run: RunConfig) -> None:
-    """Refuse to reuse a record whose data, model or own Python files are not those that are here now."""
+    """Raise `ExistingWork` for a record whose data, model or own Python files are not those that are here now."""
     now = (
         ("task", "data", "data_fingerprint", preparation.load_data(run.task).fingerprint),
         ("model", "model", "model_fingerprint", preparation.model_fingerprint(run)),

@@ -1,4 +1,5 @@
-"""Runs that another sweep has trained already (`sweep.reuse`): the same run_id, so the same run; its files are copied."""
+"""Runs that another sweep has trained already (`sweep.reuse`): the same run_id, so the same run; its files are
+copied."""
 
 from __future__ import annotations
 
@@ -21,7 +22,7 @@ COPYABLE_STATUSES = ("completed", "diverged")  # a pruned run was held against r
 
 
 def open_sources(sources: Sequence[str]) -> list[Store]:
-    """The sweeps at these paths. Raises `ConfigError` for one that is no sweep's directory."""
+    """Return the sweeps at these paths. Raises `ConfigError` for one that is no sweep's directory."""
     for path in sources:
         if not (Path(path) / MANIFEST).is_file():
             raise ConfigError("sweep.reuse", path, f"directories of sweeps; there is no {MANIFEST} in this one")
@@ -32,8 +33,8 @@ def open_sources(sources: Sequence[str]) -> list[Store]:
 def copy_runs(store: Store, runs: Sequence[RunConfig], sources: Sequence[str]) -> Iterator[str]:
     """Copy into `store` the runs it has not begun and that a source has trained to the end; yields a line a source.
 
-    One made on another device or precision than this sweep's is left, as one made of data, base or Python files that are
-    not here. To be called under `Store.locked`, before the sweep settles.
+    One made on another device or precision than this sweep's is left, as one made of data, base or Python files that
+    are not here. To be called under `Store.locked`, before the sweep settles.
     """
     here = _noted_device(store) if sources else {}
     if sources and not store.run_ids():
@@ -49,7 +50,8 @@ def copy_runs(store: Store, runs: Sequence[RunConfig], sources: Sequence[str]) -
 
 @dataclass(frozen=True)
 class CopyPreview:
-    """What `bring` would take: its lines, the runs, and what `trainer.precision=auto` then means (None: as without)."""
+    """What `copy_runs` would copy: its lines, the runs, and what `trainer.precision=auto` then means; None: no
+    change."""
 
     lines: tuple[str, ...]
     run_ids: frozenset[str]
@@ -57,7 +59,7 @@ class CopyPreview:
 
 
 def preview_copy(store: Store, runs: Sequence[RunConfig], sources: Sequence[str]) -> CopyPreview:
-    """The same, and nothing is written."""
+    """Return what `copy_runs` would copy, and write nothing."""
     here = _noted_device(store) if sources else {}
     lines, run_ids = list[str](), set[str]()
     for other, found, left in _offers(store, runs, sources, here):
@@ -74,7 +76,7 @@ def _copy_message(taken: int, other: Store, left: int) -> str:
 def _offers(
     store: Store, runs: Sequence[RunConfig], sources: Sequence[str], here: dict[str, str]
 ) -> Iterator[tuple[Store, list[Record], int]]:
-    """By source: what `store` has not begun and it has trained to the end, and how many of these were made otherwise.
+    """Give for each source what it has trained to the end and `store` has not begun, and how many were made otherwise.
     here: {"device": "cpu", ...} of this sweep; the first run says what it does not."""
     taken: set[str] = set()
     for other in open_sources(sources):
@@ -93,7 +95,7 @@ def _offers(
 
 
 def _noted_device(store: Store) -> dict[str, str]:
-    """{"device": "cpu", ...} as the runs that are there have it; a note from before any of them counts for nothing."""
+    """Return {"device": "cpu", ...} of the runs that are there. A note from before any of them counts for nothing."""
     here = dict[str, str]()
     if store.run_ids():
         here |= store.manifest().get("settled") or {}
@@ -103,7 +105,8 @@ def _noted_device(store: Store) -> dict[str, str]:
 
 
 def _is_comparable(record: Record, here: dict[str, str], run: RunConfig) -> bool:
-    """Was it made as this sweep's are? The first run says how, where none is there. `here`: {"device": "cpu", ...}."""
+    """Whether a record was made as this sweep's are. here: {"device": "cpu", ...}; the first run fills it in where it
+    is empty."""
     try:
         check_drift(record, run)
     except ExistingWork:
@@ -120,7 +123,7 @@ def _matches_device(record: Record, here: dict[str, str]) -> bool:
 
 
 def _copy(other: Store, store: Store, record: Record) -> bool:
-    """All of a run or nothing of it; False where another launcher has begun it just now."""
+    """Copy all of a run or nothing of it. False where another launcher has begun it just now."""
     target = store.run_dir(record.run_id)
     remove_temporaries(target)
     try:
@@ -145,5 +148,5 @@ def _fill_copy(other: Store, record: Record, made: Path) -> None:
 
 
 def _names_to_skip(folder: str, names: list[str]) -> list[str]:
-    """What is not copied: symbolic links, which would lead elsewhere, and what a kill left half-written."""
+    """Return what is not copied: symbolic links, which would lead elsewhere, and what a kill left half-written."""
     return [n for n in names if (Path(folder) / n).is_symlink() or n.endswith(".tmp")]

@@ -31,7 +31,10 @@ CORES_PER_WORKER = 8  # cores a CPU worker: more threads than that have little t
 
 
 def worker_count(asked: int | None, device: str, packs: int) -> int:
-    """Processes for so many packs. None: one a GPU where there are several; on a CPU one for every `GROUP` cores."""
+    """Return how many processes train so many packs.
+
+    asked: None is one a GPU where there are several, and on a CPU one for every `CORES_PER_WORKER` cores.
+    """
     if asked is None:
         if device == "cuda":
             asked = torch.cuda.device_count()
@@ -46,7 +49,8 @@ def _cores() -> list[int]:
 
 @runtime_checkable
 class Crew(Protocol):
-    """Others who train packs, as a context: `train` has the meaning of `train.train`, `map` that of `map`."""
+    """Who trains packs elsewhere; a context manager. `train` means what `training.train.train` does, `map` what `map`
+    does."""
 
     def __enter__(self) -> Any: ...
     def __exit__(self, *args: Any) -> None: ...
@@ -59,9 +63,9 @@ class Crew(Protocol):
 class Workers:
     """Processes that train packs; use as a context. `train` has the meaning of `train.train`, `map` that of `map`.
 
-    A pack whose worker died goes on from its last checkpoint in a new one, as long as each worker gets further than the one
-    before. SIGTERM and Ctrl-C are handed on: each worker writes a checkpoint and leaves. shares: how many the CPU's cores are meant for;
-    where fewer packs are left each has as many threads as before, and so the same numbers.
+    A pack whose worker died goes on from its last checkpoint in a new one, as long as each worker gets further than the
+    one before. SIGTERM and Ctrl-C are handed on: each worker writes a checkpoint and leaves. shares: how many the CPU's
+    cores are meant for; where fewer packs are left each has as many threads as before, and so the same numbers.
     """
 
     def __init__(self, count: int, device: str, shares: int | None = None) -> None:
@@ -120,7 +124,7 @@ class Workers:
             self._free.put(worker)
 
     def _locked(self, listener: Listener) -> dict[str, Callable[..., None]]:
-        """The listener's calls by name, one at a time."""
+        """Return the listener's calls by name; only one is made at a time."""
 
         def call(name: str) -> Callable[..., None]:
             def heard(*args: Any) -> None:
@@ -198,8 +202,8 @@ def _train(
     keep: list[str],
     accept_drift: bool,
 ) -> tuple[str, Any]:
-    """In the worker: train a pack, and say how it ended. A worker that then waits holds no memory of it: the others' packs
-    may need it."""
+    """In the worker: train a pack, and say how it ended. A worker that then waits holds no memory of it: the others'
+    packs may need it."""
     pack = Pack(pack_id, tuple(RunConfig.from_dict(r) for r in runs), prune=prune)
     store, listener = Store(root, lease), protocol.QueueListener(_channel)
     try:
@@ -209,9 +213,9 @@ def _train(
 
 
 def share_count(planned: Sequence[Pack], asked: int | None) -> int:
-    """Into how many the cores or devices are cut, whichever of the planned packs are left to train: threads are part of a
-    number, and a pack that goes on after a kill, as the last of several, must have those it was begun with. Halves of a pack
-    that did not fit count as one. 1: a pack on several devices has processes of its own."""
+    """Into how many the cores or devices are cut, whichever of the planned packs are left to train: threads are part of
+    a number, and a pack that goes on after a kill, as the last of several, must have those it was begun with. Halves of
+    a pack that did not fit count as one. 1: a pack on several devices has processes of its own."""
     if not planned or any(device_count(pack.runs[0].trainer) > 1 for pack in planned):
         return 1
     packs = {pack.id.partition(".")[0] for pack in planned}
@@ -219,14 +223,15 @@ def share_count(planned: Sequence[Pack], asked: int | None) -> int:
 
 
 def make_workers(packs: Sequence[Pack], cut: int) -> Workers | None:
-    """Processes for packs side by side, where more than one pays. cut: what `shares` gives."""
+    """Return processes for packs side by side, or None where one is enough. cut: what `share_count` gives."""
     count = min(cut, len(packs))
     return Workers(count, resolve(packs[0].runs[0]).device, cut) if count > 1 else None
 
 
 @contextmanager
 def worker_threads(cut: int) -> Iterator[None]:
-    """Inside, this process has as many threads as a worker would have. cut: what `shares` gives; 1: it keeps its own."""
+    """Give this process as many threads as a worker would have inside the block. cut: what `share_count` gives; 1
+    changes nothing."""
     before = torch.get_num_threads()
     if cut > 1:
         torch.set_num_threads(max(1, len(_cores()) // cut))
