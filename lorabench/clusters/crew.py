@@ -1,4 +1,4 @@
-"""Trains packs as jobs of a cluster and waits for them: what an executor is to `sweep`, for jobs that outlive it."""
+"""Packs as jobs of a cluster, and the wait for them: a `Crew` of `sweep.workers` whose jobs outlive the launcher."""
 
 from __future__ import annotations
 
@@ -29,11 +29,12 @@ MAX_WAITING_PACKS = 1000  # packs that wait at once
 
 
 class JobCrew:
-    """Use as a context. `train` has the meaning of `train.train`, `map` that of `map`.
+    """Submits packs as jobs and waits for them; a context manager. `train` means what `training.train.train` does.
 
     settings: the launcher's, for the engine; poll_seconds: between two looks at the queue and the store; resubmit: how
-    often a pack whose job died (killed, out of time) is submitted again before its runs are recorded as failed. A preemption
-    or a lost node never counts there, and a job that got further than the last one does not. nodes: tasks of a job.
+    often a pack whose job died (killed, out of time) is submitted again before its runs are recorded as failed. A
+    preemption or a lost node never counts there, and a job that got further than the last one does not. nodes: tasks of
+    a job.
     """
 
     def __init__(
@@ -78,7 +79,8 @@ class JobCrew:
     def train(
         self, pack: Pack, store: Store, listener: Listener, *, keep: Collection[str], **options: Any
     ) -> list[Record]:
-        """options: what else `train.train` is told there."""
+        """Wait until a job has trained the pack, and return its records. options: what else the job's `train` is
+        told."""
         watch = Watch(pack, Store(store.root.resolve()), listener, keep, options)
         self._inbox.put(watch)
         while not self._stop.is_set():
@@ -87,7 +89,7 @@ class JobCrew:
         raise LauncherStopped
 
     def _loop(self) -> None:
-        """The one thread that talks to the engine and to the listeners."""
+        """Talk to the engine and to the listeners, in the one thread that does."""
         began = 0.0
         while not self._stop.wait(0.1):
             fresh = self._arrived()
@@ -109,7 +111,7 @@ class JobCrew:
         self._waiting, self._watched = [], []
 
     def _arrived(self) -> list[Watch]:
-        """New packs, all that come at about the same time: they become one array."""
+        """Return new packs, all that come at about the same time: they become one array."""
         found: list[Watch] = []
         while not self._inbox.empty():
             found.append(self._inbox.get())
@@ -199,7 +201,8 @@ class JobCrew:
         self._watched = [w for w in self._watched if w.job is not None and not w.result.done()]
 
     def _died(self, watch: Watch, death: Death) -> None:
-        """Once more, in halves, or failed: what a job that left no word of its end is worth."""
+        """Submit the pack of a job that left no word of its end again, in halves if it was too large, or record it as
+        failed."""
         watch.store.leases.tidy(watch.pack.id)  # it may have held the pack
         cause = death.cause or leave_reason(watch.store, watch.pack.id, str(watch.job))
         begun = job_entry(watch.store, watch.pack.id).get("step", 0)
@@ -225,7 +228,7 @@ class JobCrew:
 
 
 def _job_names(made: Iterable[str | None]) -> str:
-    """Jobs in a few words, an array once."""
+    """Return the names of jobs in a few words, an array once."""
     ids = sorted({str(job).split("_")[0] for job in made})
     return ", ".join(ids[:4]) + (f" and {len(ids) - 4} more" if len(ids) > 4 else "")
 

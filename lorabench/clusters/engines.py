@@ -1,4 +1,5 @@
-"""Where jobs are submitted: Slurm and local processes through submitit, and Ray. Each engine knows `PackJob`s and ids."""
+"""Where jobs are submitted: Slurm and local processes through submitit, and Ray. Each engine knows `PackJob`s and
+ids."""
 
 from __future__ import annotations
 
@@ -38,13 +39,16 @@ BUSY_MESSAGE = re.compile(
 
 
 class Busy(Exception):
-    """An engine that takes no jobs at the moment, in its own words."""
+    """What an engine raises that takes no jobs at the moment; the text is its own."""
 
 
 @dataclass(frozen=True)
 class Death:
-    """Why a job is gone without a word. again: it may do better a second time; memory: its pack was too large; cause:
-    `PREEMPTED` (a node that was lost is no more its fault) or `TIME_LIMIT`, where it was one of these."""
+    """Why a job is gone without a word.
+
+    again: whether it may do better a second time. memory: whether its pack was too large. cause: `PREEMPTED`, which a
+    lost node counts as, or `TIME_LIMIT`, where it was one of these.
+    """
 
     reason: str
     again: bool = True
@@ -53,21 +57,21 @@ class Death:
 
 
 class Engine(Protocol):
-    """room: jobs at once, where the engine has no queue of its own."""
+    """What submits jobs and says which are still there. room: jobs at once, where it has no queue of its own."""
 
     name: str
     room: int | None
 
     def submit(self, jobs: Sequence[PackJob]) -> list[str]: ...
     def alive(self, ids: Iterable[str]) -> set[str] | None:
-        """Those still queued, running or about to be requeued; None where nobody can say at the moment."""
+        """Return the jobs still queued, running or about to be requeued; None where nobody can say at the moment."""
 
     def death(self, job: str) -> Death: ...
     def close(self) -> None: ...
 
 
 def check_executor(executor: str | None) -> str:
-    """The executor asked for. Raises `ConfigError` for a name that is none and one that cannot be used here."""
+    """Return the executor asked for. Raises `ConfigError` for a name that is none and one that cannot be used here."""
     name = executor or "inline"
     if name not in EXECUTORS:
         raise ConfigError("hydra.launcher.executor", executor, f"allowed: null, {', '.join(EXECUTORS)}")
@@ -114,7 +118,10 @@ class Submitit:
         self._started: dict[str, Any] = {}
 
     def submit(self, jobs: Sequence[PackJob]) -> list[str]:
-        """Raises `ConfigError` with the engine's own words when it takes no such job, and `Busy` when it takes none now."""
+        """Submit jobs and return their ids.
+
+        Raises `ConfigError` with the engine's own words when it takes no such job, and `Busy` when it takes none now.
+        """
         import submitit
 
         made: list[Any] = []
@@ -159,11 +166,11 @@ class Submitit:
         return f": {said[-1][:300]}" if said else ""
 
     def close(self) -> None:
-        """Jobs go on."""
+        """Leave: jobs go on without the launcher."""
 
 
 def alive_jobs(name: str, ids: Iterable[str], logs: Path) -> set[str] | None:
-    """Which jobs are still there, whoever submitted them; None where nobody can say."""
+    """Return which jobs are still there, whoever submitted them; None where nobody can say."""
     if name == "slurm":
         out = slurm.command_output("squeue", "--noheader", "--array", f"--user={os.getuid()}", "--format=%i")
         return None if out is None else set(out.split()) & set(ids)
@@ -171,7 +178,7 @@ def alive_jobs(name: str, ids: Iterable[str], logs: Path) -> set[str] | None:
 
 
 def _is_job_process(pid: str, logs: Path) -> bool:
-    """A local job's id is that of a process, if it is that process still."""
+    """Whether a local job still runs: its id is that of a process, if it is that process still."""
     try:
         command = Path(f"/proc/{pid}/cmdline").read_bytes()
     except OSError:

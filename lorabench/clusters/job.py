@@ -34,34 +34,35 @@ PACK_ID = re.compile(r"p\d+(\.\d+)*")
 
 
 def jobs_folder(store: Store) -> Path:
+    """Return where jobs are noted and leave word of their end."""
     return store.root / "locks" / "jobs"
 
 
 def job_entry(store: Store, pack_id: str) -> dict[str, Any]:
-    """The pack's job as noted: `engine`, `job`, `tries`, `step`; empty where there is none."""
+    """Return a pack's job as noted: `engine`, `job`, `tries`, `step`; {} where there is none."""
     return _read(_path(store, pack_id, ".json"))
 
 
 def unended_jobs(store: Store) -> dict[str, dict[str, Any]]:
-    """The entries whose job has left no word yet, by pack."""
+    """Return the entries whose job has left no word yet, by pack."""
     found = {p.stem: _read(p) for p in sorted(jobs_folder(store).glob("p*.json")) if PACK_ID.fullmatch(p.stem)}
     return {i: e for i, e in found.items() if e.get("job") and not job_end(store, i, e["job"])}
 
 
 def note_job(store: Store, pack_id: str, **values: Any) -> None:
-    """Name the job that may train a pack; what an earlier job left is no longer its end."""
+    """Note the job that may train a pack. What an earlier job left is no longer the pack's end."""
     for word in (".end.json", ".left.json"):
         _path(store, pack_id, word).unlink(missing_ok=True)
     atomic_write(_path(store, pack_id, ".json"), dump_json(values))
 
 
 def job_end(store: Store, pack_id: str, job: str) -> dict[str, Any]:
-    """What that job says became of its training: `kind` done, mix, memory or refused; empty before."""
+    """Return what a job says became of its training: `kind` done, mix, memory or refused; {} before its end."""
     return _last_word(store, pack_id, job, ".end.json")
 
 
 def leave_reason(store: Store, pack_id: str, job: str) -> str | None:
-    """Why that job left before its end, if it was told to and said so."""
+    """Return why a job left before its end, if it was told to and said so."""
     return _last_word(store, pack_id, job, ".left.json").get("why")
 
 
@@ -99,7 +100,7 @@ class PackJob:
     cpus: int | None = None
 
     def __call__(self) -> None:
-        """As submitit calls it, once a start of the job and task of it."""
+        """Train the pack; submitit calls this once for each start of the job and each task of it."""
         import submitit
 
         env = submitit.JobEnvironment()
@@ -121,7 +122,10 @@ class PackJob:
                 raise
 
     def _leave(self, store: Store, env: Any, why: str, begun: int) -> None:
-        """Say why, and ask for the next start: always after a preemption, after a time-out if it got further than before."""
+        """Say why the job leaves, and ask for its next start.
+
+        It asks always after a preemption, and after a time-out if the job got further than before.
+        """
         if job_entry(store, self.pack_id).get("job") == env.job_id:
             atomic_write(_path(store, self.pack_id, ".left.json"), dump_json({"job": env.job_id, "why": why}))
         further = (checkpoints.last_step(store.root, self.pack_id) or 0) > begun
@@ -131,8 +135,8 @@ class PackJob:
     def run(self, me: str, env: Any = None) -> None:
         """Train, and leave word of how it ended. Errors of the runs are in their records.
 
-        env: submitit's, for a job that may have several tasks. The first of them holds the pack meanwhile, and waits for
-        whoever trains it: a start of this very job on a node that is cut off, a launcher without jobs.
+        env: submitit's, for a job that may have several tasks. The first of them holds the pack meanwhile, and waits
+        for whoever trains it: a start of this very job on a node that is cut off, a launcher without jobs.
         """
         self._threads()
         store, tasks = Store(self.root), env.num_tasks if env else 1
@@ -148,7 +152,7 @@ class PackJob:
             atomic_write(_path(store, self.pack_id, ".end.json"), dump_json({**ended, "job": me}))
 
     def _trained(self, store: Store, me: str, env: Any, tasks: int) -> dict[str, Any]:
-        """What the word of the end says."""
+        """Train, and return what the word of the end says."""
         from lorabench.sweep.packs import pack_from_manifest
         from lorabench.sweep.ranks import train
         from lorabench.training import precision
@@ -177,7 +181,7 @@ class PackJob:
         return {"kind": "done"}
 
     def _node(self, store: Store, me: str, env: Any) -> Any:
-        """This task's place among those of its job. The first says in <pack>.meet.json where it waits."""
+        """Return this task's place among those of its job. The first says in <pack>.meet.json where it waits."""
         from lorabench.sweep.ranks import Node, free_port
 
         start = {"job": me, "start": os.environ.get("SLURM_RESTART_COUNT", "0")}
@@ -196,7 +200,7 @@ class PackJob:
         return job == me
 
     def _threads(self) -> None:
-        """As many threads as CPUs were asked for; OMP_NUM_THREADS, where it is set, has said so already."""
+        """Use as many threads as CPUs were asked for. Where OMP_NUM_THREADS is set, it has said so already."""
         cpus = os.environ.get("SLURM_CPUS_PER_TASK") or self.cpus
         if cpus and "OMP_NUM_THREADS" not in os.environ:
             import torch

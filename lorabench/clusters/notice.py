@@ -1,7 +1,9 @@
-"""How a job hears that its time is up, and what it does about it: the step under way, a checkpoint, a requeue.
+"""How a job hears that its time is up, and what it does then: it ends the step, writes a checkpoint, asks for a
+requeue.
 
-SIGUSR2 is the signal that submitit asks Slurm for, `signal_delay_s` before the time limit; SIGTERM comes with a preemption, with
-the limit itself, and with `scancel`. <sweep dir>/locks/jobs/<pack>.left.json is what a job that left says of it.
+SIGUSR2 is the signal that submitit asks Slurm for, `signal_delay_s` before the time limit; SIGTERM comes with a
+preemption, with the limit itself, and with `scancel`. <sweep dir>/locks/jobs/<pack>.left.json is what a job that left
+says of it.
 """
 
 from __future__ import annotations
@@ -19,10 +21,11 @@ PREEMPTED, TIME_LIMIT, STOPPED = "preempted", "time limit", "stopped"
 
 
 class Notice:
-    """Use as a context, in the main thread.
+    """What a job has heard of its end; a context manager, for the main thread.
 
-    While a pack trains (`stopping.deferred`), the first signal ends training after the step under way, with a checkpoint (`fit`). At other
-    times SIGTERM leaves at once, and SIGUSR2 is only noted: the pack may be done before its limit.
+    While a pack trains (`signals.defer_stop`), the first signal ends training after the step under way, with a
+    checkpoint (`fit`). At other times SIGTERM leaves at once, and SIGUSR2 is only noted: the pack may be done before
+    its limit.
     """
 
     def __init__(self) -> None:
@@ -40,7 +43,7 @@ class Notice:
     def _hear(self, number: int, frame: FrameType | None) -> None:
         self.heard = self.heard or number
         training: Any = signal.getsignal(signal.SIGTERM)
-        if training != self._hear:  # `stopping.deferred`'s or Lightning's before it, which calls this one too
+        if training != self._hear:  # `signals.defer_stop`'s or Lightning's before it, which calls this one too
             if number == signal.SIGUSR2:
                 training(signal.SIGTERM, frame)
             self._leaving = True
@@ -49,7 +52,7 @@ class Notice:
             raise SystemExit(143)
 
     def why(self, job: str, *, on_slurm: bool) -> str:
-        """What the signal stood for."""
+        """Return what the signal stood for: `PREEMPTED`, `TIME_LIMIT` or `STOPPED`."""
         if on_slurm and slurm.is_being_preempted(job):
             return PREEMPTED
         return TIME_LIMIT if self.heard == signal.SIGUSR2 else STOPPED

@@ -6,7 +6,7 @@ import subprocess
 
 
 def command_output(*command: str) -> str | None:
-    """The standard output of a command; None where it fails or there is no answer within a minute."""
+    """Return the standard output of a command; None where it fails or there is no answer within a minute."""
     try:
         done = subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)
     except (OSError, subprocess.TimeoutExpired):
@@ -15,13 +15,14 @@ def command_output(*command: str) -> str | None:
 
 
 def job_fields(job: str) -> dict[str, str]:
-    """A job as the controller has it, while it remembers: JobState, ExitCode, PreemptTime and so on."""
+    """Return a job as the controller has it, while it remembers: JobState, ExitCode, PreemptTime and so on."""
     text = command_output("scontrol", "--oneliner", "show", "job", job) or ""
     return dict(w.split("=", 1) for w in text.split() if "=" in w)
 
 
 def job_state(job: str) -> tuple[str, str]:
-    """A job's state and exit code, from the controller while it remembers, then from accounting where there is any.
+    """Return a job's state and exit code, from the controller while it remembers, then from accounting where there is
+    any.
 
     A job that ended by itself in the grace time of its preemption is FAILED to Slurm; here it is PREEMPTED.
     """

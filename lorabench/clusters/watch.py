@@ -1,4 +1,4 @@
-"""A pack on its way as a job: what its listener has heard of it, and its end as the caller of `train` knows it."""
+"""A pack that is a job: what its listener has heard of it, and its end as the caller of `train` knows it."""
 
 from __future__ import annotations
 
@@ -17,7 +17,11 @@ from lorabench.training.train import Listener, OutOfMemory, SlicesMix
 
 @dataclass(eq=False)
 class Watch:
-    """A pack on its way: its job, and how much of its histories the listener has heard."""
+    """A pack that waits for its job or is one, and how much of its histories the listener has heard.
+
+    keep: runs whose record stays. options: what else `train` is told. tries: how often it was submitted. missed: looks
+    in a row that found neither the job nor its end. heard: rows of each run's history; sizes: bytes.
+    """
 
     pack: Pack
     store: Store
@@ -35,7 +39,7 @@ class Watch:
 
 
 def _announce_start(watch: Watch) -> None:
-    """What a listener hears first, once. Runs that keep their record are not told of: they were before."""
+    """Tell the listener, once, that the pack's runs have begun; those that keep their record were told before."""
     if not watch.begun:
         watch.begun = True
         for run in watch.pack.runs:
@@ -44,8 +48,10 @@ def _announce_start(watch: Watch) -> None:
 
 
 def runs_to_replace(watch: Watch) -> list[str]:
-    """Runs whose record is to be replaced: one that failed, that was pruned where pruning is off now, or beside which something
-    cannot be read."""
+    """Return the runs whose record is to be replaced.
+
+    These failed, were pruned where pruning is off now, or have a file that cannot be read.
+    """
     read = {i: watch.store.read(i) for i in watch.pack.run_ids if i not in watch.keep}
     found = {i: record for i, record in read.items() if record}
     torn = damaged_files(watch.store, found)
@@ -53,7 +59,8 @@ def runs_to_replace(watch: Watch) -> list[str]:
 
 
 def pass_on_rows(watch: Watch) -> None:
-    """Pass on what the histories have grown by. A pack that starts again repeats its rows: those were heard."""
+    """Tell the listener what the histories have grown by. A pack that starts again repeats its rows: those were
+    heard."""
     for run in watch.pack.runs:
         try:
             size = (watch.store.run_dir(run.run_id) / "history.jsonl").stat().st_size
@@ -81,7 +88,7 @@ def _total(pack: Pack) -> int:
 
 
 def close(watch: Watch, told: Mapping[str, Any]) -> None:
-    """The pack's end as the caller of `train` knows it."""
+    """End the wait for a pack as `train` would have ended: with its records, or with the error that its job told of."""
     if told["kind"] == "mix":
         resolve(watch, error=SlicesMix(told["layer"], told["reason"]))
     elif told["kind"] == "memory":
