@@ -20,8 +20,8 @@ from typing import Any
 from lorabench.config.errors import ConfigError
 from lorabench.runtime.command import command
 from lorabench.runtime.files import atomic_folder, check_empty
-from lorabench.store import arrays as columns
 from lorabench.store.analysis import COSTS_FILE, WEIGHTS_FILE
+from lorabench.store.arrays import SHARED_FILE, pack_columns, shared_columns, slim_columns
 from lorabench.store.integrity import damaged_files
 from lorabench.store.records import HISTORY, MANIFEST, Store
 
@@ -83,10 +83,10 @@ def _copy(store: Store, ids: Sequence[str], made: Path, every: int) -> None:
             else:
                 shutil.copyfile(source, target)
     tests = {run_id: found for run_id in ids if (found := store.arrays(run_id, "test"))}
-    if shared := columns.shared_columns(tests.values()):
-        (made / columns.SHARED_FILE).write_bytes(columns.pack(shared))
+    if shared := shared_columns(tests.values()):
+        (made / SHARED_FILE).write_bytes(pack_columns(shared))
     for run_id, found in tests.items():
-        (made / "runs" / run_id / "test.npz").write_bytes(columns.pack(columns.slim_columns(found, shared)))
+        (made / "runs" / run_id / "test.npz").write_bytes(pack_columns(slim_columns(found, shared)))
 
 
 def _thin(rows: Sequence[Mapping[str, Any]], every: int) -> str:

@@ -15,9 +15,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from lorabench.adapters import init as draw
 from lorabench.adapters.context import Context
 from lorabench.adapters.dropout import keyed_dropout
+from lorabench.adapters.init import adapter_start, embedding_start
 from lorabench.adapters.product import AdaptedProduct
 from lorabench.config.contracts.method import AdapterSpec
 from lorabench.config.contracts.model import LayerInfo
@@ -114,7 +114,7 @@ class StackedAdapter(WrappedModule):
         self, spec: AdapterSpec, seed: int, name: str, a: tuple[int, ...], b: tuple[int, ...]
     ) -> tuple[Tensor, Tensor]:
         """Return lora_A and lora_B of a slice before training, of shapes `a` and `b`."""
-        return draw.adapter_start(spec, seed, name, a, b)
+        return adapter_start(spec, seed, name, a, b)
 
     def shapes(self, info: LayerInfo, r: int) -> tuple[tuple[int, ...], tuple[int, ...]]:
         """Return the shapes of one slice's A and B at rank r, as PEFT stores them."""
@@ -217,7 +217,7 @@ class StackedEmbedding(StackedAdapter):
     def start(
         self, spec: AdapterSpec, seed: int, name: str, a: tuple[int, ...], b: tuple[int, ...]
     ) -> tuple[Tensor, Tensor]:
-        return draw.embedding_start(spec, seed, name, a, b)
+        return embedding_start(spec, seed, name, a, b)
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         y: Tensor = self.base(x, *args, **kwargs)

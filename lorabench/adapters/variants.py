@@ -15,8 +15,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from lorabench.adapters import init as draw
 from lorabench.adapters.context import Context
+from lorabench.adapters.init import projection, weight_start
 from lorabench.adapters.layers import LAYERS, StackedAdapter, StackedLinear, StackedParameter, WrappedModule
 from lorabench.adapters.product import AdaptedProduct, SharedProduct
 from lorabench.config.contracts.method import AdapterSpec
@@ -55,7 +55,7 @@ class StackedResidual(StackedLinear):
     ) -> tuple[Tensor, Tensor]:
         if spec.init not in FROM_WEIGHT:
             return super().start(spec, seed, name, a, b)
-        return draw.weight_start(self.frozen_weight(torch.float32)[0], spec)
+        return weight_start(self.frozen_weight(torch.float32)[0], spec)
 
     def pair(self) -> tuple[Tensor, Tensor]:
         a, b = super().pair()
@@ -176,7 +176,7 @@ class StackedVera(StackedLinear):
             if pair is None:
                 made.append(F.linear(own, weight, bias))
                 continue
-            A, B = draw.projection(self.context.projections, pair, x)
+            A, B = projection(self.context.projections, pair, x)
             corner = (A[:, : self.inputs], B[: self.outputs])
             made.append(SharedProduct.apply(own, dropped, weight, bias, *corner, own_l[:, : pair.r], own_b))  # type: ignore[no-untyped-call]
         return made[0] if len(made) == 1 else torch.cat(made)

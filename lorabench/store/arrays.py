@@ -19,14 +19,14 @@ NAMES_COLUMN = "columns"  # of a slim file: "example=<digest>" where it is share
 Columns = Mapping[str, np.ndarray]  # name -> [N]
 
 
-def pack(columns: Columns) -> bytes:
+def pack_columns(columns: Columns) -> bytes:
     """Return columns as the bytes of a compressed `.npz` file."""
     raw = io.BytesIO()
     np.savez_compressed(raw, **columns)  # type: ignore[arg-type]
     return raw.getvalue()
 
 
-def read(path: Path, root: Path) -> dict[str, np.ndarray]:
+def read_columns(path: Path, root: Path) -> dict[str, np.ndarray]:
     """Return all columns of a run's file, name -> [N].
 
     root: the sweep's directory, which holds what a slim copy shares. Raises `FileNotFoundError` where there is no file,

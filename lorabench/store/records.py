@@ -29,7 +29,7 @@ import numpy as np
 from lorabench.config.errors import ExistingWork, Unwritable
 from lorabench.runtime.files import atomic_write, name_unwritable
 from lorabench.runtime.leases import Lease, Leases, check_held, refuse_link
-from lorabench.store import arrays as columns
+from lorabench.store.arrays import SHARED_FILE, pack_columns, read_columns
 from lorabench.store.identifiers import RUN_ID, STATUSES
 
 MANIFEST, HISTORY = "sweep.json", "history.jsonl"
@@ -41,7 +41,7 @@ OWN_NAMES = {
     "checkpoints",
     "analysis",
     "optuna",
-    columns.SHARED_FILE,
+    SHARED_FILE,
     "README.md",
     ".gitkeep",
 }
@@ -249,14 +249,14 @@ class Store:
 
     def write_arrays(self, run_id: str, name: str, arrays: Mapping[str, np.ndarray]) -> None:
         """Write per-example results as `<name>.npz`: [N] arrays, no pickles."""
-        atomic_write(self.make_run_dir(run_id) / f"{name}.npz", columns.pack(arrays))
+        atomic_write(self.make_run_dir(run_id) / f"{name}.npz", pack_columns(arrays))
 
     def arrays(self, run_id: str, name: str) -> dict[str, np.ndarray] | None:
         """Return what `write_arrays` wrote, or None. Raises `ExistingWork` for a torn or foreign file: a result is
         lost."""
         path = self.run_dir(run_id) / f"{name}.npz"
         try:
-            found = columns.read(path, self.root)
+            found = read_columns(path, self.root)
         except FileNotFoundError:
             return None
         except Exception as e:  # zipfile and numpy raise a dozen kinds for broken files

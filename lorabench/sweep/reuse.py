@@ -13,7 +13,7 @@ from pathlib import Path
 from lorabench.config.errors import ConfigError, ExistingWork, Unwritable
 from lorabench.config.runs import RunConfig
 from lorabench.runtime.files import atomic_folder, atomic_write, name_unwritable, remove_temporaries
-from lorabench.store import arrays as columns
+from lorabench.store.arrays import SHARED_FILE, pack_columns
 from lorabench.store.integrity import damaged_files
 from lorabench.store.records import MANIFEST, Record, Store, dump_json
 from lorabench.sweep.resume import check_drift
@@ -142,9 +142,9 @@ def _fill_copy(other: Store, record: Record, made: Path) -> None:
     data = json.loads((made / "run.json").read_text(encoding="utf-8"))
     data["provenance"]["reused_from"] = other.root.name
     atomic_write(made / "run.json", dump_json(data))
-    slim = (other.root / columns.SHARED_FILE).is_file()  # a part of its results stands there
+    slim = (other.root / SHARED_FILE).is_file()  # a part of its results stands there
     if slim and (arrays := other.arrays(record.run_id, "test")):
-        atomic_write(made / "test.npz", columns.pack(arrays))
+        atomic_write(made / "test.npz", pack_columns(arrays))
 
 
 def _names_to_skip(folder: str, names: list[str]) -> list[str]:

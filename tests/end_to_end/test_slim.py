@@ -98,7 +98,7 @@ def test_results_whose_shared_part_is_harmed_are_lost_and_not_others(sweep: Path
         path.write_bytes(path.read_bytes()[:-50])
     else:
         with np.load(path) as data:
-            path.write_bytes(columns.pack({key: data[key][::-1] for key in data.files}))
+            path.write_bytes(columns.pack_columns({key: data[key][::-1] for key in data.files}))
     assert damaged_files(copy, copy.run_ids()) == dict.fromkeys(copy.run_ids(), "test.npz")
     with pytest.raises(ExistingWork, match="test.npz"):
         copy.arrays("0" * 12, "test")
