@@ -13,7 +13,6 @@ from hydra.types import HydraContext, TaskFunction
 from omegaconf import DictConfig
 
 from lorabench.launch.compose import to_plain
-from lorabench.launch.grid_sweep import GridSweep
 
 
 @dataclass
@@ -41,5 +40,7 @@ class GridSweeper(Sweeper):
         )
 
     def sweep(self, arguments: list[str]) -> Any:
+        from lorabench.launch.grid_sweep import GridSweep  # Hydra executes this file for `--help`, too
+
         assert self.config is not None and self.launcher is not None
         return GridSweep(self.context, self.config, self.launcher).run(self.grids, self.params, arguments)

@@ -8,7 +8,19 @@ from pathlib import Path
 
 import pytest
 
-HEAVY = ("torch", "pytorch_lightning", "transformers", "datasets", "peft", "wandb", "pandas", "matplotlib", "scipy")
+HEAVY = (
+    "torch",
+    "pytorch_lightning",
+    "transformers",
+    "datasets",
+    "peft",
+    "wandb",
+    "pandas",
+    "matplotlib",
+    "scipy",
+    "numpy",
+    "pydantic",
+)
 PROBE = """
 import runpy, sys
 sys.argv = ["lorabench", *sys.argv[1:]]
