@@ -55,7 +55,7 @@ def render(
 
 
 def terminal_table(sweep_dir: str | Path) -> Table:
-    """The comparison as a rich table, the answer below it. Raises `ConfigError` as `render` does."""
+    """Return the comparison as a rich table, the answer below it. Raises `ConfigError` as `render` does."""
     from lorabench.report import answer, table_formats
     from lorabench.results.findings import find
     from lorabench.results.sweep import load

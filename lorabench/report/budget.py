@@ -17,7 +17,7 @@ STATUSES = ("completed", "diverged", "failed", "pruned")
 
 
 def budget(f: Findings) -> list[tuple[str, str]]:
-    """Return name and value: steps, examples, seeds, time, precision, hardware, versions. No host, no path, no clock."""
+    """Return name and value: steps, examples, seeds, time, hardware, versions. No host, no path, no clock."""
     return [(name, value) for name, value in (*_study(f), *_training(f), *_origin(f)) if value]
 
 

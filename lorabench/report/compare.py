@@ -1,8 +1,8 @@
 """Two sweeps side by side: matched cells, their difference on test, and what differs in settings and provenance.
 
-Seeds and test examples are crossed, as in `lorabench.stats.estimates`. Where both sweeps confirmed a cell with the same
-seeds the difference is paired; with other seeds it is of two independent sets of seeds that met the same examples. Cells
-over other data and sweeps in another metric are shown, and no difference is taken.
+Seeds and test examples are crossed, as in `lorabench.stats.estimates`. Where both sweeps confirmed a cell with the
+same seeds the difference is paired; with other seeds it is of two independent sets of seeds that met the same
+examples. Cells over other data and sweeps in another metric are shown, and no difference is taken.
 """
 
 from __future__ import annotations
@@ -95,7 +95,7 @@ def _side(sweep: Sweep) -> Side:
     return Side(sweep, evidence.measured.by_cell, evidence.metric)
 
 
-# -- whether they can be compared ------------------------------------------------------------------------------------------
+# -- whether they can be compared --------------------------------------------------------------------------------------
 
 
 def _obstacles(a: Side, b: Side) -> Iterator[str]:
@@ -132,7 +132,7 @@ def _data_obstacle(a: Result, b: Result) -> str:
     return "" if len(left) == 1 and left == right else "other data"
 
 
-# -- one pair ------------------------------------------------------------------------------------------------------------
+# -- one pair ----------------------------------------------------------------------------------------------------------
 
 
 def _pair(a: Result | None, b: Result | None, comparable: bool) -> Pair:
@@ -213,11 +213,11 @@ def _sum_variances(parts: Sequence[tuple[float, float]]) -> tuple[float, float]:
     return total, total**2 / below if below > 0 else 0.0
 
 
-# -- what differs --------------------------------------------------------------------------------------------------------
+# -- what differs ------------------------------------------------------------------------------------------------------
 
 
 def _differing(a: Sweep, b: Sweep) -> Iterator[tuple[str, str, str]]:
-    """Yield what differs, in A and in B: declared study, settings of runs (every value either sweep has), provenance."""
+    """Yield what differs, in A and in B: declared study, settings of runs (all their values), provenance."""
     for values in (_study, _settings, _provenance):
         left, right = values(a), values(b)
         for key in sorted(left.keys() | right.keys()):
@@ -264,7 +264,7 @@ def _facts(record: Record) -> Iterator[tuple[str, str]]:
             yield {"code": "source hash"}.get(key, key), str(value)
 
 
-# -- the page and the terminal -------------------------------------------------------------------------------------------
+# -- the page and the terminal -----------------------------------------------------------------------------------------
 
 CELLS_NOTE = (
     "±: half the 95 % interval. Each difference stands alone: "

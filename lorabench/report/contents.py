@@ -31,7 +31,7 @@ from lorabench.results.weights import read_analysis
 
 @dataclass(frozen=True)
 class Contents:
-    """Sections of the page in their order, and by key all tables and drawings of theirs, of claims, weights and costs."""
+    """Sections of the page in their order; all tables and drawings of theirs, of claims, weights and costs."""
 
     sections: tuple[Section, ...]
     tables: dict[str, Table]

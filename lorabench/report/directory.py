@@ -54,8 +54,8 @@ def locked(out: Path) -> Iterator[None]:
 def replace(out: Path, files: Mapping[str, str | bytes]) -> None:
     """Write all files beside `out`, then put them in its place: a reader sees the old report or the new one.
 
-    files: content by name, such as `figures/pareto.svg`. The caller holds the directory (`locked`). Raises `Unwritable` where it
-    cannot be written, and then what was there stays.
+    files: content by name, such as `figures/pareto.svg`. The caller holds the directory (`locked`).
+    Raises `Unwritable` where it cannot be written, and then what was there stays.
     """
     check_replaceable(out)
     with name_unwritable(out), atomic_folder(out.resolve()) as fresh:

@@ -133,7 +133,7 @@ INTERVAL_WIDTH, INSET = 150.0, 6.0  # of an interval drawn in a table's row, in 
 
 
 def _forest(f: Findings, table: Table | None) -> Sequence[dict[str, float] | None]:
-    """Return for each row of the comparison the x positions of its interval, its mean and the reference, on one scale."""
+    """Return for each row of the comparison the x positions of its interval, mean and reference, on one scale."""
     intervals = [r.interval for r in table.rows] if table else []
     ends = [x for i in intervals if i for x in i]
     if not ends or min(ends) == max(ends):

@@ -35,7 +35,8 @@ def tracker_summary(sweep_dir: str | Path) -> dict[str, Any]:
 def verdicts(f: Findings) -> dict[str, dict[str, Any]]:
     """Return by run_id the verdict on the run's cell against the reference.
 
-    Direction, size, difference (a fraction of the metric) and its 95 % interval. A run of two cells has the first one's.
+    Direction, size, difference (a fraction of the metric) and its 95 % interval.
+    A run of two cells has the first one's.
     """
     by_run: dict[str, dict[str, Any]] = {}
     for cell, result in f.results.items():

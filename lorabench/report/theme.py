@@ -97,7 +97,8 @@ class Look:
 def looks(cells: Sequence[Cell]) -> dict[str, Look]:
     """Return the look of every cell, by its id.
 
-    Hue stands for the method, lightness for the rank (or the order of cells of one rank), dashes and marker for the series.
+    Hue stands for the method, dashes and marker for the series.
+    Lightness stands for the rank, or for the order of cells of one rank.
     """
     methods = sorted({c.method for c in cells})
     unknown = [m for m in methods if m not in HUES]
@@ -193,7 +194,7 @@ def inline_svg(d: Drawing) -> str:
     return f'<svg {namespaces} role="img" {label} {box[0]}><title id="{d.key}-alt">{text}</title>{rest.strip()}'
 
 
-# -- parts of pictures ---------------------------------------------------------------------------------------------------
+# -- parts of pictures -------------------------------------------------------------------------------------------------
 
 
 def label_axes(ax: Axes, *, x: str, y: str, grid: str = "y") -> None:

@@ -182,8 +182,10 @@ def test_cells_over_several_data_sets_are_compared_each_with_its_own(a: Path, tm
     made = both(one, two)
     assert made.obstacles == ()
     assert {p.name: p.how for p in made.pairs} == {
-        "LoRA r = 4": "other data", "LoRA r = 64": "same seeds and examples, paired", "head only": "same seeds and examples, paired",
-    }  # fmt: skip
+        "LoRA r = 4": "other data",
+        "LoRA r = 64": "same seeds and examples, paired",
+        "head only": "same seeds and examples, paired",
+    }
     assert (
         faces.headline(made) == "3 cells in both sweeps, 2 with a difference on test: of one metric, on the same data."
     )

@@ -26,10 +26,19 @@ QUALITY = {500: (0.63, 0.63, 0.63), 2500: (0.70, 0.72, 0.725), 9600: (0.72, 0.77
 def data_size(root: Path, **changes: Any) -> tuple[Findings, Evidence]:
     """r = 1 is enough at 500 examples, r = 8 at 9,600. The data's fingerprint is that of what a run trained on."""
     cells = [
-        Planted("lora", (1e-3, 2e-3, 4e-3, 8e-3), 2e-3, q, r=r, seed_sd=0.002, label={"extra": {"task.train_examples": str(n)}},
-                config={"task": {"train_examples": n}})
-        for n in SIZES for r, q in zip((1, 8, 64), QUALITY[n], strict=True)
-    ]  # fmt: skip
+        Planted(
+            "lora",
+            (1e-3, 2e-3, 4e-3, 8e-3),
+            2e-3,
+            q,
+            r=r,
+            seed_sd=0.002,
+            label={"extra": {"task.train_examples": str(n)}},
+            config={"task": {"train_examples": n}},
+        )
+        for n in SIZES
+        for r, q in zip((1, 8, 64), QUALITY[n], strict=True)
+    ]
     store = build(root, cells, confirm=(100, 101, 102, 103), examples=4000, **changes)
     for x in store.records():
         n = x.config["task"]["train_examples"]
@@ -71,7 +80,10 @@ def test_each_size_has_its_own_smallest_rank(made: tuple[Findings, Evidence]) ->
     f = made[0]
     found = conditions.conditions(f)
     assert [(c.name, c.cells[c.enough].cell.r) for c in found] == [
-        ("train_examples 500", 1), ("train_examples 2500", 8), ("train_examples 9600", 8)]  # fmt: skip
+        ("train_examples 500", 1),
+        ("train_examples 2500", 8),
+        ("train_examples 9600", 8),
+    ]
     part = conditions.section(f)
     assert part is not None
     assert part.texts[0].startswith(

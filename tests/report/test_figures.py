@@ -100,8 +100,11 @@ def test_numbers_as_readers_see_them() -> None:
     assert [rate(x) for x in (1e-3, 2.5e-5, 0.016, 0.1, 3e-2, None)] == ["1e-3", "2.5e-5", "1.6e-2", "0.1", "3e-2", "–"]
     assert [number(x, 1, sign=True) for x in (-1.25, 0.04, -0.04, 1234.5)] == ["−1.2", "0.0", "0.0", "+1,234.5"]
     assert [share(*x) for x in ((1155, 22_714_371), (43_395, 22_714_371), (676_995, 22_714_371), (1, 1))] == [
-        "0.005 %", "0.19 %", "3.0 %", "100 %",
-    ]  # fmt: skip
+        "0.005 %",
+        "0.19 %",
+        "3.0 %",
+        "100 %",
+    ]
     assert [compact(x) for x in (1155, 43_395, 999_600, 22_714_371)] == ["1,155", "43.4 k", "1.0 M", "22.7 M"]
     assert [memory(x) for x in (720 << 20, 3 << 30, None)] == ["720 MiB", "3.0 GiB", "–"]
     assert [duration(x) for x in (40, 600, 9000)] == ["40 s", "10 min", "2.5 h"]
@@ -147,13 +150,34 @@ document.title=f.scrollWidth+' '+f.clientWidth})</script>"
     )
     frame = f'<iframe src="out/report.html" style="width:{width}px;height:800px;border:0"></iframe>'
     (tmp_path / "frame.html").write_text(frame + probe, encoding="utf-8")
-    flags = ["--headless", "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run", "--disable-background-networking",
-             "--disable-component-update", "--disable-sync", "--hide-scrollbars", "--allow-file-access-from-files", f"--user-data-dir={tmp_path / 'profile'}"]  # fmt: skip
+    flags = [
+        "--headless",
+        "--no-sandbox",
+        "--disable-gpu",
+        "--disable-quic",
+        "--no-first-run",
+        "--disable-background-networking",
+        "--disable-component-update",
+        "--disable-sync",
+        "--hide-scrollbars",
+        "--allow-file-access-from-files",
+        f"--user-data-dir={tmp_path / 'profile'}",
+    ]
     assert BROWSER is not None
     done = subprocess.run(
-        [BROWSER, *flags, "--virtual-time-budget=3000", "--window-size=1400,1000", "--dump-dom", f"file://{tmp_path}/frame.html"],
-        capture_output=True, text=True, timeout=120, check=True,
-    )  # fmt: skip
+        [
+            BROWSER,
+            *flags,
+            "--virtual-time-budget=3000",
+            "--window-size=1400,1000",
+            "--dump-dom",
+            f"file://{tmp_path}/frame.html",
+        ],
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=True,
+    )
     title = done.stdout.split("<title>")[1].split("</title>")[0]
     scroll, client = map(int, title.split())
     assert client == width

@@ -14,12 +14,30 @@ from lorabench.report import render, table_formats
 from lorabench.report.tables import Column, Row, Table
 
 SPECIAL = {
-    "&": r"\&", "%": r"\%", "_": r"\_", "#": r"\#", "$": r"\$", "{": r"\{", "}": r"\}", "~": r"\textasciitilde{}", "^": r"\textasciicircum{}",
+    "&": r"\&",
+    "%": r"\%",
+    "_": r"\_",
+    "#": r"\#",
+    "$": r"\$",
+    "{": r"\{",
+    "}": r"\}",
+    "~": r"\textasciitilde{}",
+    "^": r"\textasciicircum{}",
     "\\": r"\textbackslash{}",
-}  # fmt: skip
+}
 HOSTILE = (
-    "".join(SPECIAL), r"\input{secret}", "[2pt] after a row's end", "*", "a--b", "<script>", "`\"'", "日本語", "é ß «x» Ð", "\x00\x07", "α ± 1 → 2"
-)  # fmt: skip
+    "".join(SPECIAL),
+    r"\input{secret}",
+    "[2pt] after a row's end",
+    "*",
+    "a--b",
+    "<script>",
+    "`\"'",
+    "日本語",
+    "é ß «x» Ð",
+    "\x00\x07",
+    "α ± 1 → 2",
+)
 pdflatex = pytest.mark.skipif(shutil.which("pdflatex") is None, reason="pdflatex is not installed (texlive-latex-base)")
 
 

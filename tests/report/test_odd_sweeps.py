@@ -149,9 +149,11 @@ def test_a_control_is_of_the_best_adapters_conditions(tmp_path: Path) -> None:
     sizes = [
         dataclasses.replace(c, label={"extra": {"task.train_examples": n, **more}})
         for c, n, more in (
-            (RANK_SWEEP[1], "9600", {"method.init": "gaussian"}), (RANK_SWEEP[3], "9600", {"method.init": "kaiming"}), (RANK_SWEEP[5], "500", {}),
+            (RANK_SWEEP[1], "9600", {"method.init": "gaussian"}),
+            (RANK_SWEEP[3], "9600", {"method.init": "kaiming"}),
+            (RANK_SWEEP[5], "500", {}),
         )
-    ]  # fmt: skip
+    ]
     store = build(tmp_path / "s", sizes, examples=200)
     assert found(store).controls == {}
     full = dataclasses.replace(

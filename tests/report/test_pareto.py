@@ -138,8 +138,10 @@ def test_measured_costs_that_hardly_differ_are_one_cost(tmp_path: Path) -> None:
 
 def test_names_stay_clear_of_the_axis(tmp_path: Path) -> None:
     """The cheapest cell has the longest name, and it ends at that cell."""
-    cells = [Planted("lora", RATES, 2e-3, q, r=r, alpha=a, label={"alpha_rule": rule}) for q, r, a, rule in
-             ((0.7, 1, 2.0, "2r"), (0.6, 1, 16.0, "16"), (0.72, 8, 16.0, "2r"), (0.74, 32, 64.0, "2r"))]  # fmt: skip
+    cells = [
+        Planted("lora", RATES, 2e-3, q, r=r, alpha=a, label={"alpha_rule": rule})
+        for q, r, a, rule in ((0.7, 1, 2.0, "2r"), (0.6, 1, 16.0, "16"), (0.72, 8, 16.0, "2r"), (0.74, 32, 64.0, "2r"))
+    ]
     f, _ = opened(build(tmp_path / "s", cells))
     figure = pareto.draw(f, pareto.fronts(f), theme.looks(f.sweep.cells)).figure
     figure.draw_without_rendering()  # the layout settles here

@@ -29,10 +29,20 @@ from lorabench.results.sweep import load
 from lorabench.store.records import Record, Store
 
 FILES = {
-    "report.md", "report.html", "runs.csv",
-    *(f"tables/{name}.{ending}" for name in ("comparison", "rates", "claims", "slopes", "best_rates", "pareto") for ending in ("tex", "csv")),
-    *(f"figures/{name}.{ending}" for name in ("metric_by_rank", "learning_rates", "best_rates", "pareto", "training") for ending in ("svg", "png")),
-}  # fmt: skip
+    "report.md",
+    "report.html",
+    "runs.csv",
+    *(
+        f"tables/{name}.{ending}"
+        for name in ("comparison", "rates", "claims", "slopes", "best_rates", "pareto")
+        for ending in ("tex", "csv")
+    ),
+    *(
+        f"figures/{name}.{ending}"
+        for name in ("metric_by_rank", "learning_rates", "best_rates", "pareto", "training")
+        for ending in ("svg", "png")
+    ),
+}
 SMALL = (RANK_SWEEP[1], RANK_SWEEP[3], RANK_SWEEP[4])  # r = 4, r = 64, head only
 
 
@@ -68,7 +78,7 @@ def cell(store: Store, name: str) -> dict[str, Any]:
     return next(c for c in store.manifest()["cells"] if c["id"] == name)
 
 
-# -- what is in it -------------------------------------------------------------------------------------------------------
+# -- what is in it -----------------------------------------------------------------------------------------------------
 
 
 def test_the_files_of_a_report(report: Path) -> None:
@@ -132,8 +142,15 @@ def test_failed_and_diverged_runs_are_listed(rank: Path, report: Path) -> None:
 
 def test_budget_and_provenance_without_host_or_path(rank: Path, report: Path) -> None:
     text = (report / "report.md").read_text(encoding="utf-8")
-    for fact in ("3,200 train, 600 validation, 2,000 test", "Tuning seeds | 1 (0)", "3 (100, 101, 102)", "bf16; bf16-mixed",
-                 "Synthetic CPU", "git 0123456789ab", "torch 2.13.0+cpu"):  # fmt: skip
+    for fact in (
+        "3,200 train, 600 validation, 2,000 test",
+        "Tuning seeds | 1 (0)",
+        "3 (100, 101, 102)",
+        "bf16; bf16-mixed",
+        "Synthetic CPU",
+        "git 0123456789ab",
+        "torch 2.13.0+cpu",
+    ):
         assert fact in text
     for path in names(report):
         content = (report / path).read_bytes()
@@ -210,7 +227,7 @@ def test_the_terminal_table(rank: Path) -> None:
     assert "is enough" in text
 
 
-# -- sweeps of other shapes ---------------------------------------------------------------------------------------------
+# -- sweeps of other shapes --------------------------------------------------------------------------------------------
 
 
 @pytest.mark.usefixtures("undrawn")
@@ -240,8 +257,11 @@ def test_cells_from_configs_where_there_is_no_manifest(tmp_path: Path) -> None:
     cells = [*SMALL, Planted("lora", (1e-3, 2e-3), 2e-3, 0.75, r=4, config={"trainer": {"batch_size": 64}})]
     f = found(build(tmp_path / "s", cells, manifest=False).root)
     assert {r.name for r in f.results.values()} == {
-        "LoRA r = 4 (batch_size 32)", "LoRA r = 4 (batch_size 64)", "LoRA r = 64 (batch_size 32)", "head only (batch_size 32)",
-    }  # fmt: skip
+        "LoRA r = 4 (batch_size 32)",
+        "LoRA r = 4 (batch_size 64)",
+        "LoRA r = 64 (batch_size 32)",
+        "head only (batch_size 32)",
+    }
     assert all(len(r.runs) == 3 for r in f.results.values())
 
 
@@ -310,7 +330,7 @@ def test_a_run_of_two_cells(tmp_path: Path) -> None:
     assert "16 (4r)" in (tmp_path / "out/report.md").read_text(encoding="utf-8")
 
 
-# -- what a reader must not overlook ------------------------------------------------------------------------------------
+# -- what a reader must not overlook -----------------------------------------------------------------------------------
 
 
 def test_edges_of_grids(tmp_path: Path) -> None:
@@ -330,9 +350,19 @@ def test_cells_with_the_same_trouble_share_a_line(tmp_path: Path) -> None:
 
 def test_the_command_keeps_every_digit_and_axis(tmp_path: Path) -> None:
     cells = [
-        Planted("lora", (1e-3, 1.2345678e-3), 1.2345678e-3, 0.75, r=4, alpha=5.656854249492381, rslora=True, targets=["q", "v"],
-                config={"trainer": {"batch_size": size}}) for size in (16, 32)
-    ]  # fmt: skip
+        Planted(
+            "lora",
+            (1e-3, 1.2345678e-3),
+            1.2345678e-3,
+            0.75,
+            r=4,
+            alpha=5.656854249492381,
+            rslora=True,
+            targets=["q", "v"],
+            config={"trainer": {"batch_size": size}},
+        )
+        for size in (16, 32)
+    ]
     words = (answer(found(build(tmp_path / "s", cells, manifest=False).root)).command or "").split()
     assert {"method.alpha=5.656854249492381", "method.use_rslora=true", "optimizer.lr=0.0012345678"} <= set(words)
     assert "'method.target_modules=[q,v]'" in words
@@ -414,7 +444,7 @@ def test_mixed_precision_is_flagged(rank: Path) -> None:
     assert any("differ in precision: bf16, but bf16-mixed for full fine-tuning" in w for w in warnings(found(rank)))
 
 
-# -- what it refuses -----------------------------------------------------------------------------------------------------
+# -- what it refuses ---------------------------------------------------------------------------------------------------
 
 
 def test_bad_sweeps(tmp_path: Path) -> None:
@@ -470,7 +500,7 @@ def test_the_old_report_stands_until_the_new_one_is_complete(tmp_path: Path, mon
     assert [p.name for p in out.parent.iterdir()] == ["out"]
 
 
-# -- the command ---------------------------------------------------------------------------------------------------------
+# -- the command -------------------------------------------------------------------------------------------------------
 
 
 def run(*args: str, cwd: Path, **env: str) -> subprocess.CompletedProcess[str]:
@@ -523,7 +553,7 @@ def test_equal_records_give_equal_bytes(rank: Path, report: Path, tmp_path: Path
         assert (away / "copy" / name).read_bytes() == (report / name).read_bytes(), name
 
 
-# -- what users put into it ----------------------------------------------------------------------------------------------
+# -- what users put into it --------------------------------------------------------------------------------------------
 
 HOSTILE = '"><script>alert(1)</script>$x_1^{2}$|&%#`*[a](http://evil.example)'
 

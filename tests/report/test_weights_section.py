@@ -29,10 +29,23 @@ def layer(r: int | None, scale: float, **changes: Any) -> dict[str, Any]:
     n = r or 20
     values = [scale * 2.0**-k for k in range(n)]
     return {
-        "shape": [32, 32], "r": r, "norm": float(np.linalg.norm(values)), "weight_norm": 10.0, "relative_norm": scale, "stable_rank": 1.5,
-        "effective_rank": 2.5, "variance_rank": 2, "directions": n, "amplification": 4.0, "projected": 1.0, "projected_own": 5.0,
-        "projected_random": 0.5, "singular_values": values, "intruders": {"0.3": 0, "0.5": 2, "0.9": 4}, **changes,
-    }  # fmt: skip
+        "shape": [32, 32],
+        "r": r,
+        "norm": float(np.linalg.norm(values)),
+        "weight_norm": 10.0,
+        "relative_norm": scale,
+        "stable_rank": 1.5,
+        "effective_rank": 2.5,
+        "variance_rank": 2,
+        "directions": n,
+        "amplification": 4.0,
+        "projected": 1.0,
+        "projected_own": 5.0,
+        "projected_random": 0.5,
+        "singular_values": values,
+        "intruders": {"0.3": 0, "0.5": 2, "0.9": 4},
+        **changes,
+    }
 
 
 def grid(n: int, m: int, value: float) -> list[list[float]]:
@@ -42,9 +55,17 @@ def grid(n: int, m: int, value: float) -> list[list[float]]:
 def similarity(kind: str, of: str, a: str, b: str) -> dict[str, Any]:
     i, j = ([1, 2, 3, 4][: CELLS[x]] if CELLS[x] == 4 else [*range(1, 9), 10, 12, 16] for x in (a, b))
     return {
-        "kind": kind, "of": of, "cells": [a, b], "runs": [[IDS[a][0], IDS[b][1]]], "i": i, "j": j, "phi": grid(len(i), len(j), 0.8),
-        "start": grid(len(i), len(j), 0.1) if of == "A" else None, "inverse_width": 1 / 32, "layers": {},
-    }  # fmt: skip
+        "kind": kind,
+        "of": of,
+        "cells": [a, b],
+        "runs": [[IDS[a][0], IDS[b][1]]],
+        "i": i,
+        "j": j,
+        "phi": grid(len(i), len(j), 0.8),
+        "start": grid(len(i), len(j), 0.1) if of == "A" else None,
+        "inverse_width": 1 / 32,
+        "layers": {},
+    }
 
 
 @pytest.fixture
@@ -53,8 +74,17 @@ def doc() -> dict[str, Any]:
     cells, runs = {}, {}
     for order, (cell, r) in enumerate(CELLS.items()):
         name = f"LoRA r = {r}" if r else "full fine-tuning"
-        cells[cell] = {"order": order, "name": name, "method": "LoRA" if r else "full", "r": r, "alpha": 16.0 if r else None,
-                       "targets": "all-linear", "role": "confirm", "lr": 1e-3, "runs": IDS[cell]}  # fmt: skip
+        cells[cell] = {
+            "order": order,
+            "name": name,
+            "method": "LoRA" if r else "full",
+            "r": r,
+            "alpha": 16.0 if r else None,
+            "targets": "all-linear",
+            "role": "confirm",
+            "lr": 1e-3,
+            "runs": IDS[cell],
+        }
         for seed, run in enumerate(IDS[cell]):
             layers = {"q": layer(r, 0.1 + 0.1 * seed), "v": layer(r, 0.3 + 0.1 * seed)}
             runs[run] = {

@@ -1,4 +1,4 @@
-"""Best learning rate against the rank under each rule that sets alpha: a picture with theory's slopes, and the numbers."""
+"""Best learning rate against the rank under each alpha rule: a picture with theory's slopes, and the numbers."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ THEORY = "μA (arXiv 2602.06204)"
 
 
 def section(e: Evidence, looks: Mapping[str, Look]) -> Section | None:
-    """Return the section where three ranks lie on a rule's line and two of their best rates lie inside what was tried."""
+    """Return the section where three ranks lie on a rule's line, two of their best rates inside what was tried."""
     slopes = [s for s in rate_slopes.slopes(e) if sum(isinstance(o, Optimum) for o in s.optima) > 1]
     if not slopes:
         return None
@@ -41,7 +41,7 @@ def bounds(s: Slope) -> str:
     return f"{slope} ({formatting.number(low, 2)} to {formatting.number(high, 2)})"
 
 
-# -- the picture ---------------------------------------------------------------------------------------------------------
+# -- the picture -------------------------------------------------------------------------------------------------------
 
 
 def draw(slopes: Sequence[Slope], looks: Mapping[str, Look]) -> Drawing:
@@ -92,7 +92,7 @@ def _draw_optimum(ax: Axes, r: Result, optimum: Optimum, look: Look, *, in_slope
 
 
 def _side_marker(r: Result) -> str:
-    """Return where the minimum may lie: beyond the largest or smallest rate that every seed survives, or between them."""
+    """Return where the minimum may lie: beyond the largest or smallest rate that all seeds survive, or between."""
     tried = [x.lr for x in r.choice.rates if x.eligible]
     return "^" if r.choice.lr == max(tried) else "v" if r.choice.lr == min(tried) else "d"
 
@@ -157,7 +157,7 @@ def _alt(s: Slope) -> str:
     return f"{s.rule.name} ({s.constant}), by rank {rates}; slope {bounds(s)}, theory {theory}."
 
 
-# -- the numbers ---------------------------------------------------------------------------------------------------------
+# -- the numbers -------------------------------------------------------------------------------------------------------
 
 SLOPE_NOTE = (
     "Slope of log best rate on log r by least squares over the cells' interpolated best rates. "

@@ -70,7 +70,10 @@ def _has_equal_parameters(smallest: Result, other: Result) -> bool:
 
 
 def _widest(candidates: Sequence[Sequence[Result]]) -> list[Result]:
-    """Return the group of most sets of targets, each once; of two cells with one set that of the lower validation loss."""
+    """Return the group of most sets of targets, each once.
+
+    Of two cells with one set it is that of the lower validation loss.
+    """
     unique = []
     for group in candidates:
         best: dict[str, Result] = {}
@@ -109,7 +112,7 @@ def _verdict_sentence(f: Findings, e: Evidence, g: Group) -> str:
     return f"At {g.title.replace(':', ',', 1)}: {verdicts} (95 %, exploratory: not adjusted for their number)."
 
 
-# -- the picture ---------------------------------------------------------------------------------------------------------
+# -- the picture -------------------------------------------------------------------------------------------------------
 
 
 def draw(f: Findings, compared: Sequence[Group], looks: Mapping[str, Look]) -> Drawing:
@@ -152,7 +155,7 @@ def _draw_panel(ax: Axes, f: Findings, g: Group, looks: Mapping[str, Look], rows
     ax.set_title(g.title)
 
 
-# -- the table -----------------------------------------------------------------------------------------------------------
+# -- the table ---------------------------------------------------------------------------------------------------------
 
 NOTE = (
     "Δ: to the row marked “held against” in its group, the declared reference where it is there, "
