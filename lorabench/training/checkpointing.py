@@ -1,9 +1,10 @@
-"""A pack in training as data: what a checkpoint holds of it, and back, bit for bit. K slices.
+"""Checkpoints of a pack in training: capture a session between two steps and restore it, bit for bit. K slices.
 
-What trains, the optimizer's moments, each slice's state and how far its history goes, no base weights (except where the base
-trains). The schedule and the data follow from the step; dropout is keyed by it. A slice's best weights are left out where
-they are its present ones. What is cut over processes (`fsdp`) is whole in a checkpoint: the first process gathers it, one
-tensor at a time, and has room for all of it in its memory.
+A checkpoint holds the trained tensors, the optimizer's moments, each slice's state and the length of its history. Base
+weights are in it only where the base trains. Schedule, data and dropout follow from the step. A slice's best weights
+are left out where they are its present ones.
+
+Sharded tensors (`fsdp`) are whole in a checkpoint: rank 0 gathers them one at a time and holds all of them.
 """
 
 from __future__ import annotations
@@ -33,9 +34,22 @@ from lorabench.training.precision import Resolved
 from lorabench.training.session import Session
 
 STATE_FIELDS = {
-    "pack", "runs", "prune", "step", "total", "evaluated_at", "slices", "history", "seconds", "peak_memory", "reused", "resumed",
-    "changed", "facts", "cpu",
-}  # fmt: skip
+    "pack",
+    "runs",
+    "prune",
+    "step",
+    "total",
+    "evaluated_at",
+    "slices",
+    "history",
+    "seconds",
+    "peak_memory",
+    "reused",
+    "resumed",
+    "changed",
+    "facts",
+    "cpu",
+}
 TRAINER_FACTS = ("eval_batch_size", "reuse_trunk", "log_interval")  # no part of a run's identity, yet of its numbers
 MAX_SECONDS_BETWEEN = 180.0  # seconds between checkpoints of a pack that evaluates less often
 MAX_TIME_SHARE = 0.03  # of the time that checkpoints may take where their interval is not set
@@ -43,9 +57,9 @@ MAX_TIME_SHARE = 0.03  # of the time that checkpoints may take where their inter
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """A checkpoint to go on from. changed: {what: [then, now]} that was accepted, over all restarts."""
+    """A checkpoint to go on from. changed: accepted differences {name: [then, now]} over all restarts."""
 
-    tensors: dict[str, Tensor]  # given up by `restore`
+    tensors: dict[str, Tensor]  # emptied by `restore`
     state: Mapping[str, Any]
     changed: dict[str, list[Any]] = field(default_factory=dict)
 
@@ -54,24 +68,32 @@ class Checkpoint:
         return int(self.state["step"])
 
     def history(self, run_id: str) -> int:
-        """Bytes of a run's history that belong to this checkpoint."""
+        """Return the bytes of a run's history that belong to this checkpoint."""
         return int(self.state["history"][run_id] or 0)
 
 
 def facts(pack: Pack, model: str, resolved: Resolved) -> dict[str, Any]:
-    """What a pack's numbers depend on beside its runs. model: the fingerprint of the base's files."""
+    """Return what a pack's numbers depend on beside its runs. model: the fingerprint of the base's files."""
     first = pack.runs[0]
     data = preparation.load_data(first.task).fingerprint
     settings = {name: getattr(first.trainer, name) for name in TRAINER_FACTS}
     return {
-        "code": provenance.code_fingerprint(), **provenance.packages(), "data": data, "model": model, **settings,
-        "user code": preparation.user_code_fingerprint(first), "probe": probe_fingerprint(first), "threads": torch.get_num_threads(),
-        "processes": distributed.world_size(), "base cut": first.trainer.strategy == "fsdp" and distributed.world_size() > 1, **asdict(resolved),
-    }  # fmt: skip
+        "code": provenance.code_fingerprint(),
+        **provenance.packages(),
+        "data": data,
+        "model": model,
+        **settings,
+        "user code": preparation.user_code_fingerprint(first),
+        "probe": probe_fingerprint(first),
+        "threads": torch.get_num_threads(),
+        "processes": distributed.world_size(),
+        "base cut": first.trainer.strategy == "fsdp" and distributed.world_size() > 1,
+        **asdict(resolved),
+    }
 
 
 def load_checkpoint(pack: Pack, store: Store, keep: Collection[str], *, accept_drift: bool) -> Checkpoint | None:
-    """The checkpoint a pack goes on from; None: it starts anew. stderr says which ones were refused and why.
+    """Return the checkpoint a pack goes on from; None: it starts anew. stderr says which ones were refused and why.
 
     Raises `ExistingWork` when code, packages, data, model or machine settings are not those it was begun with.
     """
@@ -86,10 +108,11 @@ def load_checkpoint(pack: Pack, store: Store, keep: Collection[str], *, accept_d
     if changed and not accept_drift:
         differences = ", ".join(f"{name} {then}, here {now}" for name, (then, now) in changed.items())
         raise ExistingWork(
-            "sweep.dir", str(store.root),
+            "sweep.dir",
+            str(store.root),
             f"the pack {pack.id} was begun ({state['step']} of {state['total']} steps) with {differences}; "
             f"sweep.accept_drift=true goes on nevertheless, without {where} the pack trains anew",
-        )  # fmt: skip
+        )
     cpu = provenance.machine()["cpu"]
     if state["cpu"] != cpu:
         print(f"pack {pack.id} goes on on another CPU ({state['cpu']} then, {cpu} now)", file=sys.stderr)
@@ -112,9 +135,10 @@ def _check(content: Content, pack: Pack, store: Store, keep: Collection[str]) ->
 
 
 def capture(s: Session, peak: int, known: Mapping[str, Any]) -> Content:
-    """A session between two steps. known: the `facts` it began with. Tensors share memory with the model.
+    """Return the content of a checkpoint between two steps. Its tensors share memory with the model.
 
-    Where what trains is cut over processes all of them must ask, and what the first one gets is the checkpoint.
+    known: the `facts` the session began with. Collective where what trains is sharded: rank 0's result is the
+    checkpoint.
     """
     m = s.module
     tensors = {"generator/cpu": torch.get_rng_state()}
@@ -134,15 +158,30 @@ def capture(s: Session, peak: int, known: Mapping[str, Any]) -> Content:
     tensors = {name: fsdp.gather(t) for name, t in tensors.items()}
     history = {i: None if i in s.keep else s.store.sync_history(i) for i in s.pack.run_ids}
     return tensors, {
-        "schema": 1, "pack": s.pack.id, "runs": s.pack.run_ids, "prune": s.pack.prune, "step": m.steps_done,
-        "total": m.total_steps, "evaluated_at": m.evaluated_at, "slices": slices, "history": history,
-        "seconds": dict(s.seconds), "peak_memory": peak, "reused": m.trunk_cache.decided, "resumed": s.resumed,
-        "changed": s.changed, "facts": dict(known), "cpu": provenance.machine()["cpu"],
-    }  # fmt: skip
+        "schema": 1,
+        "pack": s.pack.id,
+        "runs": s.pack.run_ids,
+        "prune": s.pack.prune,
+        "step": m.steps_done,
+        "total": m.total_steps,
+        "evaluated_at": m.evaluated_at,
+        "slices": slices,
+        "history": history,
+        "seconds": dict(s.seconds),
+        "peak_memory": peak,
+        "reused": m.trunk_cache.decided,
+        "resumed": s.resumed,
+        "changed": s.changed,
+        "facts": dict(known),
+        "cpu": provenance.machine()["cpu"],
+    }
 
 
 def restore(s: Session, begun: Checkpoint) -> None:
-    """Bring a fresh session to where its checkpoint was taken. Raises `Unreadable`, and then the session is of no use."""
+    """Bring a fresh session to where its checkpoint was taken.
+
+    Raises `Unreadable` for content that does not fit; the session is then of no use.
+    """
     try:
         _restore(s, begun)
     except (KeyError, TypeError, ValueError, RuntimeError) as e:
@@ -187,12 +226,12 @@ def _moments(tensors: Mapping[str, Tensor], of: Trainable) -> dict[str, Tensor]:
 class Saver:
     """Writes a session's checkpoints when they are due.
 
-    `trainer.checkpoint_interval`: every so many steps; 0: never; null: at evaluations, and where these are rare every
-    three minutes, but never so often that checkpoints take more than 3 % of the time. A tuning pack's last step has none:
-    its records follow at once. peak: bytes now at the peak.
+    `trainer.checkpoint_interval`: every so many steps; 0: never; null: at evaluations, or every three minutes where
+    these are rare, but never so often that checkpoints take more than 3 % of the time. A tuning pack has none at its
+    last step: its records follow at once. peak: returns the peak memory so far, in bytes.
     """
 
-    cost = 0.0  # seconds the last one took, of whichever pack of this process
+    cost = 0.0  # seconds that the last checkpoint of this process took
 
     def __init__(self, session: Session, peak: Callable[[], int]) -> None:
         self.session, self._peak = session, peak
@@ -202,11 +241,11 @@ class Saver:
         self._last = time.monotonic()
 
     def peak(self) -> int:
-        """Bytes, over all restarts."""
+        """Return the peak memory in bytes over all restarts."""
         return max(self._peak(), self.session.peak_memory or 0)
 
     def between_steps(self, *, evaluated: bool) -> None:
-        """To be called when a step, and the evaluation that belongs to it, is done."""
+        """Write a checkpoint if one is due. Call it when a step and the evaluation after it are done."""
         m, since = self.session.module, time.monotonic() - self._last
         if self.interval is None:
             due = (evaluated or since >= MAX_SECONDS_BETWEEN) and since * MAX_TIME_SHARE >= Saver.cost
@@ -217,7 +256,7 @@ class Saver:
             self.save()
 
     def save(self) -> None:
-        """Write one now, unless they are off. One that cannot be written is said on stderr: training goes on."""
+        """Write a checkpoint now, unless they are off. Where that fails, stderr says so and training goes on."""
         if self.interval == 0 or not (distributed.is_rank_zero() or self._together):
             return
         s, start = self.session, time.monotonic()

@@ -1,4 +1,4 @@
-"""A session trained: the only place that builds a Trainer and runs it."""
+"""Training of a session: the only place that builds a Trainer and runs it."""
 
 from __future__ import annotations
 
@@ -20,22 +20,35 @@ from lorabench.training.session import Session
 
 
 def make_trainer(run: RunConfig, resolved: Resolved, progress: TrainingClock, start: int) -> pl.Trainer:
-    """For the steps from `start` on."""
+    """Return a Trainer for the steps from `start` on."""
     t, total = run.trainer, progress.total
     interval = t.eval_interval or max(1, -(-total // 5))
     with quiet_lightning():
         return pl.Trainer(
-            accelerator=t.accelerator, **distributed.trainer_devices(resolved.device, t.devices),
-            precision=resolved.trainer_precision, max_steps=max(1, total - start), max_epochs=-1,  # type: ignore[arg-type]
-            val_check_interval=interval, check_val_every_n_epoch=None, num_sanity_val_steps=0,
-            callbacks=[progress], logger=False, enable_checkpointing=False,
-            enable_progress_bar=False, enable_model_summary=False, inference_mode=False, use_distributed_sampler=False,
-        )  # fmt: skip
+            accelerator=t.accelerator,
+            **distributed.trainer_devices(resolved.device, t.devices),
+            precision=resolved.trainer_precision,  # type: ignore[arg-type]
+            max_steps=max(1, total - start),
+            max_epochs=-1,
+            val_check_interval=interval,
+            check_val_every_n_epoch=None,
+            num_sanity_val_steps=0,
+            callbacks=[progress],
+            logger=False,
+            enable_checkpointing=False,
+            enable_progress_bar=False,
+            enable_model_summary=False,
+            inference_mode=False,
+            use_distributed_sampler=False,
+        )
 
 
 class TrainingClock(pl.Callback):
-    """Tells a listener of each step and adds up the seconds of training and of evaluation; ends at SIGTERM after a batch and at
-    the beginning of either. Lightning ends then too, but hears of it only inside, and in one process of several."""
+    """Tells a listener of each step, adds up seconds of training and evaluation, and leaves at SIGTERM.
+
+    It leaves after a batch, or where training or evaluation begins. Lightning leaves too, but notices SIGTERM only
+    inside a fit, and in one process of several.
+    """
 
     def __init__(self, step: Callable[[int, int], None], total: int, seconds: dict[str, float]) -> None:
         self.step, self.total, self.seconds, self._since = step, total, seconds, time.perf_counter()
@@ -43,7 +56,7 @@ class TrainingClock(pl.Callback):
         self.leaving = False  # whether it has come to any process of the pack
 
     def lap(self, what: str | None) -> None:
-        """What has passed since the last lap was `what`: train, eval; None: neither."""
+        """Count the time since the last lap as `what`: train or eval; None: neither."""
         now = time.perf_counter()
         if what:
             self.seconds[what] += now - self._since
@@ -52,36 +65,36 @@ class TrainingClock(pl.Callback):
     def on_train_batch_end(self, trainer: Any, module: Any, *args: Any) -> None:
         self.lap("train")
         self.step(module.steps_done, self.total)
-        self.heed()
+        self.leave_if_stopped()
 
-    def heed(self) -> None:
-        """Leave if SIGTERM has come. Where several processes train the pack all of them ask here, and leave at one step."""
+    def leave_if_stopped(self) -> None:
+        """Leave if SIGTERM has come to any process of the pack. Collective: all leave at one step."""
         self.leaving = distributed.any_rank(self.stopped())
         if self.leaving:
             raise SystemExit(signals.EXIT_CODE)
 
     def on_train_start(self, trainer: Any, module: Any) -> None:
-        self.heed()
+        self.leave_if_stopped()
 
     def on_test_start(self, trainer: Any, module: Any) -> None:
-        self.heed()
+        self.leave_if_stopped()
 
     def on_test_batch_end(self, trainer: Any, module: Any, *args: Any) -> None:
-        self.heed()
+        self.leave_if_stopped()
 
     def on_validation_start(self, trainer: Any, module: Any) -> None:
-        self.heed()
+        self.leave_if_stopped()
         self.lap("train")
 
     def on_validation_batch_end(self, trainer: Any, module: Any, *args: Any) -> None:
-        self.heed()
+        self.leave_if_stopped()
 
     def on_validation_end(self, trainer: Any, module: Any) -> None:
         self.lap("eval")
 
 
 class CheckpointCallback(pl.Callback):
-    """Says when a step is done, and the evaluation that belongs to it."""
+    """Tells the saver when a step, and the evaluation after it, is done."""
 
     def __init__(self, saver: Saver) -> None:
         self.saver = saver
@@ -97,8 +110,8 @@ class CheckpointCallback(pl.Callback):
 def fit(s: Session, saver: Saver) -> None:
     """Train from where the session stands, evaluate, load each slice's best weights, and test where the role allows it.
 
-    SIGTERM: the step under way is finished, a checkpoint written, and the process leaves with 143; so do all that train the
-    pack, whichever was told.
+    At SIGTERM the step under way is finished, a checkpoint is written, and every process of the pack leaves with 143,
+    whichever got the signal.
     """
     with signals.defer_stop() as stopped:
         s.progress.stopped = stopped
@@ -121,7 +134,7 @@ def _train_and_test(s: Session) -> None:
     if s.pack.runs[0].role == "confirm" and s.module.kept:
         s.progress.lap(None)
         s.trainer.test(s.module, s.eval_stream("test", lambda: s.module.kept), verbose=False)
-        s.progress.heed()
+        s.progress.leave_if_stopped()
         s.progress.lap("eval")
 
 
@@ -133,7 +146,7 @@ def _train_to_end(s: Session) -> None:
     if m.live and m.steps_done < m.total_steps:
         trainer.fit_loop.epoch_loop.batch_progress.total.ready = m.steps_done  # evaluations come at multiples of this
         trainer.fit(m, s.train_stream(), s.val_stream())
-        s.progress.heed()
+        s.progress.leave_if_stopped()
     s.progress.lap("train")
     if m.steps_done < m.total_steps and m.live:
         raise RuntimeError(f"training ended at step {m.steps_done} of {m.total_steps}")
@@ -141,14 +154,14 @@ def _train_to_end(s: Session) -> None:
 
 
 def _evaluate(s: Session) -> None:
-    """Unless that was done at this step."""
+    """Evaluate, unless that was done at this step."""
     if s.module.evaluated_at != s.module.steps_done and s.module.live:
         s.trainer.validate(s.module, s.val_stream(), verbose=False)
-        s.progress.heed()
+        s.progress.leave_if_stopped()
 
 
 class quiet_lightning(warnings.catch_warnings):
-    """Lightning's advice about things decided here on purpose stays off the user's terminal."""
+    """Keeps Lightning's advice about things decided here on purpose off the user's terminal."""
 
     def __enter__(self) -> None:
         super().__enter__()
@@ -164,9 +177,11 @@ class quiet_lightning(warnings.catch_warnings):
         for x in self._loggers:
             x.setLevel(logging.ERROR)
         advice = (
-            ".*does not have many workers.*", ".*`isinstance\\(treespec.*", ".*GPU available but not used.*",
+            ".*does not have many workers.*",
+            ".*`isinstance\\(treespec.*",
+            ".*GPU available but not used.*",
             ".*`srun` command is available.*",
-        )  # fmt: skip
+        )
         for text in advice:
             warnings.filterwarnings("ignore", message=text)
 

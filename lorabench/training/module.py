@@ -77,9 +77,9 @@ class NoTrunkCache:
 class PackModule(pl.LightningModule):
     """Trains K slices over one base.
 
-    The loss of a slice is sum(loss) / sum(weight) over its whole accumulated batch: gradients of the plain sums are
-    accumulated, then each slice's are divided by its weight. A slice that diverges, stops early or is pruned leaves: it is
-    fed no more, so that the others go faster. prune: whether rates leave a cell early, by the rule of `prune`.
+    The loss of a slice is sum(loss) / sum(weight) over its whole accumulated batch. Gradients of the plain sums are
+    accumulated, then each slice's are divided by its weight. A slice that diverges, stops early or is pruned gets no
+    more batches, so the others go faster. prune: whether rates leave a cell early (`pruning`).
     """
 
     automatic_optimization = False
@@ -101,9 +101,7 @@ class PackModule(pl.LightningModule):
         self.slices = [SliceState() for _ in runs]
         self.cells = [cell_key(r) for r in runs] if prune else None
         self.trunk_cache = NoTrunkCache()
-        self.measure_during_training: MeasureDuringTraining = (
-            lambda slices: {}
-        )  # what else is measured of these slices at an evaluation
+        self.measure_during_training: MeasureDuringTraining = lambda slices: {}  # more metrics at an evaluation
         self.results: dict[int, dict[str, np.ndarray]] = {}  # per-example test results by slice
         self._chunks: dict[int, list[dict[str, np.ndarray]]] = {}
         self.steps_done = 0
@@ -123,7 +121,7 @@ class PackModule(pl.LightningModule):
 
     @property
     def tokens(self) -> int:
-        """Trained on so far, padding left out, over all slices."""
+        """Tokens trained on so far over all slices, padding left out."""
         return sum(s.tokens for s in self.slices)
 
     # -- training ---------------------------------------------------------------------------------------------------
@@ -146,7 +144,7 @@ class PackModule(pl.LightningModule):
         return {"optimizer": optimizer, "lr_scheduler": scheduler}
 
     def _begin(self, optimizer: PackedAdamW) -> PackedAdamW:
-        """An optimizer as it stands at `steps_done`: moments of a checkpoint, and slices that have left."""
+        """Bring an optimizer to `steps_done`: moments of a checkpoint, and slices that have left."""
         for group in optimizer.param_groups:
             group["initial_lr"] = group["lr"]  # what a schedule that begins later than step 0 asks for
         for t in self.stack.named_trainables():
@@ -158,7 +156,7 @@ class PackModule(pl.LightningModule):
         return optimizer
 
     def optimizer_state(self) -> dict[str, Mapping[str, Tensor]]:
-        """The optimizer's tensors by trainable: exp_avg and exp_avg_sq shaped as the trainable, steps [K]."""
+        """Return the optimizer's tensors by trainable: exp_avg, exp_avg_sq in the trainable's shape, steps [K]."""
         if self.packed is None:
             return dict(self.moments)
         return {t.name: self.packed.state.get(t.parameter, {}) for t in self.stack.named_trainables()}
@@ -201,7 +199,7 @@ class PackModule(pl.LightningModule):
         self.trainer.should_stop = not self.live
 
     def _add_up(self, sums: Tensor) -> None:
-        """Sums [3, K] and gradients over the processes that share this pack's batches."""
+        """Sum losses, weights and tokens [3, K], and gradients, over the processes of the pack. Collective."""
         if distributed.world_size() > 1:
             there = sums.to(self.device)
             distributed.sum_over_ranks([there])
@@ -255,7 +253,7 @@ class PackModule(pl.LightningModule):
             self._chunks.setdefault(k, []).append(own)
 
     def _end_evaluation(self) -> dict[int, dict[str, np.ndarray]]:
-        """Per-example results of each slice that was evaluated, in the order of the example's own id."""
+        """Return per-example results of each evaluated slice, in the order of the examples' ids. Collective."""
         results = {}
         everywhere = distributed.gather_objects(self._chunks)
         for k in sorted({k for chunks in everywhere for k in chunks}):
@@ -284,7 +282,7 @@ class PackModule(pl.LightningModule):
             self.flush(k)
 
     def _prune(self) -> None:
-        """Rates that are out of the race within their cell leave the pack."""
+        """Freeze the slices whose rates are out of the race within their cell."""
         if self.cells is None:
             return
         rates, alive = [r.optimizer.lr for r in self.runs], [k in self.kept for k in range(len(self.runs))]

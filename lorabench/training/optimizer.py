@@ -1,8 +1,8 @@
 """AdamW, clipping and schedules for K slices at once. Shapes: K slices; a stacked tensor is [K, ...].
 
 The update is that of torch.optim.AdamW (Loshchilov & Hutter, arXiv 1711.05101), with one learning rate and one
-decay a slice. A tensor that is not stacked (of a base that trains itself) belongs to the one slice of its pack. Where it
-is sharded over processes (`fsdp`), each steps its share.
+decay a slice. A tensor that is not stacked (of a base that trains itself) belongs to the one slice of its pack.
+Where it is sharded over processes (`fsdp`), each steps its share.
 """
 
 from __future__ import annotations

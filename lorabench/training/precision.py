@@ -179,8 +179,8 @@ def check_device(store: Store, runs: Sequence[RunConfig], *, accept_drift: bool)
     then = note.get("device", device)
     if device != then and not accept_drift:
         allowed = (
-            f"{then}, on which runs of {store.root} were trained; it is {device} here, and results of two kinds of device "
-            f"would be compared. Go on with {then} (trainer.accelerator={then}, where there is one), or with "
+            f"{then}, on which runs of {store.root} were trained; it is {device} here, and results of two kinds of "
+            f"device would be compared. Go on with {then} (trainer.accelerator={then}, where there is one), or with "
             f"sweep.accept_drift=true: the report then says which runs differ; another sweep.name trains all anew"
         )
         raise ExistingWork("trainer.accelerator", trainer.accelerator, allowed)
@@ -189,8 +189,8 @@ def check_device(store: Store, runs: Sequence[RunConfig], *, accept_drift: bool)
         return None
     slow = ", slow here" if noted == "bf16" else ""
     return (
-        f"{store.root}: trainer.precision=auto is {noted} as in the runs that are there{slow}; this machine's own choice "
-        f"would be {here}, which trainer.precision={here} trains anew under another sweep.name"
+        f"{store.root}: trainer.precision=auto is {noted} as in the runs that are there{slow}; this machine's own "
+        f"choice would be {here}, which trainer.precision={here} trains anew under another sweep.name"
     )
 
 

@@ -35,12 +35,12 @@ def slices_to_prune(
     An evaluation at a step in [total / 2, total) is a rung. At a rung, in each cell of at least `LEAST` rates:
     1. a rate's score is the mean loss over its slices; a rate with a slice that is not alive or not finite has none;
     2. best is the lowest score, of equal ones the smallest rate (as `select` chooses);
-    3. these go on: best, its neighbours among all rates of the cell (whether or not these have a score), the better half
-       of the rates that have a score (of an odd number the larger half), and whoever ties with the last of that half;
+    3. these go on: best, its neighbours among all rates of the cell (whether or not these have a score), the better
+       half of the rates that have a score (of an odd number the larger half), and whoever ties with the last of it;
     4. all other rates are pruned, every seed at once. So the last seeds of a rate that lost one to divergence end here,
        unless best is next to it: it cannot be chosen any more.
-    Each rung halves what the rung before left, so an evaluation more is a rung more. Nothing is pruned in a cell in which
-    no rate has a score. A returned slice that has stopped early needs nothing: its record stands as completed.
+    Each rung halves what the rung before left, so an evaluation more is a rung more. Nothing is pruned in a cell in
+    which no rate has a score. A returned slice that has stopped early needs nothing: its record stands as completed.
     """
     if not total <= 2 * step < 2 * total:
         return []

@@ -37,7 +37,7 @@ class SavedRun:
 
     @property
     def folder(self) -> Path:
-        """Of its weights; where a writer was killed between two renames, of those before."""
+        """The folder of its weights; the earlier weights where a writer was killed between two renames."""
         folder = self.path / "adapter"
         return folder if folder.is_dir() else self.path / ".adapter.old"
 

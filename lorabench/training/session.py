@@ -1,4 +1,4 @@
-"""What a pack in training consists of, and what it leaves: one record a slice, its weights, its test results."""
+"""The parts of a pack in training, and what it leaves: one record a slice, its weights, its test results."""
 
 from __future__ import annotations
 
@@ -29,8 +29,8 @@ from lorabench.training.preparation import Prepared, user_code_fingerprint
 class Session:
     """The parts of one pack in training.
 
-    keep: run_ids whose record stands already. seconds, peak_memory: over all restarts. resumed: the steps at which the
-    pack went on from a checkpoint; changed: what had changed then, {name: [then, now]}.
+    keep: run_ids that have a record already. seconds, peak_memory: over all restarts. resumed: the steps at which the
+    pack went on from a checkpoint. changed: what had changed by then, {name: [then, now]}.
     """
 
     pack: Pack
@@ -48,35 +48,50 @@ class Session:
     peak_memory: int | None = None
     resumed: list[int] = field(default_factory=list)
     changed: dict[str, list[Any]] = field(default_factory=dict)
-    extras: dict[int, dict[str, float]] = field(default_factory=dict)  # metrics of a slice from beside its own task
+    extras: dict[int, dict[str, float]] = field(default_factory=dict)  # metrics of a slice beside its own task's
     beside_seconds: float | None = None  # what they took
     base_bytes: list[int] | None = None  # of a base that is cut over processes, what each holds between uses
 
     def train_stream(self) -> PackStream:
-        """The steps that are left; where several processes train the pack, this one's share of each."""
+        """Return the steps that are left; this process's share of each where several train the pack."""
         t, encoded = self.pack.runs[0].trainer, self.prepared.encoded
         return PackStream(
-            encoded.splits["train"], encoded.lengths["train"], [r.seed for r in self.pack.runs],
-            collate=self.module.task.collate, batch_size=t.batch_size, accumulate=t.accumulate_grad_batches,
-            start=self.module.steps_done, total_steps=self.module.total_steps, budget=self.resolved.part_tokens,
-            live=lambda: self.module.live, shares=distributed.rank_and_world(),
-        )  # fmt: skip
+            encoded.splits["train"],
+            encoded.lengths["train"],
+            [r.seed for r in self.pack.runs],
+            collate=self.module.task.collate,
+            batch_size=t.batch_size,
+            accumulate=t.accumulate_grad_batches,
+            start=self.module.steps_done,
+            total_steps=self.module.total_steps,
+            budget=self.resolved.part_tokens,
+            live=lambda: self.module.live,
+            shares=distributed.rank_and_world(),
+        )
 
     def eval_stream(self, split: str, live: Callable[[], list[int]], *, dealt: bool = True) -> EvalStream:
-        """All examples of a split, for each live slice; dealt: out to the processes that train the pack."""
+        """Return all examples of a split for each live slice. dealt: each process of the pack gets its share."""
         encoded, rows = self.prepared.encoded, self.pack.runs[0].trainer.eval_batch_size
         return EvalStream(
-            encoded.splits[split], encoded.lengths[split], live, rows=rows, collate=self.module.task.collate,
-            budget=self.resolved.part_tokens, shares=distributed.rank_and_world() if dealt else (0, 1),
-        )  # fmt: skip
+            encoded.splits[split],
+            encoded.lengths[split],
+            live,
+            rows=rows,
+            collate=self.module.task.collate,
+            budget=self.resolved.part_tokens,
+            shares=distributed.rank_and_world() if dealt else (0, 1),
+        )
 
     def val_stream(self) -> EvalStream:
+        """Return the validation examples for the slices that still train."""
         return self.eval_stream("val", lambda: self.module.live)
 
 
 def make_records(s: Session) -> list[Record]:
-    """One record a slice, and beside it what the slice trained and its per-example test results; of a run whose record
-    stands already nothing is written: its files are those that the record speaks of."""
+    """Return one record a slice, and write each slice's weights and per-example test results.
+
+    Nothing is written for a run that has a record already: its files belong to that record.
+    """
     records = []
     for k, (run, state) in enumerate(zip(s.pack.runs, s.module.slices, strict=True)):
         s.module.flush(k)
@@ -111,7 +126,7 @@ def _metrics(s: Session, k: int, run: RunConfig, status: str) -> dict[str, Any]:
 
 
 def _example_columns(rows: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
-    """What later statistics need of each example, in small types; `loss` is the loss per unit of weight."""
+    """Return what later statistics need of each example, in small types. `loss` is the loss per unit of weight."""
     loss = rows["loss_sum"] / np.maximum(rows["weight"], 1e-12)
     kept = {
         "example": rows["example"].astype(np.uint64),
@@ -125,15 +140,16 @@ def _example_columns(rows: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
 
 
 def _groups(s: Session, examples: np.ndarray) -> dict[str, np.ndarray]:
-    """Numbers [N] of the groups that test examples belong to; empty where each is alone or the task does not say."""
-    found = {e["example"]: e["group"] for e in s.prepared.encoded.splits["test"] if "group" in e}
-    named = [found.get(i) for i in examples.tolist()]
+    """Return the group number [N] of each test example; empty where each is alone or the task does not say."""
+    groups = {e["example"]: e["group"] for e in s.prepared.encoded.splits["test"] if "group" in e}
+    named = [groups.get(i) for i in examples.tolist()]
     if None in named or len(set(named)) == len(named):
         return {}
     return {"group": _small(np.unique(np.asarray(named, dtype=np.uint64), return_inverse=True)[1])}
 
 
 def _small(column: np.ndarray) -> np.ndarray:
+    """Return a column as float32, uint8 or int32."""
     if column.dtype.kind == "f":
         return column.astype(np.float32)
     low, high = (int(column.min()), int(column.max())) if column.size else (0, 0)
@@ -146,12 +162,19 @@ def _resources(s: Session, k: int) -> dict[str, Any]:
     share = steps / max(1, sum(x.steps for x in s.module.slices))
     examples = steps * run.trainer.batch_size * run.trainer.accumulate_grad_batches
     found = {
-        "train_seconds": s.seconds["train"] * share, "eval_seconds": s.seconds["eval"] / size, "pack_seconds": sum(s.seconds.values()),
-        "pack_size": size, "peak_memory_bytes": s.peak_memory, "trainable_parameters": s.plans[k].trainable(s.base.info),
-        "total_parameters": s.base.info.parameters, "steps": steps, "examples": examples,
-        "train_examples": len(s.prepared.encoded.splits["train"]), "val_examples": len(s.prepared.encoded.splits["val"]),
+        "train_seconds": s.seconds["train"] * share,
+        "eval_seconds": s.seconds["eval"] / size,
+        "pack_seconds": sum(s.seconds.values()),
+        "pack_size": size,
+        "peak_memory_bytes": s.peak_memory,
+        "trainable_parameters": s.plans[k].trainable(s.base.info),
+        "total_parameters": s.base.info.parameters,
+        "steps": steps,
+        "examples": examples,
+        "train_examples": len(s.prepared.encoded.splits["train"]),
+        "val_examples": len(s.prepared.encoded.splits["val"]),
         "test_examples": len(s.prepared.encoded.splits["test"]),
-    }  # fmt: skip
+    }
     if s.beside_seconds is not None:
         found["beside_seconds"] = s.beside_seconds / size
     if tokens:
@@ -166,27 +189,39 @@ def _provenance(s: Session, state: Any) -> dict[str, Any]:
     again: dict[str, Any] = {"resumed": s.resumed} if s.resumed else {}
     again |= {"resumed_with_drift": s.changed} if s.changed else {}
     return again | {
-        "code": provenance.code_fingerprint(), "git": provenance.git_state(), "packages": provenance.packages(),
-        "machine": provenance.machine(), "device": s.resolved.device, "threads": torch.get_num_threads(),
-        "precision": s.resolved.precision, "base_dtype": s.resolved.base_dtype, "attention": s.resolved.attention,
-        "part_tokens": s.resolved.part_tokens, "reused_blocks": s.module.trunk_cache.depth,
-        "data_fingerprint": s.prepared.data.fingerprint, "model_fingerprint": s.base.fingerprint, "model_notes": s.base.notes,
-        "data_notes": {**s.prepared.data.notes, **s.prepared.encoded.notes}, "pack": s.pack.id, "pack_runs": s.pack.run_ids, **_devices(s),
+        "code": provenance.code_fingerprint(),
+        "git": provenance.git_state(),
+        "packages": provenance.packages(),
+        "machine": provenance.machine(),
+        "device": s.resolved.device,
+        "threads": torch.get_num_threads(),
+        "precision": s.resolved.precision,
+        "base_dtype": s.resolved.base_dtype,
+        "attention": s.resolved.attention,
+        "part_tokens": s.resolved.part_tokens,
+        "reused_blocks": s.module.trunk_cache.depth,
+        "data_fingerprint": s.prepared.data.fingerprint,
+        "model_fingerprint": s.base.fingerprint,
+        "model_notes": s.base.notes,
+        "data_notes": {**s.prepared.data.notes, **s.prepared.encoded.notes},
+        "pack": s.pack.id,
+        "pack_runs": s.pack.run_ids,
+        **_devices(s),
         "head": {"auto_class": s.prepared.head.auto_class, "label_names": list(s.prepared.head.label_names)},
-        "user_code": user_code_fingerprint(s.pack.runs[0]), "probe_fingerprint": probe_fingerprint(s.pack.runs[0]),
+        "user_code": user_code_fingerprint(s.pack.runs[0]),
+        "probe_fingerprint": probe_fingerprint(s.pack.runs[0]),
         "stopped": state.reason if state.status == "stopped" else None,
-    }  # fmt: skip
+    }
 
 
 def _devices(s: Session) -> dict[str, Any]:
-    """Where several processes trained the pack."""
+    """Return the provenance of a pack that several processes trained; empty for one."""
     if distributed.world_size() == 1:
         return {}
     return {"devices": distributed.world_size(), **({"base_bytes_by_rank": s.base_bytes} if s.base_bytes else {})}
 
 
 def failed_record(run: RunConfig, error: str, trace: str) -> Record:
-    """The record of a run whose pack raised."""
-    made = provenance.packages(), provenance.machine(), provenance.git_state()
-    where = dict(zip(("packages", "machine", "git"), made, strict=True))
+    """Return the record of a run whose pack raised."""
+    where = {"packages": provenance.packages(), "machine": provenance.machine(), "git": provenance.git_state()}
     return Record(run.run_id, run.role, "failed", run.to_dict(), error=error, provenance={**where, "trace": trace})

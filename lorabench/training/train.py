@@ -1,4 +1,4 @@
-"""train(pack) -> records. One path for one run and for many."""
+"""Train a pack and return its records: one path for one run and for many."""
 
 from __future__ import annotations
 
@@ -36,10 +36,10 @@ __all__ = ["Listener", "OutOfMemory", "Pack", "SlicesMix", "measure_alone", "tra
 
 @dataclass
 class Listener:
-    """Who hears of a pack as it trains: the terminal and the mirrors. Never a way for data to come back.
+    """What the terminal and the mirrors hear of a pack as it trains. No data come back this way.
 
-    A pack that goes on from a checkpoint starts its runs again, and their rows go on at the checkpoint's step: rows that
-    were heard before it was cut come a second time, the same. So a mirror drops the steps it has already.
+    A pack that goes on from a checkpoint starts its runs again, and their rows go on at the checkpoint's step. Rows
+    after that step come a second time, unchanged, so a mirror drops the steps it has already.
     """
 
     step: Callable[[int, int], None] = lambda step, total: None
@@ -56,36 +56,34 @@ def train(
     keep: Collection[str] = (),
     accept_drift: bool = False,
 ) -> list[Record]:
-    """Train a pack, from its last checkpoint if it has one, and write one record a run; a pack that fails leaves `failed`
-    records with the error's text, and its checkpoints for another try.
+    """Train a pack, from its last checkpoint if it has one, and write one record a run.
 
-    keep: run_ids whose record stands already (a pack that was cut while it wrote): trained along; record and history stay.
-    accept_drift: go on from a checkpoint although code, packages, data or model changed; else `ExistingWork` is raised.
+    A pack that fails leaves `failed` records with the error's text, and its checkpoints for another try.
 
-    Raises `SlicesMix` when the base cannot be shared between slices, and `OutOfMemory` when the pack does not fit: the
-    caller then trains the runs one by one, or the pack in halves. Neither leaves a record; nor do `LeaseLost`, `Unwritable` and
-    `distributed.Lost`.
+    keep: run_ids that have a record already, of a pack that was killed while it wrote. They are trained along; record
+    and history stay. accept_drift: go on from a checkpoint although code, packages, data or model changed.
+
+    Raises `SlicesMix` when the base cannot be shared between slices: the caller then trains the runs one by one. Raises
+    `OutOfMemory` when the pack does not fit: the caller then trains it in halves. Raises `ExistingWork` for drift that
+    is not accepted, and `LeaseLost`, `Unwritable` and `distributed.ProcessLost`. None of these leaves a record.
     """
-    freeze_heap()  # before anything of the pack is there: what is frozen with it would keep it for good
+    freeze_heap()  # before anything of the pack exists: frozen objects would keep it for good
     listener = listener or Listener()
     start = load_checkpoint(pack, store, keep, accept_drift=accept_drift)
     leads = distributed.is_rank_zero()
     if not leads:
         keep = pack.run_ids  # another process of the group writes
-    for run in pack.runs:
-        if run.run_id not in keep:
-            store.cut_history(run.run_id, start.history(run.run_id) if start else 0)
-        listener.start(run)
+    _start_runs(pack, store, listener, keep, start)
     records: list[Record] | None = None
     try:
         records = _train(pack, store, listener, keep, start)
-    except (LeaseLost, Unwritable):  # no run's fault: nothing is recorded
+    except (LeaseLost, Unwritable):  # no run is at fault: nothing is recorded
         raise
     except SlicesMix:
         if leads:
             checkpoints.remove(store.root, pack.id)
         raise
-    except Unreadable as e:  # whole, ours, and yet it does not fit
+    except Unreadable as e:  # a whole checkpoint of this pack that does not fit
         print(f"checkpoint of pack {pack.id}: {e}; the pack starts anew", file=sys.stderr)
         checkpoints.remove(store.root, pack.id)
         return train(pack, store, listener, keep=keep)
@@ -100,13 +98,26 @@ def train(
         if leads:
             checkpoints.remove(store.root, pack.id)  # its halves train anew
         raise OutOfMemory(f"{pack.id}: {len(pack.runs)} runs at once need more memory than there is")
+    _finish_runs(records, store, listener, keep)
+    if leads and all(record.status != "failed" for record in records):
+        checkpoints.remove(store.root, pack.id)
+    return records
+
+
+def _start_runs(pack: Pack, store: Store, listener: Listener, keep: Collection[str], start: Checkpoint | None) -> None:
+    """Cut the histories back to the checkpoint, and tell the listener that the runs start."""
+    for run in pack.runs:
+        if run.run_id not in keep:
+            store.cut_history(run.run_id, start.history(run.run_id) if start else 0)
+        listener.start(run)
+
+
+def _finish_runs(records: list[Record], store: Store, listener: Listener, keep: Collection[str]) -> None:
+    """Write the records, and tell the listener that the runs are finished."""
     for record in records:
         if record.run_id not in keep:
             store.write(record)
         listener.finish(record)
-    if leads and all(record.status != "failed" for record in records):
-        checkpoints.remove(store.root, pack.id)
-    return records
 
 
 class OutOfMemory(RuntimeError):
@@ -116,17 +127,16 @@ class OutOfMemory(RuntimeError):
 def _train(
     pack: Pack, store: Store, listener: Listener, keep: Collection[str], start: Checkpoint | None
 ) -> list[Record]:
+    """Train a pack from a checkpoint, or from step 0, and return its records; none in processes of rank 1 and up."""
     with open_session(pack, store, listener, keep, start.step if start else 0) as session:
         check_isolation(session)
-        cut = fsdp.is_sharded(session.base.model)
-        if pack.runs[0].trainer.reuse_trunk and not cut:
+        is_sharded = fsdp.is_sharded(session.base.model)
+        if pack.runs[0].trainer.reuse_trunk and not is_sharded:
             session.module.trunk_cache = TrunkCache(session)
-        measured = pack.runs[0].role == "confirm" and (
-            distributed.is_rank_zero() or cut
-        )  # what is cut runs in all or in none
-        auxiliary = (
-            AuxiliaryMeasures(session) if measured else None
-        )  # the base as it is, before anything of a checkpoint
+        measures_here = distributed.is_rank_zero() or is_sharded  # a sharded base runs in all processes or in none
+        auxiliary = None
+        if pack.runs[0].role == "confirm" and measures_here:
+            auxiliary = AuxiliaryMeasures(session)  # measures the base, so before a checkpoint is restored
         if start:
             restore(session, start)
         with PeakMemory(session.resolved.device) as memory, quiet_lightning():
@@ -134,21 +144,21 @@ def _train(
             session.trainer.callbacks.append(CheckpointCallback(saver))
             fit(session, saver)
             session.peak_memory = saver.peak()
-        if cut:
+        if is_sharded:
             session.base_bytes = fsdp.bytes_by_rank(session.base.model)
         if auxiliary:
             auxiliary.measure_trained()
-        if cut and pack.runs[0].trainer.save_weights:
+        if is_sharded and pack.runs[0].trainer.save_weights:
             session.stack.own = fsdp.gather_parameters(session.stack.own)  # for the files
         return make_records(session) if distributed.is_rank_zero() else []
 
 
 def measure_alone(run: RunConfig, store: Store, *, steps: int = 10) -> dict[str, Any]:
-    """Seconds, tokens and peak memory of a few training steps of one run alone, the first two left out of the clock.
+    """Return seconds, tokens and peak memory of a few training steps of one run alone; the first two are not timed.
 
-    The seconds are the median pace, seconds a token, over the tokens: a machine that was busy for a moment does not show.
-    A frozen trunk is served here as it is in training (`reused_blocks`); `trunk_seconds` is what its one pass over the
-    training split takes, which a run alone pays once. Features that other packs have left with the base are no part of the peak.
+    Seconds are the median seconds a token times the tokens, so a moment in which the machine was busy does not count.
+    A frozen trunk is served as in training (`reused_blocks`). `trunk_seconds` is its one pass over the training split,
+    which a run alone pays once. Features that other packs left with the base are no part of the peak.
     """
     freeze_heap()
     return _timed_steps(run, store, steps)
@@ -183,7 +193,10 @@ def _timed_steps(run: RunConfig, store: Store, steps: int) -> dict[str, Any]:
 def open_session(
     pack: Pack, store: Store, listener: Listener, keep: Collection[str] = (), start: int = 0
 ) -> Iterator[Session]:
-    """A pack ready to train on its base from step `start`; the base comes back as it was, and that is checked."""
+    """Give a pack ready to train on its base from step `start`.
+
+    Raises RuntimeError where the frozen base comes back changed.
+    """
     first = pack.runs[0]
     prepared, resolved = preparation.prepare(first), precision.resolve_in_sweep(first, store)
     base = preparation.load_base(first, prepared.head, resolved)
@@ -231,7 +244,7 @@ def open_session(
 
 
 def check_isolation(s: Session) -> None:
-    """Two rows a slice, no two alike, through the base: refuses one that would let slices see each other."""
+    """Raise `SlicesMix` for a base that lets slices see each other, tried on two rows a slice, no two alike."""
     if len(s.pack.runs) == 1:
         return
     examples = s.prepared.encoded.splits["train"]
@@ -243,12 +256,12 @@ def check_isolation(s: Session) -> None:
 
 
 def _base_checksum(model: torch.nn.Module) -> int:
-    """A wrap-around sum over the bits of every parameter and buffer: cheap, and any changed bit shows.
+    """Return a sum modulo 2**64 over the bits of every parameter and buffer, in which any changed bit shows.
 
-    Shares of parameters that are cut over processes add up to the whole.
+    Collective for a sharded base: the sums of the shares are added.
     """
     kinds = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
-    sums = [0, 0]  # of what is whole here, of what is cut
+    sums = [0, 0]  # of whole tensors, of shares
     for i, t in enumerate([*model.parameters(), *model.buffers()], 1):
         own = fsdp.local_part(t)
         sums[own is not t] += int(own.detach().contiguous().view(kinds[t.element_size()]).sum(dtype=torch.int64)) * i

@@ -63,17 +63,26 @@ class TrunkCache(NoTrunkCache):
         rows = len(part.batch["example"]) // len(part.slices)
         own = {name: column[:rows] for name, column in part.batch.items()}
         return find_trunk(
-            s.base.model, s.stack, s.base.info.num_layers, lambda: s.module.task.step(s.base.model, own).loss_sum, own,
-            token_mask=s.module.task.token_mask, tried=self.decided is not None,
-        )  # fmt: skip
+            s.base.model,
+            s.stack,
+            s.base.info.num_layers,
+            lambda: s.module.task.step(s.base.model, own).loss_sum,
+            own,
+            token_mask=s.module.task.token_mask,
+            tried=self.decided is not None,
+        )
 
     def _key(self, split: str) -> tuple[str, ...]:
         """Return all that a split's features depend on beside the base, autocast and batch size included."""
         s, run = self.session, self.session.pack.runs[0]
         return (
-            s.prepared.data.fingerprint, split, str(run.task), str(self.depth), str(s.resolved),
+            s.prepared.data.fingerprint,
+            split,
+            str(run.task),
+            str(self.depth),
+            str(s.resolved),
             str(run.trainer.eval_batch_size),
-        )  # fmt: skip
+        )
 
     def _features(self, split: str) -> Features | None:
         assert self.trunk is not None
