@@ -1,7 +1,7 @@
 """`python -m lorabench.analyze <sweep dir>`: what a sweep's adapters did to the weights, measured from what was saved.
 
-Writes <sweep>/analysis/weights.json, which the report reads (`report/weights.py`). Runs whose weights are the ones
-analysed before are not measured again. Torch is imported once there is something to measure.
+It writes <sweep>/analysis/weights.json, which the report reads (`results/weights.py`). Runs whose weights were measured
+before are not measured again. Torch is imported once there is something to measure.
 """
 
 from __future__ import annotations
@@ -11,7 +11,6 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from lorabench.analyze.measure import analyze
 from lorabench.runtime.command import command
 from lorabench.store.analysis import WEIGHTS_FILE
 
@@ -27,31 +26,32 @@ def parser() -> argparse.ArgumentParser:
     )
     p.add_argument("--layers", nargs="+", default=[], metavar="NAME", help="layers by name or its end, such as query")
     p.add_argument(
-        "--intruders", action=argparse.BooleanOptionalAction, default=True,
+        "--intruders",
+        action=argparse.BooleanOptionalAction,
+        default=True,
         help="count intruder dimensions, which takes an SVD of every layer's whole weight (default: yes)",
-    )  # fmt: skip
+    )
     return p
-
-
-# -- the face ------------------------------------------------------------------------------------------------------------
 
 
 @command
 def main(argv: Sequence[str] | None = None) -> None:
-    """Exit 0: written; 2: bad input."""
+    """Exit with 0 where the file is written, with 2 for bad input."""
     args = parser().parse_args(argv)
     from rich.console import Console
     from rich.progress import Progress
 
-    from lorabench.analyze.scope import Asked
+    from lorabench.analyze.measurement import measure_weights
+    from lorabench.analyze.scope import WeightsRequest
     from lorabench.report import table_formats
     from lorabench.report.sections import weights
     from lorabench.results.weights import parse
 
-    asked, console = Asked(tuple(args.cells), tuple(args.layers), args.intruders), Console(stderr=True)
+    request = WeightsRequest(tuple(args.cells), tuple(args.layers), args.intruders)
+    console = Console(stderr=True)
     with Progress(console=console, transient=True, disable=not console.is_terminal) as bar:
         task = bar.add_task("layers", total=None)
-        doc = analyze(args.sweep, asked, lambda done, total: bar.update(task, completed=done, total=total))
+        doc = measure_weights(args.sweep, request, lambda done, total: bar.update(task, completed=done, total=total))
     Console().print(table_formats.rich_table(weights.table(weights.tidy_rows(parse(doc)))))
     print(f"analysis: {WEIGHTS_FILE.path(args.sweep)}")
 

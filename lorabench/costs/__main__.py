@@ -11,7 +11,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from lorabench.costs.measure import Asked, costs
+from lorabench.costs.measurement import CostsRequest, measure_costs
 from lorabench.runtime.command import command
 from lorabench.store.analysis import COSTS_FILE
 
@@ -49,14 +49,14 @@ def main(argv: Sequence[str] | None = None) -> None:
     from lorabench.report import table_formats as faces
     from lorabench.report.sections import costs as face
 
-    asked, console = Asked(tuple(args.cells), args.repeats, args.again), Console(stderr=True)
+    asked, console = CostsRequest(tuple(args.cells), args.repeats, args.again), Console(stderr=True)
     with Progress(console=console, transient=True, disable=not console.is_terminal) as bar:
         task = bar.add_task("costs", total=None)
 
         def tick(cell: str, done: int, total: int) -> None:
             bar.update(task, description=cell, completed=done, total=total)
 
-        doc = costs(args.sweep, asked, tick)
+        doc = measure_costs(args.sweep, asked, tick)
     for made in face.tables(face.parse(doc)):
         Console().print(faces.rich_table(made))
     print(f"costs: {COSTS_FILE.path(args.sweep)}")

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from fixtures.adapters import base, head_of, info_of, logits, make_plan, random_state
 from lorabench.adapters import inject
 from lorabench.adapters.merge import merge
-from lorabench.analyze.updates import Trained
+from lorabench.analyze.updates import LayerUpdate
 from lorabench.config.contracts.method import AdapterSpec, SlicePlan
 from lorabench.config.errors import ConfigError
 
@@ -171,7 +171,9 @@ def test_doras_row_of_zeros_stays_one() -> None:
     expected, state = logits(model), {key: t.clone() for key, t in stack.export_slice(0)[0].items()}
     stack.remove()
     own = {key.removeprefix(f"{name}."): t for key, t in state.items()}
-    assert Trained(plan.adapters[name], own).tuned(model.get_submodule(name).weight.double()).isfinite().all()
+    assert (
+        LayerUpdate(plan.adapters[name], own).tuned_weight(model.get_submodule(name).weight.double()).isfinite().all()
+    )
     merge(model, state, plan)
     assert (logits(model) - expected).abs().max() < 1e-5
 

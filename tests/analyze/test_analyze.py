@@ -22,10 +22,9 @@ from fixtures.weights import Made, refused
 from lorabench.adapters.files import save_slice
 from lorabench.adapters.merge import merge
 from lorabench.analyze import __main__ as face
-from lorabench.analyze import deltas
-from lorabench.analyze import measure as measure_
-from lorabench.analyze.scope import Asked
-from lorabench.analyze.updates import Trained
+from lorabench.analyze import deltas, measurement
+from lorabench.analyze.scope import WeightsRequest
+from lorabench.analyze.updates import LayerUpdate
 from lorabench.config.contracts.method import AdapterSpec, SlicePlan
 from lorabench.training.saved_run import SavedRun
 
@@ -68,13 +67,13 @@ def sweep(original: Made, tmp_path: Path) -> Made:
 def counted(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """run_ids in the order they are measured."""
     seen: list[str] = []
-    real = deltas.measure
+    real = deltas.measure_run
 
     def measure(opened: Any, *args: Any, **kwargs: Any) -> Any:
         seen.append(opened.run_id)
         return real(opened, *args, **kwargs)
 
-    monkeypatch.setattr(deltas, "measure", measure)
+    monkeypatch.setattr(deltas, "measure_run", measure)
     return seen
 
 
@@ -94,7 +93,7 @@ def variant(method: str, kind: str) -> dict[str, Any]:
 
 def merged(made: Made, run_id: str) -> tuple[dict[str, np.ndarray], dict[str, np.ndarray]]:
     """The base's weights in float64 before and after a run is merged into them."""
-    saved = deltas.open_weights(made.store.run_dir(run_id)).saved
+    saved = deltas.open_trained_run(made.store.run_dir(run_id)).saved
     model = saved.base(dtype="float64").model
     before = {name: t.numpy().copy() for name, t in model.state_dict().items()}
     merge(model, *saved.weights())
@@ -109,7 +108,7 @@ def intruders(W: np.ndarray, tuned: np.ndarray, threshold: float) -> int:
 class TestNumbers:
     @pytest.mark.parametrize(("cell", "scaling", "directions"), [("r2", 4.0, 2), ("r4", 2.0, 4), ("full", 0.0, None)])
     def test_against_dense_numpy(self, sweep: Made, cell: str, scaling: float, directions: int | None) -> None:
-        doc = measure_.analyze(sweep.root, Asked())
+        doc = measurement.measure_weights(sweep.root, WeightsRequest())
         run = sweep.ids[cell, 1]
         x = doc["runs"][run]["layers"][QUERY]
         W, dW = sweep.weight(QUERY), sweep.dW(run, QUERY, scaling)
@@ -131,7 +130,7 @@ class TestNumbers:
 
     def test_something_intrudes(self, sweep: Made) -> None:
         """Or the counts above would agree on nothing."""
-        doc = measure_.analyze(sweep.root, Asked(cells=("r2",)))
+        doc = measurement.measure_weights(sweep.root, WeightsRequest(cells=("r2",)))
         assert sum(x["intruders"]["0.9"] for run in doc["runs"].values() for x in run["layers"].values()) > 0
 
     def test_layers_held_the_other_way_round(self, tmp_path: Path, bases: Callable[[str], Path]) -> None:
@@ -139,7 +138,7 @@ class TestNumbers:
         made = Made(tmp_path / "sweep", bases("gpt2"), make_data(tmp_path / "data.csv"))
         made.add("mixed", 0, {"method.target_modules": ["c_attn", "wte"], "method.r": 2, "method.alpha": 2.0})
         run = made.ids["mixed", 0]
-        doc = measure_.analyze(made.root, Asked())
+        doc = measurement.measure_weights(made.root, WeightsRequest())
         for layer in ("transformer.h.1.attn.c_attn", "transformer.wte"):
             x, W, dW = doc["runs"][run]["layers"][layer], made.weight(layer).T, made.dW(run, layer, 1.0)
             assert x["shape"] == list(W.shape) == list(dW.shape)
@@ -153,7 +152,9 @@ class TestNumbers:
     def test_full_alone_is_measured_on_its_linear_layers(self, tmp_path: Path, bases: Callable[[str], Path]) -> None:
         made = Made(tmp_path / "sweep", bases("bert"), make_data(tmp_path / "data.csv"))
         made.add("full", 0, CELLS["full"])
-        layers = measure_.analyze(made.root, Asked(intruders=False))["runs"][made.ids["full", 0]]["layers"]
+        layers = measurement.measure_weights(made.root, WeightsRequest(intruders=False))["runs"][made.ids["full", 0]][
+            "layers"
+        ]
         parts = ("attention.self.query", "attention.self.key", "attention.self.value", "attention.output.dense",
                  "intermediate.dense", "output.dense")  # fmt: skip
         assert set(layers) >= {f"bert.encoder.layer.{k}.{part}" for k in (0, 1) for part in parts}
@@ -162,21 +163,21 @@ class TestNumbers:
 
     def test_full_fine_tuning_of_tied_weights(self) -> None:
         """The state holds them once, whichever of the two layers is asked about."""
-        frozen = deltas.Frozen(base("gpt2"))
+        frozen = deltas.FrozenWeights(base("gpt2"))
         state = {name: p + 0.5 for name, p in frozen.model.named_parameters()}
         opened: Any = SimpleNamespace(plan=SlicePlan(seed=0, full=True))
         for name in ("lm_head", "transformer.wte"):
-            found = deltas.trained(opened, state, name, frozen)
-            assert torch.allclose(found.own["weight"], frozen.weight(name) + 0.5)
+            found = deltas.layer_update(opened, state, name, frozen)
+            assert torch.allclose(found.tensors["weight"], frozen.weight(name) + 0.5)
 
     def test_an_adapter_that_learned_nothing(self, sweep: Made) -> None:
         run = sweep.ids["r2", 0]
         folder, run_config = sweep.store.run_dir(run) / "adapter", sweep.runs[run]
-        state, plan = deltas.open_weights(folder.parent).saved.weights()
+        state, plan = deltas.open_trained_run(folder.parent).saved.weights()
         zero = {k: t * 0 if k.endswith("lora_B") else t for k, t in state.items()}
-        info = run_config.model.info(deltas.open_weights(folder.parent).saved.head)
+        info = run_config.model.info(deltas.open_trained_run(folder.parent).saved.head)
         save_slice(folder, zero, plan, info=info, run=run_config.to_dict())
-        doc = measure_.analyze(sweep.root, Asked(cells=("r2",)))
+        doc = measurement.measure_weights(sweep.root, WeightsRequest(cells=("r2",)))
         x = doc["runs"][run]["layers"][QUERY]
         assert x["stable_rank"] is x["effective_rank"] is x["amplification"] is None
         assert (x["norm"], x["variance_rank"], x["intruders"]["0.9"]) == (0, 0, 0)
@@ -194,7 +195,7 @@ class TestVariants:
         made = Made(tmp_path / "sweep", bases(kind), make_data(tmp_path / "data.csv"))
         for seed in (0, 1):
             made.add(method, seed, variant(method, kind))
-        doc = measure_.analyze(made.root, Asked())
+        doc = measurement.measure_weights(made.root, WeightsRequest())
         run = made.ids[method, 1]
         layers = doc["runs"][run]["layers"]
         assert not doc["runs"][run]["left_out"] and len(layers) >= 4
@@ -228,7 +229,7 @@ class TestVariants:
         for method in ("dora", "vera", "ia3", "pissa"):
             for seed in (0, 1):
                 made.add(method, seed, variant(method, "bert"))
-        doc = measure_.analyze(made.root, Asked(intruders=False))
+        doc = measurement.measure_weights(made.root, WeightsRequest(intruders=False))
         found = {(s["cells"][0], s["of"]): s for s in doc["similarity"]}
         assert set(found) == {("dora", "A"), *((method, "dW") for method in ("dora", "vera", "ia3", "pissa"))}
         assert found["dora", "A"]["start"] is not None
@@ -254,23 +255,25 @@ class TestVariants:
     def test_weights_of_another_base(self, tmp_path: Path, bases: Callable[[str], Path]) -> None:
         for spec, own in (("dora", {"lora_A": (4, 32), "lora_B": (32, 4), "magnitude": (31,)}),
                           ("ia3_input", {"ia3_l": (31,)}), ("vera", {"vera_lambda_d": (4,), "vera_lambda_b": (31,)})):  # fmt: skip
-            made = Trained(AdapterSpec(4, 1.0, 4.0, kind=spec), {key: torch.ones(size) for key, size in own.items()})
-            assert not made.fits(32, 32) and made.finite()
-        assert Trained(AdapterSpec(1, 1.0, 1.0, kind="ia3_input"), {"ia3_l": torch.ones(32)}).fits(48, 32)
+            made = LayerUpdate(
+                AdapterSpec(4, 1.0, 4.0, kind=spec), {key: torch.ones(size) for key, size in own.items()}
+            )
+            assert not made.fits(32, 32) and made.is_finite()
+        assert LayerUpdate(AdapterSpec(1, 1.0, 1.0, kind="ia3_input"), {"ia3_l": torch.ones(32)}).fits(48, 32)
 
     def test_rows_that_hardly_turned(self) -> None:
         """1 - cos of a change of 1e-7 is 5e-15: taken as a difference of float64 it would be mostly rounding."""
         W, added = torch.tensor([[1.0, 0.0]]).double(), torch.tensor([[0.0, 1e-7]]).double()
         spec = AdapterSpec(1, 1.0, 1.0)
-        found = Trained(spec, {"lora_A": added, "lora_B": torch.ones(1, 1)}).rows(W)
+        found = LayerUpdate(spec, {"lora_A": added, "lora_B": torch.ones(1, 1)}).row_changes(W)
         assert found == (pytest.approx(0, abs=1e-14), pytest.approx(5e-15, rel=1e-6))
-        assert Trained(None, {"weight": W + added}).rows(W)[1] == pytest.approx(5e-15, rel=1e-6)
-        assert Trained(None, {"weight": -2 * W}).rows(W) == (pytest.approx(1), pytest.approx(2))
+        assert LayerUpdate(None, {"weight": W + added}).row_changes(W)[1] == pytest.approx(5e-15, rel=1e-6)
+        assert LayerUpdate(None, {"weight": -2 * W}).row_changes(W) == (pytest.approx(1), pytest.approx(2))
 
 
 class TestSimilarity:
     def test_which_runs_are_compared(self, sweep: Made) -> None:
-        doc = measure_.analyze(sweep.root, Asked())
+        doc = measurement.measure_weights(sweep.root, WeightsRequest())
         seeds = {i: r.seed for i, r in sweep.runs.items()}
         found = {(s["kind"], *s["cells"], s["of"]): s["runs"] for s in doc["similarity"]}
         assert set(found) == {
@@ -283,7 +286,7 @@ class TestSimilarity:
 
     def test_against_dense_numpy(self, sweep: Made) -> None:
         """The mean over layers and pairs of phi of A, of A's start as the stack drew it, and of dW."""
-        doc = measure_.analyze(sweep.root, Asked())
+        doc = measurement.measure_weights(sweep.root, WeightsRequest())
         layers = list(doc["runs"][sweep.ids["r2", 0]]["layers"])
         assert len(layers) == 4
 
@@ -329,15 +332,15 @@ class TestSimilarity:
         a, b = (made.starts[made.ids[cell, 0]][f"{QUERY}.lora_A"] for cell in ("r2", "r4"))
         V, other = (np.linalg.svd(x.double().numpy(), full_matrices=False)[2] for x in (a, b))
         assert np.linalg.norm(V @ other.T) ** 2 / 2 == pytest.approx(1)
-        doc = measure_.analyze(made.root, Asked())
-        assert doc["similarity"] == [] and doc["notes"] == [measure_.ALONE]
+        doc = measurement.measure_weights(made.root, WeightsRequest())
+        assert doc["similarity"] == [] and doc["notes"] == [measurement.ONE_SEED_NOTE]
 
 
 class TestResume:
     def test_what_is_known_is_not_measured_again(self, sweep: Made, monkeypatch: pytest.MonkeyPatch) -> None:
         seen = counted(monkeypatch)
         ticks: list[tuple[int, int]] = []
-        measure_.analyze(sweep.root, Asked(), lambda *tick: ticks.append(tick))
+        measurement.measure_weights(sweep.root, WeightsRequest(), lambda *tick: ticks.append(tick))
         assert len(seen) == 8 and ticks == [(k, 32) for k in range(1, 33)]
         first = sweep.file.read_bytes()
 
@@ -345,25 +348,27 @@ class TestResume:
             raise AssertionError("the base was loaded for nothing")
 
         monkeypatch.setattr(SavedRun, "base", no_base)
-        measure_.analyze(sweep.root, Asked())
-        measure_.analyze(sweep.root, Asked(intruders=False))  # what is there holds more than is asked for
+        measurement.measure_weights(sweep.root, WeightsRequest())
+        measurement.measure_weights(
+            sweep.root, WeightsRequest(intruders=False)
+        )  # what is there holds more than is asked for
         assert len(seen) == 8
         assert sweep.file.read_bytes() == first
         assert sorted(p.name for p in sweep.file.parent.iterdir()) == ["weights.json"]
 
     def test_equal_weights_give_equal_files(self, sweep: Made) -> None:
-        measure_.analyze(sweep.root, Asked())
+        measurement.measure_weights(sweep.root, WeightsRequest())
         first = sweep.file.read_bytes()
         sweep.file.unlink()
-        measure_.analyze(sweep.root, Asked())
+        measurement.measure_weights(sweep.root, WeightsRequest())
         assert sweep.file.read_bytes() == first
 
     def test_weights_that_changed(self, sweep: Made, monkeypatch: pytest.MonkeyPatch) -> None:
-        before = measure_.analyze(sweep.root, Asked())
+        before = measurement.measure_weights(sweep.root, WeightsRequest())
         changed = sweep.ids["r4", 1]
         sweep.train(changed, noise=1)
         seen = counted(monkeypatch)
-        after = measure_.analyze(sweep.root, Asked())
+        after = measurement.measure_weights(sweep.root, WeightsRequest())
         assert seen == [changed]
         for a, b in zip(before["similarity"], after["similarity"], strict=True):
             assert a["runs"] == b["runs"]
@@ -371,15 +376,17 @@ class TestResume:
 
     def test_other_layers_or_intruders(self, sweep: Made, monkeypatch: pytest.MonkeyPatch) -> None:
         seen = counted(monkeypatch)
-        measure_.analyze(sweep.root, Asked(cells=("r2",), layers=("value",), intruders=False))
-        doc = measure_.analyze(sweep.root, Asked(cells=("r2",), layers=("0.*.query",), intruders=False))
+        measurement.measure_weights(sweep.root, WeightsRequest(cells=("r2",), layers=("value",), intruders=False))
+        doc = measurement.measure_weights(
+            sweep.root, WeightsRequest(cells=("r2",), layers=("0.*.query",), intruders=False)
+        )
         assert all(list(run["layers"]) == [QUERY] for run in doc["runs"].values())
         assert all(list(s["layers"]) == [QUERY] for s in doc["similarity"])
-        measure_.analyze(sweep.root, Asked(cells=("r2",), layers=("0.*.query",)))
+        measurement.measure_weights(sweep.root, WeightsRequest(cells=("r2",), layers=("0.*.query",)))
         assert len(seen) == 9
 
     def test_a_killed_analysis_goes_on(self, sweep: Made, monkeypatch: pytest.MonkeyPatch) -> None:
-        real, seen = deltas.measure, list[str]()
+        real, seen = deltas.measure_run, list[str]()
 
         def killed(opened: Any, *args: Any, **kwargs: Any) -> Any:
             if len(seen) == 2:
@@ -387,20 +394,20 @@ class TestResume:
             seen.append(opened.run_id)
             return real(opened, *args, **kwargs)
 
-        monkeypatch.setattr(deltas, "measure", killed)
+        monkeypatch.setattr(deltas, "measure_run", killed)
         with pytest.raises(KeyboardInterrupt):
-            measure_.analyze(sweep.root, Asked())
+            measurement.measure_weights(sweep.root, WeightsRequest())
         assert set(json.loads(sweep.file.read_text())["runs"]) == set(seen)
-        monkeypatch.setattr(deltas, "measure", real)
+        monkeypatch.setattr(deltas, "measure_run", real)
         again = counted(monkeypatch)
-        doc = measure_.analyze(sweep.root, Asked())
+        doc = measurement.measure_weights(sweep.root, WeightsRequest())
         assert len(again) == 6 and not set(again) & set(seen) and len(doc["runs"]) == 8
 
     def test_other_cells_stay(self, sweep: Made, monkeypatch: pytest.MonkeyPatch) -> None:
-        whole = measure_.analyze(sweep.root, Asked())
+        whole = measurement.measure_weights(sweep.root, WeightsRequest())
         seen = counted(monkeypatch)
         sweep.train(sweep.ids["r2", 0], noise=2)
-        part = measure_.analyze(sweep.root, Asked(cells=("r2",)))
+        part = measurement.measure_weights(sweep.root, WeightsRequest(cells=("r2",)))
         assert seen == [sweep.ids["r2", 0]]
         assert {i for i in whole["runs"] if part["runs"].get(i) != whole["runs"][i]} == {sweep.ids["r2", 0]}
         assert set(part["cells"]) == {"r2", "r4", "full", "head"}
@@ -409,10 +416,10 @@ class TestResume:
     def test_a_torn_or_older_file_is_made_again(self, sweep: Made, text: str) -> None:
         sweep.file.parent.mkdir()
         sweep.file.write_text(text)
-        assert len(measure_.analyze(sweep.root, Asked(cells=("r2",)))["runs"]) == 3
+        assert len(measurement.measure_weights(sweep.root, WeightsRequest(cells=("r2",)))["runs"]) == 3
 
     def test_the_sweep_directory_stays_a_sweeps(self, sweep: Made) -> None:
-        measure_.analyze(sweep.root, Asked(cells=("r2",), intruders=False))
+        measurement.measure_weights(sweep.root, WeightsRequest(cells=("r2",), intruders=False))
         sweep.store.check_foreign()
 
 

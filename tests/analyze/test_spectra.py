@@ -191,7 +191,7 @@ class TestIntruders:
     def test_none_without_an_update(self, parts: tuple[np.ndarray, ...]) -> None:
         left, _, right = parts
         W = self.of(left, right)
-        assert spectra.intruder_dimensions(spectra.svd(W).U, W) == dict.fromkeys(spectra.THRESHOLDS, 0)
+        assert spectra.intruder_dimensions(spectra.svd(W).U, W) == dict.fromkeys(spectra.INTRUDER_THRESHOLDS, 0)
 
     def test_planted_ones_are_counted(self, parts: tuple[np.ndarray, ...]) -> None:
         """Two large new directions, on inputs that W barely reads: the leading vectors of W + dW, unlike any of W's."""

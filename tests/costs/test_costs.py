@@ -19,9 +19,8 @@ from fixtures.sweeps import build
 from fixtures.weights import Made, refused
 from lorabench.config.errors import ConfigError
 from lorabench.costs import __main__ as face
-from lorabench.costs import measure as measure_
-from lorabench.costs import timings
-from lorabench.costs.measure import Asked
+from lorabench.costs import measurement, timings
+from lorabench.costs.measurement import CostsRequest
 from lorabench.report import render
 from lorabench.report.sections import costs
 from lorabench.training.saved_run import open_run
@@ -34,7 +33,7 @@ CELLS: dict[str, dict[str, Any]] = {
     "full": {"method.name": "full"},
     "head": {"method.name": "head"},
 }
-FAST = Asked(repeats=3)
+FAST = CostsRequest(repeats=3)
 
 
 @pytest.fixture(scope="module")
@@ -80,7 +79,7 @@ def counted(monkeypatch: pytest.MonkeyPatch) -> list[str]:
 class TestMeasured:
     def test_what_the_file_holds(self, sweep: Made) -> None:
         ticks: list[tuple[str, int, int]] = []
-        doc = measure_.costs(sweep.root, FAST, lambda *tick: ticks.append(tick))
+        doc = measurement.measure_costs(sweep.root, FAST, lambda *tick: ticks.append(tick))
         assert doc == json.loads(file(sweep).read_text())
         assert set(doc["cells"]) == set(CELLS) and doc["left_out"] == {}
         assert [done for _, done, _ in ticks] == sorted(done for _, done, _ in ticks)
@@ -152,23 +151,23 @@ class TestMeasured:
 class TestResume:
     def test_what_is_known_is_not_measured_again(self, sweep: Made, monkeypatch: pytest.MonkeyPatch) -> None:
         seen = counted(monkeypatch)
-        measure_.costs(sweep.root, Asked(("r2", "ia3"), 3))
+        measurement.measure_costs(sweep.root, CostsRequest(("r2", "ia3"), 3))
         first = file(sweep).read_bytes()
-        measure_.costs(sweep.root, Asked(("r2", "ia3"), 3))
+        measurement.measure_costs(sweep.root, CostsRequest(("r2", "ia3"), 3))
         assert seen == [sweep.ids["r2", 0], sweep.ids["ia3", 0]] and file(sweep).read_bytes() == first
-        measure_.costs(sweep.root, Asked(("r2",), 3, again=True))
-        doc = measure_.costs(sweep.root, Asked(("head",), 3))
+        measurement.measure_costs(sweep.root, CostsRequest(("r2",), 3, again=True))
+        doc = measurement.measure_costs(sweep.root, CostsRequest(("head",), 3))
         assert seen[2:] == [sweep.ids["r2", 0], sweep.ids["head", 0]]
         assert set(doc["cells"]) == {"r2", "ia3", "head"}
         sweep.train(sweep.ids["r2", 0], noise=1)
-        measure_.costs(sweep.root, Asked(("r2", "ia3"), 3))
+        measurement.measure_costs(sweep.root, CostsRequest(("r2", "ia3"), 3))
         assert seen[4:] == [sweep.ids["r2", 0]]
 
     def test_other_conditions_are_not_mixed_in(self, sweep: Made, monkeypatch: pytest.MonkeyPatch) -> None:
         seen = counted(monkeypatch)
-        measure_.costs(sweep.root, Asked(("r2", "ia3"), 3))
+        measurement.measure_costs(sweep.root, CostsRequest(("r2", "ia3"), 3))
         monkeypatch.setattr(torch, "__version__", "0.0.1")
-        doc = measure_.costs(sweep.root, Asked(("r2",), 3))
+        doc = measurement.measure_costs(sweep.root, CostsRequest(("r2",), 3))
         assert len(seen) == 3 and list(doc["cells"]) == ["r2"] and doc["setting"]["torch"] == "0.0.1"
 
     def test_a_killed_measurement_goes_on(self, sweep: Made, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -181,18 +180,18 @@ class TestResume:
 
         monkeypatch.setattr(timings, "measure", killed)
         with pytest.raises(KeyboardInterrupt):
-            measure_.costs(sweep.root, Asked(("r2", "ia3"), 3))
+            measurement.measure_costs(sweep.root, CostsRequest(("r2", "ia3"), 3))
         assert list(json.loads(file(sweep).read_text())["cells"]) == ["r2"]
         monkeypatch.setattr(timings, "measure", real)
         seen = counted(monkeypatch)
-        measure_.costs(sweep.root, Asked(("r2", "ia3"), 3))
+        measurement.measure_costs(sweep.root, CostsRequest(("r2", "ia3"), 3))
         assert seen == [sweep.ids["ia3", 0]]
 
     @pytest.mark.parametrize("text", ["", "{", "[]", '{"schema": 0}'])
     def test_a_torn_or_older_file_is_made_again(self, sweep: Made, text: str) -> None:
         file(sweep).parent.mkdir()
         file(sweep).write_text(text)
-        assert list(measure_.costs(sweep.root, Asked(("ia3",), 3))["cells"]) == ["ia3"]
+        assert list(measurement.measure_costs(sweep.root, CostsRequest(("ia3",), 3))["cells"]) == ["ia3"]
         sweep.store.check_foreign()
 
 

@@ -28,7 +28,7 @@ Tick = Callable[[str, int, int], None]
 
 
 @dataclass(frozen=True)
-class Asked:
+class CostsRequest:
     """What is measured. cells: ids, which may hold * and ?; empty: all. again: what is known, too."""
 
     cells: tuple[str, ...] = ()
@@ -37,14 +37,16 @@ class Asked:
 
 
 @dataclass
-class Source:
+class SavedRuns:
     """A saved run for each cell, another one to switch to where there is one, and why others are left out."""
 
     runs: dict[str, list[SavedRun]] = field(default_factory=dict)
     left_out: dict[str, str] = field(default_factory=dict)
 
 
-def costs(sweep_dir: str | Path, asked: Asked, tick: Tick = lambda cell, done, total: None) -> dict[str, Any]:
+def measure_costs(
+    sweep_dir: str | Path, asked: CostsRequest, tick: Tick = lambda cell, done, total: None
+) -> dict[str, Any]:
     """Measure, write the file, and return what it holds. tick: (cell at hand, parts done, parts to do).
 
     The file is written whole after each cell, so that a killed measurement goes on where it was. Raises `ConfigError`
@@ -67,7 +69,7 @@ def costs(sweep_dir: str | Path, asked: Asked, tick: Tick = lambda cell, done, t
 
 
 def _fill(
-    doc: dict[str, Any], todo: Sequence[str], every: Mapping[str, Result], source: Source, asked: Asked, tick: Tick,
+    doc: dict[str, Any], todo: Sequence[str], every: Mapping[str, Result], source: SavedRuns, asked: CostsRequest, tick: Tick,
     keep: Callable[[], None],
 ) -> None:  # fmt: skip
     """Measure the cells of `todo` into the file's content; one base is held at a time."""
@@ -96,11 +98,11 @@ def _fill(
         keep()
 
 
-def _opened(sweep_dir: str | Path, chosen: Mapping[str, Result]) -> Source:
+def _opened(sweep_dir: str | Path, chosen: Mapping[str, Result]) -> SavedRuns:
     """Up to two runs with weights a cell. Raises `ConfigError` where no cell has one."""
     from lorabench.training.saved_run import open_run
 
-    store, source = Store(sweep_dir), Source()
+    store, source = Store(sweep_dir), SavedRuns()
     for r in chosen.values():
         why = "no finished run at its chosen rate"
         for run in r.runs:
@@ -124,7 +126,7 @@ def _opened(sweep_dir: str | Path, chosen: Mapping[str, Result]) -> Source:
     return source
 
 
-def _setting(every: Mapping[str, Result], source: Source) -> dict[str, Any]:
+def _setting(every: Mapping[str, Result], source: SavedRuns) -> dict[str, Any]:
     """The conditions that all cells of the file share: machine, torch, threads, types, length of a text.
 
     The type and attention are those the adapters' runs were evaluated with, for full fine-tuning too.
@@ -146,7 +148,7 @@ def _setting(every: Mapping[str, Result], source: Source) -> dict[str, Any]:
 
 
 def _kept(
-    old: Mapping[str, Any], every: Mapping[str, Result], chosen: Mapping[str, Result], source: Source, setting: Mapping[str, Any]
+    old: Mapping[str, Any], every: Mapping[str, Result], chosen: Mapping[str, Result], source: SavedRuns, setting: Mapping[str, Any]
 ) -> dict[str, Any]:  # fmt: skip
     """The file to fill: cells that the sweep still has, if they were measured under these conditions: none else compare."""
     same = old.get("setting") == json.loads(json.dumps(setting))
