@@ -54,7 +54,7 @@ EQUAL_COSTS_SENTENCE = f"measured costs within {PER_CENT} % of each other count 
 
 
 def _seconds(r: Result) -> float | None:
-    """Measured alone: its solo steps scaled to a run, or runs that had their base to themselves."""
+    """Return seconds measured alone: its solo steps scaled to a run, or runs that had their base to themselves."""
     measured = r.timed.get("seconds") or r.resource("solo_seconds") is not None
     return r.seconds if measured or _alone(r) else None
 
@@ -102,7 +102,7 @@ def fronts(f: Findings) -> list[Front]:
 
 
 def _priced(f: Findings, cost: Cost) -> tuple[Result, ...]:
-    """Tested cells that have the cost, cheapest first; one of those that are the same runs."""
+    """Return tested cells that have the cost, cheapest first; one of those that are the same runs."""
     tested = unique_results([r for r in f.results.values() if r.test is not None])
     return tuple(sorted((r for r in tested if cost.of(r)), key=lambda r: (cost.of(r) or 0.0, r.id)))
 
@@ -138,7 +138,7 @@ def front(f: Findings, cost: Cost, cells: Sequence[Result]) -> tuple[Result, ...
 
 
 def unresolved(e: Evidence, on: Sequence[Result]) -> list[tuple[Result, Result]]:
-    """Neighbours on a front whose difference on test is not shown: its 95 % interval holds zero, or there is none."""
+    """Return neighbours on a front whose difference on test is not shown: its 95 % interval holds zero, or there is none."""
     pairs = []
     for a, b in pairwise(on):
         difference = e.difference(a, b)
