@@ -98,10 +98,10 @@ def load_checkpoint(pack: Pack, store: Store, keep: Collection[str], *, accept_d
     Raises `ExistingWork` when code, packages, data, model or machine settings are not those it was begun with.
     """
     where = checkpoints.pack_folder(store.root, pack.id)
-    found = checkpoints.read_newest(where, lambda content: _check(content, pack, store, keep))
-    if found is None:
+    newest = checkpoints.read_newest(where, lambda content: _check(content, pack, store, keep))
+    if newest is None:
         return None
-    tensors, state = found
+    tensors, state = newest
     first = pack.runs[0]
     now = facts(pack, preparation.model_fingerprint(first), precision.resolve_in_sweep(first, store))
     changed = checkpoints.drift(state["facts"], now)
@@ -201,14 +201,14 @@ def _restore(s: Session, begun: Checkpoint) -> None:
     for k, saved in enumerate(state["slices"]):
         plain = {key: value for key, value in saved.items() if key != "present_is_best"}
         now = s.stack.slice_state(k)
-        own = {
+        best_weights = {
             name: fsdp.shard_like(t, best).cpu()
             for name, t in now.items()
             if (best := tensors.get(f"best/{k}/{name}")) is not None
         }
         if saved["present_is_best"]:
-            own = {name: t.cpu().clone() for name, t in now.items()}
-        m.slices[k] = SliceState(**plain, best_weights=own or None)
+            best_weights = {name: t.cpu().clone() for name, t in now.items()}
+        m.slices[k] = SliceState(**plain, best_weights=best_weights or None)
     m.trunk_cache.resume(state["reused"])
     s.seconds |= state["seconds"]
     s.peak_memory, s.resumed, s.changed = state["peak_memory"], [*state["resumed"], state["step"]], begun.changed
@@ -219,8 +219,9 @@ def _restore(s: Session, begun: Checkpoint) -> None:
 
 
 def _moments(tensors: Mapping[str, Tensor], of: Trainable) -> dict[str, Tensor]:
-    found = {key: t for key in PackedAdamW.STATE if (t := tensors.get(f"moment/{key}/{of.name}")) is not None}
-    return {key: t if key == "steps" else fsdp.shard_like(of.parameter, t) for key, t in found.items()}
+    """Return the optimizer's tensors of a trainable, as this process holds them."""
+    saved = {key: t for key in PackedAdamW.STATE if (t := tensors.get(f"moment/{key}/{of.name}")) is not None}
+    return {key: t if key == "steps" else fsdp.shard_like(of.parameter, t) for key, t in saved.items()}
 
 
 class Saver:

@@ -249,8 +249,8 @@ class PackModule(pl.LightningModule):
             wide = column.detach().float() if column.dtype in (torch.bfloat16, torch.float16) else column.detach()
             columns[name] = wide.view(len(part.slices), -1).cpu()
         for i, k in enumerate(part.slices):
-            own = {name: column[i].numpy() for name, column in columns.items()}
-            self._chunks.setdefault(k, []).append(own)
+            chunk = {name: column[i].numpy() for name, column in columns.items()}
+            self._chunks.setdefault(k, []).append(chunk)
 
     def _end_evaluation(self) -> dict[int, dict[str, np.ndarray]]:
         """Return per-example results of each evaluated slice, in the order of the examples' ids. Collective."""
@@ -276,8 +276,8 @@ class PackModule(pl.LightningModule):
         for k, rows in evaluated.items():
             self._judge(k, self.slices[k], self.task.metrics(rows))
         self._prune()
-        for k, found in self.measure_during_training([k for k in evaluated if k in self.kept]).items():
-            self.slices[k].pending[-1] |= found  # the row of this evaluation
+        for k, more_metrics in self.measure_during_training([k for k in evaluated if k in self.kept]).items():
+            self.slices[k].pending[-1] |= more_metrics  # the row of this evaluation
         for k in range(len(self.slices)):
             self.flush(k)
 

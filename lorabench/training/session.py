@@ -111,8 +111,8 @@ def make_records(s: Session) -> list[Record]:
 
 def _metrics(s: Session, k: int, run: RunConfig, status: str) -> dict[str, Any]:
     state = s.module.slices[k]
-    found = state.best_metrics if status == "completed" else state.last_metrics
-    metrics: dict[str, Any] = {f"val/{name}": value for name, value in found.items()}
+    on_validation = state.best_metrics if status == "completed" else state.last_metrics
+    metrics: dict[str, Any] = {f"val/{name}": value for name, value in on_validation.items()}
     metrics |= {"primary": run.task.metric, "best_step": state.best_step}
     if status == "pruned":
         metrics["pruned_step"] = state.steps
