@@ -30,7 +30,7 @@ ELSEWHERE = [
     "status.py",
     "claims/judge.py",
     "plan/study.py",
-    "costs/measure.py",
+    "costs/measurement.py",
     "sweep/execute.py",
     "__init__.py",
 ]
