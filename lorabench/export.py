@@ -38,7 +38,7 @@ def parser() -> argparse.ArgumentParser:
 
 
 def export(run_dir: Path, out: Path, *, merged: bool = False, dtype: str | None = None) -> list[str]:
-    """Write `out`, whole or not at all, and return what there is to say about it.
+    """Write a run's adapter or merged model to `out`, whole or not at all, and return lines about it.
 
     Raises `ConfigError` for a directory that is no trained run, an `out` that holds files, and methods PEFT's LoRA
     format cannot hold.
@@ -49,10 +49,10 @@ def export(run_dir: Path, out: Path, *, merged: bool = False, dtype: str | None 
     if dtype and not merged:
         raise ConfigError("--dtype", dtype, "with --merged only; an adapter keeps the type it was trained in")
     saved = open_run(run_dir)
-    return _merged(saved, out, dtype or "float32") if merged else _peft(saved, out)
+    return _export_merged(saved, out, dtype or "float32") if merged else _export_peft(saved, out)
 
 
-def _peft(saved: SavedRun, out: Path) -> list[str]:
+def _export_peft(saved: SavedRun, out: Path) -> list[str]:
     from lorabench.adapters.files import write_peft
     from lorabench.adapters.peft import is_representable
 
@@ -68,7 +68,7 @@ def _peft(saved: SavedRun, out: Path) -> list[str]:
     return [f"PEFT adapter in {out}: PeftModel.from_pretrained(base, {str(out)!r}) loads it"]
 
 
-def _merged(saved: SavedRun, out: Path, dtype: str) -> list[str]:
+def _export_merged(saved: SavedRun, out: Path, dtype: str) -> list[str]:
     import torch
 
     from lorabench.adapters.merge import merge
@@ -98,7 +98,7 @@ def _merged(saved: SavedRun, out: Path, dtype: str) -> list[str]:
 
 
 def card(saved: SavedRun, *, merged: bool, notes: Sequence[str]) -> str:
-    """A model card: what it is, how to load it, what it scored, with which settings, from what."""
+    """Return a model card: what it is, how to load it, what it scored, with which settings, from what."""
     from lorabench.training.saved_run import metric_rows
 
     record, model = saved.record, saved.run.model
@@ -139,20 +139,20 @@ def _usage(saved: SavedRun, merged: bool) -> str:
         # Decoders classify by an example's last token that is no padding: many do not say which one pads.
         pad = getattr(saved.run.model.processor(), "pad_token_id", None)
         options += "" if pad is None else f", pad_token_id={pad}"
-    named = f"\n\nLabels in order: {', '.join(map(_cell, saved.head.label_names))}." if labels else ""
+    named = f"\n\nLabels in order: {', '.join(map(_escape, saved.head.label_names))}." if labels else ""
     return (
         f"```python\nfrom peft import PeftModel\nfrom transformers import {auto}\n"
-        f"base = {auto}.from_pretrained(\"<the base>\"{options})\n"
-        f"model = PeftModel.from_pretrained(base, \"<this folder>\")\n```{named}"
-    )  # fmt: skip
+        f'base = {auto}.from_pretrained("<the base>"{options})\n'
+        f'model = PeftModel.from_pretrained(base, "<this folder>")\n```{named}'
+    )
 
 
 def _table(header: tuple[str, str], rows: Sequence[tuple[str, Any]]) -> list[str]:
-    return [f"| {header[0]} | {header[1]} |", "|---|---|", *(f"| {_cell(a)} | {_cell(b)} |" for a, b in rows)]
+    return [f"| {header[0]} | {header[1]} |", "|---|---|", *(f"| {_escape(a)} | {_escape(b)} |" for a, b in rows)]
 
 
-def _cell(value: Any) -> str:
-    """Text that stays inside its table cell and stays text."""
+def _escape(value: Any) -> str:
+    """Return a value as text that stays inside its table cell and stays text."""
     text = " ".join(str(value).split())
     for char in "\\`*_[]<>|":
         text = text.replace(char, "\\" + char)
@@ -160,7 +160,7 @@ def _cell(value: Any) -> str:
 
 
 def _public(value: Any) -> Any:
-    """A card travels: of the paths of this machine only the last part is kept."""
+    """Return a value for a card, which travels: of paths of this machine only the last part."""
     return Path(value).name if isinstance(value, str) and value.startswith(("/", "~", "./", "../")) else value
 
 

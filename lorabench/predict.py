@@ -48,10 +48,11 @@ def parser() -> argparse.ArgumentParser:
 
 
 def predict(saved: SavedRun, texts: Sequence[str], *, max_new_tokens: int = 48) -> list[Answer]:
-    """Answers in the order of the texts, in the types and with the attention the run was evaluated with.
+    """Return answers in the order of the texts, in the types and with the attention the run was evaluated with.
 
-    The base answers from the run's own start: nothing is trained, adapters add nothing, and a classification head is
-    at its initial draw. Raises `ConfigError` for texts that are empty or too long, and runs that neither classify nor reply.
+    The base answers from the run's own start: nothing is trained, adapters add nothing, and a classification head is at
+    its initial draw. Raises `ConfigError` for texts that are empty or too long, and runs that neither classify nor
+    reply.
     """
     import torch
 
@@ -67,7 +68,7 @@ def predict(saved: SavedRun, texts: Sequence[str], *, max_new_tokens: int = 48) 
     empty = [t for t in texts if not t.strip()]
     if empty or not texts:
         raise ConfigError("text", empty[0] if empty else "", "some words")
-    lone = [t for t in texts if _paired(saved) and not all(part.strip() for part in t.partition("\t")[::2])]
+    lone = [t for t in texts if _is_paired(saved) and not all(part.strip() for part in t.partition("\t")[::2])]
     if lone:
         raise ConfigError("text", lone[0], "two texts with a tab between them: this run was trained on pairs")
     state, plan = saved.weights()
@@ -84,7 +85,7 @@ def predict(saved: SavedRun, texts: Sequence[str], *, max_new_tokens: int = 48) 
     return [Answer(*row) for row in zip(texts, before, after, strict=True)]
 
 
-def _paired(saved: SavedRun) -> bool:
+def _is_paired(saved: SavedRun) -> bool:
     """Whether an example is two texts."""
     return saved.run.task.paired
 
@@ -93,7 +94,7 @@ def _classify(saved: SavedRun, base: Base, texts: Sequence[str], _: int) -> Iter
     from lorabench.tasks.encoding import model_inputs
 
     task, names = saved.run.task, saved.head.label_names
-    parts = [text.partition("\t")[::2] if _paired(saved) else (text, None) for text in texts]
+    parts = [text.partition("\t")[::2] if _is_paired(saved) else (text, None) for text in texts]
     for i in range(0, len(texts), BATCH):
         examples = [task.encode_text(text, base.processor, pair) for text, pair in parts[i : i + BATCH]]
         logits: Tensor = base.model(**model_inputs(task.collate(examples, base.processor))).logits
@@ -102,7 +103,7 @@ def _classify(saved: SavedRun, base: Base, texts: Sequence[str], _: int) -> Iter
 
 
 def _reply(saved: SavedRun, base: Base, texts: Sequence[str], max_new_tokens: int) -> Iterator[str]:
-    """Greedy replies, one text at a time: without padding, so that neighbours cannot change them."""
+    """Give greedy replies, one text at a time: without padding, so that neighbours cannot change them."""
     import torch
 
     from lorabench.models.pretrained import end_tokens, quiet
@@ -119,14 +120,18 @@ def _reply(saved: SavedRun, base: Base, texts: Sequence[str], max_new_tokens: in
             )
         with quiet():  # its advice about sampling settings that greedy decoding does not use
             out = model.generate(
-                input_ids=ids, attention_mask=torch.ones_like(ids), max_new_tokens=max_new_tokens, do_sample=False,
-                pad_token_id=base.processor.pad_token_id, eos_token_id=end_tokens(model, base.processor),
-            )  # fmt: skip
+                input_ids=ids,
+                attention_mask=torch.ones_like(ids),
+                max_new_tokens=max_new_tokens,
+                do_sample=False,
+                pad_token_id=base.processor.pad_token_id,
+                eos_token_id=end_tokens(model, base.processor),
+            )
         yield base.processor.decode(out[0, ids.shape[1] :], skip_special_tokens=True).strip()
 
 
 def table(saved: SavedRun, answers: Sequence[Answer], *, top: int) -> Table:
-    """Base and trained run side by side; texts are shown as text, whatever they contain."""
+    """Return a table of base and trained run side by side; texts are shown as text, whatever they contain."""
     from rich.table import Table
     from rich.text import Text
 
@@ -142,18 +147,20 @@ def table(saved: SavedRun, answers: Sequence[Answer], *, top: int) -> Table:
     if labels:
         made.caption = "The base alone has no trained head for these labels: its column is what training started from, not what it knows."
     for a in answers:
-        made.add_row(*(Text(x) for x in (_shown(a.text), _said(a.base, top), _said(a.trained, top))))
+        made.add_row(
+            *(Text(x) for x in (_without_controls(a.text), _answer_text(a.base, top), _answer_text(a.trained, top)))
+        )
     return made
 
 
-def _said(answer: str | list[tuple[str, float]], top: int) -> str:
+def _answer_text(answer: str | list[tuple[str, float]], top: int) -> str:
     if isinstance(answer, str):
-        return _shown(answer) or "(nothing)"
-    return "\n".join(f"{p:6.1%}  {_shown(label)}" for label, p in answer[:top])
+        return _without_controls(answer) or "(nothing)"
+    return "\n".join(f"{p:6.1%}  {_without_controls(label)}" for label, p in answer[:top])
 
 
-def _shown(text: str) -> str:
-    """Terminal control characters must not reach the terminal."""
+def _without_controls(text: str) -> str:
+    """Return a text without the control characters of a terminal."""
     return "".join(c if c.isprintable() or c == "\n" else "\N{REPLACEMENT CHARACTER}" for c in text)
 
 

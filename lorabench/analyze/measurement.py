@@ -1,4 +1,5 @@
-"""Measure what a sweep's runs trained, and keep it in <sweep>/analysis/weights.json. Torch is imported when it is needed."""
+"""Measure what a sweep's runs trained, and keep it in <sweep>/analysis/weights.json. Torch is imported when it is
+needed."""
 
 from __future__ import annotations
 

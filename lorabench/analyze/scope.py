@@ -76,8 +76,8 @@ def layers_by_run(
 ) -> dict[str, list[str]]:
     """Return the layers of each chosen run, by run_id.
 
-    Full fine-tuning has those that adapters of the sweep train, else all linear ones. Raises `ConfigError` for a pattern
-    that matches none.
+    Full fine-tuning has those that adapters of the sweep train, else all linear ones. Raises `ConfigError` for a
+    pattern that matches none.
     """
     adapted: dict[str, dict[str, None]] = {}  # base -> layers, in order
     for run in source.runs.values():
@@ -109,7 +109,8 @@ def _matches(name: str, pattern: str) -> bool:
 
 
 def pairs_to_compare(results: Sequence[Result], run_ids: set[str]) -> list[SimilarityPairs]:
-    """Return the pairs of runs to compare: within each cell between seeds, and every rank with the largest of its series.
+    """Return the pairs of runs to compare: within each cell between seeds, and every rank with the largest of its
+    series.
 
     Ranks are never compared at one and the same seed. There the smaller A starts as the first rows of the larger, and
     phi is 1 before training. run_ids: the runs that were measured.

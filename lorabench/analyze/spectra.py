@@ -1,8 +1,8 @@
 """Spectra of weight updates: singular values, subspaces, intruder dimensions. Pure functions of tensors, in float64.
 
 Every matrix is that of a layer's map x -> W x, [O, I]. A factored update dW = scaling * B @ A is never formed: QR of B
-and of A^T leave an r x r matrix to decompose. Shape letters: I in, O out, r rank, n and m numbers of directions, d their
-width. Sources: the LoRA paper (arXiv 2106.09685, section 7 and appendix G) and, for intruders, arXiv 2410.21228.
+and of A^T leave an r x r matrix to decompose. Shape letters: I in, O out, r rank, n and m numbers of directions, d
+their width. Sources: the LoRA paper (arXiv 2106.09685, section 7 and appendix G) and, for intruders, arXiv 2410.21228.
 """
 
 from __future__ import annotations

@@ -1,8 +1,8 @@
 """Subspace similarity between finished runs: phi of A and of dW, beside its value before training.
 
-phi is averaged over layers and pairs of runs; a few values of each layer are kept too. The directions are right-singular
-ones, of the input side. Source: the LoRA paper (arXiv 2106.09685), sections 7.2 and 7.3.
-Shape letters: n and m numbers of directions, d their width.
+phi is averaged over layers and pairs of runs; a few values of each layer are kept too. The directions are
+right-singular ones, of the input side. Source: the LoRA paper (arXiv 2106.09685), sections 7.2 and 7.3. Shape letters:
+n and m numbers of directions, d their width.
 """
 
 from __future__ import annotations

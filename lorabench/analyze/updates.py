@@ -72,7 +72,8 @@ class LayerUpdate:
         return True
 
     def factors(self, I: int) -> tuple[Tensor, Tensor, float]:
-        """Return B [O, r], A [r, I] and scaling. scaling * B @ A is dW; for DoRA, what is added before rows are scaled."""
+        """Return B [O, r], A [r, I] and scaling. scaling * B @ A is dW; for DoRA, what is added before rows are
+        scaled."""
         assert self.spec is not None
         if self.kind == "vera":
             d, b = self._double("vera_lambda_d"), self._double("vera_lambda_b")

@@ -30,8 +30,12 @@ def parser() -> argparse.ArgumentParser:
         "--cells", nargs="+", default=[], metavar="ID", help="these cells alone; * and ? match as in a shell"
     )
     p.add_argument(
-        "--repeats", type=int, default=15, metavar="N", help="rounds a measure; at most 5 where the disk is read (default 15)"
-    )  # fmt: skip
+        "--repeats",
+        type=int,
+        default=15,
+        metavar="N",
+        help="rounds a measure; at most 5 where the disk is read (default 15)",
+    )
     p.add_argument("--again", action="store_true", help="measure what is known already, too")
     return p
 

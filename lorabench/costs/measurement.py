@@ -21,8 +21,7 @@ if TYPE_CHECKING:
     from lorabench.training.saved_run import SavedRun
 
 
-TOKENS = 32  # of a text where no record counts them
-
+DEFAULT_DEFAULT_TOKENS = 32  # of a text where no record counts them
 
 Tick = Callable[[str, int, int], None]
 
@@ -47,7 +46,9 @@ class SavedRuns:
 def measure_costs(
     sweep_dir: str | Path, asked: CostsRequest, tick: Tick = lambda cell, done, total: None
 ) -> dict[str, Any]:
-    """Measure, write the file, and return what it holds. tick: (cell at hand, parts done, parts to do).
+    """Measure one saved run of each cell asked for, write the file, and return what it holds.
+
+    tick: called with the cell at hand, the parts done and the parts to do.
 
     The file is written whole after each cell, so that a killed measurement goes on where it was. Raises `ConfigError`
     for a directory without finished runs or saved weights, unknown cells, and bases that changed.
@@ -59,20 +60,25 @@ def measure_costs(
         raise ConfigError("--repeats", asked.repeats, "at least 3: a median and quartiles are taken")
     every = cell_results(load(sweep_dir)).by_cell
     chosen = select_cells(every, asked.cells)
-    source = _opened(sweep_dir, chosen)
-    setting = _setting(every, source)
-    doc = _kept(COSTS_FILE.read_reusable(sweep_dir), every, chosen, source, setting)
-    todo = [i for i in source.runs if asked.again or not _known(doc["cells"].get(i), source.runs[i][0])]
-    _fill(doc, todo, every, source, asked, tick, lambda: COSTS_FILE.write(sweep_dir, doc))
+    source = _open_runs(sweep_dir, chosen)
+    setting = _conditions(every, source)
+    doc = _reusable_content(COSTS_FILE.read_reusable(sweep_dir), every, chosen, source, setting)
+    todo = [i for i in source.runs if asked.again or not _is_measured(doc["cells"].get(i), source.runs[i][0])]
+    _measure_cells(doc, todo, every, source, asked, tick, lambda: COSTS_FILE.write(sweep_dir, doc))
     COSTS_FILE.write(sweep_dir, doc)
     return COSTS_FILE.read_reusable(sweep_dir)
 
 
-def _fill(
-    doc: dict[str, Any], todo: Sequence[str], every: Mapping[str, Result], source: SavedRuns, asked: CostsRequest, tick: Tick,
+def _measure_cells(
+    doc: dict[str, Any],
+    todo: Sequence[str],
+    every: Mapping[str, Result],
+    source: SavedRuns,
+    asked: CostsRequest,
+    tick: Tick,
     keep: Callable[[], None],
-) -> None:  # fmt: skip
-    """Measure the cells of `todo` into the file's content; one base is held at a time."""
+) -> None:
+    """Measure the cells of `todo` into the file's content. One base is held at a time."""
     from lorabench.costs import timings
 
     held: tuple[str, Bench] | None = None
@@ -87,19 +93,24 @@ def _fill(
         first, *others = source.runs[i]
         if held is None or held[0] != first.base_key:
             held = None  # the one before goes first
-            held = (first.base_key, timings.bench(first, doc["setting"]["dtype"], asked.repeats))
+            held = (first.base_key, timings.open_bench(first, doc["setting"]["dtype"], asked.repeats))
         base = held[1]
         folders = [first.folder, (others or [first])[0].folder]
-        about = {"run": first.record.run_id, "weights": first.checksum, "bytes": timings.disk_bytes(first.folder),
-                 "base_bytes": base.bytes, "base_load": base.load}  # fmt: skip
+        about = {
+            "run": first.record.run_id,
+            "weights": first.checksum,
+            "bytes": timings.disk_bytes(first.folder),
+            "base_bytes": base.bytes,
+            "base_load": base.load,
+        }
         tokens = doc["setting"]["tokens"]
-        doc["cells"][i] = about | timings.measure(base, folders, tokens=tokens, repeats=asked.repeats, tick=step)
-        doc["cells"][i] |= _about(every, i)
+        doc["cells"][i] = about | timings.time_cell(base, folders, tokens=tokens, repeats=asked.repeats, tick=step)
+        doc["cells"][i] |= _cell_entry(every, i)
         keep()
 
 
-def _opened(sweep_dir: str | Path, chosen: Mapping[str, Result]) -> SavedRuns:
-    """Up to two runs with weights a cell. Raises `ConfigError` where no cell has one."""
+def _open_runs(sweep_dir: str | Path, chosen: Mapping[str, Result]) -> SavedRuns:
+    """Return up to two runs with weights for each cell. Raises `ConfigError` where no cell has one."""
     from lorabench.training.saved_run import open_run
 
     store, source = Store(sweep_dir), SavedRuns()
@@ -126,8 +137,8 @@ def _opened(sweep_dir: str | Path, chosen: Mapping[str, Result]) -> SavedRuns:
     return source
 
 
-def _setting(every: Mapping[str, Result], source: SavedRuns) -> dict[str, Any]:
-    """The conditions that all cells of the file share: machine, torch, threads, types, length of a text.
+def _conditions(every: Mapping[str, Result], source: SavedRuns) -> dict[str, Any]:
+    """Return the conditions that all cells of the file share: machine, torch, threads, types, length of a text.
 
     The type and attention are those the adapters' runs were evaluated with, for full fine-tuning too.
     """
@@ -139,20 +150,30 @@ def _setting(every: Mapping[str, Result], source: SavedRuns) -> dict[str, Any]:
     lengths = [u["tokens"] / u["examples"] for u in used if u.get("tokens") and u.get("examples")]
     machine = {k: v for k, v in provenance.machine().items() if k != "host"}
     return {
-        "machine": machine, "threads": torch.get_num_threads(), "torch": str(torch.__version__), "device": "cpu",
-        "dtype": first.get("base_dtype") or "float32", "tokens": round(median(lengths)) if lengths else TOKENS,
-    }  # fmt: skip
+        "machine": machine,
+        "threads": torch.get_num_threads(),
+        "torch": str(torch.__version__),
+        "device": "cpu",
+        "dtype": first.get("base_dtype") or "float32",
+        "tokens": round(median(lengths)) if lengths else DEFAULT_TOKENS,
+    }
 
 
 # -- the file ------------------------------------------------------------------------------------------------------------
 
 
-def _kept(
-    old: Mapping[str, Any], every: Mapping[str, Result], chosen: Mapping[str, Result], source: SavedRuns, setting: Mapping[str, Any]
-) -> dict[str, Any]:  # fmt: skip
-    """The file to fill: cells that the sweep still has, if they were measured under these conditions: none else compare."""
+def _reusable_content(
+    old: Mapping[str, Any],
+    every: Mapping[str, Result],
+    chosen: Mapping[str, Result],
+    source: SavedRuns,
+    setting: Mapping[str, Any],
+) -> dict[str, Any]:
+    """Return the file's content to go on from: the sweep's cells that were measured under these conditions."""
     same = old.get("setting") == json.loads(json.dumps(setting))
-    cells = {i: entry | _about(every, i) for i, entry in (old.get("cells", {}) if same else {}).items() if i in every}
+    cells = {
+        i: entry | _cell_entry(every, i) for i, entry in (old.get("cells", {}) if same else {}).items() if i in every
+    }
     cells = {i: entry for i, entry in cells.items() if i not in source.left_out}
     names = {r.name for i, r in every.items() if i not in chosen}
     left_out = {name: why for name, why in old.get("left_out", {}).items() if name in names}
@@ -160,14 +181,18 @@ def _kept(
     return {"setting": dict(setting), "cells": cells, "left_out": left_out}
 
 
-def _about(every: Mapping[str, Result], cell: str) -> dict[str, Any]:
-    """What the records and the manifest say of a cell: this is never measured here."""
+def _cell_entry(every: Mapping[str, Result], cell: str) -> dict[str, Any]:
+    """Return what the records and the manifest say of a cell: this is never measured here."""
     r = every[cell]
     return {
-        "order": list(every).index(cell), "name": r.name, "method": r.cell.method, "r": r.cell.r,
-        "trainable": r.cell.trainable, "training_memory": r.timed.get("peak_memory_bytes"),
-    }  # fmt: skip
+        "order": list(every).index(cell),
+        "name": r.name,
+        "method": r.cell.method,
+        "r": r.cell.r,
+        "trainable": r.cell.trainable,
+        "training_memory": r.timed.get("peak_memory_bytes"),
+    }
 
 
-def _known(entry: Mapping[str, Any] | None, saved: SavedRun) -> bool:
+def _is_measured(entry: Mapping[str, Any] | None, saved: SavedRun) -> bool:
     return entry is not None and entry["weights"] == saved.checksum

@@ -35,7 +35,7 @@ Spread = dict[str, float]
 
 
 def spread(values: Sequence[float]) -> Spread:
-    """Median and quartiles; n: how many."""
+    """Return median and quartiles of some seconds, and how many they are."""
     low, middle, high = np.quantile(values, [0.25, 0.5, 0.75])
     return {"median": float(middle), "low": float(low), "high": float(high), "n": len(values)}
 
@@ -52,8 +52,8 @@ class Bench:
     bytes: int  # of its weight files, else of its parameters
 
 
-def bench(saved: SavedRun, dtype: str, repeats: int) -> Bench:
-    """The base of a run. Raises `ConfigError` where its files are gone or changed."""
+def open_bench(saved: SavedRun, dtype: str, repeats: int) -> Bench:
+    """Return the base of a run, ready to be timed. Raises `ConfigError` where its files are gone or changed."""
     seconds = []
     for _ in range(min(repeats, 3)):
         start = time.perf_counter()
@@ -68,15 +68,16 @@ def bench(saved: SavedRun, dtype: str, repeats: int) -> Bench:
 
 
 def disk_bytes(folder: Path) -> int:
-    """Of a saved slice's files."""
+    """Return the bytes of a saved slice's files."""
     return sum(path.stat().st_size for path in folder.iterdir() if path.is_file())
 
 
 @torch.no_grad()
-def measure(
+def time_cell(
     b: Bench, folders: Sequence[Path], *, tokens: int, repeats: int, tick: Callable[[], None] = lambda: None
 ) -> dict[str, Any]:
-    """One cell. folders: its saved weights, then those to switch to. tick: after each of STEPS parts.
+    """Return the times of one cell. folders: its saved weights, then those to switch to. tick: after each of STEPS
+    parts.
 
     Seconds: "load" from disk onto the base that is there, "switch" between two that are loaded, "merge" one out and
     another in; "latency" by batch size, of "plain", "served" and "merged", and their ratio in the same round.
@@ -86,15 +87,15 @@ def measure(
     full = slices[0][1].full
     few = min(repeats, FEW)
     found: dict[str, Any] = {}
-    found["load"] = spread(_loads_full(b, folders[0], few) if full else _loads(b, folders[0], few))
+    found["load"] = spread(_time_loading_full(b, folders[0], few) if full else _time_loading(b, folders[0], few))
     tick()
-    found["switch"] = spread(_switches_full(b, slices, few) if full else _switches(b, folders, repeats))
+    found["switch"] = spread(_time_switching_full(b, slices, few) if full else _time_switching(b, folders, repeats))
     tick()
-    found["merge"] = None if full else spread(_merges(b, slices, few))
+    found["merge"] = None if full else spread(_time_merging(b, slices, few))
     tick()
     found["latency"] = {}
     for batch in BATCHES:
-        found["latency"][str(batch)] = _latency(b, folders[0], slices[0], batch, tokens, repeats)
+        found["latency"][str(batch)] = _time_answers(b, folders[0], slices[0], batch, tokens, repeats)
         tick()
     return found
 
@@ -106,8 +107,9 @@ STEPS = 3 + len(BATCHES)
 
 
 @contextmanager
-def serving(model: nn.Module, info: BaseInfo, folders: Sequence[Path]) -> Iterator[Use]:
-    """Saved slices on a base: in a bank where it takes their kind, else as slices of one stack. Gives `use(k)`."""
+def serve_slices(model: nn.Module, info: BaseInfo, folders: Sequence[Path]) -> Iterator[Use]:
+    """Put saved slices on a base inside the block: in a bank where it takes their kind, else in one stack. Gives
+    `use(k)`."""
     slices = [load_slice(folder) for folder in folders]
     if all(spec.kind == "lora" for _, plan in slices for spec in plan.adapters.values()):
         bank = Bank(model, info)
@@ -122,7 +124,7 @@ def serving(model: nn.Module, info: BaseInfo, folders: Sequence[Path]) -> Iterat
         return
     attention = getattr(getattr(model, "config", None), "_attn_implementation", None)
     switch: Callable[[str], None] | None = getattr(model, "set_attn_implementation", None)
-    stack = inject(model, [_undropped(plan) for _, plan in slices], info=info)
+    stack = inject(model, [_without_dropout(plan) for _, plan in slices], info=info)
     try:
         if attention is not None and switch is not None:
             switch(attention)  # eager is for training with dropout
@@ -133,23 +135,23 @@ def serving(model: nn.Module, info: BaseInfo, folders: Sequence[Path]) -> Iterat
         stack.remove()
 
 
-def _undropped(plan: SlicePlan) -> SlicePlan:
+def _without_dropout(plan: SlicePlan) -> SlicePlan:
     return replace(plan, adapters={name: replace(spec, dropout=0.0) for name, spec in plan.adapters.items()})
 
 
-def _loads(b: Bench, folder: Path, repeats: int) -> list[float]:
+def _time_loading(b: Bench, folder: Path, repeats: int) -> list[float]:
     seconds = []
     for _ in range(repeats):
         start = time.perf_counter()
-        with serving(b.served, b.info, [folder]):
+        with serve_slices(b.served, b.info, [folder]):
             seconds.append(time.perf_counter() - start)
     return seconds
 
 
-def _switches(b: Bench, folders: Sequence[Path], repeats: int) -> list[float]:
-    """From one that is in use to another."""
+def _time_switching(b: Bench, folders: Sequence[Path], repeats: int) -> list[float]:
+    """Return the seconds of switching from one slice that is in use to another."""
     seconds = []
-    with serving(b.served, b.info, folders) as use:
+    with serve_slices(b.served, b.info, folders) as use:
         for k in range(WARM_UP + repeats):
             start = time.perf_counter()
             with use(k % len(folders)):
@@ -157,8 +159,9 @@ def _switches(b: Bench, folders: Sequence[Path], repeats: int) -> list[float]:
     return seconds[WARM_UP:]
 
 
-def _merges(b: Bench, slices: Sequence[tuple[Mapping[str, Tensor], SlicePlan]], repeats: int) -> list[float]:
-    """One out, another in, with the originals kept, so that nothing adds up."""
+def _time_merging(b: Bench, slices: Sequence[tuple[Mapping[str, Tensor], SlicePlan]], repeats: int) -> list[float]:
+    """Return the seconds of taking one slice out and merging another, with the originals kept, so that nothing adds
+    up."""
     seconds, done = [], merge(b.merged, *slices[0], keep=True)
     for k in range(repeats):
         start = time.perf_counter()
@@ -169,7 +172,7 @@ def _merges(b: Bench, slices: Sequence[tuple[Mapping[str, Tensor], SlicePlan]], 
     return seconds
 
 
-def _loads_full(b: Bench, folder: Path, repeats: int) -> list[float]:
+def _time_loading_full(b: Bench, folder: Path, repeats: int) -> list[float]:
     seconds = []
     for _ in range(repeats):
         start = time.perf_counter()
@@ -179,7 +182,9 @@ def _loads_full(b: Bench, folder: Path, repeats: int) -> list[float]:
     return seconds
 
 
-def _switches_full(b: Bench, slices: Sequence[tuple[Mapping[str, Tensor], SlicePlan]], repeats: int) -> list[float]:
+def _time_switching_full(
+    b: Bench, slices: Sequence[tuple[Mapping[str, Tensor], SlicePlan]], repeats: int
+) -> list[float]:
     seconds = []
     for k in range(repeats):
         start = time.perf_counter()
@@ -200,24 +205,24 @@ def _write(model: nn.Module, state: Mapping[str, Tensor]) -> None:
 # -- latency -------------------------------------------------------------------------------------------------------------
 
 
-def _latency(
+def _time_answers(
     b: Bench, folder: Path, own: tuple[Mapping[str, Tensor], SlicePlan], batch: int, tokens: int, repeats: int
 ) -> dict[str, Spread]:
-    """Seconds of one forward pass over `batch` texts of `tokens` tokens."""
-    given = texts(b.plain, batch, tokens)
+    """Return the seconds of one forward pass over `batch` texts of `tokens` tokens."""
+    given = random_texts(b.plain, batch, tokens)
     done = merge(b.merged, *own, keep=True)
     try:
         ways: dict[str, Callable[[], Any]] = {"plain": lambda: b.plain(**given), "merged": lambda: b.merged(**given)}
         if own[1].full:
-            return _summary(turns(ways, repeats))
-        with serving(b.served, b.info, [folder]) as use, use(0):
-            return _summary(turns({**ways, "served": lambda: b.served(**given)}, repeats))
+            return _summary(time_in_turns(ways, repeats))
+        with serve_slices(b.served, b.info, [folder]) as use, use(0):
+            return _summary(time_in_turns({**ways, "served": lambda: b.served(**given)}, repeats))
     finally:
         done.unmerge()
 
 
-def texts(model: nn.Module, batch: int, tokens: int) -> dict[str, Tensor]:
-    """Token ids drawn at random, no padding: what they say costs nothing. Raises `ConfigError` for a base that reads no text."""
+def random_texts(model: nn.Module, batch: int, tokens: int) -> dict[str, Tensor]:
+    """Return token ids drawn at random, without padding. Raises `ConfigError` for a base that reads no text."""
     config: Any = getattr(model, "config", None)
     config = config.get_text_config() if hasattr(config, "get_text_config") else config
     size, limit = getattr(config, "vocab_size", None), getattr(config, "max_position_embeddings", None)
@@ -228,8 +233,8 @@ def texts(model: nn.Module, batch: int, tokens: int) -> dict[str, Tensor]:
     return {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
 
 
-def turns(ways: Mapping[str, Callable[[], Any]], repeats: int) -> dict[str, list[float]]:
-    """Seconds of each way in each round; who goes first changes from round to round."""
+def time_in_turns(ways: Mapping[str, Callable[[], Any]], repeats: int) -> dict[str, list[float]]:
+    """Return the seconds of each way in each round; who goes first changes from round to round."""
     names, seconds = list(ways), {name: list[float]() for name in ways}
     for i in range(-WARM_UP, repeats):
         for name in (*names[i % len(names) :], *names[: i % len(names)]):
@@ -241,7 +246,7 @@ def turns(ways: Mapping[str, Callable[[], Any]], repeats: int) -> dict[str, list
 
 
 def _summary(seconds: Mapping[str, Sequence[float]]) -> dict[str, Spread]:
-    """Of each way, and of the ratios of rounds: what serving costs beside merged weights."""
+    """Return the spread of each way, and of the ratios of rounds: what serving costs beside merged weights."""
     found = {name: spread(values) for name, values in seconds.items()}
     if "served" in seconds:
         found["ratio"] = spread([a / b for a, b in zip(seconds["served"], seconds["merged"], strict=True)])

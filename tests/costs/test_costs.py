@@ -66,13 +66,13 @@ def file(sweep: Made) -> Path:
 def counted(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """run_ids in the order they are measured."""
     seen: list[str] = []
-    real = timings.measure
+    real = timings.time_cell
 
     def measure(b: Any, folders: Sequence[Path], **kwargs: Any) -> Any:
         seen.append(folders[0].parent.name)
         return real(b, folders, **kwargs)
 
-    monkeypatch.setattr(timings, "measure", measure)
+    monkeypatch.setattr(timings, "time_cell", measure)
     return seen
 
 
@@ -108,35 +108,35 @@ class TestMeasured:
     ) -> None:
         """Unmerged and merged are the same model, and not the base; afterwards all three copies are the base's."""
         saved = open_run(original.store.run_dir(original.ids[cell, 0]))
-        b = timings.bench(saved, "float64", 3)
+        b = timings.open_bench(saved, "float64", 3)
         said: list[Mapping[str, Tensor]] = []
 
         def turns(ways: Mapping[str, Callable[[], Any]], repeats: int) -> dict[str, list[float]]:
             said.append({name: way().logits for name, way in ways.items()})
             return {name: [1.0] * repeats for name in ways}
 
-        monkeypatch.setattr(timings, "turns", turns)
-        timings.measure(b, [saved.folder, saved.folder], tokens=12, repeats=3)
+        monkeypatch.setattr(timings, "time_in_turns", turns)
+        timings.time_cell(b, [saved.folder, saved.folder], tokens=12, repeats=3)
         assert [len(x["plain"]) for x in said] == [1, 32]
         for found in said:
             assert not torch.allclose(found["plain"], found["merged"], rtol=1e-3)
             if cell != "full":
                 torch.testing.assert_close(found["served"], found["merged"], rtol=1e-6, atol=1e-8)
-        given = timings.texts(b.plain, 2, 12)
+        given = timings.random_texts(b.plain, 2, 12)
         with torch.no_grad():
             answers = [m(**given).logits for m in (saved.base(dtype="float64").model, b.plain, b.served, b.merged)]
         assert all(torch.equal(answers[0], x) for x in answers[1:])
 
     def test_copies_share_the_base(self, original: Made) -> None:
         """Only the copy that is merged into has weights of its own."""
-        b = timings.bench(open_run(original.store.run_dir(original.ids["r2", 0])), "float32", 3)
+        b = timings.open_bench(open_run(original.store.run_dir(original.ids["r2", 0])), "float32", 3)
         plain, served, merged = ([p.data_ptr() for p in m.parameters()] for m in (b.plain, b.served, b.merged))
         assert plain == served and not set(plain) & set(merged)
 
     def test_ways_take_turns(self) -> None:
         order: list[str] = []
         ways = {name: lambda name=name: order.append(name) for name in "abc"}
-        found = timings.turns(ways, 3)
+        found = timings.time_in_turns(ways, 3)
         assert {name: len(x) for name, x in found.items()} == {"a": 3, "b": 3, "c": 3}
         rounds = ["".join(order[i : i + 3]) for i in range(0, len(order), 3)]
         assert rounds[timings.WARM_UP :] == ["abc", "bca", "cab"]
@@ -171,18 +171,18 @@ class TestResume:
         assert len(seen) == 3 and list(doc["cells"]) == ["r2"] and doc["setting"]["torch"] == "0.0.1"
 
     def test_a_killed_measurement_goes_on(self, sweep: Made, monkeypatch: pytest.MonkeyPatch) -> None:
-        real = timings.measure
+        real = timings.time_cell
 
         def killed(b: Any, folders: Sequence[Path], **kwargs: Any) -> Any:
             if folders[0].parent.name == sweep.ids["ia3", 0]:
                 raise KeyboardInterrupt
             return real(b, folders, **kwargs)
 
-        monkeypatch.setattr(timings, "measure", killed)
+        monkeypatch.setattr(timings, "time_cell", killed)
         with pytest.raises(KeyboardInterrupt):
             measurement.measure_costs(sweep.root, CostsRequest(("r2", "ia3"), 3))
         assert list(json.loads(file(sweep).read_text())["cells"]) == ["r2"]
-        monkeypatch.setattr(timings, "measure", real)
+        monkeypatch.setattr(timings, "time_cell", real)
         seen = counted(monkeypatch)
         measurement.measure_costs(sweep.root, CostsRequest(("r2", "ia3"), 3))
         assert seen == [sweep.ids["ia3", 0]]
