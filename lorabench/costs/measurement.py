@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from lorabench.training.saved_run import SavedRun
 
 
-DEFAULT_DEFAULT_TOKENS = 32  # of a text where no record counts them
+DEFAULT_TOKENS = 32  # of a text where no record counts them
 
 Tick = Callable[[str, int, int], None]
 
