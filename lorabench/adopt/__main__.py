@@ -56,9 +56,12 @@ def adopt(args: argparse.Namespace) -> str:
     fixed = _pairs(args.set, "--set")
     if len(args.source) == 1 and args.source[0].is_file():
         records = from_table(
-            args.source[0], columns=_pairs(args.column, "--column"), fixed=fixed, metrics=_pairs(args.metric, "--metric"),
+            args.source[0],
+            columns=_pairs(args.column, "--column"),
+            fixed=fixed,
+            metrics=_pairs(args.metric, "--metric"),
             primary=args.primary,
-        )  # fmt: skip
+        )
     else:
         records = from_folders(args.source, fixed=fixed, primary=args.primary)
     for record in records if args.lower_is_better else ():

@@ -1,4 +1,5 @@
-"""Results of other tools as records: rows of a table, folders that PEFT and transformers' Trainer wrote. Pure but for reading.
+"""Results of other tools as records: rows of a table, folders that PEFT and transformers' Trainer wrote. Pure but for
+reading.
 
 What a source does not say is not made up: it is listed in the record's `provenance.missing`.
 """
@@ -29,8 +30,17 @@ METHODS = {
 }
 
 
-STATUSES = {"finished": "completed", "completed": "completed", "success": "completed", "failed": "failed", "crashed": "failed",
-          "killed": "failed", "diverged": "diverged", "pruned": "pruned", "": "completed"}  # fmt: skip
+STATUSES = {
+    "finished": "completed",
+    "completed": "completed",
+    "success": "completed",
+    "failed": "failed",
+    "crashed": "failed",
+    "killed": "failed",
+    "diverged": "diverged",
+    "pruned": "pruned",
+    "": "completed",
+}
 
 
 RESULT_FILES = ("trainer_state.json", "all_results.json", "eval_results.json")
@@ -62,7 +72,8 @@ def from_table(
     """One record a row of a csv file with a header.
 
     columns: our setting -> column, beyond `ALIASES`; fixed: settings equal in all rows; metrics: `test/accuracy` ->
-    column, beyond columns that start with test/, val/, eval/ (or _). Raises `ConfigError` for a file that says too little.
+    column, beyond columns that start with test/, val/, eval/ (or _). Raises `ConfigError` for a file that says too
+    little.
     """
     try:
         with open(path, newline="", encoding="utf-8-sig") as f:
@@ -81,10 +92,14 @@ def from_table(
     scored = {**scores_of([n for n in names if n not in taken.values()]), **metrics}
     if not scored:
         raise ConfigError("--metric", None, f"test/<name>=<column>, for one of: {', '.join(names)}")
-    said = [{key: _value(row[column] or "") for key, column in taken.items()} | {k: _value(v) for k, v in fixed.items()}
-            for row in rows]  # fmt: skip
-    values = [{name: _number(row[column], f"{path.name}, row {i + 1}, {column}") for name, column in scored.items()}
-              for i, row in enumerate(rows)]  # fmt: skip
+    said = [
+        {key: _value(row[column] or "") for key, column in taken.items()} | {k: _value(v) for k, v in fixed.items()}
+        for row in rows
+    ]
+    values = [
+        {name: _number(row[column], f"{path.name}, row {i + 1}, {column}") for name, column in scored.items()}
+        for i, row in enumerate(rows)
+    ]
     primary = primary or _primary(name for row in values for name, value in row.items() if value is not None)
     return _mark_phases(
         [
@@ -109,9 +124,11 @@ def _mark_phases(records: list[Record]) -> list[Record]:
 
 
 def from_folders(folders: Sequence[Path], *, fixed: Mapping[str, str], primary: str | None) -> list[Record]:
-    """One record a folder with adapter_config.json (PEFT) and trainer_state.json, or all_results.json, eval_results.json.
+    """One record a folder with adapter_config.json (PEFT) and trainer_state.json, or all_results.json,
+    eval_results.json.
 
-    Pickled files (training_args.bin, optimizer.pt) are not opened: the largest rate that was logged stands for the peak.
+    Pickled files (training_args.bin, optimizer.pt) are not opened: the largest rate that was logged stands for the
+    peak.
     """
     records = []
     for folder in folders:
@@ -141,11 +158,14 @@ def _adapter_settings(config: Mapping[str, Any]) -> dict[str, Any]:
     kind = "dora" if config.get("use_dora") else str(config.get("peft_type", "LORA")).lower()
     target = config.get("target_modules")
     return {
-        "method.name": kind, "method.r": config.get("r"), "method.alpha": config.get("lora_alpha"),
-        "method.dropout": config.get("lora_dropout"), "method.use_rslora": bool(config.get("use_rslora")),
+        "method.name": kind,
+        "method.r": config.get("r"),
+        "method.alpha": config.get("lora_alpha"),
+        "method.dropout": config.get("lora_dropout"),
+        "method.use_rslora": bool(config.get("use_rslora")),
         "method.target_modules": sorted(target) if isinstance(target, list) else target,
         "model.name": config.get("base_model_name_or_path"),
-    }  # fmt: skip
+    }
 
 
 def _state_settings(state: Mapping[str, Any]) -> dict[str, Any]:

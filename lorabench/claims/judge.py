@@ -67,8 +67,10 @@ def table(name: str, verdicts: Sequence[Verdict]) -> Table:
     )
     for title, ratio in (("claim", 4), ("status", 2), ("number (95 %)", 2), ("why; what would settle it", 5)):
         made.add_column(title, ratio=ratio, overflow="fold")
-    made.caption = Text("holds: the 90 % interval lies inside what is claimed; contradicted: the 95 % interval lies outside. "
-                        "Claims are judged one by one, without a correction for their number.")  # fmt: skip
+    made.caption = Text(
+        "holds: the 90 % interval lies inside what is claimed; contradicted: the 95 % interval lies outside. "
+        "Claims are judged one by one, without a correction for their number."
+    )
     made.caption_justify = "left"
     for v in verdicts:
         why = v.reason + (f". {SETTLE_HEADS[v.status]}: {v.settle}" if v.settle else "")

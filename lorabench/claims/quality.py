@@ -1,4 +1,5 @@
-"""Claims about how good tuned cells are: targets, batch size, methods, scale. All numbers are of the primary metric on test."""
+"""Claims about how good tuned cells are: targets, batch size, methods, scale. All numbers are of the primary metric on
+test."""
 
 from __future__ import annotations
 
@@ -203,7 +204,8 @@ def _across_scales(e: Evidence, claim: Claim, *, opposite: bool) -> Verdict:
 
 
 def _within_margin(e: Evidence, claim: Claim, cells: Sequence[Result], where: str, *, opposite: bool) -> Verdict:
-    """Whether all pairs lie within the margin: shown for each pair, which needs no correction; one pair beyond it, which does."""
+    """Whether all pairs lie within the margin: shown for each pair, which needs no correction; one pair beyond it,
+    which does."""
     if lacking := missing_tuning(cells):
         return claim.lacks(lacking)
     made: list[Estimate] = []

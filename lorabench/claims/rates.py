@@ -74,9 +74,12 @@ def _ratio(e: Evidence, claim: Claim, times: float, *, short: bool) -> Verdict:
     )
     bounds = made.interval()
     return claim.verdict(
-        judge_range(made, low, high), said, (best_rate.power_of_two(bounds[0]), best_rate.power_of_two(bounds[1])), reason,
+        judge_range(made, low, high),
+        said,
+        (best_rate.power_of_two(bounds[0]), best_rate.power_of_two(bounds[1])),
+        reason,
         seeds_to_settle(made, low, high, "tuning"),
-    )  # fmt: skip
+    )
 
 
 def _ratio_conditions(line: Line, full: Result, *, short: bool) -> str | None:

@@ -76,7 +76,8 @@ def negate(status: Status) -> Status:
 
 
 def seeds_to_settle(e: Estimate, low: float, high: float, kind: str) -> str:
-    """How many seeds would place a number inside or outside a range, if it stays as it is. kind: tuning, confirmation."""
+    """How many seeds would place a number inside or outside a range, if it stays as it is. kind: tuning,
+    confirmation."""
     within = low < e.mean < high and math.isfinite(high - low)
     gap = min(abs(e.mean - low), abs(e.mean - high))
     needed = estimates.seeds_needed(e, gap, level=0.90 if within else 0.95) if gap > 0 and e.seeds > 1 else None

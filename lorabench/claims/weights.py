@@ -53,7 +53,8 @@ RANK = Claim(
 
 
 def full_needs_more_rank(e: Evidence) -> Verdict:
-    """Median rank over matrices, a number a run, over the largest configured r that leaves room for ten times itself."""
+    """Median rank over matrices, a number a run, over the largest configured r that leaves room for ten times
+    itself."""
     adapters = [r for r in e.cells if r.cell.method in PLAIN_LORA]
     pair = next(((r, f) for r in adapters if (f := e.full(r.cell))), None)
     if pair is None:
@@ -137,9 +138,12 @@ def forgets_less(e: Evidence) -> Verdict:
     low, high = (-math.inf, 0.0) if less else (0.0, math.inf)
     shown, bounds = probe_metric((r, full), probe), estimate.interval()
     return FORGETS.verdict(
-        decide(way == "better", way == "worse"), shown.difference(estimate.mean, unit=True),
-        (shown.scale * bounds[0], shown.scale * bounds[1]), reason, seeds_to_settle(estimate, low, high, "confirmation"),
-    )  # fmt: skip
+        decide(way == "better", way == "worse"),
+        shown.difference(estimate.mean, unit=True),
+        (shown.scale * bounds[0], shown.scale * bounds[1]),
+        reason,
+        seeds_to_settle(estimate, low, high, "confirmation"),
+    )
 
 
 # -- intruder dimensions -------------------------------------------------------------------------------------------------

@@ -193,10 +193,11 @@ def refuse_others(store: Store, name: str) -> None:
         ids = {e["job"]: pack for pack, e in noted.items() if e.get("engine") == other}
         if ids and (left := alive_jobs(other, ids, jobs_folder(store).resolve() / "log")):
             raise ExistingWork(
-                "hydra.launcher.executor", name,
+                "hydra.launcher.executor",
+                name,
                 f"{', '.join(ids[i] for i in sorted(left))}: {other} jobs still ({', '.join(sorted(left))}); "
                 f"start with hydra.launcher.executor={other}, which waits for them, or end them",
-            )  # fmt: skip
+            )
 
 
 class Ray:
@@ -231,8 +232,10 @@ class Ray:
         try:
             self._ray.get(self._refs[job])
         except Exception as e:
-            return Death(f"Ray task {job}: {type(e).__name__}: {str(e).strip().splitlines()[-1]}",
-                         memory=type(e).__name__ == "OutOfMemoryError")  # fmt: skip
+            return Death(
+                f"Ray task {job}: {type(e).__name__}: {str(e).strip().splitlines()[-1]}",
+                memory=type(e).__name__ == "OutOfMemoryError",
+            )
         return Death(f"Ray task {job} ended without a word")
 
     def close(self) -> None:

@@ -79,7 +79,8 @@ def _load_local(section: str, file: str | None) -> type[Component]:
 
 
 def _moved(error: Exception) -> str:
-    """Return where a module of lorabench is now that an import of a user's file did not find; "" for any other error."""
+    """Return where a module of lorabench is now that an import of a user's file did not find; "" for any other
+    error."""
     name = error.name if isinstance(error, ModuleNotFoundError) else None
     return f"; what it held is in {MOVED_MODULES[name]} now" if name in MOVED_MODULES else ""
 

@@ -45,8 +45,8 @@ class Pace:
 def noise(sweep: Sweep, *, examples: int) -> Noise:
     """Seed and example scatter of a sweep's confirmed adapters, as it would be over so many test examples.
 
-    One seed's score varies through the seed and through its own luck with the N examples, sd^2 = seed + interaction / N:
-    the second part is carried over to the new N. Raises `ConfigError` where fewer than two adapters share two seeds.
+    One seed's score varies through the seed and through its own luck with the N examples, sd^2 = seed + interaction /
+    N: the second part is carried over to the new N. Raises `ConfigError` where fewer than two adapters share two seeds.
     """
     found = cell_results(sweep)
     samples = [

@@ -60,7 +60,8 @@ class StudyPlan:
 
     @property
     def comparisons(self) -> int:
-        """The family: the declared cells, else every other one, with the one reference. What lists the same runs is no other."""
+        """The family: the declared cells, else every other one, with the one reference. What lists the same runs is no
+        other."""
         family = self.settings.study.family
         return len(self.distinct) - 1 if family is None else len(family)
 
@@ -75,8 +76,8 @@ class StudyPlan:
 
     @property
     def reference(self) -> CellPlan:
-        """As the report chooses it: declared, else the largest rank (most parameters, then most training data, where ranks
-        tie), else full, else the first."""
+        """As the report chooses it: declared, else the largest rank (most parameters, then most training data, where
+        ranks tie), else full, else the first."""
         declared = [c for c in self.cells if c.id == self.settings.study.reference]
         ranked = sorted(self.adapters, key=lambda c: (-(c.r or 0), -c.trainable, -_data(c.run)))
         full = [c for c in self.cells if c.run.method.trains_base]
@@ -84,7 +85,8 @@ class StudyPlan:
 
     @property
     def pooled(self) -> int:
-        """Cells whose seed variance the report pools for a comparison of adapters with the reference; 2: the pair's own."""
+        """Cells whose seed variance the report pools for a comparison of adapters with the reference; 2: the pair's
+        own."""
         adapters = [c for c in self.distinct if c.r is not None]
         return len(adapters) if self.reference.r is not None and len(adapters) >= MIN_POOLED_CELLS else 2
 
@@ -191,8 +193,8 @@ def has_auxiliary_measures(config: Mapping[str, Any]) -> bool:
 
 
 def _devices(study: StudyPlan, runs: Sequence[RunConfig]) -> int:
-    """Packs of these runs that train side by side on devices of their own, never more than there are packs. Workers on one
-    CPU share its cores: no gain is counted."""
+    """Packs of these runs that train side by side on devices of their own, never more than there are packs. Workers on
+    one CPU share its cores: no gain is counted."""
     from lorabench.sweep.workers import worker_count
 
     sweep, device = study.settings.sweep, precision.resolve(study.tuning[0]).device
@@ -203,11 +205,12 @@ def _devices(study: StudyPlan, runs: Sequence[RunConfig]) -> int:
 
 
 def measure_paces(study: StudyPlan) -> tuple[list[Pace], float]:
-    """A few training steps of the cells that train the least and the most, alone, of every kind of method (those that share a
-    pack); evaluation by its share of a step. And the seconds of what is computed once: the frozen trunk's pass over the data.
+    """A few training steps of the cells that train the least and the most, alone, of every kind of method (those that
+    share a pack); evaluation by its share of a step. And the seconds of what is computed once: the frozen trunk's pass
+    over the data.
 
-    One kind's pace says nothing of another's, however alike they are in parameters: a head needs no backward pass through the
-    base, and with the trunk kept hardly a forward one; DoRA computes norms that LoRA does not.
+    One kind's pace says nothing of another's, however alike they are in parameters: a head needs no backward pass
+    through the base, and with the trunk kept hardly a forward one; DoRA computes norms that LoRA does not.
     """
     from lorabench.training.train import measure_alone
 
@@ -249,10 +252,20 @@ def facts(study: StudyPlan) -> dict[str, Any]:
     """Counts of the study as declared."""
     declared, metric = study.settings.study, study.metric
     return {
-        "question": declared.question, "metric": metric.name, "unit": metric.points or metric.unit, "margin": study.margin,
-        "cells": [c.id for c in study.cells], "reference": study.reference.id, "comparisons": study.comparisons,
-        "pooled_cells": study.pooled if study.pooled > 2 else None, "examples": study.examples, "steps": study.steps,
-        "rates": sorted({run.optimizer.lr for run in study.tuning}), "tuning_runs": len(study.tuning),
-        "tuning_seeds": sorted({run.seed for run in study.tuning}), "confirmation_seeds": list(study.settings.sweep.confirm_seeds),
-        "runs_a_confirmation_seed": len(study.distinct), "runs": study.runs(study.seeds),
-    }  # fmt: skip
+        "question": declared.question,
+        "metric": metric.name,
+        "unit": metric.points or metric.unit,
+        "margin": study.margin,
+        "cells": [c.id for c in study.cells],
+        "reference": study.reference.id,
+        "comparisons": study.comparisons,
+        "pooled_cells": study.pooled if study.pooled > 2 else None,
+        "examples": study.examples,
+        "steps": study.steps,
+        "rates": sorted({run.optimizer.lr for run in study.tuning}),
+        "tuning_runs": len(study.tuning),
+        "tuning_seeds": sorted({run.seed for run in study.tuning}),
+        "confirmation_seeds": list(study.settings.sweep.confirm_seeds),
+        "runs_a_confirmation_seed": len(study.distinct),
+        "runs": study.runs(study.seeds),
+    }

@@ -63,17 +63,25 @@ def _table(a: Answer, table: Answer) -> Table:
     title = f"SD of one seed's difference: {_size(a, table['sd'])} ({table['source']})"
     shown = Table(title=title, caption="* as declared; powers are for cells that do not differ", title_justify="left")
     for name in (
-        "seeds", f"detectable\nat power {a['power']:g}", f"power: within\n± {margin}",
-        f"power: not worse\nby {margin}", "runs", "hours",
-    ):  # fmt: skip
+        "seeds",
+        f"detectable\nat power {a['power']:g}",
+        f"power: within\n± {margin}",
+        f"power: not worse\nby {margin}",
+        "runs",
+        "hours",
+    ):
         shown.add_column(name, justify="right")
     for row in table["rows"]:
         seeds = f"* {row['seeds']}" if row["declared"] else str(row["seeds"])
         shown.add_row(
-            seeds, _number(a, row["detectable"]), _power(row["equivalence"]), _power(row["non_inferiority"]),
-            f"{row['runs']:,}", formatting.DASH if row["hours"] is None else f"{row['hours']:.2f}",
+            seeds,
+            _number(a, row["detectable"]),
+            _power(row["equivalence"]),
+            _power(row["non_inferiority"]),
+            f"{row['runs']:,}",
+            formatting.DASH if row["hours"] is None else f"{row['hours']:.2f}",
             style="bold" if row["declared"] else None,
-        )  # fmt: skip
+        )
     return shown
 
 

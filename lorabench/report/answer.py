@@ -292,7 +292,8 @@ def _validation_scores(f: Findings) -> Iterator[str]:
 def training_command(f: Findings, cell: str) -> str | None:
     """Return the command that trains a cell at its chosen rate.
 
-    It is as its runs were asked for, where the manifest says how. None for a cell that was trained elsewhere, on what no command of ours names.
+    It is as its runs were asked for, where the manifest says how. None for a cell that was trained elsewhere, on what
+    no command of ours names.
     """
     r = f.results[cell]
     first = r.runs[0]

@@ -168,8 +168,8 @@ def difference(a: scores.Sample, b: scores.Sample) -> tuple[estimates.Estimate |
 def independent(a: scores.Sample, b: scores.Sample) -> estimates.Estimate:
     """Return B − A of two independent sets of seeds [S] and [T], which met the same examples where those are known.
 
-    V = V_seed(a) + V_seed(b) + V_example(b − a) − V_interaction(a) − V_interaction(b): each interaction is in the part of
-    its seeds and in that of the examples, as with one table.
+    V = V_seed(a) + V_seed(b) + V_example(b − a) − V_interaction(a) − V_interaction(b): each interaction is in the part
+    of its seeds and in that of the examples, as with one table.
     """
     parts = [a.estimate(), b.estimate()]
     seed, seed_df = _sum_variances([(p.seed, p.seed_df) for p in parts])

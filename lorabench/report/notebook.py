@@ -103,7 +103,8 @@ class Study:
 
     @cached_property
     def answer(self) -> str:
-        """What the report says at its top: the lead, its points, and the command that trains the recommended adapter."""
+        """What the report says at its top: the lead, its points, and the command that trains the recommended
+        adapter."""
         from lorabench.report.answer import answer
 
         top = answer(self.findings)

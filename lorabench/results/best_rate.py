@@ -79,9 +79,14 @@ def optimum(choice: Choice) -> Optimum | Missing:
     if isinstance(found, Missing):
         return found
     return Optimum(
-        found.log2_rate + math.log2(choice.lr), found.variance, found.df, found.seeds, found.loss, found.curvature,
+        found.log2_rate + math.log2(choice.lr),
+        found.variance,
+        found.df,
+        found.seeds,
+        found.loss,
+        found.curvature,
         found.how,
-    )  # fmt: skip
+    )
 
 
 def _at_the_edge(choice: Choice, best: Rate, *, high: bool) -> Missing:

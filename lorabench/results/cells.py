@@ -68,8 +68,8 @@ class Result:
 
     @property
     def seconds(self) -> float | None:
-        """Training time of a run: alone, from a few steps scaled by tokens (steps where none are counted) and the frozen
-        trunk's one pass; else its share."""
+        """Training time of a run: alone, from a few steps scaled by tokens (steps where none are counted) and the
+        frozen trunk's one pass; else its share."""
         own, timed = self.resource("solo_seconds"), self.timed
         if own is not None or not timed.get("seconds"):
             return own if own is not None else self.resource("train_seconds")
@@ -89,8 +89,8 @@ class Result:
 
 
 def usable_timing(solo: Mapping[str, Any] | None, runs: Iterable[Record]) -> Mapping[str, Any]:
-    """A cell's measurement alone; empty where its runs were served a frozen trunk's output and the measurement, by an older
-    version, was not: it computed in every step what a run computes once."""
+    """A cell's measurement alone; empty where its runs were served a frozen trunk's output and the measurement, by an
+    older version, was not: it computed in every step what a run computes once."""
     solo = solo or {}
     stale = "reused_blocks" not in solo and any(r.provenance.get("reused_blocks") for r in runs)
     return {} if stale else solo
@@ -129,14 +129,25 @@ def _result(sweep: Sweep, cell: Cell) -> Result:
         done = [r for r in sweep.completed_records(cell.tune) if r.config["optimizer"]["lr"] == lr]
     chosen = _mean(done, f"val/{sweep.selection}")
     return Result(
-        cell, sweep.names[cell.id], choice, lr, role, tuple(done), sum(r.status in ("failed", "diverged") for r in here),
-        len(confirm) - len(here), scores.sample(done, sweep.store, sweep.metric) if role == "confirm" else None, None,
-        _mean(done, f"val/{sweep.metric}"), _mean(done, "val/loss"), None if chosen is None else sweep.worse(chosen),
-    )  # fmt: skip
+        cell,
+        sweep.names[cell.id],
+        choice,
+        lr,
+        role,
+        tuple(done),
+        sum(r.status in ("failed", "diverged") for r in here),
+        len(confirm) - len(here),
+        scores.sample(done, sweep.store, sweep.metric) if role == "confirm" else None,
+        None,
+        _mean(done, f"val/{sweep.metric}"),
+        _mean(done, "val/loss"),
+        None if chosen is None else sweep.worse(chosen),
+    )
 
 
 def _untuned_rate(sweep: Sweep, records: Sequence[Record]) -> float | None:
-    """The rate of confirmation runs that no tuning preceded: of most runs; among equals the best on validation, then the least."""
+    """The rate of confirmation runs that no tuning preceded: of most runs; among equals the best on validation, then
+    the least."""
     by_rate: dict[float, list[Record]] = {}
     for r in records:
         by_rate.setdefault(float(r.config["optimizer"]["lr"]), []).append(r)
@@ -178,7 +189,8 @@ def _with_test(r: Result, pooled: Pooled | None, seeds: tuple[int, ...]) -> Resu
 
 
 def _pool(results: Sequence[Result]) -> tuple[Pooled | None, tuple[int, ...]]:
-    """Seed variance over the adapter cells that share the commonest set of seeds, if it looks the same in all of them."""
+    """Seed variance over the adapter cells that share the commonest set of seeds, if it looks the same in all of
+    them."""
     adapters = unique_results([r for r in results if r.cell.adapter])
     samples = [r.sample for r in adapters if r.sample is not None and len(r.sample.seeds) > 1]
     sets = [s.seeds for s in samples]

@@ -35,7 +35,8 @@ def _kind(config: Mapping[str, Any]) -> tuple[str, ...]:
 
 
 def _multiples(records: Iterable[Record]) -> dict[tuple[str, ...], str]:
-    """The alpha rule by kind of method where alpha is one multiple of r at two ranks or more: `2r`, as one would ask for it."""
+    """The alpha rule by kind of method where alpha is one multiple of r at two ranks or more: `2r`, as one would ask
+    for it."""
     ranks, ratios = dict[tuple[str, ...], set[float]](), dict[tuple[str, ...], set[float]]()
     for config in (r.config for r in records):
         r, alpha = config["method"].get("r"), config["method"].get("alpha")
@@ -44,8 +45,9 @@ def _multiples(records: Iterable[Record]) -> dict[tuple[str, ...], str]:
             ratios.setdefault(_kind(config), set()).add(round(alpha / r, 9))
     return {
         kind: alpha_rules.rule_text(f"{min(found):g}r", use_rslora=kind[2] == "True")
-        for kind, found in ratios.items() if len(found) == 1 < len(ranks[kind])
-    }  # fmt: skip
+        for kind, found in ratios.items()
+        if len(found) == 1 < len(ranks[kind])
+    }
 
 
 def _axes(configs: Sequence[Mapping[str, Any]]) -> list[str]:
@@ -66,10 +68,13 @@ def _label(config: Mapping[str, Any], axes: Sequence[str]) -> dict[str, Any]:
     rule = None if alpha is None else alpha_rules.rule_text(setting_text(alpha), use_rslora=use_rslora)
     flat = dict(flatten(config))
     return {
-        "method": shown, "r": method.get("r"), "alpha": alpha, "alpha_rule": rule,
+        "method": shown,
+        "r": method.get("r"),
+        "alpha": alpha,
+        "alpha_rule": rule,
         "targets": setting_text(target) if target is not None else TARGETS.get(name, ""),
         "extra": {key: setting_text(flat[key]) for key in axes if key in flat},
-    }  # fmt: skip
+    }
 
 
 def setting_text(value: Any) -> str:

@@ -1,8 +1,9 @@
-"""What claims are judged by: a sweep's cells on their lines of s and r, best rates between grid points, differences on test.
+"""What claims are judged by: a sweep's cells on their lines of s and r, best rates between grid points, differences on
+test.
 
-A claim is judged one way throughout. It *holds* where the 90 % interval of its number lies inside what the claim says (two
-one-sided tests at 5 %), it is *contradicted* where the 95 % interval lies outside; between the two there is not enough
-evidence. Outside the conditions it was made under it is not applicable, whatever the number.
+A claim is judged one way throughout. It *holds* where the 90 % interval of its number lies inside what the claim says
+(two one-sided tests at 5 %), it is *contradicted* where the 95 % interval lies outside; between the two there is not
+enough evidence. Outside the conditions it was made under it is not applicable, whatever the number.
 """
 
 from __future__ import annotations
@@ -75,8 +76,8 @@ class Evidence:
         return read_analysis(self.sweep.store.root)
 
     def lines(self, power: float) -> list[Line]:
-        """LoRA's cells on which s * r^power is constant, the line of most ranks first, of equals the one that trained on most
-        examples. A cell may be on several: the rules that set alpha meet at their anchor."""
+        """LoRA's cells on which s * r^power is constant, the line of most ranks first, of equals the one that trained
+        on most examples. A cell may be on several: the rules that set alpha meet at their anchor."""
         found: dict[tuple[object, ...], dict[int, Result]] = {}
         constants: dict[tuple[object, ...], float] = {}
         for r in self.cells:
@@ -104,7 +105,8 @@ class Evidence:
         return next((r for r in self.cells if r.cell.method == FULL and has_same_conditions(r.cell, like)), None)
 
     def located(self, cells: Sequence[Result]) -> list[Optimum] | Missing:
-        """The best rates of all these cells. One that lies beyond its grid says how far rates move: it cannot be left out."""
+        """The best rates of all these cells. One that lies beyond its grid says how far rates move: it cannot be left
+        out."""
         found: list[Optimum] = []
         for r in cells:
             made = self.optima[r.id]

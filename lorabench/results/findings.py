@@ -54,7 +54,8 @@ class Comparison:
 
 @dataclass(frozen=True)
 class Recommendation:
-    """Fixed sequence: from the largest adapter down, non-inferior to the reference at each step, first failure stops."""
+    """Fixed sequence: from the largest adapter down, non-inferior to the reference at each step, first failure
+    stops."""
 
     cell: str | None  # None where no adapter passed, or where the first step had too few runs for a verdict
     reference: str
@@ -169,8 +170,8 @@ def _pair_in_family(
 
 
 def _reference(sweep: Sweep, results: Mapping[str, Result]) -> str | None:
-    """As declared; else the adapter of the largest rank (of most parameters, then of most training data, where ranks tie),
-    else full, else the first."""
+    """As declared; else the adapter of the largest rank (of most parameters, then of most training data, where ranks
+    tie), else full, else the first."""
     declared = sweep.study.get("reference")
     if declared in results:
         return str(declared)
@@ -184,7 +185,8 @@ def _reference(sweep: Sweep, results: Mapping[str, Result]) -> str | None:
 
 
 def _best(results: Sequence[Result]) -> str | None:
-    """By the selection metric on validation; confirmed cells only where there are any. A tie goes to fewer parameters."""
+    """By the selection metric on validation; confirmed cells only where there are any. A tie goes to fewer
+    parameters."""
     confirmed = [r for r in results if r.role == "confirm"]
     found = [r for r in confirmed or results if r.val_selection is not None and r.runs]
     return min(found, key=lambda r: (r.val_selection, r.cell.trainable or 0, r.id)).id if found else None
@@ -257,8 +259,8 @@ def _has_same_conditions(a: Mapping[str, str], b: Mapping[str, str]) -> bool:
 def majority_baseline(f: Findings) -> tuple[str, float] | None:
     """The commonest label and its share, where no cell's accuracy is above what always answering it would give.
 
-    Of the test examples in a confirmed sweep, else of those validated on; None for other metrics and where records do not
-    count their labels.
+    Of the test examples in a confirmed sweep, else of those validated on; None for other metrics and where records do
+    not count their labels.
     """
     split = "test" if f.confirmed else "val"
     runs = {r.id: [x for x in r.runs if f"{split}/accuracy" in x.metrics] for r in f.results.values()}

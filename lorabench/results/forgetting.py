@@ -47,7 +47,8 @@ def less_is_better(probe: str) -> bool:
 
 
 def before_key(probe: str) -> str:
-    """The name of the base's own value. Each run has its own: full fine-tuning computes in other types than adapters do."""
+    """The name of the base's own value. Each run has its own: full fine-tuning computes in other types than adapters
+    do."""
     return BEFORE + probe.removeprefix(AFTER) if probe.startswith(AFTER) else f"{probe.rpartition('/')[0]}/before"
 
 
@@ -130,11 +131,15 @@ def find_forgetting(f: Findings, e: Evidence) -> Forgetting | None:
     value = _matched_value(f, [(r, paths[r.id]) for r, _ in have])
     cells = [
         CellForgetting(
-            r, _mean(r.runs, probe.before), _mean(r.runs, probe.key) or 0.0, estimates.mean_over_seeds(changes), paths[r.id],
+            r,
+            _mean(r.runs, probe.before),
+            _mean(r.runs, probe.key) or 0.0,
+            estimates.mean_over_seeds(changes),
+            paths[r.id],
             None if value is None else _mean_change_at(f, paths[r.id], value),
         )
         for r, changes in have
-    ]  # fmt: skip
+    ]
     known = sum(c.matched is not None for c in cells) > 1
     return Forgetting(probe, tuple(cells), how if known else None, value if known else None)
 
@@ -195,8 +200,8 @@ def _paths_over_rates(f: Findings, probe: Probe, r: Result) -> tuple[Path, ...]:
 
 
 def _matched_value(f: Findings, cells: Sequence[tuple[Result, tuple[Path, ...]]]) -> float | None:
-    """A value that adapters and full fine-tuning pass with every seed. Of those that some cell just reaches: one that full
-    fine-tuning passes too, then what most cells pass, then the best."""
+    """A value that adapters and full fine-tuning pass with every seed. Of those that some cell just reaches: one that
+    full fine-tuning passes too, then what most cells pass, then the best."""
     sign = _sign(f)
     judged = [(r, paths) for r, paths in cells if paths and (r.cell.adapter or r.cell.method == FULL)]
     reached = [sign * min(max(sign * t for t, _ in path) for path in paths) for _, paths in judged]
@@ -230,8 +235,8 @@ def change_at(path: Path, value: float, sign: float) -> float | None:
 
 
 def matched_differences(made: Forgetting, f: Findings) -> list[tuple[CellForgetting, CellForgetting, Estimate]]:
-    """Cells that are shown to be within the margin of the reference on the target, the reference, and the difference of their
-    changes (Welch); those of three runs or more."""
+    """Cells that are shown to be within the margin of the reference on the target, the reference, and the difference of
+    their changes (Welch); those of three runs or more."""
     by_id = {c.result.id: c for c in made.cells}
     reference = by_id.get(f.reference or "")
     out = []

@@ -61,8 +61,8 @@ class Metric:
 
 
 def metric(name: str, *, lower_is_better: bool, largest: float | None = None, unit: str = "") -> Metric:
-    """The way to show a metric. largest: of its values, which sets the decimals of one without a fixed scale; unit: of such
-    a one, as its task says (`units`)."""
+    """The way to show a metric. largest: of its values, which sets the decimals of one without a fixed scale; unit: of
+    such a one, as its task says (`units`)."""
     if name in SHARES:
         return Metric(name, lower_is_better, 1, 100.0, "%", "points")
     if name == "perplexity" or (largest is not None and abs(largest) >= 100):

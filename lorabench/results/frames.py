@@ -18,12 +18,21 @@ def runs(f: Findings) -> pd.DataFrame:
     rows = []
     for r, x in _listed(f):
         settings: dict[str, Any] = {k: v for k, v in flatten(x.config) if not isinstance(v, (list, dict))}
-        rows.append({
-            **_of_cell(r), "run_id": x.run_id, "role": x.role, "status": x.status, "lr": x.config["optimizer"]["lr"],
-            "seed": x.config["seed"], "chosen": x.config["optimizer"]["lr"] == r.lr, "error": x.error,
-            **{k: v for k, v in x.metrics.items() if not isinstance(v, str)}, **x.resources,
-            **{f"config.{k}": settings[k] for k in sorted(settings) if k not in ("seed", "role")},
-        })  # fmt: skip
+        rows.append(
+            {
+                **_of_cell(r),
+                "run_id": x.run_id,
+                "role": x.role,
+                "status": x.status,
+                "lr": x.config["optimizer"]["lr"],
+                "seed": x.config["seed"],
+                "chosen": x.config["optimizer"]["lr"] == r.lr,
+                "error": x.error,
+                **{k: v for k, v in x.metrics.items() if not isinstance(v, str)},
+                **x.resources,
+                **{f"config.{k}": settings[k] for k in sorted(settings) if k not in ("seed", "role")},
+            }
+        )
     return pd.DataFrame(rows)
 
 
@@ -31,19 +40,26 @@ def history(f: Findings) -> pd.DataFrame:
     """Long: a row a run, step and value that was logged (`train/loss`, `val/loss`, `lr`, ...)."""
     rows = [
         {
-            **_of_cell(r), "run_id": x.run_id, "role": x.role, "lr": x.config["optimizer"]["lr"], "seed": x.config["seed"],
-            "step": row["step"], "metric": metric, "value": float(value),
+            **_of_cell(r),
+            "run_id": x.run_id,
+            "role": x.role,
+            "lr": x.config["optimizer"]["lr"],
+            "seed": x.config["seed"],
+            "step": row["step"],
+            "metric": metric,
+            "value": float(value),
         }
         for r, x in _listed(f)
         for row in f.sweep.store.history(x.run_id)
         for metric, value in row.items()
         if metric != "step" and isinstance(value, (int, float))
-    ]  # fmt: skip
+    ]
     return pd.DataFrame(rows, columns=[*CELL, "run_id", "role", "lr", "seed", "step", "metric", "value"])
 
 
 def examples(f: Findings) -> pd.DataFrame:
-    """Long: a row a confirmation run at the chosen rate and test example. example: hash of its content, the same in all runs."""
+    """Long: a row a confirmation run at the chosen rate and test example. example: hash of its content, the same in all
+    runs."""
     made = []
     for r in f.results.values():
         for x in r.runs if r.role == "confirm" else ():
@@ -55,20 +71,37 @@ def examples(f: Findings) -> pd.DataFrame:
 
 
 def cells(f: Findings) -> pd.DataFrame:
-    """A row a cell: the chosen rate, test with its 95 % interval, validation, cost. Shares and times as recorded, unscaled."""
+    """A row a cell: the chosen rate, test with its 95 % interval, validation, cost. Shares and times as recorded,
+    unscaled."""
     return pd.DataFrame([_cell(f, r) for r in f.results.values()])
 
 
 def _cell(f: Findings, r: Result) -> dict[str, Any]:
     low, high = r.test.interval() if r.test and r.test.seeds > 1 else (None, None)
     return {
-        **_of_cell(r), "alpha": r.cell.alpha, "alpha_rule": r.cell.alpha_rule, **dict(r.cell.extra), "trainable": r.cell.trainable,
-        "lr": r.lr, "edge": r.choice.edge, "runs": len(r.runs), "role": r.role, "metric": f.metric.name,
-        "test": r.test.mean if r.test else None, "low": low, "high": high, "seeds": r.test.seeds if r.test else None,
-        "examples": r.test.examples if r.test else None, "val": r.val, "val_loss": r.val_loss, "seconds": r.seconds,
-        "memory": r.memory, "solo": r.solo, "reference": r.id == f.reference,
+        **_of_cell(r),
+        "alpha": r.cell.alpha,
+        "alpha_rule": r.cell.alpha_rule,
+        **dict(r.cell.extra),
+        "trainable": r.cell.trainable,
+        "lr": r.lr,
+        "edge": r.choice.edge,
+        "runs": len(r.runs),
+        "role": r.role,
+        "metric": f.metric.name,
+        "test": r.test.mean if r.test else None,
+        "low": low,
+        "high": high,
+        "seeds": r.test.seeds if r.test else None,
+        "examples": r.test.examples if r.test else None,
+        "val": r.val,
+        "val_loss": r.val_loss,
+        "seconds": r.seconds,
+        "memory": r.memory,
+        "solo": r.solo,
+        "reference": r.id == f.reference,
         "recommended": f.recommendation is not None and r.id == f.recommendation.cell,
-    }  # fmt: skip
+    }
 
 
 def comparisons(f: Findings) -> pd.DataFrame:
@@ -80,18 +113,48 @@ def comparisons(f: Findings) -> pd.DataFrame:
 
 
 CELL = ["cell", "name", "method", "r", "targets"]
-COMPARISON = ["cell", "name", "other", "other_name", "family", "difference", "low", "high", "level", "p", "direction", "size",
-              "margin", "seeds", "examples", "no_verdict", "exploratory"]  # fmt: skip
+COMPARISON = [
+    "cell",
+    "name",
+    "other",
+    "other_name",
+    "family",
+    "difference",
+    "low",
+    "high",
+    "level",
+    "p",
+    "direction",
+    "size",
+    "margin",
+    "seeds",
+    "examples",
+    "no_verdict",
+    "exploratory",
+]
 
 
 def _comparison(f: Findings, family: str, made: Comparison) -> dict[str, Any]:
     e, (low, high) = made.estimate, made.interval if made.bounded else (None, None)
     return {
-        "cell": made.cell, "name": f.results[made.cell].name, "other": made.other, "other_name": f.results[made.other].name,
-        "family": family, "difference": e.mean, "low": low, "high": high, "level": made.level, "p": made.p,
-        "direction": made.direction, "size": made.size, "margin": f.sweep.margin, "seeds": e.seeds, "examples": e.examples,
-        "no_verdict": made.blocked, "exploratory": made.exploratory,
-    }  # fmt: skip
+        "cell": made.cell,
+        "name": f.results[made.cell].name,
+        "other": made.other,
+        "other_name": f.results[made.other].name,
+        "family": family,
+        "difference": e.mean,
+        "low": low,
+        "high": high,
+        "level": made.level,
+        "p": made.p,
+        "direction": made.direction,
+        "size": made.size,
+        "margin": f.sweep.margin,
+        "seeds": e.seeds,
+        "examples": e.examples,
+        "no_verdict": made.blocked,
+        "exploratory": made.exploratory,
+    }
 
 
 def _of_cell(r: Result) -> dict[str, Any]:

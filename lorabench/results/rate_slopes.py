@@ -1,8 +1,8 @@
 """How a cell's best learning rate moves with the rank, under each of the rules that set alpha. Pure, no pictures.
 
-With s = alpha / r and one alpha s * r is constant, with alpha in proportion to r s itself is, under rsLoRA with one alpha
-s * sqrt(r) is. Theory's slopes of log best rate on log r are μA's (arXiv 2602.06204) for a drawn A, B = 0 and r far
-below the width: 0, -1/2 and -1/4.
+With s = alpha / r and one alpha s * r is constant, with alpha in proportion to r s itself is, under rsLoRA with one
+alpha s * sqrt(r) is. Theory's slopes of log best rate on log r are μA's (arXiv 2602.06204) for a drawn A, B = 0 and r
+far below the width: 0, -1/2 and -1/4.
 """
 
 from __future__ import annotations

@@ -17,7 +17,8 @@ Arrays = Mapping[str, np.ndarray]
 
 @dataclass(frozen=True)
 class Sample:
-    """One cell's test results: seeds [S], their scores [S], and per example a [S, N] table or [R, S] bootstrap draws."""
+    """One cell's test results: seeds [S], their scores [S], and per example a [S, N] table or [R, S] bootstrap
+    draws."""
 
     seeds: tuple[int, ...]
     scores: np.ndarray
@@ -34,10 +35,12 @@ class Sample:
     def at(self, seeds: Sequence[int]) -> Sample:
         rows = [self.seeds.index(s) for s in seeds]
         return replace(
-            self, seeds=tuple(seeds), scores=self.scores[rows],
+            self,
+            seeds=tuple(seeds),
+            scores=self.scores[rows],
             table=None if self.table is None else self.table[rows],
             draws=None if self.draws is None else self.draws[:, rows],
-        )  # fmt: skip
+        )
 
     def estimate(self, pooled: tuple[float, float] | None = None) -> Estimate:
         if self.clusters == 1:  # one draw of examples says nothing of how far draws scatter
@@ -58,8 +61,8 @@ def has_other_examples(a: Sample, b: Sample) -> bool:
 
 
 def difference(a: Sample, b: Sample) -> Sample | None:
-    """a − b over the seeds both have; None without a common seed, and where they met other examples. Per example where both
-    sides know theirs."""
+    """a − b over the seeds both have; None without a common seed, and where they met other examples. Per example where
+    both sides know theirs."""
     common = sorted(set(a.seeds) & set(b.seeds))
     if not common or has_other_examples(a, b):
         return None
@@ -67,12 +70,13 @@ def difference(a: Sample, b: Sample) -> Sample | None:
     same = a.examples is not None and b.examples is not None
     alike = same and (a.groups is None) == (b.groups is None)  # else their resamples were drawn differently
     return Sample(
-        tuple(common), a.scores - b.scores,
+        tuple(common),
+        a.scores - b.scores,
         a.table - b.table if same and a.table is not None and b.table is not None else None,
         a.draws - b.draws if alike and a.draws is not None and b.draws is not None else None,
         a.examples if same else None,
         (b.groups if a.groups is None else a.groups) if same else None,
-    )  # fmt: skip
+    )
 
 
 def sample(records: Sequence[Record], store: Store, metric: str) -> Sample | None:
@@ -144,8 +148,10 @@ def _stack(arrays: Sequence[Arrays], name: str) -> np.ndarray:
 
 
 EXAMPLE_MEANS: dict[str, Callable[[Sequence[Arrays]], np.ndarray | None]] = {
-    "accuracy": _correct, "loss": _loss, "token_accuracy": _token_accuracy,
-}  # fmt: skip
+    "accuracy": _correct,
+    "loss": _loss,
+    "token_accuracy": _token_accuracy,
+}
 
 
 # -- metrics of the whole test set: statistics of resampled counts ----------------------------------------------------------
@@ -187,8 +193,10 @@ def mcc(table: np.ndarray) -> float:
 
 
 TEST_SET_STATISTICS: dict[str, Callable[[Sequence[Arrays]], Statistic]] = {
-    "perplexity": _perplexity, "macro_f1": _confusion_statistic(macro_f1), "mcc": _confusion_statistic(mcc),
-}  # fmt: skip
+    "perplexity": _perplexity,
+    "macro_f1": _confusion_statistic(macro_f1),
+    "mcc": _confusion_statistic(mcc),
+}
 STATISTIC_COLUMNS = {
     "perplexity": {"loss", "weight"},
     "macro_f1": {"label", "prediction"},

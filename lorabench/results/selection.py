@@ -1,8 +1,10 @@
-"""Which learning rate a cell gets (tune, then confirm: docs/architecture.md). Pure: manifest and records in, choices out.
+"""Which learning rate a cell gets (tune, then confirm: docs/architecture.md). Pure: manifest and records in, choices
+out.
 
 Rule: inside a cell the rate with the best mean of the study's selection metric on validation (the loss, unless it
-declares another), at the step kept, over the tuning seeds. A rate at which any seed diverged, failed or was pruned is out, ties go to the smaller rate, and a best rate at an end of its grid
-is a warning, not a result. Pruned rates are no part of that grid: what they would have come to is not known.
+declares another), at the step kept, over the tuning seeds. A rate at which any seed diverged, failed or was pruned is
+out, ties go to the smaller rate, and a best rate at an end of its grid is a warning, not a result. Pruned rates are no
+part of that grid: what they would have come to is not known.
 """
 
 from __future__ import annotations
@@ -67,7 +69,8 @@ class Choice:
 
     @property
     def outward(self) -> float | None:
-        """The next rate beyond the end on which the best lies, as far from it as its neighbour is; None inside the grid.
+        """The next rate beyond the end on which the best lies, as far from it as its neighbour is; None inside the
+        grid.
 
         Nor where rates beyond it were tried and pruned: to train those to their end says more.
         """

@@ -155,8 +155,9 @@ class Sweep:
 
 
 def load(sweep_dir: str | Path, *, margin: float | None = None, metric: OtherMetric | None = None) -> Sweep:
-    """Read a sweep directory. margin, metric: others than the declared ones, post hoc. Raises `ConfigError` where there is no
-    sweep, where no run of it has finished, for a margin that is not above 0, and for a metric that no test result has."""
+    """Read a sweep directory. margin, metric: others than the declared ones, post hoc. Raises `ConfigError` where there
+    is no sweep, where no run of it has finished, for a margin that is not above 0, and for a metric that no test result
+    has."""
     if margin is not None and not 0 < margin < float("inf"):
         raise ConfigError(
             "margin", margin, "a number above 0, in the metric's own unit (0.01 is one point of accuracy)"
@@ -210,9 +211,18 @@ def _cell(entry: Mapping[str, Any], records: Mapping[str, Record]) -> Cell:
     trainable = next((int(n) for n in counted if n is not None), label.get("trainable"))
     extra = tuple(sorted((str(k), setting_text(v)) for k, v in (label.get("extra") or {}).items()))
     return Cell(
-        entry["id"], str(label["method"]), label.get("r"), label.get("alpha"), label.get("alpha_rule"),
-        str(label.get("targets") or ""), extra, trainable, tune, confirm, entry.get("solo") or {},
-    )  # fmt: skip
+        entry["id"],
+        str(label["method"]),
+        label.get("r"),
+        label.get("alpha"),
+        label.get("alpha_rule"),
+        str(label.get("targets") or ""),
+        extra,
+        trainable,
+        tune,
+        confirm,
+        entry.get("solo") or {},
+    )
 
 
 def _table_order(cell: Cell) -> tuple[Any, ...]:

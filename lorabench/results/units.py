@@ -16,8 +16,8 @@ if TYPE_CHECKING:
 
 
 def unit(sweep: Sweep, metric: str) -> str:
-    """As the manifest has it from the task; of an older one, and of runs without, as the tasks of the records say with one
-    voice. Empty where there is none: the loss of `planted` is a ratio."""
+    """As the manifest has it from the task; of an older one, and of runs without, as the tasks of the records say with
+    one voice. Empty where there is none: the loss of `planted` is a ratio."""
     declared = sweep.manifest.get("units")
     if declared is not None:
         return str(declared.get(metric, ""))

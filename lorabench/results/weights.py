@@ -35,7 +35,8 @@ MEASURES = (
 
 @dataclass(frozen=True)
 class Layer:
-    """One adapted or fine-tuned matrix of one run. A measure that it does not have (a zero update has no rank) is None."""
+    """One adapted or fine-tuned matrix of one run. A measure that it does not have (a zero update has no rank) is
+    None."""
 
     measures: Mapping[str, float | None]  # of MEASURES
     intruders: Mapping[float, float] = field(default_factory=dict)  # threshold -> directions; empty: not counted
@@ -107,7 +108,8 @@ class Analysis:
 
 
 def read_analysis(root: Path) -> Analysis | None:
-    """root: the sweep's directory. None where nothing was analysed. Raises `ConfigError` for a file that is no analysis."""
+    """root: the sweep's directory. None where nothing was analysed. Raises `ConfigError` for a file that is no
+    analysis."""
     path = str(WEIGHTS_FILE.path(root))
     try:
         doc = WEIGHTS_FILE.read(root)
@@ -131,18 +133,25 @@ def parse(doc: Mapping[str, Any]) -> Analysis:
     return Analysis(
         {str(i): {str(name): _layer(x) for name, x in run["layers"].items()} for i, run in runs},
         {i: AnalysedCell(c["name"], c["method"], c["r"], c["role"], tuple(c["runs"])) for i, c in cells},
-        tuple(doc["similarity"]), dict(doc["left_out"]),
-        {str(i): dict(run["left_out"]) for i, run in runs if run.get("left_out")}, tuple(doc["notes"]),
-    )  # fmt: skip
+        tuple(doc["similarity"]),
+        dict(doc["left_out"]),
+        {str(i): dict(run["left_out"]) for i, run in runs if run.get("left_out")},
+        tuple(doc["notes"]),
+    )
 
 
 def _layer(x: Mapping[str, Any]) -> Layer:
     counts = {float(t): float(n) for t, n in (x.get("intruders") or {}).items() if n is not None}
     shape = x.get("shape")
     return Layer(
-        {key: _number(x.get(key)) for key in MEASURES}, counts, (int(shape[0]), int(shape[1])) if shape else None,
-        x.get("kind"), _number(x.get("norm")), _number(x.get("weight_norm")), tuple(map(float, x.get("singular_values") or ())),
-    )  # fmt: skip
+        {key: _number(x.get(key)) for key in MEASURES},
+        counts,
+        (int(shape[0]), int(shape[1])) if shape else None,
+        x.get("kind"),
+        _number(x.get("norm")),
+        _number(x.get("weight_norm")),
+        tuple(map(float, x.get("singular_values") or ())),
+    )
 
 
 def _number(value: Any) -> float | None:
@@ -150,7 +159,8 @@ def _number(value: Any) -> float | None:
 
 
 def width(sweep: Sweep, analysis: Analysis | None) -> int | None:
-    """The smallest side of an adapted matrix: from the analysis, else from a saved adapter; None where neither is there."""
+    """The smallest side of an adapted matrix: from the analysis, else from a saved adapter; None where neither is
+    there."""
     if analysis is not None and analysis.width is not None:
         return analysis.width
     for run_id in sweep.planned:

@@ -145,8 +145,8 @@ def crossed_bootstrap(
     """Estimate the mean over seeds of a statistic that is no mean over examples, such as macro-F1.
 
     values: [S], the statistic of each seed. draws: [R, S], the statistic of R resamples of the examples; a resample is
-    the same for all seeds. One seed's variance over resamples is (E + I) / N, that of their mean E / N + I / (S N); the three
-    parts follow. The draws give the variance only; the t quantile comes from the degrees of freedom.
+    the same for all seeds. One seed's variance over resamples is (E + I) / N, that of their mean E / N + I / (S N); the
+    three parts follow. The draws give the variance only; the t quantile comes from the degrees of freedom.
     """
     values, draws = np.asarray(values, dtype=np.float64), np.asarray(draws, dtype=np.float64)
     S = len(values)
@@ -205,7 +205,8 @@ def resample(
 def pool(values: np.ndarray) -> Pooled:
     """Pool the seed variance of scores [C, S], with the same seeds in every cell.
 
-    `difference` is twice the residual mean square of the cells x seeds table, where a seed's effect on all cells cancels.
+    `difference` is twice the residual mean square of the cells x seeds table, where a seed's effect on all cells
+    cancels.
     """
     x = np.asarray(values, dtype=np.float64)
     C, S = x.shape

@@ -1,4 +1,5 @@
-"""The files in `<sweep dir>/analysis`: what a command measured of a finished sweep, one JSON object with a schema each."""
+"""The files in `<sweep dir>/analysis`: what a command measured of a finished sweep, one JSON object with a schema
+each."""
 
 from __future__ import annotations
 
@@ -38,7 +39,8 @@ class AnalysisFile:
         return doc
 
     def read_reusable(self, sweep_dir: str | Path) -> dict[str, Any]:
-        """Return what an earlier call of the command left; empty where the file is missing, torn or of another schema."""
+        """Return what an earlier call of the command left; empty where the file is missing, torn or of another
+        schema."""
         try:
             return self.read(sweep_dir) or {}
         except (OSError, ValueError):

@@ -75,10 +75,15 @@ def check_unchanged(manifest: Mapping[str, Any], study: StudyConfig, root: Any) 
         if now != before:
             later = POST_HOC_COMMANDS[key].format(root=root, value=now) if key in POST_HOC_COMMANDS else ""
             raise ExistingWork(
-                f"study.{key}", now,
+                f"study.{key}",
+                now,
                 f"the sweep in {root} was declared with {_shown(before)} (study {manifest.get('study_hash')}); another sweep.name"
-                + (f", or report it post hoc with {later}" if later else f", or study.{key}={_shown(before)} as declared"),
-            )  # fmt: skip
+                + (
+                    f", or report it post hoc with {later}"
+                    if later
+                    else f", or study.{key}={_shown(before)} as declared"
+                ),
+            )
 
 
 def _shown(value: Any) -> str:

@@ -76,9 +76,13 @@ def _estimate(pack: Pack, plans: Mapping[str, SlicePlan], auto: str | None) -> i
     first = pack.runs[0]
     resolved, chosen = precision.resolve(first, auto), [plans[i] for i in pack.run_ids]
     return estimate_peak(
-        preparation.base_info(first), chosen, first, dtype=resolved.base_dtype, device=resolved.device,
+        preparation.base_info(first),
+        chosen,
+        first,
+        dtype=resolved.base_dtype,
+        device=resolved.device,
         part_tokens=resolved.part_tokens,
-    )  # fmt: skip
+    )
 
 
 def _cell_name(label: Mapping[str, Any]) -> str:

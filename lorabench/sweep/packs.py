@@ -143,10 +143,18 @@ def new_manifest(job: Job) -> dict[str, Any]:
     settings, task = job.settings, job.run.task
     study = asdict(settings.study)
     return {
-        "schema": 1, "name": settings.sweep.name, "experiment": settings.sweep.experiment, "lorabench": __version__, "study": study,
-        "study_hash": digest(study)[:12], "lower_is_better": sorted(task.lower_is_better),
-        "units": dict(task.units), "cells": [], "runs": {}, "packs": [],
-    }  # fmt: skip
+        "schema": 1,
+        "name": settings.sweep.name,
+        "experiment": settings.sweep.experiment,
+        "lorabench": __version__,
+        "study": study,
+        "study_hash": digest(study)[:12],
+        "lower_is_better": sorted(task.lower_is_better),
+        "units": dict(task.units),
+        "cells": [],
+        "runs": {},
+        "packs": [],
+    }
 
 
 def assign_packs(store: Store, jobs: Sequence[Job]) -> list[Pack]:

@@ -29,9 +29,16 @@ class ProgressDisplay:
         self.live = enabled and console.is_terminal
         self.verbose = enabled
         self.bars = Bars(
-            SpinnerColumn(), TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(),
-            TextColumn("{task.fields[left]}"), console=console, transient=True, disable=not self.live,
-        )  # fmt: skip
+            SpinnerColumn(),
+            TextColumn("{task.description}"),
+            BarColumn(),
+            MofNCompleteColumn(),
+            TimeElapsedColumn(),
+            TextColumn("{task.fields[left]}"),
+            console=console,
+            transient=True,
+            disable=not self.live,
+        )
         self._start = time.monotonic()
         self._runs = sum(len(p.runs) for p in packs)
         self._done = 0.0  # runs' worth of steps

@@ -67,9 +67,14 @@ def run_and_report(train: Callable[[], list[Record]]) -> Message:
 
 
 ERROR_KINDS: dict[str, type[BaseException]] = {
-    "drift": ExistingWork, "mix": SlicesMix, "memory": OutOfMemory, "lost": LeaseLost, "gone": ProcessLost, "unwritable": Unwritable,
+    "drift": ExistingWork,
+    "mix": SlicesMix,
+    "memory": OutOfMemory,
+    "lost": LeaseLost,
+    "gone": ProcessLost,
+    "unwritable": Unwritable,
     "stopped": SystemExit,
-}  # fmt: skip
+}
 
 
 def unpack_result(message: Message) -> list[Record]:

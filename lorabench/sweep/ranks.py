@@ -138,18 +138,29 @@ def free_port() -> int:
 
 
 def _rank(
-    local: int, here: int, world: int, meet: tuple[int, str, int], pack_id: str, runs: list[dict[str, Any]], prune: bool, root: tuple[str, str | None],
+    local: int,
+    here: int,
+    world: int,
+    meet: tuple[int, str, int],
+    pack_id: str,
+    runs: list[dict[str, Any]],
+    prune: bool,
+    root: tuple[str, str | None],
     keep: list[str],
-    accept_drift: bool, channel: Any,
-) -> None:  # fmt: skip
+    accept_drift: bool,
+    channel: Any,
+) -> None:
     """Join the group in one of its processes, and train; the first process says what happens."""
     protocol.die_with_parent()
     signals.watch_for_sigterm(lambda: channel.put(("stopped", (signals.EXIT_CODE,))))
     channel.put(("up", (local,)))
     node, address, port = meet
     os.environ |= {
-        "MASTER_ADDR": address, "MASTER_PORT": str(port), "LOCAL_RANK": str(local), "NODE_RANK": str(node),
-    }  # fmt: skip
+        "MASTER_ADDR": address,
+        "MASTER_PORT": str(port),
+        "LOCAL_RANK": str(local),
+        "NODE_RANK": str(node),
+    }
     if not torch.cuda.is_available():
         torch.set_num_threads(max(1, torch.get_num_threads() // here))
     rank = node * here + local

@@ -43,7 +43,8 @@ def check_drift(record: Record, run: RunConfig) -> None:
         then = record.provenance.get(name)
         if then != value:
             raise ExistingWork(
-                key, run.model.name if key == "model" else run.task.name,
+                key,
+                run.model.name if key == "model" else run.task.name,
                 f"the {what} files are not those that run {record.run_id} was trained on ({then} then, {value} now); "
                 "use another sweep.name, or sweep.accept_drift=true to keep the old records",
-            )  # fmt: skip
+            )

@@ -158,9 +158,14 @@ class _Worker:
         self.pool.shutdown(wait=False, cancel_futures=True)
 
     def train(
-        self, pack: Pack, store: Store, heard: dict[str, Callable[..., None]], keep: Iterable[str], accept_drift: bool,
+        self,
+        pack: Pack,
+        store: Store,
+        heard: dict[str, Callable[..., None]],
+        keep: Iterable[str],
+        accept_drift: bool,
         ending: Event,
-    ) -> list[Record]:  # fmt: skip
+    ) -> list[Record]:
         runs = [run.to_dict() for run in pack.runs]
         lease = str(store.lease) if store.lease else None
         told = pack.id, runs, pack.prune, str(store.root), lease, list(keep), accept_drift

@@ -1,7 +1,9 @@
-"""Ranks under each of a sweep's conditions: sizes of the data, of the batch, or whatever else is varied beside the method.
+"""Ranks under each of a sweep's conditions: sizes of the data, of the batch, or whatever else is varied beside the
+method.
 
-A rank is held against the largest one that trained under the same condition, in a fixed sequence as the recommendation's;
-how that differs between conditions is a difference of two differences, seed by seed and example by example.
+A rank is held against the largest one that trained under the same condition, in a fixed sequence as the
+recommendation's; how that differs between conditions is a difference of two differences, seed by seed and example by
+example.
 """
 
 from __future__ import annotations

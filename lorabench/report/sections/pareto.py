@@ -1,4 +1,5 @@
-"""What a point of the metric costs: parameters, seconds and memory of a cell against its test metric, and the fronts."""
+"""What a point of the metric costs: parameters, seconds and memory of a cell against its test metric, and the
+fronts."""
 
 from __future__ import annotations
 
@@ -138,7 +139,8 @@ def front(f: Findings, cost: Cost, cells: Sequence[Result]) -> tuple[Result, ...
 
 
 def unresolved(e: Evidence, on: Sequence[Result]) -> list[tuple[Result, Result]]:
-    """Return neighbours on a front whose difference on test is not shown: its 95 % interval holds zero, or there is none."""
+    """Return neighbours on a front whose difference on test is not shown: its 95 % interval holds zero, or there is
+    none."""
     pairs = []
     for a, b in pairwise(on):
         difference = e.difference(a, b)

@@ -1,4 +1,5 @@
-"""What `lorabench.analyze` measured on a sweep's weights, as tidy rows: by cell, by layer, subspaces, spectra. No torch.
+"""What `lorabench.analyze` measured on a sweep's weights, as tidy rows: by cell, by layer, subspaces, spectra. No
+torch.
 
 Pure functions of what `analysis` reads; every row names the runs its numbers come from.
 """

@@ -156,7 +156,8 @@ def _reason(error: Exception, timeout: float) -> str:
 
 
 def _within(seconds: float, call: Callable[[], Answer]) -> Answer:
-    """Return what `call` returns. Raises `TimeoutError` after so many seconds; looking up a host's name knows no limit."""
+    """Return what `call` returns. Raises `TimeoutError` after so many seconds; looking up a host's name knows no
+    limit."""
     outcome: queue.SimpleQueue[tuple[list[Answer], Exception | None]] = queue.SimpleQueue()
 
     def work() -> None:

@@ -131,7 +131,8 @@ class WandbTracker(Tracker):
             self.leave()
 
     def leave(self) -> None:
-        """Wait a little for what is still to be sent. Then the mirror goes on alone, or ends and what is left is printed."""
+        """Wait a little for what is still to be sent. Then the mirror goes on alone, or ends and what is left is
+        printed."""
         atexit.unregister(self.leave)
         stopped, in_job = self.stopped or signals.is_stopping(), ends_with_its_parent()
         wait = min(MAX_WAIT, max(WAIT_SHARE * (time.monotonic() - self.began), MIN_WAIT_IN_JOB if in_job else 0.0))
