@@ -67,7 +67,7 @@ def open_trained_run(path: str | Path) -> TrainedRun:
     return run
 
 
-# -- the frozen side -----------------------------------------------------------------------------------------------------
+# -- the frozen side -------------------------------------------------------------------------------------------------
 
 
 def weight_matrix(layer: nn.Module, weight: Tensor) -> Tensor:
@@ -141,7 +141,7 @@ class BaseCache:
         return [x.name for x in info.layers if x.kind in ("Linear", "Conv1D") and not is_inside(x.name, left_out)]
 
 
-# -- the update ----------------------------------------------------------------------------------------------------------
+# -- the update ------------------------------------------------------------------------------------------------------
 
 
 def layer_update(run: TrainedRun, state: State, name: str, frozen: FrozenWeights | None) -> LayerUpdate:

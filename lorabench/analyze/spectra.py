@@ -50,7 +50,7 @@ def numerical_rank(S: Tensor, O: int, I: int) -> int:
     return int((S.double() > rounding).sum())
 
 
-# -- sizes and ranks -----------------------------------------------------------------------------------------------------
+# -- sizes and ranks -------------------------------------------------------------------------------------------------
 
 
 def relative_norm(S: Tensor, W: Tensor) -> float:
@@ -82,7 +82,7 @@ def variance_rank(S: Tensor, share: float = 0.9) -> int:
     return min(int((energy < bound).sum()) + 1, len(S))
 
 
-# -- W as dW sees it -----------------------------------------------------------------------------------------------------
+# -- W as dW sees it -------------------------------------------------------------------------------------------------
 
 
 def projected_norm(U: Tensor, Vh: Tensor, W: Tensor) -> float:
@@ -105,7 +105,7 @@ def amplification(update: SVD, W: Tensor, n: int | None = None) -> float:
     return norm / projected_norm(update.U[:, :n], update.Vh[:n], W) if norm > 0 and n else math.nan
 
 
-# -- subspaces -----------------------------------------------------------------------------------------------------------
+# -- subspaces -------------------------------------------------------------------------------------------------------
 
 
 def subspace_similarity(V: Tensor, V_other: Tensor) -> Tensor:
@@ -124,7 +124,7 @@ def random_similarity(i: int, j: int, d: int) -> float:
     return max(i, j) / d
 
 
-# -- intruders -----------------------------------------------------------------------------------------------------------
+# -- intruders -------------------------------------------------------------------------------------------------------
 
 
 def largest_cosines(U: Tensor, tuned: Tensor, top: int = MAX_INTRUDER_VECTORS) -> Tensor:

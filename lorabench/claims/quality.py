@@ -46,7 +46,7 @@ ATTENTION_TARGETS = ({"attention"}, {"q", "k", "v", "o"}, {"q_proj", "k_proj", "
 MLP_TARGETS = ({"mlp"}, {"gate_proj", "up_proj", "down_proj"}, {"fc1", "fc2"})
 
 
-# -- targets -------------------------------------------------------------------------------------------------------------
+# -- targets ---------------------------------------------------------------------------------------------------------
 
 TARGETS = Claim("Adapters on attention alone do worse than on the MLP alone, at equal parameters", REGRET)
 
@@ -82,7 +82,7 @@ def _cells_on(e: Evidence, named: Sequence[set[str]]) -> list[Result]:
     return [r for r in e.cells if r.cell.adapter and set(r.cell.targets.split("+")) in named]
 
 
-# -- batch size ----------------------------------------------------------------------------------------------------------
+# -- batch size ------------------------------------------------------------------------------------------------------
 
 BATCH = Claim(
     "The gap of LoRA to full fine-tuning grows with the batch size at fixed examples, whatever the rank", REGRET
@@ -149,7 +149,7 @@ def _batch_size(r: Result) -> int:
     return int(trainer.get("batch_size") or 0) * int(trainer.get("accumulate_grad_batches") or 1)
 
 
-# -- methods and scale ---------------------------------------------------------------------------------------------------
+# -- methods and scale -----------------------------------------------------------------------------------------------
 
 METHODS = Claim("Once rates are tuned, LoRA, DoRA, PiSSA and MiLoRA agree within 1 to 2 %", RATE_MATTERS)
 

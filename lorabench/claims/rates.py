@@ -30,7 +30,7 @@ HALF_WAY_RATIO = math.sqrt(
 CLAIMED_RANKS = (4, 512)  # over which the best rate was seen to move by less than a factor of 2
 MIN_RANK_SPAN = 8  # of ranks: over less, a slope of -1/2 would hide in an octave or two
 
-# -- against full fine-tuning --------------------------------------------------------------------------------------------
+# -- against full fine-tuning ----------------------------------------------------------------------------------------
 
 LONG = Claim("LoRA's best learning rate is about 10 times that of full fine-tuning", REGRET)
 SHORT = Claim("In runs of at most 100 steps LoRA's best rate is about 15 times that of full fine-tuning", REGRET)
@@ -97,7 +97,7 @@ def _ratio_conditions(line: Line, full: Result, *, short: bool) -> str | None:
     return None
 
 
-# -- against the rank ----------------------------------------------------------------------------------------------------
+# -- against the rank ------------------------------------------------------------------------------------------------
 
 STILL = Claim("With s = alpha / r the best rate moves by less than a factor of 2 from rank 4 to 512", REGRET)
 
@@ -204,7 +204,7 @@ def _slope(e: Evidence, claim: Claim, rule: Rule, half: float, said_of: str) -> 
     )
 
 
-# -- conditions ----------------------------------------------------------------------------------------------------------
+# -- conditions ------------------------------------------------------------------------------------------------------
 
 
 def _other_optimizer(cells: Sequence[Result]) -> str | None:

@@ -45,7 +45,7 @@ WEAK_CORRELATION = 0.3  # a correlation below it is not what "go with" means (Co
 PROBE_COMMAND = "the same sweep with task@task.probe=<another task>"
 
 
-# -- the rank of ΔW ------------------------------------------------------------------------------------------------------
+# -- the rank of ΔW --------------------------------------------------------------------------------------------------
 
 RANK = Claim(
     "Full fine-tuning's ΔW needs 10 to 100 times the rank LoRA is given to hold 90 % of its variance", LEARNS_LESS
@@ -94,7 +94,7 @@ def full_needs_more_rank(e: Evidence) -> Verdict:
     )
 
 
-# -- forgetting ----------------------------------------------------------------------------------------------------------
+# -- forgetting ------------------------------------------------------------------------------------------------------
 
 FORGETS = Claim("LoRA forgets less than full fine-tuning, at matched target metric", LEARNS_LESS)
 
@@ -146,7 +146,7 @@ def forgets_less(e: Evidence) -> Verdict:
     )
 
 
-# -- intruder dimensions -------------------------------------------------------------------------------------------------
+# -- intruder dimensions ---------------------------------------------------------------------------------------------
 
 INTRUDERS = Claim(
     "Intruder dimensions come with LoRA at low rank and fixed alpha, hardly with full fine-tuning", ILLUSION

@@ -51,7 +51,7 @@ def answer(f: Findings) -> Answer:
     return Answer(_lead(f), tuple(_points(f)), command)
 
 
-# -- the lead of a confirmed sweep -------------------------------------------------------------------------------------
+# -- the lead of a confirmed sweep -----------------------------------------------------------------------------------
 
 
 def _lead(f: Findings) -> str:
@@ -139,7 +139,7 @@ def _parameter_share(small: Result, large: Result) -> str:
     return f"{formatting.share(a, b)} of its" if a and b else "fewer"
 
 
-# -- its points --------------------------------------------------------------------------------------------------------
+# -- its points ------------------------------------------------------------------------------------------------------
 
 
 def _points(f: Findings) -> Iterator[tuple[str, str]]:
@@ -235,7 +235,7 @@ def seeds_clause(f: Findings, comparison: Comparison, gap: float) -> str:
     return f"; if the difference stays as it is, {count} would settle it"
 
 
-# -- sweeps without a test result --------------------------------------------------------------------------------------
+# -- sweeps without a test result ------------------------------------------------------------------------------------
 
 
 def _unconfirmed_lead(f: Findings) -> str:
@@ -286,7 +286,7 @@ def _validation_scores(f: Findings) -> Iterator[str]:
             yield f"{control.name}: {f.metric.value(control.val, unit=True)}"
 
 
-# -- the command -------------------------------------------------------------------------------------------------------
+# -- the command -----------------------------------------------------------------------------------------------------
 
 
 def training_command(f: Findings, cell: str) -> str | None:

@@ -66,7 +66,7 @@ def _data_warnings(f: Findings) -> Iterator[str]:
     yield from dict.fromkeys(f"{capital(line)}." for note in notes for line in data_caveats(note))
 
 
-# -- runs and tests that are missing -----------------------------------------------------------------------------------
+# -- runs and tests that are missing ---------------------------------------------------------------------------------
 
 
 def _gap_warnings(f: Findings) -> Iterator[str]:
@@ -126,7 +126,7 @@ def _test_warnings(f: Findings) -> Iterator[str]:
         yield f"{plural(len(leaked), 'tuning record')} hold test numbers; they are not used."
 
 
-# -- learning rates ----------------------------------------------------------------------------------------------------
+# -- learning rates --------------------------------------------------------------------------------------------------
 
 
 def _rate_warnings(f: Findings) -> Iterator[str]:
@@ -177,7 +177,7 @@ def _untuned(f: Findings, r: Result) -> str:
     )
 
 
-# -- conditions that differ --------------------------------------------------------------------------------------------
+# -- conditions that differ ------------------------------------------------------------------------------------------
 
 
 def _condition_warnings(f: Findings) -> Iterator[str]:

@@ -95,7 +95,7 @@ def _side(sweep: Sweep) -> Side:
     return Side(sweep, evidence.measured.by_cell, evidence.metric)
 
 
-# -- whether they can be compared --------------------------------------------------------------------------------------
+# -- whether they can be compared ------------------------------------------------------------------------------------
 
 
 def _obstacles(a: Side, b: Side) -> Iterator[str]:
@@ -132,7 +132,7 @@ def _data_obstacle(a: Result, b: Result) -> str:
     return "" if len(left) == 1 and left == right else "other data"
 
 
-# -- one pair ----------------------------------------------------------------------------------------------------------
+# -- one pair --------------------------------------------------------------------------------------------------------
 
 
 def _pair(a: Result | None, b: Result | None, comparable: bool) -> Pair:
@@ -213,7 +213,7 @@ def _sum_variances(parts: Sequence[tuple[float, float]]) -> tuple[float, float]:
     return total, total**2 / below if below > 0 else 0.0
 
 
-# -- what differs ------------------------------------------------------------------------------------------------------
+# -- what differs ----------------------------------------------------------------------------------------------------
 
 
 def _differing(a: Sweep, b: Sweep) -> Iterator[tuple[str, str, str]]:
@@ -264,7 +264,7 @@ def _facts(record: Record) -> Iterator[tuple[str, str]]:
             yield {"code": "source hash"}.get(key, key), str(value)
 
 
-# -- the page and the terminal -----------------------------------------------------------------------------------------
+# -- the page and the terminal ---------------------------------------------------------------------------------------
 
 CELLS_NOTE = (
     "±: half the 95 % interval. Each difference stands alone: "

@@ -23,7 +23,7 @@ MAX_TRAINING_CURVES = 8  # cells in one picture of training curves
 MAX_CURVE_POINTS = 160  # of one training curve
 MAX_MARKED_STEPS = 12  # up to which every step of a curve has a marker
 
-# -- learning rates ----------------------------------------------------------------------------------------------------
+# -- learning rates --------------------------------------------------------------------------------------------------
 
 
 NO_ADAPTERS = "without adapters"  # the panel of all other methods
@@ -160,7 +160,7 @@ def _rates_alt(tuned: Sequence[Result]) -> str:
     return "Validation loss against the learning rate: " + "; ".join(cells) + "."
 
 
-# -- training curves ---------------------------------------------------------------------------------------------------
+# -- training curves -------------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)

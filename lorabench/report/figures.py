@@ -49,7 +49,7 @@ def score_interval(f: Findings, r: Result) -> Interval | None:
     return None if r.val is None else (r.val, r.val, r.val)
 
 
-# -- against the rank --------------------------------------------------------------------------------------------------
+# -- against the rank ------------------------------------------------------------------------------------------------
 
 
 def draw_by_rank(f: Findings, looks: Mapping[str, Look]) -> Drawing:
@@ -120,7 +120,7 @@ def draw_margin_line(ax: Axes, f: Findings, *, several: bool) -> list[theme.Labe
     return [(None, y, f"{name} {sign} {_margin_name(f)}", FAINT)]
 
 
-# -- cell by cell ------------------------------------------------------------------------------------------------------
+# -- cell by cell ----------------------------------------------------------------------------------------------------
 
 
 def draw_by_cell(f: Findings, looks: Mapping[str, Look]) -> Drawing:
@@ -148,7 +148,7 @@ def draw_by_cell(f: Findings, looks: Mapping[str, Look]) -> Drawing:
         return theme.render_drawing("metric_by_cell", title, caption, _alt(f, "by cell"), figure)
 
 
-# -- what both have ----------------------------------------------------------------------------------------------------
+# -- what both have --------------------------------------------------------------------------------------------------
 
 
 def _draw_point(ax: Axes, x: float, y: float, look: Look, *, ringed: bool) -> None:

@@ -14,7 +14,7 @@ from lorabench.results.findings import Findings
 if TYPE_CHECKING:
     from rich.table import Table as RichTable
 
-# -- Markdown ----------------------------------------------------------------------------------------------------------
+# -- Markdown --------------------------------------------------------------------------------------------------------
 
 
 def markdown(table: Table) -> str:
@@ -37,7 +37,7 @@ def escape_markdown(text: str) -> str:
     return re.sub(r"([\\`*_\[\]<>|#])", r"\\\1", " ".join(text.split()))
 
 
-# -- LaTeX -------------------------------------------------------------------------------------------------------------
+# -- LaTeX -----------------------------------------------------------------------------------------------------------
 
 MIN_WRAPPED_LENGTH = 24  # characters; a column with a longer text breaks its lines
 TEX_SYMBOLS = {
@@ -77,7 +77,7 @@ def latex(table: Table) -> str:
     return "\n".join(lines) + "\n"
 
 
-# -- terminal ----------------------------------------------------------------------------------------------------------
+# -- terminal --------------------------------------------------------------------------------------------------------
 
 
 def rich_table(table: Table) -> RichTable:

@@ -55,7 +55,7 @@ def main_tables(f: Findings) -> dict[str, Table]:
     return {t.key: t for t in tables if t.rows}
 
 
-# -- texts that several tables have ------------------------------------------------------------------------------------
+# -- texts that several tables have ----------------------------------------------------------------------------------
 
 
 def plus_minus(f: Findings, r: Result) -> str:
@@ -93,7 +93,7 @@ def error_summary(error: str | None) -> str:
     return text if len(text) <= MAX_ERROR_LENGTH else text[: MAX_ERROR_LENGTH - 1] + "…"
 
 
-# -- the comparison ----------------------------------------------------------------------------------------------------
+# -- the comparison --------------------------------------------------------------------------------------------------
 
 
 def comparison(f: Findings) -> Table:
@@ -250,7 +250,7 @@ def _cost_notes(f: Findings) -> Iterator[str]:
         )
 
 
-# -- learning rates ----------------------------------------------------------------------------------------------------
+# -- learning rates --------------------------------------------------------------------------------------------------
 
 PRUNED_NOTE = (
     "Pruned rates were behind inside their cell at that step "
@@ -303,7 +303,7 @@ def _rate_mark(r: Result, rate: Rate) -> str:
     return "incomplete" if rate.missing else ""
 
 
-# -- lost and unlisted runs --------------------------------------------------------------------------------------------
+# -- lost and unlisted runs ------------------------------------------------------------------------------------------
 
 
 def lost_runs(f: Findings) -> Table:

@@ -194,7 +194,7 @@ def inline_svg(d: Drawing) -> str:
     return f'<svg {namespaces} role="img" {label} {box[0]}><title id="{d.key}-alt">{text}</title>{rest.strip()}'
 
 
-# -- parts of pictures -------------------------------------------------------------------------------------------------
+# -- parts of pictures -----------------------------------------------------------------------------------------------
 
 
 def label_axes(ax: Axes, *, x: str, y: str, grid: str = "y") -> None:

@@ -165,7 +165,7 @@ def _mean(runs: Iterable[Record], key: str | None) -> float | None:
     return sum(found) / len(found) if found else None
 
 
-# -- at one value of the target metric -----------------------------------------------------------------------------------
+# -- at one value of the target metric -------------------------------------------------------------------------------
 
 
 def _paths(f: Findings, probe: Probe, cells: Sequence[Result]) -> tuple[How, dict[str, tuple[Path, ...]]]:

@@ -120,7 +120,7 @@ def _align(found: Sequence[dict[str, np.ndarray] | None]) -> list[dict[str, np.n
     return arrays if same and len(arrays[0]["example"]) > 1 else None
 
 
-# -- metrics that are means over examples --------------------------------------------------------------------------------
+# -- metrics that are means over examples ----------------------------------------------------------------------------
 
 
 def _correct(arrays: Sequence[Arrays]) -> np.ndarray | None:
@@ -154,7 +154,7 @@ EXAMPLE_MEANS: dict[str, Callable[[Sequence[Arrays]], np.ndarray | None]] = {
 }
 
 
-# -- metrics of the whole test set: statistics of resampled counts ----------------------------------------------------------
+# -- metrics of the whole test set: statistics of resampled counts ---------------------------------------------------
 
 
 def _perplexity(arrays: Sequence[Arrays]) -> Statistic:

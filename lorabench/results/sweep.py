@@ -233,7 +233,7 @@ def _table_order(cell: Cell) -> tuple[Any, ...]:
     return (not cell.adapter, series, cell.r or 0, cell.trainable or 0, known, extra, cell.id)
 
 
-# -- names ---------------------------------------------------------------------------------------------------------------
+# -- names -----------------------------------------------------------------------------------------------------------
 
 
 def _names(cells: Sequence[Cell]) -> dict[str, str]:

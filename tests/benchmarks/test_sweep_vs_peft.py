@@ -47,7 +47,7 @@ def all_outcomes():
     ]  # fmt: skip
 
 
-# -- grid ---------------------------------------------------------------------------------------------------------------
+# -- grid ------------------------------------------------------------------------------------------------------------
 
 
 def test_the_default_grid_is_four_ranks_at_two_rates():
@@ -111,7 +111,7 @@ def test_lorabench_is_asked_for_the_same_runs(tmp_path):
     assert job.settings.sweep.workers == 1
 
 
-# -- arithmetic ---------------------------------------------------------------------------------------------------------
+# -- arithmetic ------------------------------------------------------------------------------------------------------
 
 
 def test_flops_a_token_by_hand():
@@ -155,7 +155,7 @@ def test_memory_is_compared_with_one_trainer_process():
     assert memory_ratio([outcome("lorabench", 0, 1.0)]) is None
 
 
-# -- equal work ---------------------------------------------------------------------------------------------------------
+# -- equal work ------------------------------------------------------------------------------------------------------
 
 
 def test_equal_work_passes():
@@ -198,7 +198,7 @@ def test_a_pruned_run_may_stop_early_and_only_in_the_variant_that_prunes():
         check_equal_work([made("lorabench")], s, TOKENS)
 
 
-# -- output -------------------------------------------------------------------------------------------------------------
+# -- output ----------------------------------------------------------------------------------------------------------
 
 
 def test_the_json_has_its_shape():
@@ -239,7 +239,7 @@ def test_the_table_fits_eighty_columns():
     assert "…" not in text and g.PRUNED in text and "trainer_processes" in text
 
 
-# -- the command --------------------------------------------------------------------------------------------------------
+# -- the command -----------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(

@@ -328,7 +328,7 @@ def test_lost_confirmation_runs_give_no_verdict(tmp_path: Path) -> None:
     assert "did not survive" in v.reason
 
 
-# -- weights and forgetting ----------------------------------------------------------------------------------------------
+# -- weights and forgetting ------------------------------------------------------------------------------------------
 
 
 def analyse(e: Evidence, layers: Callable[[int, Record], dict[str, Any]]) -> Evidence:
@@ -496,7 +496,7 @@ def test_a_foreign_analysis_is_refused(tmp_path: Path, capsys: pytest.CaptureFix
     assert "analysis/weights.json" in capsys.readouterr().err
 
 
-# -- how verdicts are reached --------------------------------------------------------------------------------------------
+# -- how verdicts are reached ----------------------------------------------------------------------------------------
 
 
 def test_holds_takes_90_and_contradicts_95_percent() -> None:
@@ -523,7 +523,7 @@ def test_the_seeds_asked_for_are_enough() -> None:
     assert half(wanted) <= 0.12 < half(wanted - 1)
 
 
-# -- the face ------------------------------------------------------------------------------------------------------------
+# -- the face --------------------------------------------------------------------------------------------------------
 
 
 def test_the_reference_sweep_is_judged(repo: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -134,7 +134,7 @@ def test_bytes_of_any_file(sweep: Path, data: st.DataObject) -> None:
     check(sweep, target, bytes(content))
 
 
-# -- adapters ------------------------------------------------------------------------------------------------------------
+# -- adapters --------------------------------------------------------------------------------------------------------
 
 CONFIG = {
     "peft_type": "LORA",
@@ -187,7 +187,7 @@ def test_peft_folders(adapter: Path, tmp_path_factory: pytest.TempPathFactory, d
     shutil.rmtree(folder.parent)
 
 
-# -- configs -------------------------------------------------------------------------------------------------------------
+# -- configs ---------------------------------------------------------------------------------------------------------
 
 
 @pytest.fixture(scope="module")

@@ -40,7 +40,7 @@ def payload(tmp_path: Path) -> tuple[bytes, Path]:
     return pickle.dumps(Payload(mark)), mark
 
 
-# -- files that hold a pickle --------------------------------------------------------------------------------------------
+# -- files that hold a pickle ----------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("name", ["adapter_model.bin", "adapter_model.safetensors", "weights.safetensors"])
@@ -83,7 +83,7 @@ def test_test_results_with_a_pickle_inside_are_refused(tmp_path: Path, payload: 
     assert not payload[1].exists()
 
 
-# -- names that lead elsewhere -------------------------------------------------------------------------------------------
+# -- names that lead elsewhere ---------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("name", ["../out", "/etc/out", "a/b", "..", ".hidden", "a\nb", "x" * 101, ""])
@@ -109,7 +109,7 @@ def test_a_record_in_another_runs_folder_is_no_record(tmp_path: Path) -> None:
     assert store.read(one) is None
 
 
-# -- code by name --------------------------------------------------------------------------------------------------------
+# -- code by name ----------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -153,7 +153,7 @@ def test_a_yaml_bomb_is_refused(cli: Any, tmp_path: Path) -> None:
         assert (code, "values" in out) == (2, True), out
 
 
-# -- texts that others read ----------------------------------------------------------------------------------------------
+# -- texts that others read ------------------------------------------------------------------------------------------
 
 
 def test_texts_are_escaped_in_html_and_cannot_be_formulas_in_csv(tmp_path: Path) -> None:
@@ -190,7 +190,7 @@ def test_texts_are_escaped_in_html_and_cannot_be_formulas_in_csv(tmp_path: Path)
     assert any(t.startswith("'=cmd") for t in texts)
 
 
-# -- secrets -------------------------------------------------------------------------------------------------------------
+# -- secrets ---------------------------------------------------------------------------------------------------------
 
 
 def test_no_secret_of_the_environment_is_written(cli: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

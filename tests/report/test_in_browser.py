@@ -128,7 +128,7 @@ def test_on_paper_nothing_is_cut(report: Path, reference: Path) -> None:
         assert found["height"] / PAPER_HEIGHT - 1 <= pages <= 2 * found["height"] / PAPER_HEIGHT + 2
 
 
-# -- without a browser -------------------------------------------------------------------------------------------------
+# -- without a browser -----------------------------------------------------------------------------------------------
 
 PAIRS = [
     (text, back) for text in ("ink", "soft", "accent", "good", "bad") for back in ("paper", "tint", "mark", "warn")

@@ -78,7 +78,7 @@ def cell(store: Store, name: str) -> dict[str, Any]:
     return next(c for c in store.manifest()["cells"] if c["id"] == name)
 
 
-# -- what is in it -----------------------------------------------------------------------------------------------------
+# -- what is in it ---------------------------------------------------------------------------------------------------
 
 
 def test_the_files_of_a_report(report: Path) -> None:
@@ -227,7 +227,7 @@ def test_the_terminal_table(rank: Path) -> None:
     assert "is enough" in text
 
 
-# -- sweeps of other shapes --------------------------------------------------------------------------------------------
+# -- sweeps of other shapes ------------------------------------------------------------------------------------------
 
 
 @pytest.mark.usefixtures("undrawn")
@@ -330,7 +330,7 @@ def test_a_run_of_two_cells(tmp_path: Path) -> None:
     assert "16 (4r)" in (tmp_path / "out/report.md").read_text(encoding="utf-8")
 
 
-# -- what a reader must not overlook -----------------------------------------------------------------------------------
+# -- what a reader must not overlook ---------------------------------------------------------------------------------
 
 
 def test_edges_of_grids(tmp_path: Path) -> None:
@@ -444,7 +444,7 @@ def test_mixed_precision_is_flagged(rank: Path) -> None:
     assert any("differ in precision: bf16, but bf16-mixed for full fine-tuning" in w for w in warnings(found(rank)))
 
 
-# -- what it refuses ---------------------------------------------------------------------------------------------------
+# -- what it refuses -------------------------------------------------------------------------------------------------
 
 
 def test_bad_sweeps(tmp_path: Path) -> None:
@@ -500,7 +500,7 @@ def test_the_old_report_stands_until_the_new_one_is_complete(tmp_path: Path, mon
     assert [p.name for p in out.parent.iterdir()] == ["out"]
 
 
-# -- the command -------------------------------------------------------------------------------------------------------
+# -- the command -----------------------------------------------------------------------------------------------------
 
 
 def run(*args: str, cwd: Path, **env: str) -> subprocess.CompletedProcess[str]:
@@ -553,7 +553,7 @@ def test_equal_records_give_equal_bytes(rank: Path, report: Path, tmp_path: Path
         assert (away / "copy" / name).read_bytes() == (report / name).read_bytes(), name
 
 
-# -- what users put into it --------------------------------------------------------------------------------------------
+# -- what users put into it ------------------------------------------------------------------------------------------
 
 HOSTILE = '"><script>alert(1)</script>$x_1^{2}$|&%#`*[a](http://evil.example)'
 

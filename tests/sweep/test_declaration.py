@@ -44,7 +44,7 @@ def found(root: Path, margin: float | None = None) -> Findings:
     return find(load(root, margin=margin))
 
 
-# -- before anything runs ------------------------------------------------------------------------------------------------
+# -- before anything runs --------------------------------------------------------------------------------------------
 
 REFUSED = {
     "metric": (["study.metric=bleu"], "study.metric=bleu: a metric of task tweets: accuracy, macro_f1, mcc, loss"),
@@ -70,7 +70,7 @@ def test_what_cannot_be_judged_is_refused_and_nothing_is_written(cli, case):
     assert not Path("sweeps").exists()
 
 
-# -- a sweep that is there -----------------------------------------------------------------------------------------------
+# -- a sweep that is there -------------------------------------------------------------------------------------------
 
 
 def test_another_declaration_for_a_sweep_that_is_there_is_refused(cli, tmp_path):
@@ -126,7 +126,7 @@ def test_an_edited_declaration_shows(tmp_path: Path) -> None:
     assert f"its hash is no longer {manifest['study_hash']}" in warnings(found(root))[0]
 
 
-# -- what acts -----------------------------------------------------------------------------------------------------------
+# -- what acts -------------------------------------------------------------------------------------------------------
 
 
 def test_the_selection_metric_chooses_the_rate() -> None:
@@ -214,7 +214,7 @@ def test_the_first_screen_states_what_was_declared(tmp_path: Path) -> None:
         assert page.index("Budget and provenance") < page.rindex(hash_)
 
 
-# -- another margin, afterwards ------------------------------------------------------------------------------------------
+# -- another margin, afterwards --------------------------------------------------------------------------------------
 
 
 @pytest.mark.usefixtures("undrawn")

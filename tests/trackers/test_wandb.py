@@ -308,7 +308,7 @@ def test_an_adapter_is_an_artifact_if_asked(server: WandbServer, store: Store) -
     assert runs.missing(to(server, store, artifacts=True), record(RUNS[0])).is_nothing and len(server.artifacts) == 1
 
 
-# -- the whole tracker, with its process ------------------------------------------------------------------------------
+# -- the whole tracker, with its process -----------------------------------------------------------------------------
 
 
 def track(store: Store, *run_ids: str, sweep: str = "my sweep", **settings: Any) -> Any:
@@ -714,7 +714,7 @@ def test_a_sweep_without_its_server_is_the_same_sweep(
     assert "6 of 6 ended runs are there; 0 history rows to send" in capsys.readouterr().out
 
 
-# -- sync -------------------------------------------------------------------------------------------------------------
+# -- sync ------------------------------------------------------------------------------------------------------------
 
 
 def finished(store: Store, *run_ids: str) -> Store:
@@ -874,7 +874,7 @@ def test_sync_goes_where_the_tracker_went(server: WandbServer, store: Store) -> 
     assert list(server.runs) == [f"team/other/{runs.wandb_id('test', RUNS[0])}"]
 
 
-# -- the report -------------------------------------------------------------------------------------------------------
+# -- the report ------------------------------------------------------------------------------------------------------
 
 
 @pytest.fixture
@@ -929,7 +929,7 @@ def test_the_report_is_kept_offline_too(server: WandbServer, store: Store, rende
     assert not server.operations
 
 
-# -- pure -------------------------------------------------------------------------------------------------------------
+# -- pure ------------------------------------------------------------------------------------------------------------
 
 
 def test_steps_are_one_row_each_of_finite_values() -> None:
@@ -1006,7 +1006,7 @@ def test_looking_for_a_key_starts_no_process_of_wandb(monkeypatch: pytest.Monkey
     assert process.returncode == 0
 
 
-# -- the workspace ----------------------------------------------------------------------------------------------------
+# -- the workspace ---------------------------------------------------------------------------------------------------
 
 
 @pytest.fixture

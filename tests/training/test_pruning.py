@@ -21,7 +21,7 @@ from lorabench.sweep.packs import Job, assign_packs, new_manifest, plan_packs, p
 from lorabench.sweep.resume import finished_records
 from lorabench.training.pruning import MIN_RATES, cell_key, is_prunable, prune_reason, slices_to_prune
 
-# -- the rule ------------------------------------------------------------------------------------------------------------
+# -- the rule --------------------------------------------------------------------------------------------------------
 
 
 def drop(
@@ -170,7 +170,7 @@ def test_the_reason_names_the_step() -> None:
     assert prune_reason(50, 100).startswith("pruned at step 50 of 100: ")
 
 
-# -- cells ---------------------------------------------------------------------------------------------------------------
+# -- cells -----------------------------------------------------------------------------------------------------------
 
 
 def test_the_key_of_a_cell() -> None:
@@ -188,7 +188,7 @@ def test_what_can_be_pruned() -> None:
     assert not is_prunable(cell(**{"sweep.role": "confirm"}))
 
 
-# -- packs ---------------------------------------------------------------------------------------------------------------
+# -- packs -----------------------------------------------------------------------------------------------------------
 
 
 def before(runs: Sequence[RunConfig], max_pack: int, start: int = 0) -> list[tuple[str, list[str]]]:
@@ -315,7 +315,7 @@ def test_rates_that_join_a_cell_later_are_not_pruned(sweep_dir: Path) -> None:
     assert len({p.id for p in (first, *late)}) == 1 + len(late)
 
 
-# -- what is finished ----------------------------------------------------------------------------------------------------
+# -- what is finished ------------------------------------------------------------------------------------------------
 
 
 def settings(**changes: Any) -> Settings:
@@ -339,7 +339,7 @@ def test_a_pruned_run_is_finished_while_pruning_is_on(sweep_dir: Path, changes: 
     assert {r.status for r in found.values()} == finished
 
 
-# -- a whole sweep -------------------------------------------------------------------------------------------------------
+# -- a whole sweep ---------------------------------------------------------------------------------------------------
 
 
 @pytest.fixture

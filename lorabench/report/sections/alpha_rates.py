@@ -120,7 +120,7 @@ def _rule_panels(cells: Sequence[Result], suffix: str) -> list[Panel]:
     return out
 
 
-# -- the picture -------------------------------------------------------------------------------------------------------
+# -- the picture -----------------------------------------------------------------------------------------------------
 
 
 def draw(shown: Sequence[Panel], total: int, loss: str) -> Drawing:

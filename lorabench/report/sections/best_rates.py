@@ -41,7 +41,7 @@ def bounds(s: Slope) -> str:
     return f"{slope} ({formatting.number(low, 2)} to {formatting.number(high, 2)})"
 
 
-# -- the picture -------------------------------------------------------------------------------------------------------
+# -- the picture -----------------------------------------------------------------------------------------------------
 
 
 def draw(slopes: Sequence[Slope], looks: Mapping[str, Look]) -> Drawing:
@@ -157,7 +157,7 @@ def _alt(s: Slope) -> str:
     return f"{s.rule.name} ({s.constant}), by rank {rates}; slope {bounds(s)}, theory {theory}."
 
 
-# -- the numbers -------------------------------------------------------------------------------------------------------
+# -- the numbers -----------------------------------------------------------------------------------------------------
 
 SLOPE_NOTE = (
     "Slope of log best rate on log r by least squares over the cells' interpolated best rates. "

@@ -81,7 +81,7 @@ def _passes(f: Findings, comparison: Comparison) -> bool:
     return estimates.non_inferior(comparison.estimate, f.sweep.margin, lower_is_better=f.sweep.lower_is_better)
 
 
-# -- words -------------------------------------------------------------------------------------------------------------
+# -- words -----------------------------------------------------------------------------------------------------------
 
 
 def verdict_sentence(f: Findings, c: Condition) -> str:
@@ -140,7 +140,7 @@ def _change(f: Findings, four: list[Result]) -> estimates.Estimate | None:
     return change.estimate((2 * pooled.difference, pooled.df) if pooled else None)
 
 
-# -- the table ---------------------------------------------------------------------------------------------------------
+# -- the table -------------------------------------------------------------------------------------------------------
 
 NOTE = (
     "Δ: to the largest rank under the same condition; 95 % each, exploratory: not adjusted for their number. "

@@ -38,7 +38,7 @@ def spread(p: Probe, e: Estimate, *, sign: bool = True) -> str:
     return (p.metric.difference(e.mean) if sign and p.before else p.metric.value(e.mean)) + half
 
 
-# -- words -------------------------------------------------------------------------------------------------------------
+# -- words -----------------------------------------------------------------------------------------------------------
 
 
 def _probe_sentence(p: Probe) -> str:
@@ -76,7 +76,7 @@ def _pair_sentences(f: Findings, forgetting: Forgetting) -> Iterator[str]:
         )
 
 
-# -- the picture -------------------------------------------------------------------------------------------------------
+# -- the picture -----------------------------------------------------------------------------------------------------
 
 
 def draw(f: Findings, forgetting: Forgetting, looks: Mapping[str, Look]) -> Drawing:
@@ -174,7 +174,7 @@ def _alt(f: Findings, forgetting: Forgetting) -> str:
     return f"{formatting.capital(p.what)} against {f.metric.axis}: {'; '.join(cells)}."
 
 
-# -- the table ---------------------------------------------------------------------------------------------------------
+# -- the table -------------------------------------------------------------------------------------------------------
 
 
 def _table(f: Findings, forgetting: Forgetting) -> Table:

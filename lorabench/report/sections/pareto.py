@@ -165,7 +165,7 @@ def _front_sentence(f: Findings, e: Evidence, x: Front) -> str:
     )
 
 
-# -- the picture -------------------------------------------------------------------------------------------------------
+# -- the picture -----------------------------------------------------------------------------------------------------
 
 
 def draw(f: Findings, by_cost: Sequence[Front], looks: Mapping[str, Look]) -> Drawing:
@@ -290,7 +290,7 @@ def _draw_names(ax: Axes, labels: Sequence[tuple[float, float, str, str]], *, be
         )
 
 
-# -- the table ---------------------------------------------------------------------------------------------------------
+# -- the table -------------------------------------------------------------------------------------------------------
 
 NOTE = (
     "A cell is on a front by its point estimates: no other cell costs no more and scores no worse. "

@@ -112,7 +112,7 @@ def _verdict_sentence(f: Findings, e: Evidence, g: Group) -> str:
     return f"At {g.title.replace(':', ',', 1)}: {verdicts} (95 %, exploratory: not adjusted for their number)."
 
 
-# -- the picture -------------------------------------------------------------------------------------------------------
+# -- the picture -----------------------------------------------------------------------------------------------------
 
 
 def draw(f: Findings, compared: Sequence[Group], looks: Mapping[str, Look]) -> Drawing:
@@ -155,7 +155,7 @@ def _draw_panel(ax: Axes, f: Findings, g: Group, looks: Mapping[str, Look], rows
     ax.set_title(g.title)
 
 
-# -- the table ---------------------------------------------------------------------------------------------------------
+# -- the table -------------------------------------------------------------------------------------------------------
 
 NOTE = (
     "Δ: to the row marked “held against” in its group, the declared reference where it is there, "

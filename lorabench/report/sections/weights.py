@@ -30,7 +30,7 @@ MAX_SPECTRA = 8  # in one picture
 MAX_MARKED_VALUES = 12  # up to which every value of a spectrum has a marker
 MIN_SHARE_OF_LARGEST = 1e-6  # a smaller singular value is what rounding left of a zero
 
-# -- rows --------------------------------------------------------------------------------------------------------------
+# -- rows ------------------------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
@@ -207,7 +207,7 @@ def _left_out(a: Analysis) -> Iterator[str]:
                 yield f"{cell.name}: {layer} of run {run} not analysed: {reason}"
 
 
-# -- the table ---------------------------------------------------------------------------------------------------------
+# -- the table -------------------------------------------------------------------------------------------------------
 
 COLUMNS = {  # measure -> title, decimals
     "relative_norm": ("‖ΔW‖ / ‖W‖", 4),
@@ -277,7 +277,7 @@ def _measure_texts(c: CellWeights, keys: Sequence[str]) -> Iterator[str]:
         yield formatting.number(None if measure is None else measure.mean, COLUMNS[name][1])
 
 
-# -- subspaces ---------------------------------------------------------------------------------------------------------
+# -- subspaces -------------------------------------------------------------------------------------------------------
 
 
 def draw(w: Weights, looks: Mapping[str, Look]) -> list[Drawing]:
@@ -373,7 +373,7 @@ def _draw_heat_map(ax: Axes, s: Similarity, phi: np.ndarray, title: str, *, has_
     return mesh
 
 
-# -- spectra -----------------------------------------------------------------------------------------------------------
+# -- spectra ---------------------------------------------------------------------------------------------------------
 
 
 def draw_spectra(spectra: Sequence[Spectrum], looks: Mapping[str, Look]) -> Drawing | None:

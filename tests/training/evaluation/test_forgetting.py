@@ -239,7 +239,7 @@ def test_a_probe_whose_data_changed_is_refused(places, tmp_path):
         check_drift(record, label_run(places))
 
 
-# -- identity and errors ----------------------------------------------------------------------------------------------
+# -- identity and errors ---------------------------------------------------------------------------------------------
 
 
 def test_along_takes_a_probe(places):
