@@ -9,8 +9,6 @@ from typing import TYPE_CHECKING, Any
 
 from lorabench.analyze import scope
 from lorabench.analyze.scope import SimilarityPairs, TrainedRuns, WeightsRequest
-from lorabench.results.cells import cell_results, select_cells
-from lorabench.results.sweep import load
 from lorabench.store.analysis import WEIGHTS_FILE
 
 if TYPE_CHECKING:
@@ -28,6 +26,9 @@ def measure_weights(
     The file is written whole after each run, so that a killed analysis goes on where it was. Raises `ConfigError` for a
     directory without finished runs or saved weights, unknown cells or layers, and bases that changed.
     """
+    from lorabench.results.cells import cell_results, select_cells
+    from lorabench.results.sweep import load
+
     results = cell_results(load(sweep_dir)).by_cell
     chosen = select_cells(results, request.cells)
     source = scope.open_runs(sweep_dir, results, chosen)
