@@ -43,7 +43,6 @@ NEEDS_TORCH = (
     "lorabench.export",
     "lorabench.predict",
     "lorabench.plan.study",
-    "lorabench.analyze.measurement",
     "lorabench.analyze.spectra",
     "lorabench.analyze.updates",
     "lorabench.analyze.deltas",
