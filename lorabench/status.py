@@ -125,7 +125,7 @@ def read(sweep_dir: str | Path, store: Store | None = None) -> Status:
     states = _pack_states(store, manifest, {r.run_id for r in found if r.status not in ("failed", "pruned")})
     records = tuple(r for r in found if not _again(store, r.run_id, states.get(r.run_id)))
     left = sorted(states.keys() - {r.run_id for r in records})
-    begun = tuple(b for i in left if (b := _begun(store, i, listed.get(i, {}), states[i])) is not None)
+    begun = tuple(b for i in left if (b := _begun_run(store, i, listed.get(i, {}), states[i])) is not None)
     name = str(manifest.get("name") or root.resolve().name)
     return Status(name, len(listed), records, begun, sum(run["role"] == "confirm" for run in listed.values()))
 
@@ -147,14 +147,14 @@ def _pack_states(store: Store, manifest: dict[str, Any], ended: set[str]) -> dic
 def _again(store: Store, run_id: str, state: PackState | None) -> bool:
     """Whether a run that failed or was pruned is training again: its pack is held, and its history newer than its
     record."""
-    history, record = (_written(store.run_dir(run_id) / name) for name in ("history.jsonl", "run.json"))
+    history, record = (_written_at(store.run_dir(run_id) / name) for name in ("history.jsonl", "run.json"))
     return state is not None and state.alive and history is not None and record is not None and history > record
 
 
-def _begun(store: Store, run_id: str, entry: dict[str, Any], state: PackState) -> Begun | None:
+def _begun_run(store: Store, run_id: str, entry: dict[str, Any], state: PackState) -> Begun | None:
     history, checkpoint = store.run_dir(run_id) / "history.jsonl", state.checkpoint
     steps = (entry.get("config") or {}).get("trainer", {}).get("max_steps")
-    written = [m for p in (history, checkpoint) if p and (m := _written(p)) is not None]
+    written = [m for p in (history, checkpoint) if p and (m := _written_at(p)) is not None]
     if not written:
         return Begun(run_id, None, steps, 0.0, True, state.by, None, state.pack) if state.alive else None
     age = _age(max(written))
@@ -174,7 +174,7 @@ def _age(moment: float) -> float:
     return max(0.0, time.time() - moment)
 
 
-def _written(path: Path) -> float | None:
+def _written_at(path: Path) -> float | None:
     """When a file was last written; None where it is not there, or not any more."""
     try:
         return path.stat().st_mtime
@@ -198,14 +198,14 @@ def lines(s: Status) -> list[str]:
             "time left: not known before the first run has ended" if eta is None else f"time left: about {_span(eta)}"
         )
         out.append("" if s.confirms else "confirmation runs, if any, are listed when tuning has ended and come on top")
-    out += _unfinished(s.begun)
+    out += _unfinished_lines(s.begun)
     out += [f"  {r.run_id} failed: {(r.error or 'no reason recorded').splitlines()[0]}" for r in s.failed]
     if s.failed:
         out.append("sweep.retry_failed=true, added to the sweep's own command, trains the failed ones again")
     return [line for line in out if line]
 
 
-def _unfinished(begun: Sequence[Begun]) -> list[str]:
+def _unfinished_lines(begun: Sequence[Begun]) -> list[str]:
     """Return a line for all runs of one state and step: the slices of a pack go together."""
     groups: dict[str, list[str]] = {}
     for b in begun:

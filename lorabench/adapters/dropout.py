@@ -22,11 +22,11 @@ from lorabench.adapters.context import Context, digest32
 from lorabench.config.errors import ConfigError
 
 
-def _signed(value: int) -> int:
+def _to_signed(value: int) -> int:
     return value - 2**32 if value >= 2**31 else value
 
 
-_M1, _M2, _GOLDEN = _signed(0x7FEB352D), _signed(0x846CA68B), _signed(0x9E3779B9)
+_M1, _M2, _GOLDEN = _to_signed(0x7FEB352D), _to_signed(0x846CA68B), _to_signed(0x9E3779B9)
 
 
 def mix_(h: Tensor) -> Tensor:
@@ -125,7 +125,7 @@ def key_base_dropout(model: nn.Module, context: Context, undo: ExitStack) -> Non
     for name, module in owners:
         _refuse(name, module)
         undo.callback(_restore_forward, module, module.__dict__.get("forward"))
-        module.forward = _keyed(module, context, name)
+        module.forward = _key_forward(module, context, name)
     before = getattr(getattr(model, "config", None), "_attn_implementation", None)
     switch: Callable[[str], None] | None = getattr(model, "set_attn_implementation", None)
     if switch is not None and before not in (None, "eager"):
@@ -157,7 +157,7 @@ def _refuse(name: str, module: nn.Module) -> None:
         )
 
 
-def _keyed(module: nn.Module, context: Context, name: str) -> Callable[..., Any]:
+def _key_forward(module: nn.Module, context: Context, name: str) -> Callable[..., Any]:
     """Return a module's forward pass with keyed dropout in training.
 
     In evaluation it is the module's own: looking at each of its calls would make every answer of a served adapter

@@ -53,7 +53,7 @@ def save_slice(
         if is_representable(plan):
             write_peft(tmp, state, plan, info=info, run=run, head=head)
         else:
-            tensors, tied = _untied(state)
+            tensors, tied = _split_tied(state)
             _save_tensors(tensors, tmp / WEIGHTS_FILE)
         _write_json(tmp / PLAN_FILE, {"schema": 1, "plan": asdict(plan), "tied": tied})
 
@@ -193,7 +193,7 @@ def _check_complete(state: Mapping[str, Tensor], plan: SlicePlan, folder: Path) 
         )
 
 
-def _untied(state: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], dict[str, str]]:
+def _split_tied(state: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], dict[str, str]]:
     """Return tensors to save, one name each, and {other name: that name} for those that share their memory."""
     first: dict[tuple[int, torch.Size, torch.dtype], str] = {}
     tensors, tied = {}, {}

@@ -111,7 +111,7 @@ def weight_change(name: str, layer: nn.Module, spec: AdapterSpec, own: Mapping[s
         on_input, none = spec.kind == "ia3_input", weight.new_zeros(0, dtype=torch.float64)
         left, right = none.expand(weight.shape[0], 0), none.view(0, 1).expand(0, weight.shape[1])
         plain = Change(left, right, 1.0, bias=None if on_input else own["ia3_l"])
-        return _scaled(plain, own["ia3_l"], on_columns=on_input != flipped)
+        return _with_scale(plain, own["ia3_l"], on_columns=on_input != flipped)
     if spec.kind == "vera":
         a, b = projection({}, spec, own["vera_lambda_d"])
         inputs, outputs = weight.shape if flipped else weight.shape[::-1]
@@ -124,10 +124,10 @@ def weight_change(name: str, layer: nn.Module, spec: AdapterSpec, own: Mapping[s
     _check_shapes(name, plain, weight)
     whole = plain.of(weight.detach().view(weight.shape[0], -1), slice(None))
     ratio = own["magnitude"] / whole.norm(dim=0 if flipped else 1).clamp_min(torch.finfo().tiny)  # a row of zeros stays
-    return _scaled(plain, ratio, on_columns=flipped)
+    return _with_scale(plain, ratio, on_columns=flipped)
 
 
-def _scaled(change: Change, by: Tensor, *, on_columns: bool) -> Change:
+def _with_scale(change: Change, by: Tensor, *, on_columns: bool) -> Change:
     return replace(change, columns=by) if on_columns else replace(change, rows=by)
 
 

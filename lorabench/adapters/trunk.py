@@ -111,7 +111,9 @@ class Trunk:
         return found[0]
 
     def features(self, batches: Iterator[Mapping[str, Tensor]], run: Callable[[Any], Any], tokens: int) -> Features:
-        """Of every example of these batches. run: a forward pass of the model on one of them. tokens: of all of them.
+        """Return the trunk's output for every example of these batches.
+
+        run: a forward pass of the model on one of them. tokens: how many they all have.
 
         Written in place: pieces put together at the end would take twice the memory, and leave it in small change.
         """

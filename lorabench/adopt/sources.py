@@ -178,7 +178,7 @@ def _state_settings(state: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _state(folder: Path) -> dict[str, Any]:
-    """Of the folder itself, else of its latest checkpoint."""
+    """Return the state of the folder itself, else of its latest checkpoint."""
     inside = sorted(folder.glob("checkpoint-*/trainer_state.json"), key=lambda p: _step(p.parent.name))
     for path in [folder / "trainer_state.json", *reversed(inside)]:
         if found := _json(path):

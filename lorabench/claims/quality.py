@@ -131,7 +131,8 @@ def _gap_growth(four: Sequence[Result]) -> Sample | None:
 
 
 def _gap_pairs(e: Evidence) -> Iterator[tuple[Result, Result, Result, Result]]:
-    """Of each rank, set of targets and alpha: LoRA and full at the largest batch, the same two at the smallest."""
+    """Return for each rank, set of targets and alpha: LoRA and full at the largest batch, the same two at the
+    smallest."""
     found: dict[Any, list[tuple[Result, Result]]] = {}
     for r in e.cells:
         full = e.full(r.cell) if r.cell.method == LORA else None

@@ -70,7 +70,7 @@ def decide(holds: bool, beyond: bool) -> Status:
 
 
 def negate(status: Status) -> Status:
-    """Of the claim that says the opposite."""
+    """Return the verdict on the claim that says the opposite."""
     turned: dict[Status, Status] = {"holds": "contradicted", "contradicted": "holds"}
     return turned.get(status, status)
 

@@ -207,7 +207,7 @@ def intruders_go_with_forgetting(e: Evidence) -> Verdict:
 
 
 def _rows(e: Evidence, weights: Analysis, probe: str) -> list[tuple[float, float, float]]:
-    """Of every run: intruders, forgetting (more is worse), log2 of the relative norm."""
+    """Return for every run: intruders, forgetting (more is worse), log2 of the relative norm."""
     sign, rows = 1.0 if less_is_better(probe) else -1.0, []
     for run_id, change in changes(e.cells, probe)[0].items():
         count, norm = weights.intruders(run_id), weights.relative_norm(run_id)
@@ -217,7 +217,8 @@ def _rows(e: Evidence, weights: Analysis, probe: str) -> list[tuple[float, float
 
 
 def partial_correlation(x: np.ndarray, y: np.ndarray, held: np.ndarray) -> float | None:
-    """Of x and y [n] with a straight line in `held` [n] taken out of both; None where nothing is left of one."""
+    """Return the correlation of x and y [n] with a straight line in `held` [n] taken out of both; None where nothing is
+    left of one."""
     design = np.column_stack([np.ones_like(held), held])
     left = [v - design @ np.linalg.lstsq(design, v, rcond=None)[0] for v in (x, y)]
     if any(np.linalg.norm(a) <= 1e-9 * max(float(np.linalg.norm(v)), 1.0) for a, v in zip(left, (x, y), strict=True)):

@@ -92,7 +92,7 @@ class JobCrew:
         """Talk to the engine and to the listeners, in the one thread that does."""
         began = 0.0
         while not self._stop.wait(0.1):
-            fresh = self._arrived()
+            fresh = self._take_arrivals()
             if not fresh and time.monotonic() - began < self.poll:
                 continue
             began = time.monotonic()
@@ -102,7 +102,7 @@ class JobCrew:
                 self._look()
             except BaseException as e:  # told to those who wait: their threads are the ones that are heard
                 self._give_up(e)
-        self._waiting += self._arrived()
+        self._waiting += self._take_arrivals()
         self._give_up(LauncherStopped())
 
     def _give_up(self, error: BaseException) -> None:
@@ -110,7 +110,7 @@ class JobCrew:
             resolve(watch, error=error)
         self._waiting, self._watched = [], []
 
-    def _arrived(self) -> list[Watch]:
+    def _take_arrivals(self) -> list[Watch]:
         """Return new packs, all that come at about the same time: they become one array."""
         found: list[Watch] = []
         while not self._inbox.empty():
@@ -131,7 +131,7 @@ class JobCrew:
             alive = self._engine.alive([str(e["job"]) for e in noted.values() if e.get("engine") == self.name])
             if alive is None:
                 return
-            fresh = [w for w in self._waiting if not self._found(w, noted[w.pack.id], alive)]
+            fresh = [w for w in self._waiting if not self._has_job(w, noted[w.pack.id], alive)]
             if there := [str(w.job) for w in self._waiting if w.job is not None]:
                 self.say(f"{store.root.name}: {len(there)} packs have jobs already, {_job_names(there)}")
             if self._engine.room is not None:
@@ -140,7 +140,7 @@ class JobCrew:
                 self._submit(store, fresh)
         self._waiting = [w for w in self._waiting if w.job is None and not w.result.done()]
 
-    def _found(self, watch: Watch, noted: Mapping[str, Any], alive: set[str]) -> bool:
+    def _has_job(self, watch: Watch, noted: Mapping[str, Any], alive: set[str]) -> bool:
         """Whether a pack needs no new job: it has one, or one that nobody waited for has ended already."""
         job = str(noted.get("job"))
         if noted.get("engine") == self.name and job in alive:
@@ -191,16 +191,16 @@ class JobCrew:
             if told:
                 watch.missed += not watch.result.done()
                 if watch.missed >= MISSES_UNTIL_LOST:
-                    self._died(watch, Death(f"{self.name} job {watch.job} ended and left no record"))
+                    self._handle_death(watch, Death(f"{self.name} job {watch.job} ended and left no record"))
             elif alive is not None and watch.job not in alive:
                 watch.missed += 1
                 if watch.missed >= MISSES_UNTIL_DEAD:
-                    self._died(watch, self._engine.death(str(watch.job)))
+                    self._handle_death(watch, self._engine.death(str(watch.job)))
             else:
                 watch.missed = 0
         self._watched = [w for w in self._watched if w.job is not None and not w.result.done()]
 
-    def _died(self, watch: Watch, death: Death) -> None:
+    def _handle_death(self, watch: Watch, death: Death) -> None:
         """Submit the pack of a job that left no word of its end again, in halves if it was too large, or record it as
         failed."""
         watch.store.leases.tidy(watch.pack.id)  # it may have held the pack

@@ -142,16 +142,16 @@ class PackJob:
         store, tasks = Store(self.root), env.num_tasks if env else 1
         first = tasks == 1 or env.global_rank == 0
         if not first:
-            ended = self._trained(store, me, env, tasks)
+            ended = self._train(store, me, env, tasks)
         else:
             if (holder := store.leases.holder(self.pack_id)) is not None:
                 print(f"{self.pack_id}: waits for {holder}, which trains it", flush=True)
             with store.leases.wait(self.pack_id) as lease:
-                ended = self._trained(store.under(lease), me, env, tasks)
+                ended = self._train(store.under(lease), me, env, tasks)
         if (first or ended["kind"] != "done") and not job_end(store, self.pack_id, me):
             atomic_write(_path(store, self.pack_id, ".end.json"), dump_json({**ended, "job": me}))
 
-    def _trained(self, store: Store, me: str, env: Any, tasks: int) -> dict[str, Any]:
+    def _train(self, store: Store, me: str, env: Any, tasks: int) -> dict[str, Any]:
         """Train, and return what the word of the end says."""
         from lorabench.sweep.packs import pack_from_manifest
         from lorabench.sweep.ranks import train

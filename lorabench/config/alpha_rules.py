@@ -63,6 +63,6 @@ def is_multiple_of_rank(rule: str | None) -> bool:
     return (rule or "").endswith("r")
 
 
-def rounded(rule: str | None) -> str:
+def round_alpha(rule: str | None) -> str:
     """Return a rule with its numbers to four digits: `5.657/sqrt(r)`."""
     return re.sub(r"\d+\.\d{4,}", lambda number: f"{float(number[0]):.4g}", rule or "")

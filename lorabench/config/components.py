@@ -67,7 +67,7 @@ def _load_local(section: str, file: str | None) -> type[Component]:
     try:
         module = _import_file(path)
     except Exception as e:
-        raise ConfigError(key, file, f"the file does not import: {type(e).__name__}: {e}{_moved(e)}") from e
+        raise ConfigError(key, file, f"the file does not import: {type(e).__name__}: {e}{_moved_hint(e)}") from e
     config: Any = getattr(module, "Config", None)
     if not dataclasses.is_dataclass(config) or not isinstance(config, type):
         raise ConfigError(key, file, "the file must define a dataclass named Config")
@@ -78,7 +78,7 @@ def _load_local(section: str, file: str | None) -> type[Component]:
     return config
 
 
-def _moved(error: Exception) -> str:
+def _moved_hint(error: Exception) -> str:
     """Return where a module of lorabench is now that an import of a user's file did not find; "" for any other
     error."""
     name = error.name if isinstance(error, ModuleNotFoundError) else None

@@ -63,7 +63,7 @@ def _match_suffixes(layers: list[LayerInfo], target: list[Any]) -> list[LayerInf
     for suffix in target:
         names = {x.name for x in layers if x.name == suffix or x.name.endswith(f".{suffix}")}
         if not names:
-            raise _unmatched(layers, target, suffix)
+            raise _unmatched_error(layers, target, suffix)
         matched |= names
     return [x for x in layers if x.name in matched]
 
@@ -76,7 +76,7 @@ def _match_text(layers: list[LayerInfo], base: BaseInfo, target: str) -> list[La
     else:
         matched = [x for x in layers if re.fullmatch(target, x.name)]
     if not matched:
-        raise _unmatched(layers, target, target)
+        raise _unmatched_error(layers, target, target)
     return matched
 
 
@@ -87,7 +87,7 @@ def _match_words(layers: list[LayerInfo], target: str) -> list[LayerInfo]:
         suffix = re.compile(rf"(?:.*\.)?(?:{'|'.join(patterns)})")
         names = {x.name for x in layers if x.kind in ADAPTABLE and suffix.fullmatch(x.name)}
         if not names:
-            raise _unmatched(layers, target, word)
+            raise _unmatched_error(layers, target, word)
         matched |= names
     return [x for x in layers if x.name in matched]
 
@@ -103,7 +103,7 @@ def _keep_blocks(layers: list[LayerInfo], blocks: Sequence[int]) -> list[LayerIn
     return [x for x in layers if numbers.get(x.name) in blocks]
 
 
-def _unmatched(layers: list[LayerInfo], target: Any, part: str) -> ConfigError:
+def _unmatched_error(layers: list[LayerInfo], target: Any, part: str) -> ConfigError:
     names = suffixes(layers)
     allowed = f"{part!r} matches no layer of this base; names that exist: {', '.join(names)}"
     if target in names:  # the common slip: a suffix as a string, which PEFT too takes for a regex

@@ -72,7 +72,7 @@ def plan(args: argparse.Namespace) -> dict[str, Any]:
             "sd": d.sd,
             "source": source,
             "rows": _rows(study, d, args.power, hours),
-            "needed": _needed(study, d, args.power),
+            "needed": _needed_seeds(study, d, args.power),
         }
         for d, source in designs
     ]
@@ -211,7 +211,7 @@ def _row(study: StudyPlan, design: Design, power: float, hours: Hours | None) ->
     }
 
 
-def _needed(study: StudyPlan, design: Design, power: float) -> dict[str, int | None]:
+def _needed_seeds(study: StudyPlan, design: Design, power: float) -> dict[str, int | None]:
     """Seeds for the wanted power at the margin, where the true difference is none."""
     from lorabench.stats.power import equivalence, non_inferiority, seeds_needed
 

@@ -48,7 +48,7 @@ def render(
     out = Path(out_dir)
     directory.check_replaceable(out)
     load(sweep_dir, margin=margin, metric=metric)  # raises before anything is written
-    with directory.locked(out):
+    with directory.lock(out):
         findings = find(load(sweep_dir, margin=margin, metric=metric))
         directory.replace(out, page.files(findings, title))
     return Summary(out, answer.answer(findings).lead, tuple(cautions.warnings(findings)), findings.confirmed)

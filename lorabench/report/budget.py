@@ -46,7 +46,7 @@ def _training(f: Findings) -> Iterator[tuple[str, str]]:
         seeds = sorted({int(r.config["seed"]) for r in runs if r.role == role})
         yield name, f"{len(seeds)} ({', '.join(map(str, seeds))})" if seeds else "none"
     yield "Runs", _run_counts(len(f.sweep.planned), runs)
-    yield "Pruned", _pruned(f)
+    yield "Pruned", _pruned_text(f)
     spent = sum(float(r.resources.get(k) or 0) for r in runs for k in ("train_seconds", "eval_seconds"))
     yield "Time", f"{formatting.duration(spent)} of training and evaluation in all" if spent else ""
     yield "Precision", _distinct(completed, lambda r: r.provenance.get("precision"))
@@ -72,7 +72,7 @@ def _run_counts(planned: int, runs: Sequence[Record]) -> str:
     return text + (f", {planned - len(runs)} not ended" if planned > len(runs) else "")
 
 
-def _pruned(f: Findings) -> str:
+def _pruned_text(f: Findings) -> str:
     """Return how many tuning runs left early, when, and the share of the tuning steps that this spared."""
     full: dict[str, int] = {}  # steps of a run that is not pruned, by tuning run: its cell's
     for cell in f.sweep.cells:

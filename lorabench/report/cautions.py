@@ -162,11 +162,11 @@ def _rate_warning(f: Findings, r: Result) -> str:
     if len(choice.rates) == 1:
         return f"one learning rate only ({formatting.rate(r.lr)}), so it is not tuned."
     if not choice.rates and r.runs:
-        return f"confirmed at {formatting.rate(r.lr)} {_untuned(f, r)}."
+        return f"confirmed at {formatting.rate(r.lr)} {_untuned_text(f, r)}."
     return ""
 
 
-def _untuned(f: Findings, r: Result) -> str:
+def _untuned_text(f: Findings, r: Result) -> str:
     tested = {float(x.config["optimizer"]["lr"]) for x in f.sweep.records_of(r.cell.confirm)}
     if len(tested) == 1:
         return "without tuning"

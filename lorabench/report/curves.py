@@ -80,7 +80,7 @@ def family(r: Result) -> str:
     """Return the panel of a cell: its method, its rule for alpha, and what else is varied."""
     if not r.cell.adapter:
         return NO_ADAPTERS
-    rule = alpha_rules.without_scaling(alpha_rules.rounded(r.cell.alpha_rule))  # the method's name says that part
+    rule = alpha_rules.without_scaling(alpha_rules.round_alpha(r.cell.alpha_rule))  # the method's name says that part
     alpha = [f"α = {rule}"] if rule else []  # VeRA has none
     return ", ".join([r.cell.method, *alpha, *(f"{k.split('.')[-1]} {v}" for k, v in r.cell.extra)])
 

@@ -36,7 +36,7 @@ def check_replaceable(out: Path) -> None:
 
 
 @contextmanager
-def locked(out: Path) -> Iterator[None]:
+def lock(out: Path) -> Iterator[None]:
     """Hold the directory against other processes that render into it, and clear up after those that were killed."""
     out = out.resolve()
     leases = Leases(out.parent / ".locks")

@@ -46,7 +46,7 @@ class Optimum:
         return float(2.0**self.log2_rate)
 
     def interval(self, level: float = 0.95) -> tuple[float, float]:
-        """Of the rate itself; from 0 to infinity where its variance is not known."""
+        """The interval of the rate itself; from 0 to infinity where its variance is not known."""
         made = contrast([self], [1.0])
         if made is None:
             return 0.0, math.inf
@@ -90,7 +90,10 @@ def optimum(choice: Choice) -> Optimum | Missing:
 
 
 def _at_the_edge(choice: Choice, best: Rate, *, high: bool) -> Missing:
-    """Of the rates that are eligible, which need not be the grid's end: the next one may have diverged."""
+    """Return what is missing around a best rate that is at an end of those that are eligible.
+
+    That need not be the grid's end: the next rate may have diverged.
+    """
     rest = [r.lr for r in choice.rates if (r.lr > best.lr if high else r.lr < best.lr)]
     way, end = ("above", "largest") if high else ("below", "smallest")
     reason = f"the best rate, {formatting.rate(best.lr)}, is the {end} eligible one"

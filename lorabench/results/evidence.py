@@ -170,7 +170,7 @@ def scale(cell: Cell) -> float | None:
 
 
 def has_same_conditions(a: Cell, b: Cell) -> bool:
-    """Of one value on every axis that both have, beside method, rank, alpha and targets."""
+    """Whether two have one value on every axis that both have, beside method, rank, alpha and targets."""
     left, right = dict(a.extra), dict(b.extra)
     return all(left[k] == right[k] for k in left.keys() & right.keys())
 

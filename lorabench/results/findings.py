@@ -252,7 +252,7 @@ def _is_smaller(cell: Cell, reference: Cell) -> bool:
 
 
 def _has_same_conditions(a: Mapping[str, str], b: Mapping[str, str]) -> bool:
-    """Of one value wherever both have one."""
+    """Whether two have one value wherever both have one."""
     return all(a[k] == b[k] for k in a.keys() & b.keys())
 
 

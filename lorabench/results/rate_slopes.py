@@ -57,7 +57,7 @@ class Slope:
 
 
 def slopes(e: Evidence) -> list[Slope]:
-    """Of every rule the line of most ranks, where that has three."""
+    """Return for every rule the line of most ranks, where that has three."""
     side = width(e.sweep, e.weights)
     lines = [(rule, next(iter(e.lines(rule.power)), None)) for rule in RULES]
     return [_slope(e, rule, line, side) for rule, line in lines if line is not None and len(line.cells) >= MIN_RANKS]
@@ -99,5 +99,5 @@ def anchors(made: Sequence[Slope]) -> list[tuple[int, float]]:
 
 
 def cells(made: Sequence[Slope]) -> list[Result]:
-    """Of all rules, each once, in the order of the rules and ranks."""
+    """The cells of all rules, each once, in the order of the rules and ranks."""
     return list({r.id: r for slope in made for r in slope.line.cells}.values())

@@ -143,7 +143,7 @@ class Sweep:
 
     @property
     def lower_is_better(self) -> bool:
-        """Of that metric: as a record says, else by its name."""
+        """Whether less of that metric is better: as a record says, else by its name."""
         if self.other:
             return self.other.lower_is_better or lower_is_better(self.manifest, self.metric)
         said = [
@@ -249,7 +249,7 @@ def _names(cells: Sequence[Cell]) -> dict[str, str]:
         name = f"{c.method} r = {c.r}" if c.adapter else in_words(c.method)
         if c.adapter and targets:
             name += f" on {shorten(c.targets)}"
-        apart = [f"α = {alpha_rules.rounded(c.alpha_rule)}"] if c.adapter and c.method in ruled else []
+        apart = [f"α = {alpha_rules.round_alpha(c.alpha_rule)}"] if c.adapter and c.method in ruled else []
         apart += [f"{k.split('.')[-1]} {shorten(v)}" for k, v in c.extra if k in varied]
         names[c.id] = f"{name} ({', '.join(apart)})" if apart else name
     return names

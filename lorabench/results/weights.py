@@ -81,7 +81,7 @@ class Analysis:
 
     @property
     def threshold(self) -> float:
-        """Of intruder counts: .5, else the measured one nearest to it."""
+        """The threshold of intruder counts: .5, else the measured one nearest to it."""
         found = {t for run in self.runs.values() for x in run.values() for t in x.intruders}
         return min(sorted(found), key=lambda t: abs(t - INTRUDER_COSINE), default=INTRUDER_COSINE)
 

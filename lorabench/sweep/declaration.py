@@ -77,14 +77,14 @@ def check_unchanged(manifest: Mapping[str, Any], study: StudyConfig, root: Any) 
             raise ExistingWork(
                 f"study.{key}",
                 now,
-                f"the sweep in {root} was declared with {_shown(before)} (study {manifest.get('study_hash')}); another sweep.name"
+                f"the sweep in {root} was declared with {_text(before)} (study {manifest.get('study_hash')}); another sweep.name"
                 + (
                     f", or report it post hoc with {later}"
                     if later
-                    else f", or study.{key}={_shown(before)} as declared"
+                    else f", or study.{key}={_text(before)} as declared"
                 ),
             )
 
 
-def _shown(value: Any) -> str:
+def _text(value: Any) -> str:
     return "null" if value is None else str(value)

@@ -91,7 +91,7 @@ def _whole_cells(runs: Sequence[RunConfig]) -> list[list[RunConfig]]:
 def _fill(units: Sequence[list[RunConfig]], most: int) -> list[list[list[RunConfig]]]:
     """Return units in their order as packs of at most `most` runs: as few as possible, and of about one size."""
 
-    def filled(limit: int) -> list[list[list[RunConfig]]]:
+    def fill(limit: int) -> list[list[list[RunConfig]]]:
         packs: list[list[list[RunConfig]]] = []
         held = limit
         for unit in units:
@@ -102,8 +102,8 @@ def _fill(units: Sequence[list[RunConfig]], most: int) -> list[list[list[RunConf
             held += len(unit)
         return packs
 
-    fewest = len(filled(most))
-    return next(packs for limit in range(1, most + 1) if len(packs := filled(limit)) == fewest)
+    fewest = len(fill(most))
+    return next(packs for limit in range(1, most + 1) if len(packs := fill(limit)) == fewest)
 
 
 def write_cells(

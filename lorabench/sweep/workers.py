@@ -105,7 +105,7 @@ class Workers:
         self, pack: Pack, store: Store, listener: Listener, *, keep: Collection[str], accept_drift: bool = False
     ) -> list[Record]:
         worker = self._free.get()
-        heard = self._locked(listener)
+        heard = self._serialized_calls(listener)
         try:
             while not self._ending.is_set():
                 began = checkpoints.last_step(store.root, pack.id) or 0
@@ -123,7 +123,7 @@ class Workers:
         finally:
             self._free.put(worker)
 
-    def _locked(self, listener: Listener) -> dict[str, Callable[..., None]]:
+    def _serialized_calls(self, listener: Listener) -> dict[str, Callable[..., None]]:
         """Return the listener's calls by name; only one is made at a time."""
 
         def call(name: str) -> Callable[..., None]:

@@ -48,4 +48,4 @@ def test_scaling_is_alpha_over_the_rank_or_its_root() -> None:
 
 def test_numbers_are_shown_to_four_digits() -> None:
     rules = ("5.656854249492381/sqrt(r)", "2r", "16", None)
-    assert [alpha_rules.rounded(rule) for rule in rules] == ["5.657/sqrt(r)", "2r", "16", ""]
+    assert [alpha_rules.round_alpha(rule) for rule in rules] == ["5.657/sqrt(r)", "2r", "16", ""]

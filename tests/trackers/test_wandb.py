@@ -30,7 +30,7 @@ from lorabench.trackers.wandb import mirror, report, runs
 from lorabench.trackers.wandb import tracker as parent
 from lorabench.trackers.wandb.mirror import Follower
 from lorabench.trackers.wandb.server import Server, ServerUnavailable, api_key
-from lorabench.trackers.wandb.state import SENDING, abandoned, mark_pending
+from lorabench.trackers.wandb.state import SENDING, abandoned_runs, mark_pending
 
 RUNS = ("0123456789ab", "ba9876543210", "aaaabbbbcccc")
 CONFIG: dict[str, Any] = {
@@ -453,7 +453,7 @@ def test_what_is_left_goes_on_alone_where_the_server_answers(
     said = capsys.readouterr().err
     assert f"still sent in the background: 3 runs; python -m lorabench.sync {store.root} sends what is missing" in said
     holder = store.leases.holder(SENDING)
-    assert holder and holder.pid == process.pid and not list(abandoned(store))  # nobody else sends them meanwhile
+    assert holder and holder.pid == process.pid and not list(abandoned_runs(store))  # nobody else sends them meanwhile
     server.delay = 0.0
     process.wait(90)
     assert store.leases.holder(SENDING) is None

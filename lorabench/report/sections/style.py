@@ -43,7 +43,7 @@ def _table(f: Findings, cells: list[Result]) -> Table:
 
 def _row(f: Findings, r: Result) -> Row:
     means = (_mean(_values(r, writer)) for writer in WRITERS)
-    return Row((r.name, plus_minus(f, r), *means, _moved(r), _prompts(r), _difference(f, r)), run_ids(r))
+    return Row((r.name, plus_minus(f, r), *means, _moved_text(r), _prompts(r), _difference(f, r)), run_ids(r))
 
 
 def _notes(cells: list[Result]) -> Iterator[str]:
@@ -66,7 +66,7 @@ def _mean(values: list[float]) -> str:
     return formatting.number(fmean(values), 2) if values else formatting.DASH
 
 
-def _moved(r: Result) -> str:
+def _moved_text(r: Result) -> str:
     moved = _values(r, "moved")
     if not moved:
         return formatting.DASH

@@ -36,7 +36,7 @@ def is_pending(store: Store, run_id: str) -> bool:
     return (store.root / PENDING_DIR / run_id).is_file()
 
 
-def abandoned(store: Store) -> Iterator[Record]:
+def abandoned_runs(store: Store) -> Iterator[Record]:
     """Yield the records of pending runs whose process is gone.
 
     A process on another machine may still be there. Its runs are left to it, and to `lorabench.sync`.

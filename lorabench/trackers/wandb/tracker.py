@@ -28,7 +28,7 @@ from lorabench.store.records import Record, Store, dump_json
 from lorabench.trackers.contract import Row, Tracker
 from lorabench.trackers.wandb.runs import client_environment, method_name, run_tags
 from lorabench.trackers.wandb.server import api_key
-from lorabench.trackers.wandb.state import REPORT, Agent, abandoned, is_pending, mark_pending, write_agent_id
+from lorabench.trackers.wandb.state import REPORT, Agent, abandoned_runs, is_pending, mark_pending, write_agent_id
 
 WAIT_SHARE, MAX_WAIT = 0.02, 60.0  # of a sweep's time that its end waits for W&B, and seconds at most
 MIN_WAIT_IN_JOB = 10.0  # seconds that the end of a job waits at least: the mirror's process ends with it
@@ -71,7 +71,7 @@ class WandbTracker(Tracker):
         for thread in self.threads:
             thread.start()
         atexit.register(self.leave)
-        for record in abandoned(store) if resolve_mode(settings.mode) != "disabled" else ():
+        for record in abandoned_runs(store) if resolve_mode(settings.mode) != "disabled" else ():
             config = record.config
             self._begin(record.run_id, config, method_name(config), run_tags(config))
             self._finish(record.run_id)
