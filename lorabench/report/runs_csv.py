@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import io
 from collections.abc import Iterable, Iterator
+from itertools import groupby
 from typing import Any
 
 from lorabench.config.overrides import flatten
@@ -51,9 +52,8 @@ def runs_csv(f: Findings) -> str:
 
 def _listed_runs(f: Findings) -> Iterator[tuple[str, Record]]:
     """Yield (cell id, record); the id is empty for runs that no cell lists."""
-    for r in f.results.values():
-        records = f.sweep.records_of((*r.cell.tune, *r.cell.confirm))
-        yield from ((r.id, x) for x in sorted(records, key=lambda x: x.run_id))
+    for cell, rows in groupby(f.cell_records(), key=lambda row: row[0].id):
+        yield from ((cell, x) for _, x in sorted(rows, key=lambda row: row[1].run_id))
     yield from (("", x) for x in f.sweep.outside)
 
 

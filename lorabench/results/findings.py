@@ -6,7 +6,7 @@ adapter is the best on validation by the metric that chose the rates, never the 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from statistics import fmean
 
@@ -18,6 +18,7 @@ from lorabench.results.formatting import Metric
 from lorabench.results.sweep import Cell, Sweep
 from lorabench.stats import estimates
 from lorabench.stats.estimates import Direction, Estimate, Pooled, Size
+from lorabench.store.records import Record
 
 Compare = Callable[[str, str], "Comparison | None"]
 
@@ -77,6 +78,12 @@ class Findings:
     recommendation: Recommendation | None
     compare: Compare = field(repr=False)  # any two cells, exploratory
     seeds: tuple[int, ...]  # whose variance is pooled
+
+    def cell_records(self) -> Iterator[tuple[Result, Record]]:
+        """Give each cell's result with each record of its runs, by seed, then run_id. A run in two cells comes twice."""
+        for result in self.results.values():
+            for record in self.sweep.records_of((*result.cell.tune, *result.cell.confirm)):
+                yield result, record
 
     @property
     def confirmed(self) -> bool:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
 from typing import Any
 
 import pandas as pd
@@ -10,13 +9,12 @@ import pandas as pd
 from lorabench.config.overrides import flatten
 from lorabench.results.cells import Result
 from lorabench.results.findings import Comparison, Findings
-from lorabench.store.records import Record
 
 
 def runs(f: Findings) -> pd.DataFrame:
     """A row a run of a cell (a run in two cells has two): what it is, metrics and resources under their own names."""
     rows = []
-    for r, x in _listed(f):
+    for r, x in f.cell_records():
         settings: dict[str, Any] = {k: v for k, v in flatten(x.config) if not isinstance(v, (list, dict))}
         rows.append(
             {
@@ -49,7 +47,7 @@ def history(f: Findings) -> pd.DataFrame:
             "metric": metric,
             "value": float(value),
         }
-        for r, x in _listed(f)
+        for r, x in f.cell_records()
         for row in f.sweep.store.history(x.run_id)
         for metric, value in row.items()
         if metric != "step" and isinstance(value, (int, float))
@@ -159,9 +157,3 @@ def _comparison(f: Findings, family: str, made: Comparison) -> dict[str, Any]:
 
 def _of_cell(r: Result) -> dict[str, Any]:
     return {"cell": r.id, "name": r.name, "method": r.cell.method, "r": r.cell.r, "targets": r.cell.targets}
-
-
-def _listed(f: Findings) -> Iterable[tuple[Result, Record]]:
-    for r in f.results.values():
-        for x in f.sweep.records_of((*r.cell.tune, *r.cell.confirm)):
-            yield r, x
