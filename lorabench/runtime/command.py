@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import select
 import sys
 from collections.abc import Callable, Sequence
 from functools import wraps
@@ -23,15 +24,29 @@ def command(main: Main) -> Callable[..., int]:
     def run(argv: Sequence[str] | None = None) -> int:
         try:
             return main(argv) or 0
-        except BrokenPipeError:
-            os.dup2(
-                os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno()
-            )  # else the interpreter's last flush says it again
-            return 1
         except (ConfigError, OSError) as e:
+            if isinstance(e, BrokenPipeError) and _is_output_closed():
+                return 1
             print(f"error: {e}", file=sys.stderr)
             return 2
         except KeyboardInterrupt:
             return 130
 
     return run
+
+
+def _is_output_closed() -> bool:
+    """Whether nobody reads stdout any more; it is then led to nowhere, so that the interpreter's last flush is quiet.
+
+    A broken pipe may also be another one, such as a connection to a server: that is an error to be said.
+    """
+    try:
+        output = sys.stdout.fileno()
+    except OSError:  # a stand-in without a file
+        return False
+    poll = select.poll()
+    poll.register(output, 0)
+    if not any(event & select.POLLERR for _, event in poll.poll(0)):
+        return False
+    os.dup2(os.open(os.devnull, os.O_WRONLY), output)
+    return True

@@ -30,6 +30,7 @@ def run(error: BaseException | int | None, capsys: pytest.CaptureFixture[str]) -
         (1, 1, ""),
         (ConfigError("--every", 0, "at least 1"), 2, "error: --every=0: at least 1\n"),
         (OSError(errno.ENOSPC, "No space left on device"), 2, "error: [Errno 28] No space left on device\n"),
+        (BrokenPipeError(errno.EPIPE, "Broken pipe"), 2, "error: [Errno 32] Broken pipe\n"),  # another's, not stdout
         (KeyboardInterrupt(), 130, ""),
     ],
 )
