@@ -9,10 +9,7 @@ A folder that PEFT wrote (no plan.json) loads as well. Pickle files are never op
 
 from __future__ import annotations
 
-import errno
 import json
-import os
-import re
 from collections.abc import Mapping
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -20,14 +17,14 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import Tensor
 
 from lorabench.adapters.peft import PARTS_OF_KIND, TASK_TYPES, PeftAdapter, from_peft, is_representable, to_peft
 from lorabench.config.contracts.method import AdapterSpec, SlicePlan
 from lorabench.config.contracts.model import BaseInfo, HeadSpec
 from lorabench.config.errors import ConfigError
-from lorabench.runtime.files import aside_path, atomic_folder, remove_temporaries
+from lorabench.runtime.files import aside_path, atomic_folder, remove_temporaries, write_tensors
 
 PEFT_CONFIG, PEFT_TENSORS = "adapter_config.json", "adapter_model.safetensors"
 WEIGHTS_FILE, PLAN_FILE = "weights.safetensors", "plan.json"
@@ -54,7 +51,7 @@ def save_slice(
             write_peft(tmp, state, plan, info=info, run=run, head=head)
         else:
             tensors, tied = _split_tied(state)
-            _save_tensors(tensors, tmp / WEIGHTS_FILE)
+            write_tensors(tmp / WEIGHTS_FILE, tensors, {"format": "pt"})
         _write_json(tmp / PLAN_FILE, {"schema": 1, "plan": asdict(plan), "tied": tied})
 
 
@@ -72,7 +69,7 @@ def write_peft(
     source = (run or {}).get("model", {}).get("source")
     config, tensors = to_peft(state, plan, info=info, task_type=task_type, base_name=source and str(source))
     _write_json(folder / PEFT_CONFIG, config)
-    _save_tensors(tensors, folder / PEFT_TENSORS)
+    write_tensors(folder / PEFT_TENSORS, tensors, {"format": "pt"})
 
 
 def load_slice(folder: str | Path) -> tuple[dict[str, Tensor], SlicePlan]:
@@ -129,17 +126,6 @@ def _existing(folder: Path) -> Path:
     if aside_path(folder).is_dir():
         return aside_path(folder)
     raise ConfigError("adapter", str(folder), "an existing folder with trained weights")
-
-
-def _save_tensors(tensors: dict[str, Tensor], path: Path) -> None:
-    try:
-        save_file(tensors, path, metadata={"format": "pt"})
-    except (
-        SafetensorError
-    ) as e:  # how it passes on what the system says: "I/O error: No space left on device (os error 28)"
-        said = re.search(r"os error (\d+)", str(e))
-        number = int(said[1]) if said else errno.EIO
-        raise OSError(number, os.strerror(number), str(path)) from e
 
 
 def _write_json(path: Path, value: Mapping[str, Any]) -> None:

@@ -4,13 +4,18 @@ from __future__ import annotations
 
 import errno
 import os
+import re
 import secrets
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from lorabench.config.errors import ConfigError, Unwritable
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 UNKNOWN_CALL_ERRORS = (
     errno.EINVAL,
@@ -131,6 +136,24 @@ def check_empty(folder: Path, key: str) -> None:
     """Raise `ConfigError` for a folder to write that holds something already."""
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise ConfigError(key, str(folder), "a folder that does not exist yet, or an empty one")
+
+
+def write_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> None:
+    """Write a safetensors file with the rights that its folder has. It is not synced.
+
+    Tensors that are contiguous and on a CPU are not copied. Raises OSError with the system's own number: the library
+    passes it on in a text, such as "I/O error: No space left on device (os error 28)".
+    """
+    from safetensors import SafetensorError
+    from safetensors.torch import save_file
+
+    try:
+        save_file({name: t.detach().contiguous() for name, t in tensors.items()}, path, metadata=dict(metadata))
+    except SafetensorError as e:
+        system_error = re.search(r"os error (\d+)", str(e))
+        number = int(system_error[1]) if system_error else errno.EIO
+        raise OSError(number, os.strerror(number), str(path)) from e
+    path.chmod(path.parent.stat().st_mode & 0o666)  # what the user's umask allows; the library makes its files private
 
 
 @contextmanager

@@ -8,7 +8,6 @@ bytes, so that a torn or changed file shows. Nothing in it can run code.
 
 from __future__ import annotations
 
-import errno
 import hashlib
 import json
 import os
@@ -21,7 +20,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from lorabench.config.errors import ExistingWork
-from lorabench.runtime.files import sync
+from lorabench.runtime.files import sync, write_tensors
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -70,17 +69,11 @@ def write(where: Path, step: int, tensors: Mapping[str, Tensor], state: Mapping[
     where: the pack's folder, of which the two newest checkpoints stay. state: what JSON can hold. Tensors on a CPU are
     not copied. Raises OSError, and then nothing of it is left.
     """
-    from safetensors import SafetensorError
-    from safetensors.torch import save_file
-
     where.mkdir(parents=True, exist_ok=True)
     temporary = where / f".{step:08d}.{secrets.token_hex(4)}.tmp"
     try:
         metadata = {"state": json.dumps(state, default=lambda number: number.item())}
-        try:
-            save_file({name: tensor.detach().contiguous() for name, tensor in tensors.items()}, temporary, metadata)
-        except SafetensorError as e:  # it says so of a full disk, too
-            raise OSError(errno.EIO, str(e), str(temporary)) from e
+        write_tensors(temporary, tensors, metadata)
         sync(temporary)
         with open(temporary, "rb") as f:
             digest = hashlib.file_digest(f, "sha256").hexdigest()
