@@ -51,7 +51,7 @@ NEEDS_TORCH = (
 )
 
 
-SCIENTIFIC = {"stats", "results", "claims", "report", "plan"}  # pandas, scipy and matplotlib may be there
+SCIENTIFIC = {"stats", "results", "claims", "report", "plan", "compare"}  # pandas, scipy and matplotlib may be there
 
 
 @dataclass(frozen=True)

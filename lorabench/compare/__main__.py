@@ -26,7 +26,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     args = parser.parse_args(argv)
     from rich.console import Console
 
-    from lorabench.report.compare import compare, markdown, terminal_parts
+    from lorabench.compare.comparison import compare, markdown, terminal_parts
     from lorabench.results.sweep import load
 
     comparison = compare(load(args.a), load(args.b))

@@ -11,9 +11,9 @@ import numpy as np
 import pytest
 
 from fixtures.sweeps import RANK_SWEEP, Planted, build
-from lorabench import compare as face
-from lorabench.report import compare as faces
-from lorabench.report.compare import SweepComparison, compare, difference, independent
+from lorabench.compare import __main__ as command
+from lorabench.compare import comparison
+from lorabench.compare.comparison import SweepComparison, compare, difference, independent
 from lorabench.results.scores import Sample
 from lorabench.results.sweep import load
 from lorabench.stats import estimates
@@ -187,7 +187,8 @@ def test_cells_over_several_data_sets_are_compared_each_with_its_own(a: Path, tm
         "head only": "same seeds and examples, paired",
     }
     assert (
-        faces.headline(made) == "3 cells in both sweeps, 2 with a difference on test: of one metric, on the same data."
+        comparison.headline(made)
+        == "3 cells in both sweeps, 2 with a difference on test: of one metric, on the same data."
     )
 
 
@@ -224,7 +225,7 @@ def test_what_may_not_be_compared_says_so_on_top(
     assert made.obstacles
     assert all(p.difference is None for p in made.pairs)
     out = tmp_path / "out.md"
-    assert face.main([str(a), str(b), "--out", str(out)]) == 1
+    assert command.main([str(a), str(b), "--out", str(out)]) == 1
     assert capsys.readouterr().out.startswith("Not comparable: ")
     lines = [x for x in out.read_text().splitlines() if x]
     assert lines[1].startswith("**Not comparable: ")
@@ -254,7 +255,7 @@ def test_what_differs_is_listed(a: Path, tmp_path: Path) -> None:
 
 def test_markdown_holds_the_numbers(a: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     b, out = make(tmp_path / "b", WORSE, name="second *sweep*"), tmp_path / "new" / "out.md"
-    assert face.main([str(a), str(b), "--out", str(out)]) == 0
+    assert command.main([str(a), str(b), "--out", str(out)]) == 0
     text = out.read_text()
     assert text.startswith("# synthetic \\(first\\) and " if "\\(" in text else "# synthetic (first) and ")
     assert "second \\*sweep\\* (b)" in text
@@ -271,7 +272,7 @@ def test_sweeps_that_only_tuned_show_validation(tmp_path: Path) -> None:
     one, two = make(tmp_path / "a", confirm=()), make(tmp_path / "b", WORSE, confirm=())
     made = both(one, two)
     assert {p.how for p in made.pairs} == {"no test result in A"}
-    text = faces.markdown(made)
+    text = comparison.markdown(made)
     assert "A: validation accuracy" in text
     assert made.pairs[0].a is not None
     assert made.a.metric.value(made.pairs[0].a.val) in text
@@ -279,7 +280,7 @@ def test_sweeps_that_only_tuned_show_validation(tmp_path: Path) -> None:
 
 def test_the_reference_sweep_compares_with_itself(repo: Path, capsys: pytest.CaptureFixture[str]) -> None:
     path = str(repo / "sweeps/ref_rank_sweep")
-    assert face.main([path, path]) == 0
+    assert command.main([path, path]) == 0
     assert "6 cells in both sweeps, 6 with a difference on test" in capsys.readouterr().out
 
 
@@ -290,7 +291,7 @@ def test_bad_input_exits_2_and_writes_nothing(
     out = tmp_path / "out.md"
     if case == "out is a folder":
         out.mkdir()
-    assert face.main([str(a), str(a if out.is_dir() else tmp_path / "nothing"), "--out", str(out)]) == 2
+    assert command.main([str(a), str(a if out.is_dir() else tmp_path / "nothing"), "--out", str(out)]) == 2
     captured = capsys.readouterr()
     assert captured.err.startswith("error: ")
     assert captured.err.count("\n") == 1

@@ -1,0 +1,1 @@
+"""Two sweeps side by side, and what differs between them."""
