@@ -48,7 +48,7 @@ def judge_evidence(evidence: Evidence) -> list[Verdict]:
 
 
 def rows(verdicts: Sequence[Verdict]) -> list[dict[str, Any]]:
-    """As JSON takes them: the interval as two numbers, or null."""
+    """Return verdicts as JSON takes them: the interval is two numbers, or null."""
     return [{**asdict(v), "interval": None if v.interval is None else list(v.interval)} for v in verdicts]
 
 

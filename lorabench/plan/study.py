@@ -76,8 +76,11 @@ class StudyPlan:
 
     @property
     def reference(self) -> CellPlan:
-        """As the report chooses it: declared, else the largest rank (most parameters, then most training data, where
-        ranks tie), else full, else the first."""
+        """The cell that others are compared with, as the report chooses it.
+
+        It is the declared one, else the largest rank, else full, else the first. Where ranks tie it is the one of most
+        parameters, then of most training data.
+        """
         declared = [c for c in self.cells if c.id == self.settings.study.reference]
         ranked = sorted(self.adapters, key=lambda c: (-(c.r or 0), -c.trainable, -_data(c.run)))
         full = [c for c in self.cells if c.run.method.trains_base]

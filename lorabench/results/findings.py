@@ -1,7 +1,7 @@
 """What the records say: comparisons with the reference, and the smallest adapter that will do.
 
-Which rate: `select`. How sure: `statistics`. Confirmation runs at the chosen rate alone give test results; the best
-adapter is the best on validation by the metric that chose the rates, never the best on test.
+Which rate: `results.selection`. How sure: `stats.estimates`. Confirmation runs at the chosen rate alone give test
+results; the best adapter is the best on validation by the metric that chose the rates, never the best on test.
 """
 
 from __future__ import annotations
@@ -80,7 +80,8 @@ class Findings:
     seeds: tuple[int, ...]  # whose variance is pooled
 
     def cell_records(self) -> Iterator[tuple[Result, Record]]:
-        """Give each cell's result with each record of its runs, by seed, then run_id. A run in two cells comes twice."""
+        """Give each cell's result with each record of its runs, by seed, then run_id. A run in two cells comes
+        twice."""
         for result in self.results.values():
             for record in self.sweep.records_of((*result.cell.tune, *result.cell.confirm)):
                 yield result, record
@@ -177,8 +178,11 @@ def _pair_in_family(
 
 
 def _reference(sweep: Sweep, results: Mapping[str, Result]) -> str | None:
-    """As declared; else the adapter of the largest rank (of most parameters, then of most training data, where ranks
-    tie), else full, else the first."""
+    """Return the cell that others are compared with: the declared one, else the largest rank, else full, else the
+    first.
+
+    Where ranks tie it is the one of most parameters, then of most training data.
+    """
     declared = sweep.study.get("reference")
     if declared in results:
         return str(declared)

@@ -116,7 +116,7 @@ def share(part: float | None, whole: float | None) -> str:
 
 
 def seconds(s: float | None) -> str:
-    """As a table has them: one decimal below a hundred."""
+    """Return seconds as a table has them: with one decimal below a hundred."""
     return DASH if s is None else f"{s:,.1f}" if s < 100 else f"{s:,.0f}"
 
 

@@ -97,7 +97,7 @@ def selection_metric(manifest: Mapping[str, Any]) -> str:
 
 
 def lower_is_better(manifest: Mapping[str, Any], metric: str) -> bool:
-    """As the manifest says, which has it from the task; by the name where it does not."""
+    """Whether less of a metric is better: as the manifest says, which has it from the task, else by its name."""
     return metric in manifest.get("lower_is_better", ("loss", "perplexity"))
 
 

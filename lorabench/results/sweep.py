@@ -135,7 +135,7 @@ class Sweep:
 
     @cached_property
     def primary(self) -> str:
-        """As declared, else as the records name it; the most frequent where they differ."""
+        """The primary metric: the declared one, else the one most records name."""
         if declared := self.study.get("metric"):
             return str(declared)
         named = [str(r.metrics["primary"]) for r in self.records.values() if r.metrics.get("primary")]

@@ -16,8 +16,11 @@ if TYPE_CHECKING:
 
 
 def unit(sweep: Sweep, metric: str) -> str:
-    """As the manifest has it from the task; of an older one, and of runs without, as the tasks of the records say with
-    one voice. Empty where there is none: the loss of `planted` is a ratio."""
+    """Return what a metric is measured in, "" where that is nothing: the loss of `planted` is a ratio.
+
+    The manifest has it from the task. For an older manifest, and for runs without one, the tasks of the records say it,
+    where they all say the same.
+    """
     declared = sweep.manifest.get("units")
     if declared is not None:
         return str(declared.get(metric, ""))

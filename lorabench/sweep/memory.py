@@ -10,14 +10,15 @@ RUNTIME_BYTES = 700 * 2**20  # Python, torch, transformers and a data set of som
 CPU_ALLOCATOR_FACTOR = 1.8  # on a CPU the allocator holds on to what parts of many lengths leave behind
 
 
-ACTIVATION_COPIES = 3.5  # how often a layer's input and output are held at the peak: for backward, norms, non-linearities, products under way
+# How often a layer's input and output are held at the peak: for backward, norms, non-linearities, products under way.
+ACTIVATION_COPIES = 3.5
 
 
 def estimate_peak(info: Any, plans: Any, run: Any, *, dtype: str, device: str, part_tokens: int) -> int:
     """Return the bytes a pack needs at its peak: the process, weights, what trains with its AdamW state, activations.
 
-    Activations are those of one part of full-length rows; attention keeps two T x T maps a head of width 64. `KEPT`,
-    `HELD` and `RUNTIME` are fitted to the reference records, whose measured peaks a test holds against this.
+    Activations are those of one part of full-length rows; attention keeps two T x T maps a head of width 64. The
+    three constants above are fitted to the reference records, whose measured peaks a test holds against this.
     """
     size = {"float32": 4, "bfloat16": 2, "float64": 8}[dtype]
     tokens = run.task.longest or 256

@@ -51,8 +51,9 @@ def train(
 ) -> list[Record]:
     """`train.train`, in as many processes as `trainer.devices` asks for; the first of them writes the records.
 
-    Raises `distributed.Lost` when one of them died: nothing is recorded. SIGTERM is handed on: all leave at one step,
-    with a checkpoint. node: where `trainer.num_nodes` is more than one. Of those, all but the first return no records.
+    Raises `distributed.ProcessLost` when one of them died: nothing is recorded. SIGTERM is handed on: all leave at one
+    step, with a checkpoint. node: where `trainer.num_nodes` is more than one. Of those, all but the first return no
+    records.
     """
     world = device_count(pack.runs[0].trainer)
     if world == 1:
@@ -91,7 +92,7 @@ class _Group:
         with signals.defer_stop() as stopped:
             try:
                 # They inherit the mask: a handler, Lightning's own too, would break what they do together
-                # (`signals.watch`).
+                # (`signals.watch_for_sigterm`).
                 before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM, signal.SIGUSR2})
                 try:
                     for process in self.processes:

@@ -28,11 +28,12 @@ def slices_to_prune(
     """Return the slices to prune now, ascending. Call it after every evaluation; sequences have one entry a slice.
 
     losses: the validation loss a slice's record would carry if training ended here (with `trainer.keep=best` its lowest
-    so far, with `last` its latest), so that what is ranked is what `report.select` chooses by; NaN or inf: diverged.
-    alive: False for a slice that was pruned, diverged or failed; True for one that stopped early: it has ended, but its
-    rate is still in the race. step: optimizer steps done, of `total`. groups: the cell of a slice (`cell_key`).
+    so far, with `last` its latest), so that what is ranked is what `results.selection` chooses by; NaN or inf:
+    diverged. alive: False for a slice that was pruned, diverged or failed; True for one that stopped early: it has
+    ended, but its rate is still in the race. step: optimizer steps done, of `total`. groups: the cell of a slice
+    (`cell_key`).
 
-    An evaluation at a step in [total / 2, total) is a rung. At a rung, in each cell of at least `LEAST` rates:
+    An evaluation at a step in [total / 2, total) is a rung. At a rung, in each cell of at least `MIN_RATES` rates:
     1. a rate's score is the mean loss over its slices; a rate with a slice that is not alive or not finite has none;
     2. best is the lowest score, of equal ones the smallest rate (as `select` chooses);
     3. these go on: best, its neighbours among all rates of the cell (whether or not these have a score), the better
