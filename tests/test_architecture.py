@@ -206,3 +206,9 @@ def test_no_drawers() -> None:
 def test_hydra_plugins_is_a_namespace_package() -> None:
     """With an __init__.py it would hide the plugins that other packages put there."""
     assert not (REPO / "hydra_plugins/__init__.py").exists()
+
+
+def test_no_two_test_files_share_a_name() -> None:
+    """They are imported by their bare names: a second one would stop the whole suite."""
+    names = [path.name for path in (REPO / "tests").rglob("test_*.py")]
+    assert sorted(set(names)) == sorted(names)
