@@ -222,6 +222,6 @@ def _other_initialisation(cells: Sequence[Result]) -> str | None:
 def _missing_interval(cells: Sequence[Result]) -> Missing:
     said = ", ".join(r.name for r in cells)
     return Missing(
-        f"three rates and one tuning seed leave nothing to judge the parabola by ({said})",
-        "two or more tuning seeds, or five rates",
+        f"one tuning seed does not say how far a seed moves the best rate ({said})",
+        "two or more tuning seeds, the same at every rate",
     )

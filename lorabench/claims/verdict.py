@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 from typing import Literal
 
 from lorabench.results.best_rate import Missing
 from lorabench.results.formatting import plural
-from lorabench.stats import estimates
+from lorabench.stats import power
 from lorabench.stats.estimates import Estimate
 
 Status = Literal["holds", "contradicted", "not enough evidence", "not applicable"]
@@ -76,11 +75,8 @@ def negate(status: Status) -> Status:
 
 
 def seeds_to_settle(e: Estimate, low: float, high: float, kind: str) -> str:
-    """How many seeds would place a number inside or outside a range, if it stays as it is. kind: tuning,
-    confirmation."""
-    within = low < e.mean < high and math.isfinite(high - low)
-    gap = min(abs(e.mean - low), abs(e.mean - high))
-    needed = estimates.seeds_needed(e, gap, level=0.90 if within else 0.95) if gap > 0 and e.seeds > 1 else None
+    """Return how many seeds would place a number inside or outside a range. kind: tuning, confirmation."""
+    needed = power.seeds_to_settle(e, low, high)
     if needed is None:
         return f"more {kind} seeds than {e.seeds}, at least three"
-    return f"about {plural(max(needed, e.seeds + 1), f'{kind} seed')}, if the number stays as it is"
+    return f"{plural(max(needed, e.seeds + 1), f'{kind} seed')}: 80 % power, were this the true number"

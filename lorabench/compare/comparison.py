@@ -7,7 +7,7 @@ examples. Cells over other data and sweeps in another metric are shown, and no d
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
@@ -168,49 +168,39 @@ def difference(a: scores.Sample, b: scores.Sample) -> tuple[estimates.Estimate |
 def independent(a: scores.Sample, b: scores.Sample) -> estimates.Estimate:
     """Return B − A of two independent sets of seeds [S] and [T], which met the same examples where those are known.
 
-    V = V_seed(a) + V_seed(b) + V_example(b − a) − V_interaction(a) − V_interaction(b): each interaction is in the part
-    of its seeds and in that of the examples, as with one table.
+    V = V_seed(a) + V_seed(b) + V_example(b − a), the parts of the seeds each with their own degrees of freedom.
     """
-    parts = [a.estimate(), b.estimate()]
-    seed, seed_df = _sum_variances([(p.seed, p.seed_df) for p in parts])
-    interaction, interaction_df = _sum_variances([(p.interaction, p.interaction_df) for p in parts])
-    example, example_df = _sum_variances([(p.example, p.example_df) for p in parts])
-    shared = _example_variance(a, b)
-    if shared is not None:
-        example, example_df = shared, min(p.example_df for p in parts)
+    left, right = a.estimate(), b.estimate()
+    example, df = _example_variance(a, b) or (left.example + right.example, min(left.example_df, right.example_df))
     return replace(
-        parts[0],
-        mean=parts[1].mean - parts[0].mean,
-        seed=seed,
+        left,
+        mean=right.mean - left.mean,
+        seed_parts=(*left.seed_parts, *right.seed_parts),
         example=example,
-        interaction=interaction,
-        seed_df=seed_df,
-        example_df=example_df,
-        interaction_df=interaction_df,
-        seeds=min(p.seeds for p in parts),
+        interaction=0.0,
+        example_df=df,
+        seeds=min(left.seeds, right.seeds),
     )
 
 
-def _example_variance(a: scores.Sample, b: scores.Sample) -> float | None:
-    """Return V_example of the difference, of examples that both met.
+def _example_variance(a: scores.Sample, b: scores.Sample) -> tuple[float, float] | None:
+    """Return V_example of the difference and its degrees of freedom, of examples that both met.
 
     Over examples, or over resamples drawn once for both.
     """
+    if a.examples is None or b.examples is None:
+        return None
+    groups = b.groups if a.groups is None else a.groups
+    mean = replace(b, seeds=(0,), groups=groups)
     if a.table is not None and b.table is not None:
-        groups = b.groups if a.groups is None else a.groups
-        if groups is not None and len(np.unique(groups)) == 1:
-            return None
-        means = estimates.cluster(b.table, groups).mean(0) - estimates.cluster(a.table, groups).mean(0)
-        return float(means.var(ddof=1)) / len(means)
-    if a.draws is not None and b.draws is not None:
-        return float((b.draws.mean(1) - a.draws.mean(1)).var(ddof=1))
-    return None
-
-
-def _sum_variances(parts: Sequence[tuple[float, float]]) -> tuple[float, float]:
-    """Return the sum of independent variances, with Satterthwaite's degrees of freedom. parts: (variance, df)."""
-    total, below = sum(v for v, _ in parts), sum(v * v / df for v, df in parts if v > 0 and df > 0)
-    return total, total**2 / below if below > 0 else 0.0
+        e = replace(
+            mean, scores=mean.scores[:1], table=(b.table.mean(0) - a.table.mean(0))[None], draws=None
+        ).estimate()
+    elif a.draws is not None and b.draws is not None:
+        e = replace(mean, scores=mean.scores[:1], draws=(b.draws.mean(1) - a.draws.mean(1))[:, None]).estimate()
+    else:
+        return None
+    return (e.example, e.example_df) if e.example_df else None
 
 
 # -- what differs ----------------------------------------------------------------------------------------------------

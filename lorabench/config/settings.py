@@ -131,6 +131,8 @@ class StudyConfig(Section):
     metric: str | None = knob(None, help="primary metric of the tables; null: the task's own")
     selection: str = knob("loss", help="validation metric that chooses the rate")
     margin: float = knob(0.02, help="difference of the primary metric that would matter", above=0)
-    reference: str | None = knob(None, help="cell id that others are compared with; null: the largest rank")
+    reference: str | None = knob(
+        None, help="cell id that others are compared with; null: the largest adapter of the main method"
+    )
     family: list[str] | None = knob(None, help="cell ids compared with the reference, Holm among them; null: all")
     alpha_anchor: int | None = knob(None, help="rank at which the alpha rules meet; null: none declared", low=1)

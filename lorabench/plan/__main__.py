@@ -118,7 +118,7 @@ def _designs(
     from lorabench.stats.power import Design, example_half_width, sd_interval
 
     def design(sd: float) -> Design:
-        return Design(sd, seeds=2, cells=study.pooled, comparisons=study.comparisons)
+        return Design(sd, seeds=2, comparisons=study.comparisons)
 
     scale, examples = study.metric.scale, study.examples["test"]
     if args.sd is not None:
@@ -137,10 +137,8 @@ def _designs(
     seen = noise(sweep, examples=examples)
     low, high = sd_interval(seen.sd * scale, seen.df)
     source = f"pilot: {seen.cells} cells, {seen.seeds} seeds, df {seen.df:.0f}, 95 % interval {low:.2f} to {high:.2f}"
-    if not seen.pooled:
-        notes.append(
-            "The pilot's report pools no seed variance (fewer than three adapters, or they scatter unequally): read its SD with care."
-        )
+    if not seen.alike:
+        notes.append("The pilot's cells scatter unequally from seed to seed: this is their mean SD, read it with care.")
     made = design(seen.sd * scale)
     if seen.example_sd:
         made = replace(made, example_sd=seen.example_sd * scale, examples=examples)

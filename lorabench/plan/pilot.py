@@ -12,10 +12,13 @@ import numpy as np
 
 from lorabench.config.errors import ConfigError
 from lorabench.results import scores
-from lorabench.results.cells import cell_results
+from lorabench.results.cells import cell_results, unique_results
+from lorabench.results.scores import Sample
 from lorabench.results.sweep import Sweep
 from lorabench.stats import estimates
 from lorabench.store.records import Record
+
+MIN_BARTLETT_P = 0.01  # p of equal seed variances below which one SD for all cells is read with care
 
 
 @dataclass(frozen=True)
@@ -27,7 +30,7 @@ class Noise:
     example_sd: float  # of one test example's difference, its mean over seeds; 0 where nothing is known of examples
     cells: int
     seeds: int
-    pooled: bool  # False where the cells' seed variances differ (Bartlett), or where there are only two
+    alike: bool  # whether the cells' seed variances may be one (Bartlett at 1 %)
 
 
 @dataclass(frozen=True)
@@ -48,30 +51,36 @@ def noise(sweep: Sweep, *, examples: int) -> Noise:
     One seed's score varies through the seed and through its own luck with the N examples, sd^2 = seed + interaction /
     N: the second part is carried over to the new N. Raises `ConfigError` where fewer than two adapters share two seeds.
     """
-    found = cell_results(sweep)
-    samples = [
-        r.sample for r in found.by_cell.values() if r.cell.adapter and r.sample and r.sample.seeds == found.seeds
-    ]
-    if len(samples) < 2 or len(found.seeds) < 2:
+    samples = _samples_with_one_set_of_seeds(sweep)
+    seeds = samples[0].seeds if samples else ()
+    if len(samples) < 2 or len(seeds) < 2:
         raise ConfigError(
             "--pilot",
             str(sweep.store.root),
             "a sweep with two adapters or more, confirmed with the same two seeds or more",
         )
-    pooled = found.pooled or estimates.pool(np.stack([s.scores for s in samples]))
+    pooled = estimates.pool(np.stack([s.scores for s in samples]))
     variance, example, interaction, own = pooled.difference, 0.0, 0.0, None
     tables = [d for a, b in combinations(samples, 2) if (d := scores.difference(a, b)) and d.examples is not None]
     if tables and tables[0].examples is not None:
         own = len(tables[0].examples)
         parts = [d.estimate() for d in tables]
         example = max(0.0, median(e.example - e.interaction for e in parts)) * own
-        interaction = median(e.interaction for e in parts) * own * len(found.seeds)
+        interaction = median(e.interaction for e in parts) * own * len(seeds)
         variance = max(0.0, variance - interaction / own) + interaction / examples
     if not variance:
         raise ConfigError("--pilot", str(sweep.store.root), "a sweep whose seeds differ; all of these score the same")
-    return Noise(
-        math.sqrt(variance), pooled.df, math.sqrt(example), len(samples), len(found.seeds), found.pooled is not None
-    )
+    alike = pooled.p >= MIN_BARTLETT_P
+    return Noise(math.sqrt(variance), pooled.df, math.sqrt(example), len(samples), len(seeds), alike)
+
+
+def _samples_with_one_set_of_seeds(sweep: Sweep) -> list[Sample]:
+    """Test results of the adapters that were confirmed with the commonest set of seeds, a set of runs once."""
+    adapters = unique_results([r for r in cell_results(sweep).by_cell.values() if r.cell.adapter])
+    samples = [r.sample for r in adapters if r.sample]
+    sets = [s.seeds for s in samples]
+    most = max(sorted(set(sets)), key=sets.count, default=())
+    return [s for s in samples if s.seeds == most]
 
 
 def paces(sweep: Sweep) -> list[Pace]:

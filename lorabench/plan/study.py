@@ -14,8 +14,9 @@ from lorabench.config.errors import ConfigError
 from lorabench.config.runs import RunConfig, Settings
 from lorabench.plan.pilot import Pace, evaluations, pace_of
 from lorabench.results import formatting
-from lorabench.results.cells import MIN_POOLED_CELLS
 from lorabench.results.formatting import Metric
+from lorabench.results.recommendation import default_reference
+from lorabench.results.sweep import cells_of
 from lorabench.stats.power import MIN_SEEDS
 from lorabench.store.records import Store
 from lorabench.sweep.packs import Job, plan_packs
@@ -35,8 +36,14 @@ class CellPlan:
     id: str
     run: RunConfig
     runs: frozenset[str]
-    r: int | None  # None: no adapter
+    label: Mapping[str, Any]
     trainable: int
+
+    @property
+    def r(self) -> int | None:
+        """The rank; None without an adapter."""
+        rank: int | None = self.label.get("r")
+        return rank
 
 
 @dataclass(frozen=True)
@@ -76,22 +83,10 @@ class StudyPlan:
 
     @property
     def reference(self) -> CellPlan:
-        """The cell that others are compared with, as the report chooses it.
-
-        It is the declared one, else the largest rank, else full, else the first. Where ranks tie it is the one of most
-        parameters, then of most training data.
-        """
-        declared = [c for c in self.cells if c.id == self.settings.study.reference]
-        ranked = sorted(self.adapters, key=lambda c: (-(c.r or 0), -c.trainable, -_data(c.run)))
-        full = [c for c in self.cells if c.run.method.trains_base]
-        return [*declared, *ranked, *full, *self.cells][0]
-
-    @property
-    def pooled(self) -> int:
-        """Cells whose seed variance the report pools for a comparison of adapters with the reference; 2: the pair's
-        own."""
-        adapters = [c for c in self.distinct if c.r is not None]
-        return len(adapters) if self.reference.r is not None and len(adapters) >= MIN_POOLED_CELLS else 2
+        """The cell that others are compared with, as the report chooses it."""
+        entries = [{"id": c.id, "label": {**c.label, "trainable": c.trainable}, "runs": {}} for c in self.cells]
+        chosen = self.settings.study.reference or default_reference(cells_of({"cells": entries}, {})).id
+        return next(c for c in self.cells if c.id == chosen)
 
     @cached_property
     def examples(self) -> dict[str, int]:
@@ -153,7 +148,7 @@ def _data(run: RunConfig) -> float:
 def _cell(name: str, jobs: Sequence[Job]) -> CellPlan:
     run, info = jobs[0].run, preparation.base_info(jobs[0].run)
     trainable = preparation.slice_plan(run, info).trainable(info)
-    return CellPlan(name, run, frozenset(j.run.run_id for j in jobs), jobs[0].label.get("r"), trainable)
+    return CellPlan(name, run, frozenset(j.run.run_id for j in jobs), jobs[0].label, trainable)
 
 
 def hours(study: StudyPlan, paces: Sequence[Pace], source: str, once: float = 0.0) -> Hours | None:
@@ -262,7 +257,6 @@ def facts(study: StudyPlan) -> dict[str, Any]:
         "cells": [c.id for c in study.cells],
         "reference": study.reference.id,
         "comparisons": study.comparisons,
-        "pooled_cells": study.pooled if study.pooled > 2 else None,
         "examples": study.examples,
         "steps": study.steps,
         "rates": sorted({run.optimizer.lr for run in study.tuning}),

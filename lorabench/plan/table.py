@@ -45,12 +45,7 @@ def _study(a: Answer) -> Iterator[str]:
     sizes = ", ".join(f"{n:,} {name}" for name, n in a["examples"].items())
     yield f"{plural(a['steps'], 'step')} a run; examples: {sizes}"
     yield f"{plural(a['comparisons'], 'comparison')} with {a['reference']}, margin {_size(a, a['margin'])} of {a['metric']}"
-    yield (
-        f"seed variance pooled over {a['pooled_cells']} adapters, df = {a['pooled_cells'] - 1} (seeds - 1); "
-        "a comparison with a cell that is none has df = seeds - 1, and less power"
-        if a["pooled_cells"]
-        else "seed variance of each pair alone, df = seeds - 1"
-    )
+    yield "seed variance of each pair alone, df = seeds - 1"
     if a["hours"]:
         h = a["hours"]
         yield f"tuning {_hours(h['tuning'])}, then {_hours(h['seed'])} a confirmation seed; from {h['source']}; loading is extra"

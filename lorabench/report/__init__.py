@@ -51,7 +51,7 @@ def render(
     with directory.lock(out):
         findings = find(load(sweep_dir, margin=margin, metric=metric))
         directory.replace(out, page.files(findings, title))
-    return Summary(out, answer.answer(findings).lead, tuple(cautions.warnings(findings)), findings.confirmed)
+    return Summary(out, answer.headline(findings), tuple(cautions.warnings(findings)), findings.confirmed)
 
 
 def terminal_table(sweep_dir: str | Path) -> Table:
@@ -61,4 +61,4 @@ def terminal_table(sweep_dir: str | Path) -> Table:
     from lorabench.results.sweep import load
 
     findings = find(load(sweep_dir))
-    return table_formats.terminal_comparison(findings, answer.answer(findings).lead)
+    return table_formats.terminal_comparison(findings, answer.headline(findings))

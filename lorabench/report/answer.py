@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import math
 import shlex
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,12 +15,17 @@ from lorabench.report.sections import conditions
 from lorabench.report.tables import plus_minus
 from lorabench.results import findings, formatting, unfinished
 from lorabench.results.cells import Result
-from lorabench.results.findings import Comparison, Findings, Recommendation
+from lorabench.results.comparisons import Comparison
+from lorabench.results.findings import Findings
 from lorabench.results.formatting import capital, plural
-from lorabench.stats import estimates
+from lorabench.results.recommendation import Recommendation
+from lorabench.results.tuning import unsettled_rate
+from lorabench.stats import power
 
 MAX_SEEDS_COUNTED = 200  # up to which the seeds that a verdict would take are counted
+POWER = 0.8  # with which those seeds would give it
 MAX_CELLS_ONE_BY_ONE = 3  # compared with the reference in a sentence each
+MIN_COST_RATIO = 1.05  # of time or memory, above which a recommendation costs more than its reference
 MIN_GAP = 1e-9  # to the margin, in the metric; nothing settles on which side a smaller one lies
 METHOD_SETTINGS = ("r", "alpha", "target_modules", "use_rslora", "lr_ratio", "d_initial", "projection_key", "layers")
 
@@ -51,6 +57,13 @@ def answer(f: Findings) -> Answer:
     return Answer(_lead(f), tuple(_points(f)), command)
 
 
+def headline(f: Findings) -> str:
+    """Return the lead as a terminal has it, with the command that settles what holds so far."""
+    text = answer(f).lead
+    settle = settling(f)
+    return f"{text} {settle}" if settle and text.count("“So far”") else text
+
+
 # -- the lead of a confirmed sweep -----------------------------------------------------------------------------------
 
 
@@ -58,40 +71,123 @@ def _lead(f: Findings) -> str:
     recommendation = f.recommendation
     if recommendation is None or recommendation.cell is None:
         return _lead_without_recommendation(f, recommendation)
+    sentences = [_beaten_sentence(f, recommendation), _kept_sentence(f, recommendation)]
+    sentences += [_cost_sentence(f, recommendation), _skipped_sentence(f, recommendation), _unsettled_sentence(f)]
+    return " ".join(filter(None, sentences))
+
+
+def _beaten_sentence(f: Findings, recommendation: Recommendation) -> str:
+    """Return that a cell is better than the study's reference; empty where none is shown to be."""
+    if recommendation.beaten is None:
+        return ""
+    better, reference = f.results[recommendation.reference], f.results[recommendation.beaten]
+    comparison = f.versus[better.id]
+    return (
+        f"{capital(better.name)} is better than the reference, {reference.name}, "
+        f"by {f.metric.size(comparison.estimate.mean)} ({score_text(f, better)}; "
+        f"{_adjusted(comparison)}95 % interval {f.metric.bounds(*comparison.interval)})."
+    )
+
+
+def _kept_sentence(f: Findings, recommendation: Recommendation) -> str:
     margin = declared.margin(f)
-    kept, reference = f.results[recommendation.cell], f.results[recommendation.reference]
-    name, score = capital(kept.name), score_text(f, kept)
+    kept, reference = f.results[str(recommendation.cell)], f.results[recommendation.reference]
+    name, score = kept.name, score_text(f, kept)
+    so_far = "so far " if unsettled_cells(f) else ""
     if kept.id != reference.id:
-        return (
-            f"{name} is enough: {score}, shown to fall short of {reference.name} by less than {margin}, "
+        return capital(
+            f"{so_far}{name} is enough: {score}, shown to fall short of {reference.name} by less than {margin}, "
             f"with {_parameter_share(kept, reference)} trainable parameters."
         )
     stopped = recommendation.stopped
-    if stopped is None and recommendation.skipped:
-        return (
-            f"{name} reaches {score}; no smaller one has confirmation seeds and test examples in common with it, "
-            "so none was set against it."
-        )
     if stopped is None:
-        return f"{name} reaches {score}; there is no smaller adapter here to set against it{_others_within(f, margin)}."
+        among = "there is no smaller one here to set against it"
+        return capital(f"{so_far}{name} reaches {score}; {among}{_others_within(f, margin)}.")
+    smaller = f.results[stopped.cell].name
     if stopped.size == "beyond":
-        smaller = f.results[stopped.cell].name
-        return (
-            f"{name} is the one to keep ({score}): {smaller}, the next smaller one, "
+        return capital(
+            f"{so_far}{name} is the one to keep ({score}): {smaller}, the next smaller one, "
             f"falls short of it by more than {margin}."
         )
-    return (
-        f"Not resolved how small an adapter can be: none below {kept.name} was shown to be within {margin} of it, "
+    return capital(
+        f"{so_far}not resolved how small it can be: none below {name} was shown to be within {margin} of it, "
         f"so it is the one to keep ({score})."
     )
 
 
+def _cost_sentence(f: Findings, recommendation: Recommendation) -> str:
+    """Return what the recommended cell costs more than the reference; empty where it costs no more."""
+    kept, reference = f.results[str(recommendation.cell)], f.results[recommendation.reference]
+    if kept.solo != reference.solo:
+        return ""
+    worse = []
+    for what, a, b in (("time", kept.seconds, reference.seconds), ("memory", kept.memory, reference.memory)):
+        if a and b and a > MIN_COST_RATIO * b:
+            worse.append(f"{a / b:.1f} times the {what}")
+    return f"It takes {' and '.join(worse)} of {reference.name}." if worse else ""
+
+
+def _skipped_sentence(f: Findings, recommendation: Recommendation) -> str:
+    """Return which smaller cells could not be tested, and why; empty where all were."""
+    if not recommendation.skipped:
+        return ""
+    by_reason: dict[str, list[Result]] = {}
+    for cell, reason in recommendation.skipped:
+        by_reason.setdefault(reason, []).append(f.results[cell])
+    said = (f"{unfinished.name_list(cells)} ({reason})" for reason, cells in by_reason.items())
+    return f"Not tested: {'; '.join(said)}."
+
+
+def unsettled_cells(f: Findings) -> dict[str, str]:
+    """Return, by cell that the answer rests on, why its learning rate is not settled (`results.tuning`)."""
+    recommendation = f.recommendation
+    if recommendation is None:
+        return {}
+    stopped = recommendation.stopped.cell if recommendation.stopped else None
+    cells = dict.fromkeys([recommendation.cell, stopped, recommendation.reference, recommendation.beaten])
+    reasons = {c: unsettled_rate(f.sweep, f.results[c]) for c in cells if c is not None}
+    return {c: reason for c, reason in reasons.items() if reason}
+
+
+def _unsettled_sentence(f: Findings) -> str:
+    """Return which compared cells have a learning rate that is not settled; empty where all are."""
+    names = [f.results[c].name for c in unsettled_cells(f)]
+    if not names:
+        return ""
+    said = f"{', '.join(names[:-1])} and {names[-1]}" if len(names) > 1 else names[0]
+    return f"“So far”, as the learning rate of {said} is not settled."
+
+
+def settling(f: Findings) -> str:
+    """Return why learning rates that the answer rests on are not settled, and the command that settles them."""
+    reasons = unsettled_cells(f)
+    if not reasons:
+        return ""
+    said = "; ".join(f"{f.results[c].name}: {reason}" for c, reason in reasons.items())
+    return f"{said}. {_settling_command(f, list(reasons))}"
+
+
+def _settling_command(f: Findings, cells: Sequence[str]) -> str:
+    """Return how to settle the rates: wider grids where the best lies at an end, more tuning seeds where it is close."""
+    changes = []
+    if any(f.results[c].choice.side for c in cells):
+        changes.append(
+            "sweep.prune=false" if any(f.results[c].choice.beyond for c in cells) else "sweep.extend_lr=true"
+        )
+    if any(not f.results[c].choice.side for c in cells):
+        seeds = sorted({x.config["seed"] for c in cells for x in f.sweep.records_of(f.results[c].cell.tune)})
+        fresh = [*seeds, *(n for n in range(MAX_SEEDS_COUNTED) if n not in seeds)][: len(seeds) + 2]
+        changes.append(f"sweep.tune_seeds=[{','.join(map(str, fresh))}]")
+    command = unfinished.continue_command(f.sweep, changes)
+    return f"To settle them: {command or 'the same command with ' + ' '.join(changes)}"
+
+
 def _lead_without_recommendation(f: Findings, recommendation: Recommendation | None) -> str:
-    if recommendation and recommendation.passed and recommendation.stopped:
+    if recommendation and recommendation.passed and recommendation.skipped:
         reference = f.results[recommendation.reference]
         return (
             f"{capital(reference.name)} reaches {score_text(f, reference)}; "
-            f"whether a smaller adapter would do gets no verdict ({recommendation.stopped.blocked})."
+            f"whether a smaller one would do gets no verdict. {_skipped_sentence(f, recommendation)}"
         )
     best = _best_on_validation(f)
     name, score = capital(best.name), score_text(f, best)
@@ -100,8 +196,8 @@ def _lead_without_recommendation(f: Findings, recommendation: Recommendation | N
     text = f"{name} has the best {declared.selection(f.sweep)} and reaches {score} on test."
     if recommendation is not None and any(x.cell.adapter for x in f.results.values()):
         reference = f.results[recommendation.reference]
-        text += f" No adapter was shown to be within {declared.margin(f)} of {reference.name}."
-    return text
+        text += f" No smaller one was shown to be within {declared.margin(f)} of {reference.name}."
+    return " ".join(filter(None, (text, _unsettled_sentence(f))))
 
 
 def _others_within(f: Findings, margin: str) -> str:
@@ -127,10 +223,10 @@ def _best_on_validation(f: Findings) -> Result:
     """Return the adapter, else the cell, that is best on validation."""
     if f.best:
         return f.results[f.best]
-    tested = [r for r in f.results.values() if r.test is not None and r.val_selection is not None]
+    tested = [r for r in f.results.values() if r.test is not None and r.tuned is not None]
     return min(
         tested or f.results.values(),
-        key=lambda r: (r.val_selection if r.val_selection is not None else float("inf"), r.id),
+        key=lambda r: (r.tuned if r.tuned is not None else float("inf"), r.id),
     )
 
 
@@ -143,9 +239,11 @@ def _parameter_share(small: Result, large: Result) -> str:
 
 
 def _points(f: Findings) -> Iterator[tuple[str, str]]:
+    if settle := settling(f):
+        yield "Learning rates", settle
     for method, about in ((HEAD_ONLY, "Against head-only"), (FULL, "Against full fine-tuning")):
         if comparison := f.controls.get(method):
-            yield about, _comparison_sentence(f, comparison, f"the best adapter on {declared.selection(f.sweep)}, ")
+            yield about, _comparison_sentence(f, comparison, f"{_contender(f)}, ")
     if steps := how_small(f):
         yield "How small", steps
     if by_condition := conditions.conditions(f):
@@ -153,6 +251,11 @@ def _points(f: Findings) -> Iterator[tuple[str, str]]:
         yield "Under each condition", " ".join(sentences)
     if not f.controls:
         yield from _against_reference(f)
+
+
+def _contender(f: Findings) -> str:
+    """Return how the adapter came to be the one set against what has none."""
+    return f"the best adapter by {declared.selection(f.sweep)} of the tuning runs" if f.best else "the reference"
 
 
 def _against_reference(f: Findings) -> Iterator[tuple[str, str]]:
@@ -170,8 +273,7 @@ def _comparison_sentence(f: Findings, comparison: Comparison, prefix: str = "") 
     """Return direction and size of one difference, apart from each other."""
     name, other = f.results[comparison.cell].name, f.results[comparison.other].name
     subject = capital(f"{prefix}{name}," if prefix else name)
-    adjusted = "exploratory, " if comparison.exploratory else "adjusted " if comparison.level > 0.95 else ""
-    bounds = f"({adjusted}95 % interval {f.metric.bounds(*comparison.interval)})"
+    bounds = f"({_adjusted(comparison)}95 % interval {f.metric.bounds(*comparison.interval)})"
     bounds = bounds if comparison.bounded else "(no interval)"
     mean = comparison.estimate.mean
     signed = f"{f.metric.difference(mean, unit=True)} {bounds}"
@@ -181,6 +283,10 @@ def _comparison_sentence(f: Findings, comparison: Comparison, prefix: str = "") 
         return f"{subject} and {other} are not told apart: {signed}; {margin_clause(f, comparison)}."
     text = f"{subject} is {f.metric.size(mean)} {comparison.direction} than {other} {bounds}"
     return f"{text}; {margin_clause(f, comparison)}."
+
+
+def _adjusted(comparison: Comparison) -> str:
+    return "exploratory, " if comparison.exploratory else "adjusted " if comparison.level > 0.95 else ""
 
 
 def how_small(f: Findings) -> str:
@@ -193,12 +299,13 @@ def how_small(f: Findings) -> str:
         names = " and ".join(f.results[c].name for c in steps)
         clauses.append(
             f"Tested from {f.results[recommendation.reference].name} down, {names} passed "
-            f"(last: {_difference_90(f, f.versus[steps[-1]])})"
+            f"(last: {_difference_90(f, (recommendation.tests or f.versus)[steps[-1]])})"
         )
     if stopped := recommendation.stopped:
-        mean = stopped.estimate.mean
-        shortfall = mean if f.metric.lower_is_better else -mean
-        measured = _difference_90(f, stopped) + seeds_clause(f, stopped, abs(f.sweep.margin - shortfall))
+        margin = f.sweep.margin
+        not_inferior = (-math.inf, margin) if f.metric.lower_is_better else (-margin, math.inf)
+        unsettled = seeds_clause(f, stopped, *not_inferior) if stopped.size == "not resolved" else ""
+        measured = _difference_90(f, stopped) + unsettled
         clauses.append(
             f"{f.results[stopped.cell].name} was the first not shown to be within the margin "
             f"({stopped.blocked or measured}), and the test stops there"
@@ -216,23 +323,22 @@ def margin_clause(f: Findings, comparison: Comparison) -> str:
     """Return whether a difference is within the margin, and what would settle it where that is open."""
     margin = declared.margin(f)
     if comparison.size == "not resolved":
-        gap = abs(f.sweep.margin - abs(comparison.estimate.mean))
-        return f"whether that is within the margin of {margin} is not resolved{seeds_clause(f, comparison, gap)}"
+        settle = seeds_clause(f, comparison, -f.sweep.margin, f.sweep.margin)
+        return f"whether that is within the margin of {margin} is not resolved{settle}"
     return f"that is {'within' if comparison.size == 'within' else 'more than'} the margin of {margin}"
 
 
-def seeds_clause(f: Findings, comparison: Comparison, gap: float) -> str:
-    """Return what it would take to place an unresolved difference against the margin, a gap away from it."""
-    if comparison.blocked or comparison.size != "not resolved" or gap < MIN_GAP:
+def seeds_clause(f: Findings, comparison: Comparison, low: float, high: float) -> str:
+    """Return what it would take to place an unresolved difference against a range; empty where nothing is known."""
+    e = comparison.estimate
+    if comparison.blocked or min(abs(e.mean - low), abs(e.mean - high)) < MIN_GAP or not e.seed:
         return ""
-    seeds = estimates.seeds_needed(comparison.estimate, gap, limit=MAX_SEEDS_COUNTED)
-    if seeds is None and estimates.least_half_width(comparison.estimate) >= gap:
+    seeds = power.seeds_to_settle(e, low, high, power=POWER, limit=MAX_SEEDS_COUNTED)
+    if seeds is None and not power.seeds_can_settle(e, low, high, power=POWER):
         return ", and no number of seeds alone would settle it: it takes more test examples"
-    if seeds is not None and seeds <= comparison.estimate.seeds:
-        return ""
     count = f"more than {MAX_SEEDS_COUNTED} confirmation seeds"
-    count = count if seeds is None else f"about {plural(seeds, 'confirmation seed')}"
-    return f"; if the difference stays as it is, {count} would settle it"
+    count = count if seeds is None else plural(max(seeds, e.seeds + 1), "confirmation seed")
+    return f"; were that the true difference, {count} would settle it with {100 * POWER:.0f} % power"
 
 
 # -- sweeps without a test result ------------------------------------------------------------------------------------

@@ -47,6 +47,16 @@ def _declaration_warnings(f: Findings) -> Iterator[str]:
         yield f"The metric is {f.metric.title}, and with it the margin {margin}: {confirms_nothing}"
     elif f.sweep.post_hoc is not None:
         yield f"The margin is {margin}: {confirms_nothing}"
+    frozen = manifest.get("frozen") or {}
+    before, now = (
+        len(frozen.get("confirm_seeds") or ()),
+        max((r.test.seeds for r in f.results.values() if r.test), default=0),
+    )
+    if before and now > before:
+        yield (
+            f"Confirmation seeds were added after the sweep began: {before} were planned, {now} are there. "
+            "Seeds added after a look at the results make verdicts firmer than they are."
+        )
     study_hash = manifest.get("study_hash")
     if study_hash and digest(manifest.get("study"))[:12] != study_hash:
         yield f"The study in sweep.json is not the one that was declared: its hash is no longer {study_hash}."

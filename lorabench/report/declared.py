@@ -51,7 +51,9 @@ def reference(f: Findings) -> str:
     if f.sweep.study.get("reference") == f.reference:
         how = "declared"
     else:
-        how = "the largest rank, as none was declared" if f.results[f.reference].cell.adapter else "none was declared"
+        adapter = f.results[f.reference].cell.adapter
+        main = "the largest of the main method by trainable parameters, as none was declared"
+        how = main if adapter else "none was declared"
     return f"{f.results[f.reference].name} ({how})"
 
 

@@ -29,15 +29,15 @@ HOW_TO_READ = {
     ),
     "Intervals": (
         "Seeds and test examples are crossed: "
-        "the variance of a mean is that of seeds plus that of examples minus their interaction, "
-        "with Student's t at Satterthwaite's degrees of freedom. "
+        "a mean varies through both, and each part counts with the quantile of Student's t that belongs to it. "
+        "Groups of examples that belong together (dialogues, near-duplicates) are drawn whole. "
         "For metrics that are no mean over examples the examples' part comes from a bootstrap "
         "that draws the same examples for all seeds."
     ),
     "Two verdicts, kept apart": (
         "Direction says better, worse or not resolved (95 %). "
-        "The margin says whether the difference is within what would matter, beyond it, or not resolved "
-        "(two one-sided tests, 90 % interval). “Not resolved” never means equal."
+        "The margin says whether the difference is within what would matter (two one-sided tests, 90 % interval), "
+        "beyond it (the interval of the direction), or not resolved. “Not resolved” never means equal."
     ),
     "Recommendation": (
         "From the largest adapter down, each is tested for falling short of the reference by less than the margin; "

@@ -11,7 +11,8 @@ from lorabench.config import alpha_rules
 from lorabench.report import declared
 from lorabench.results import formatting
 from lorabench.results.cells import Result, has_same_runs
-from lorabench.results.findings import Comparison, Findings
+from lorabench.results.comparisons import Comparison
+from lorabench.results.findings import Findings
 from lorabench.results.selection import Rate
 from lorabench.store.records import Record
 
@@ -127,6 +128,8 @@ def _outcome_columns(f: Findings) -> Iterator[Column]:
         yield Column("difference", "Δ to reference (95 %)", "right")
         yield Column("direction", "direction")
         yield Column("size", f"margin ± {declared.margin(f)}")
+        if f.recommendation is not None:
+            yield Column("enough", "not worse by the margin")
     yield Column("val", metric_title(f, "val"), "right")
 
 
@@ -149,6 +152,7 @@ def _comparison_row(f: Findings, r: Result, keys: Sequence[str], solo: bool) -> 
         "memory": formatting.memory(r.memory) + mixed,
         **dict(cell.extra),
         **_verdict_texts(f, r),
+        "enough": _sequence_text(f, r),
     }
     recommended = f.recommendation is not None and f.recommendation.cell == r.id
     mark = "recommended" if recommended else "reference" if r.id == f.reference and f.versus else ""
@@ -182,6 +186,18 @@ def _verdict_texts(f: Findings, r: Result) -> dict[str, str]:
     }
 
 
+def _sequence_text(f: Findings, r: Result) -> str:
+    """Return the test of the fixed sequence that the recommendation rests on, with its 90 % interval."""
+    recommendation = f.recommendation
+    if recommendation is None or r.id == recommendation.reference:
+        return ""
+    test = (recommendation.tests or {}).get(r.id)
+    if test is None:
+        return "no verdict" if r.id in dict(recommendation.skipped) else formatting.DASH
+    bounds = f.metric.bounds(*test.estimate.interval(0.90))
+    return f"{'shown' if r.id in recommendation.passed else 'not shown'} ({bounds})"
+
+
 def _verdict(comparison: Comparison, verdict: str) -> str:
     return "no verdict" if comparison.blocked else verdict
 
@@ -207,11 +223,11 @@ def _interval_notes(f: Findings) -> Iterator[str]:
             f"±: half the 95 % interval over {over}. Rates were chosen on {declared.selection(f.sweep)}; "
             "only confirmation runs saw test."
         )
-    if f.pooled:
-        sd = f.metric.size(f.pooled.within**0.5)
+    if scatter := {id(s): s for s in f.measured.scatter.values()}.values():
+        sds = " or ".join(f.metric.size(s.typical.within**0.5) for s in scatter)
         yield (
-            f"Seed variance is pooled over the {f.pooled.cells} adapter cells "
-            f"(a seed's standard deviation: {sd}; Bartlett p = {f.pooled.p:.2f})."
+            f"A seed's standard deviation that is typical of these adapters under one condition: {sds}. "
+            "It counts as one seed more, but not where a cell or difference scatters more than that."
         )
 
 
@@ -224,6 +240,13 @@ def _margin_notes(f: Findings) -> Iterator[str]:
             f"Direction and its interval are adjusted by Holm's steps within the {family} comparisons with "
             f"{declared.reference(f)}.{rest} "
             "Margin: two one-sided tests at 5 %, apart from the direction. “Not resolved” is not “equal”."
+        )
+    if recommendation := f.recommendation:
+        yield (
+            f"Not worse by the margin: the tests that the recommendation rests on, against "
+            f"{f.results[recommendation.reference].name}, from the largest cell down, "
+            "one of each size (chosen by the tuning runs), each one-sided at 5 % (90 % interval), "
+            "until the first that is not shown; a dash was not reached."
         )
     if anchor := declared.anchor(f.sweep):
         yield f"The alpha rules meet at {anchor}: there they are one point, and one cell stands for all of them."

@@ -17,15 +17,10 @@ from lorabench.results.scores import Sample
 from lorabench.results.selection import Choice
 from lorabench.results.sweep import Cell, Sweep
 from lorabench.stats import estimates
-from lorabench.stats.estimates import Estimate, Pooled
+from lorabench.stats.estimates import Estimate, Typical
 from lorabench.store.records import Record
 
-MIN_POOLED_CELLS = 3  # cells; two would gain no degree of freedom
-
-
-MIN_BARTLETT_P = (
-    0.01  # Bartlett's p below which seed variances are not pooled; at .10 the check itself costs family-wise error
-)
+MIN_TYPICAL_CELLS = 4  # cells that say what is typical of them: one noisy cell of three would move the median
 
 
 @dataclass(frozen=True)
@@ -44,7 +39,7 @@ class Result:
     test: Estimate | None
     val: float | None  # primary metric on validation, mean over `runs`
     val_loss: float | None
-    val_selection: float | None  # the metric that chose the rate, its sign turned where more is better
+    tuned: float | None  # of the tuning runs at `lr`: the metric that chose it, its sign turned where more is better
 
     @property
     def id(self) -> str:
@@ -104,18 +99,41 @@ def cells_with_timing(manifest: Mapping[str, Any], records: Mapping[str, Record]
 
 
 @dataclass(frozen=True)
+class Scatter:
+    """How far seeds scatter in the adapter cells of one condition that have these seeds."""
+
+    seeds: tuple[int, ...]
+    cells: int
+    typical: Typical
+
+
+@dataclass(frozen=True)
 class Results:
-    """All cells, in the order of tables, and the seed variance that adapter cells with these seeds share, if any."""
+    """All cells, in the order of tables. scatter: by cell id, of the adapters that have seeds and condition in common.
+
+    Methods may differ in their seed noise, and so may sizes of data: what is typical of adapters under one condition
+    serves no other cell.
+    """
 
     by_cell: dict[str, Result]
-    pooled: Pooled | None
-    seeds: tuple[int, ...]
+    scatter: Mapping[str, Scatter]
+
+    def difference(self, a: Result, b: Result) -> Estimate | None:
+        """Return a - b in the primary metric on test; None without a seed in common, or over other examples."""
+        paired = scores.difference(a.sample, b.sample) if a.sample and b.sample else None
+        if paired is None:
+            return None
+        shared = self.scatter.get(a.id)
+        if shared is None or shared is not self.scatter.get(b.id):
+            return paired.estimate()
+        return paired.estimate(shared.typical.difference)
 
 
 def cell_results(sweep: Sweep) -> Results:
-    found = {c.id: _result(sweep, c) for c in sweep.cells}
-    pooled, seeds = _pool(list(found.values()))
-    return Results({i: _with_test(r, pooled, seeds) for i, r in found.items()}, pooled, seeds)
+    """Return every cell's result, with what its seeds' scatter is compared with."""
+    untested = {c.id: _result(sweep, c) for c in sweep.cells}
+    scatter = _scatter(list(untested.values()))
+    return Results({i: _with_test(r, scatter.get(i)) for i, r in untested.items()}, scatter)
 
 
 def _result(sweep: Sweep, cell: Cell) -> Result:
@@ -127,7 +145,7 @@ def _result(sweep: Sweep, cell: Cell) -> Result:
     role = "confirm" if done else "tune"
     if not done:
         done = [r for r in sweep.completed_records(cell.tune) if r.config["optimizer"]["lr"] == lr]
-    chosen = _mean(done, f"val/{sweep.selection}")
+    chosen = next((rate.score for rate in choice.rates if rate.lr == choice.lr), None)
     return Result(
         cell,
         sweep.names[cell.id],
@@ -181,27 +199,25 @@ def _run_ids(r: Result) -> Any:
     return frozenset(x.run_id for x in r.runs) or r.id
 
 
-def _with_test(r: Result, pooled: Pooled | None, seeds: tuple[int, ...]) -> Result:
+def _with_test(r: Result, scatter: Scatter | None) -> Result:
     if r.sample is None:
         return r
-    shared = (pooled.within, pooled.df) if pooled and r.cell.adapter and r.sample.seeds == seeds else None
-    return replace(r, test=r.sample.estimate(shared))
+    return replace(r, test=r.sample.estimate(scatter.typical.within if scatter else None))
 
 
-def _pool(results: Sequence[Result]) -> tuple[Pooled | None, tuple[int, ...]]:
-    """Seed variance over the adapter cells that share the commonest set of seeds, if it looks the same in all of
-    them."""
-    adapters = unique_results([r for r in results if r.cell.adapter])
-    samples = [r.sample for r in adapters if r.sample is not None and len(r.sample.seeds) > 1]
-    sets = [s.seeds for s in samples]
-    if not sets:
-        return None, ()
-    seeds = max(sorted(set(sets)), key=sets.count)
-    scores = [s.scores for s in samples if s.seeds == seeds]
-    if len(scores) < MIN_POOLED_CELLS:
-        return None, seeds
-    pooled = estimates.pool(np.stack(scores))
-    return (pooled if pooled.p >= MIN_BARTLETT_P else None), seeds
+def _scatter(results: Sequence[Result]) -> dict[str, Scatter]:
+    """Return what is typical of adapter cells with one set of seeds under one condition, where they are enough."""
+    groups: dict[Any, list[Result]] = {}
+    for r in results:
+        if r.cell.adapter and r.sample is not None and len(r.sample.seeds) > 1:
+            groups.setdefault((r.sample.seeds, tuple(sorted(r.cell.conditions.items()))), []).append(r)
+    found: dict[str, Scatter] = {}
+    for (seeds, _), members in groups.items():
+        values = [r.sample.scores for r in unique_results(members) if r.sample is not None]
+        if len(values) >= MIN_TYPICAL_CELLS:
+            scatter = Scatter(seeds, len(values), estimates.typical_variances(np.stack(values)))
+            found |= {r.id: scatter for r in members}
+    return found
 
 
 def select_cells(every: Mapping[str, Result], patterns: Sequence[str]) -> dict[str, Result]:

@@ -116,16 +116,13 @@ class Evidence:
         return found
 
     def difference(self, a: Result, b: Result) -> Estimate | Missing:
-        """a − b in the primary metric on test; pooled seed variance for adapter against adapter, as in the report."""
+        """a − b in the primary metric on test, as in the report."""
         lacking = _missing_test((a, b)) or _other_test_sets(a, b)
-        made = None if a.sample is None or b.sample is None else scores.difference(a.sample, b.sample)
-        if lacking or made is None:
+        e = self.measured.difference(a, b)
+        if lacking or e is None:
             return lacking or Missing(
                 f"{a.name} and {b.name} have no seed in common", "the same confirmation seeds for both"
             )
-        pooled = self.measured.pooled
-        shared = pooled and a.cell.adapter and b.cell.adapter and made.seeds == self.measured.seeds
-        e = made.estimate((pooled.difference, pooled.df) if pooled and shared else None)
         if e.allows_verdict and e.variance == 0 and not has_same_runs(a, b):
             return Missing(
                 f"{a.name} minus {b.name} is the same for every seed and every test example known",

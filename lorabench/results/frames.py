@@ -8,7 +8,8 @@ import pandas as pd
 
 from lorabench.config.overrides import flatten
 from lorabench.results.cells import Result
-from lorabench.results.findings import Comparison, Findings
+from lorabench.results.comparisons import Comparison
+from lorabench.results.findings import Findings
 
 
 def runs(f: Findings) -> pd.DataFrame:

@@ -42,17 +42,17 @@ class Sample:
             draws=None if self.draws is None else self.draws[:, rows],
         )
 
-    def estimate(self, pooled: tuple[float, float] | None = None) -> Estimate:
-        if self.clusters == 1:  # one draw of examples says nothing of how far draws scatter
-            return estimates.mean_over_seeds(self.scores, pooled=pooled)
-        if self.table is not None:
-            made = estimates.crossed_mean(estimates.cluster(self.table, self.groups), pooled=pooled)
-            return replace(made, examples=self.table.shape[1])
-        if self.draws is not None and self.examples is not None:
-            units = self.clusters or len(self.examples)
-            made = estimates.crossed_bootstrap(self.scores, self.draws, examples=units, pooled=pooled)
-            return replace(made, examples=len(self.examples))
-        return estimates.mean_over_seeds(self.scores, pooled=pooled)
+    def estimate(self, typical: float | None = None) -> Estimate:
+        """Return the mean over seeds and its uncertainty. typical: `estimates.seed_variance`'s."""
+        if self.clusters != 1:  # one draw of examples says nothing of how far draws scatter
+            if self.table is not None:
+                return estimates.crossed_mean(self.table, groups=self.groups, typical=typical)
+            if self.draws is not None and self.examples is not None:
+                n = len(self.examples)
+                return estimates.crossed_bootstrap(
+                    self.scores, self.draws, examples=n, groups=self.groups, typical=typical
+                )
+        return estimates.mean_over_seeds(self.scores, typical=typical)
 
 
 def has_other_examples(a: Sample, b: Sample) -> bool:

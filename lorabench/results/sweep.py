@@ -179,12 +179,17 @@ def load(sweep_dir: str | Path, *, margin: float | None = None, metric: OtherMet
         )
     if not manifest.get("cells"):
         manifest = {**manifest, **derive_cells(records)}
-    cells = sorted((_cell(c, records) for c in manifest["cells"]), key=_table_order)
+    cells = cells_of(manifest, records)
     name = str(manifest.get("name") or root.resolve().name)
     sweep = Sweep(name, manifest, tuple(cells), records, store)
     if metric is not None and metric.name != sweep.primary:
         return _by_metric(sweep, metric, margin)
     return sweep if margin in (None, sweep.declared_margin) else replace(sweep, post_hoc=margin)
+
+
+def cells_of(manifest: Mapping[str, Any], records: Mapping[str, Record]) -> list[Cell]:
+    """Return a manifest's cells in the order of tables. records: by run_id, as far as there are some."""
+    return sorted((_cell(c, records) for c in manifest["cells"]), key=_table_order)
 
 
 def _by_metric(sweep: Sweep, metric: OtherMetric, margin: float | None) -> Sweep:

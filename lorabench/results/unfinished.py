@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shlex
+from collections.abc import Sequence
 
 from lorabench.results.cells import Result
 from lorabench.results.findings import Findings
@@ -48,8 +49,8 @@ HOW_TO_CONTINUE = (
 )
 
 
-def continue_command(sweep: Sweep) -> str | None:
-    """That command. Of an older manifest, which does not know overrides, without them; None where it does not know the
+def continue_command(sweep: Sweep, changes: Sequence[str] = ()) -> str | None:
+    """That command, with overrides that take the place of its own. Of an older manifest, which does not know overrides, without them; None where it does not know the
     experiment either.
 
     For the directory above `sweeps`. A sweep that lies under its own name needs no more than that name.
@@ -57,9 +58,11 @@ def continue_command(sweep: Sweep) -> str | None:
     experiment, folder = sweep.manifest.get("experiment"), sweep.store.root.resolve()
     if launched := sweep.manifest.get("command"):
         there = f"sweep.dir={folder.parent.name}/{folder.name}"
+        keys = {c.split("=")[0] for c in changes}
         words = [w for w in launched if not w.startswith("sweep.dir=") or w.endswith(folder.name)]
+        words = [w for w in words if w.split("=")[0] not in keys]
         placed = folder.name == sweep.name or any(w.startswith("sweep.dir=") for w in words)
-        return shlex.join(["python", "-m", "lorabench", *words, *([] if placed else [there])])
+        return shlex.join(["python", "-m", "lorabench", *words, *([] if placed else [there]), *changes])
     if not experiment:
         return None
     words = ["python", "-m", "lorabench", f"+experiment={experiment}"]
@@ -67,4 +70,4 @@ def continue_command(sweep: Sweep) -> str | None:
         words.append(f"sweep.dir={folder.parent.name}/{folder.name}")
     elif sweep.name != experiment:
         words.append(f"sweep.name={sweep.name}")
-    return " ".join(shlex.quote(w) for w in words)
+    return " ".join(shlex.quote(w) for w in (*words, *changes))

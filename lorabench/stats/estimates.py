@@ -1,13 +1,15 @@
 """Statistics of a comparison: pure functions of arrays. Shape letters: S seeds, N examples, R bootstrap draws, C cells.
 
-Seeds and test examples are crossed: every seed's model meets the same examples. With m_i the mean of seed i, m_j the
-mean of example j and MS the residual mean square of the two-way table without replication, the variance of the grand
-mean is V = V_seed + V_example - V_interaction, where
+Seeds and test examples are crossed: every seed's model meets the same examples. With m_i the mean of seed i and m_j the
+mean of example j, the grand mean varies through both,
 
-    V_seed = var(m_i) / S,   V_example = var(m_j) / N,   V_interaction = MS / (S N)
+    V_seed = var(m_i) / S,   V_example = var(m_j) / N
 
-(Searle, Casella & McCulloch, Variance Components, 1992, section 4.5), and t quantiles are taken at Satterthwaite's
-degrees of freedom (Biometrics Bulletin 2, 1946).
+and its interval is mean +- h with h^2 = t^2(df_seed) V_seed + t^2(df_example) V_example, the quantiles of Student's t
+that belong to each part. That is the form of Cochran (Biometrics 20, 1964), on the safe side. One quantile for the sum
+at Satterthwaite's degrees of freedom is not: with three seeds V_seed comes out near zero now and then, the degrees of
+freedom then go up to those of the examples, and the interval is too narrow just where it is wrong
+(tests/stats/test_error_rates.py).
 """
 
 from __future__ import annotations
@@ -18,11 +20,16 @@ from dataclasses import dataclass
 from typing import Literal
 
 import numpy as np
-from scipy.special import chdtrc, stdtr, stdtrit
+from scipy.optimize import brentq
+from scipy.special import chdtrc, chdtri, stdtrit
 
 Direction = Literal["better", "worse", "not resolved"]
 Size = Literal["within", "beyond", "not resolved"]
 Statistic = Callable[[np.ndarray], np.ndarray]  # counts [R, N] -> [R, S]
+
+MAX_NOISE = 1.2  # times the typical seed variance, up to which that counts as one seed more: by simulation
+MIN_GROUP_DF = 1.0  # where one group outweighs all others
+SMALLEST_P = 1e-200  # smaller p values are not told apart
 
 
 @dataclass(frozen=True)
@@ -30,41 +37,48 @@ class Estimate:
     """A mean, or a difference of two, with the parts of its variance. `examples` is None where only seeds vary."""
 
     mean: float
-    seed: float  # V_seed: variance of the mean through seeds (0 with one seed, where it cannot be known)
+    seed_parts: tuple[tuple[float, float], ...]  # V_seed as independent (variance, df): two where runs are not paired
     example: float  # V_example
-    interaction: float  # V_interaction, contained in both of the above
-    seed_df: float
+    interaction: float  # the part of V_example that is each seed's own luck with the examples, and falls with seeds
     example_df: float
-    interaction_df: float
     seeds: int
     examples: int | None
 
     @property
-    def variance(self) -> float:
-        """V, never below V_seed or V_example: each alone is the whole variance when the other source is silent."""
-        return max(self.seed + self.example - self.interaction, self.seed, self.example)
+    def seed(self) -> float:
+        """V_seed: variance of the mean through seeds (0 with one seed, where it cannot be known)."""
+        return sum(variance for variance, _ in self.seed_parts)
 
     @property
-    def df(self) -> float:
-        """Satterthwaite's degrees of freedom: V^2 / sum(V_k^2 / df_k)."""
-        parts = ((self.seed, self.seed_df), (self.example, self.example_df), (self.interaction, self.interaction_df))
-        denominator = sum(v * v / df for v, df in parts if v > 0 and df > 0)
-        return self.variance**2 / denominator if denominator > 0 and self.variance > 0 else math.inf
+    def variance(self) -> float:
+        """V_seed + V_example."""
+        return self.seed + self.example
 
     def half_width(self, level: float = 0.95) -> float:
         """Half the width of the interval at a level."""
-        return quantile((1 + level) / 2, self.df) * math.sqrt(self.variance)
+        return math.sqrt(self._squared_half_width((1 - level) / 2))
 
     def interval(self, level: float = 0.95) -> tuple[float, float]:
-        """Student's t interval of the mean: (low, high)."""
+        """Interval of the mean: (low, high)."""
         half = self.half_width(level)
         return self.mean - half, self.mean + half
 
     def p_value(self) -> float:
-        """Two-sided p value of the hypothesis that the mean is zero."""
+        """Two-sided p value of the hypothesis that the mean is zero: 1 - the level of the interval that ends there."""
         if self.variance == 0:
             return 1.0 if self.mean == 0 else 0.0
-        return float(2 * cdf(-abs(self.mean) / math.sqrt(self.variance), self.df))
+        if self.mean**2 >= self._squared_half_width(SMALLEST_P / 2):
+            return SMALLEST_P
+
+        def excess(log_p: float) -> float:
+            return self._squared_half_width(math.exp(log_p) / 2) - self.mean**2
+
+        return math.exp(brentq(excess, math.log(SMALLEST_P), 0.0, xtol=1e-12))
+
+    def _squared_half_width(self, tail: float) -> float:
+        """h^2 = sum of t^2 V over the parts. tail: probability beyond either end."""
+        parts = (*self.seed_parts, (self.example, self.example_df))
+        return sum(quantile(tail, df) ** 2 * variance for variance, df in parts if variance > 0 and df > 0)
 
     @property
     def allows_verdict(self) -> bool:
@@ -74,7 +88,7 @@ class Estimate:
 
 @dataclass(frozen=True)
 class Pooled:
-    """Seed variance that several cells share."""
+    """Seed variance that several cells share. Budgets are planned by it; no test rests on it."""
 
     within: float  # variance of one seed's score
     difference: float  # variance of one seed's difference of two cells
@@ -83,14 +97,17 @@ class Pooled:
     p: float  # p value of equal variances (Bartlett)
 
 
+@dataclass(frozen=True)
+class Typical:
+    """Seed variance that is typical of C cells: medians, which a few noisy cells do not move."""
+
+    within: float  # variance of one seed's score
+    difference: float  # variance of one seed's difference of two cells
+
+
 def quantile(p: float, df: float) -> float:
     """Quantile of Student's t distribution; of the normal distribution where df is infinite."""
     return float(stdtrit(min(df, 1e9), p))
-
-
-def cdf(t: float, df: float) -> float:
-    """Probability that Student's t with df degrees of freedom is at most t."""
-    return float(stdtr(min(df, 1e9), t))
 
 
 def linearize(values: np.ndarray, weights: np.ndarray | None = None) -> np.ndarray:
@@ -123,67 +140,117 @@ def cluster(x: np.ndarray, groups: np.ndarray | None) -> np.ndarray:
     return mean + sums * (sums.shape[1] / x.shape[1])
 
 
-def crossed_mean(x: np.ndarray, *, pooled: tuple[float, float] | None = None) -> Estimate:
+def group_shares(examples: int, groups: np.ndarray | None) -> np.ndarray:
+    """Return the share [G] of the examples that each unit has which is drawn whole. groups: [N]; None: each alone."""
+    if groups is None:
+        return np.full(examples, 1 / examples)
+    return np.unique(groups, return_counts=True)[1] / len(groups)
+
+
+def variance_over_groups(squares: float, shares: np.ndarray) -> tuple[float, float]:
+    """Return V_example and its degrees of freedom from the sum of squared weighted distances of groups to their mean.
+
+    squares: sum over groups of (w (m_g - mean))^2, with w the shares [G]. Its expectation falls short of V_example by
+    the factor below: groups pull the mean towards themselves, large ones the most. Large groups leave fewer degrees of
+    freedom than there are groups: (sum w^2)^2 / sum w^4 (Satterthwaite; Kish's effective number for variances), less one
+    for the mean. Equal groups give the usual 1 / (G - 1) and G - 1.
+    """
+    w2 = shares**2
+    expected = float((w2 * (1 - 2 * shares + w2.sum())).sum() / w2.sum())
+    df = float(w2.sum() ** 2 / (w2**2).sum()) - 1
+    return (squares / expected, max(df, MIN_GROUP_DF)) if expected > 0 and len(shares) > 1 else (0.0, 0.0)
+
+
+def crossed_mean(x: np.ndarray, *, groups: np.ndarray | None = None, typical: float | None = None) -> Estimate:
     """Estimate the mean of a table [S, N] of seeds x examples.
 
-    pooled: (variance of one seed's mean, its df), used in place of this table's. The difference of two cells that share
-    seeds and examples is `crossed_mean(a - b)`.
+    groups: [N], examples that are drawn together. typical: the variance of one seed's mean that is typical of such
+    tables (`seed_variance`). The difference of two cells that share seeds and examples is `crossed_mean(a - b)`.
     """
-    x = np.asarray(x, dtype=np.float64)
-    S, N = x.shape
+    N = np.shape(x)[1]
+    shares = group_shares(N, groups)
+    x = cluster(x, groups)
+    S, G = x.shape
     rows, columns = x.mean(1), x.mean(0)
     residual = x - rows[:, None] - columns + x.mean()
-    df = (S - 1) * (N - 1)
-    interaction = float((residual**2).sum() / df) / (S * N) if df else 0.0
-    example = float(columns.var(ddof=1)) / N if N > 1 else 0.0
-    return _estimate(rows, example, interaction, N, pooled)
+    interaction = float((residual**2).sum() / (S - 1)) / (S * G) / max(G - 1, 1) if S > 1 else 0.0
+    example, df = variance_over_groups(float(((columns - columns.mean()) ** 2).sum()) / G**2, shares)
+    return _estimate(rows, example, interaction, df, N, typical)
 
 
 def crossed_bootstrap(
-    values: np.ndarray, draws: np.ndarray, *, examples: int, pooled: tuple[float, float] | None = None
+    values: np.ndarray,
+    draws: np.ndarray,
+    *,
+    examples: int,
+    groups: np.ndarray | None = None,
+    typical: float | None = None,
 ) -> Estimate:
     """Estimate the mean over seeds of a statistic that is no mean over examples, such as macro-F1.
 
-    values: [S], the statistic of each seed. draws: [R, S], the statistic of R resamples of the examples; a resample is
-    the same for all seeds. One seed's variance over resamples is (E + I) / N, that of their mean E / N + I / (S N); the
-    three parts follow. The draws give the variance only; the t quantile comes from the degrees of freedom.
+    values: [S], the statistic of each seed. draws: [R, S], the statistic of R resamples of the N = `examples` examples,
+    by `groups` [N] where there are some; a resample is the same for all seeds. One seed's variance over resamples is
+    (E + I) / N, that of their mean E / N + I / (S N); the parts follow. The draws give the variance only; the t quantile
+    comes from the degrees of freedom.
     """
     values, draws = np.asarray(values, dtype=np.float64), np.asarray(draws, dtype=np.float64)
     S = len(values)
-    example = float(draws.mean(1).var(ddof=1))
+    over_draws = float(draws.mean(1).var(ddof=1))
     one_seed = float(draws.var(axis=0, ddof=1).mean())
-    interaction = max(0.0, (one_seed - example) / (S - 1)) if S > 1 else 0.0
-    return _estimate(values, example, interaction, examples, pooled)
+    interaction = max(0.0, (one_seed - over_draws) / (S - 1)) if S > 1 else 0.0
+    example, df = variance_over_groups(over_draws, group_shares(examples, groups))
+    return _estimate(values, example, interaction, df, examples, typical)
 
 
-def mean_over_seeds(values: Sequence[float] | np.ndarray, *, pooled: tuple[float, float] | None = None) -> Estimate:
+def mean_over_seeds(values: Sequence[float] | np.ndarray, *, typical: float | None = None) -> Estimate:
     """Estimate the mean of values [S] over seeds, where nothing is known of single examples.
 
     The interval leaves out the variance through examples, so it is too narrow.
     """
-    return _estimate(np.asarray(values, dtype=np.float64), 0.0, 0.0, None, pooled)
+    return _estimate(np.asarray(values, dtype=np.float64), 0.0, 0.0, 0.0, None, typical)
+
+
+def combine(mean: float, parts: Sequence[tuple[float, float]], seeds: int) -> Estimate:
+    """Return an estimate whose variance is a sum of independent ones. parts: (variance, degrees of freedom) each."""
+    return Estimate(mean, tuple(parts), 0.0, 0.0, 0.0, seeds, None)
 
 
 def welch(a: Sequence[float], b: Sequence[float]) -> Estimate | None:
-    """Estimate mean(a) - mean(b) of independent runs, with Welch's degrees of freedom.
+    """Estimate mean(a) - mean(b) of independent runs, each with its own variance.
 
     None where either has fewer than three runs.
     """
     if min(len(a), len(b)) < 3:
         return None
     parts = [(float(np.var(x, ddof=1)) / len(x), len(x) - 1) for x in (a, b)]
-    variance, denominator = sum(v for v, _ in parts), sum(v * v / df for v, df in parts)
-    df = variance**2 / denominator if denominator > 0 else math.inf
-    return Estimate(float(np.mean(a) - np.mean(b)), variance, 0.0, 0.0, df, 0.0, 0.0, min(len(a), len(b)), None)
+    return combine(float(np.mean(a) - np.mean(b)), parts, min(len(a), len(b)))
 
 
 def _estimate(
-    seeds: np.ndarray, example: float, interaction: float, examples: int | None, pooled: tuple[float, float] | None
+    seeds: np.ndarray,
+    example: float,
+    interaction: float,
+    example_df: float,
+    examples: int | None,
+    typical: float | None,
 ) -> Estimate:
-    S = len(seeds)
-    variance, df = pooled or (float(seeds.var(ddof=1)) if S > 1 else 0.0, float(S - 1))
-    rest = float((examples or 1) - 1)
-    return Estimate(float(seeds.mean()), variance / S, example, interaction, df, rest, rest * (S - 1), S, examples)
+    variance, df = seed_variance(seeds, typical)
+    parts = ((variance / len(seeds), df),)
+    return Estimate(float(seeds.mean()), parts, example, interaction, example_df, len(seeds), examples)
+
+
+def seed_variance(values: np.ndarray, typical: float | None = None) -> tuple[float, float]:
+    """Return the variance of one of S values [S] over seeds, and its degrees of freedom.
+
+    It is the values' own, with S - 1 degrees of freedom. Where that is not above `MAX_NOISE` times what is typical of
+    cells like it, the typical variance counts as one seed more: their mean weighted by S - 1 and 1, with S degrees of
+    freedom. A cell that is noisier than others is never averaged away, as pooling all cells would do.
+    """
+    S = len(values)
+    own = float(np.var(values, ddof=1)) if S > 1 else 0.0
+    if typical is None or S < 2 or own > MAX_NOISE * typical:
+        return own, float(S - 1)
+    return (typical + (S - 1) * own) / S, float(S)
 
 
 def resample(
@@ -213,6 +280,22 @@ def pool(values: np.ndarray) -> Pooled:
     residual = x - x.mean(1, keepdims=True) - x.mean(0) + x.mean()
     df = float((C - 1) * (S - 1))
     return Pooled(float(x.var(axis=1, ddof=1).mean()), 2 * float((residual**2).sum()) / df, df, C, bartlett(x))
+
+
+def typical_variances(values: np.ndarray) -> Typical:
+    """Return the seed variances that are typical of scores [C, S] with the same seeds in every cell.
+
+    For each cell its own variance, and the median variance of its differences to the others; then the median over the
+    cells, each divided by what the median of a variance with S - 1 degrees of freedom is of its mean.
+    """
+    x = np.asarray(values, dtype=np.float64)
+    C, S = x.shape
+    covariance = np.atleast_2d(np.cov(x))
+    own = np.diag(covariance)
+    apart = own[:, None] + own - 2 * covariance
+    others = [float(np.median(np.delete(apart[c], c))) for c in range(C)]
+    median = float(chdtri(S - 1, 0.5)) / (S - 1)
+    return Typical(float(np.median(own)) / median, max(0.0, float(np.median(others))) / median)
 
 
 def bartlett(x: np.ndarray) -> float:
@@ -257,13 +340,18 @@ def direction(e: Estimate, *, p: float, lower_is_better: bool, alpha: float = 0.
     return "better" if (e.mean < 0) == lower_is_better else "worse"
 
 
-def size(e: Estimate, margin: float) -> Size:
-    """Compare a difference with a margin: two one-sided tests at 5 %, i.e. the 90 % interval (Schuirmann 1987)."""
+def size(e: Estimate, margin: float, level: float = 0.95) -> Size:
+    """Compare a difference with a margin.
+
+    Within: two one-sided tests at 5 %, i.e. the 90 % interval (Schuirmann 1987). Beyond: the interval at `level` lies
+    outside, the one that also says the direction, so that what is beyond is never called not told apart.
+    """
     low, high = e.interval(0.90)
     if not e.allows_verdict:
         return "not resolved"
     if -margin < low and high < margin:
         return "within"
+    low, high = e.interval(level)
     return "beyond" if low > margin or high < -margin else "not resolved"
 
 
@@ -271,27 +359,3 @@ def non_inferior(e: Estimate, margin: float, *, lower_is_better: bool) -> bool:
     """Whether a difference is shown to fall short of zero by less than the margin: a one-sided test at 5 %."""
     low, high = e.interval(0.90)
     return e.allows_verdict and (high < margin if lower_is_better else low > -margin)
-
-
-def seeds_needed(e: Estimate, gap: float, *, level: float = 0.90, limit: int = 200) -> int | None:
-    """Number of seeds at which the interval's half-width falls to `gap`, with the same examples; None beyond `limit`.
-
-    Seeds cannot reduce V_example - V_interaction; the rest shrinks as 1/S, and its df grows with S.
-    """
-    fixed = _seedless_variance(e)
-    for S in range(e.seeds, limit + 1):
-        seed = e.seed * e.seeds / S
-        df = e.seed_df * (S - 1) / max(e.seeds - 1, 1)
-        if df > 0 and quantile((1 + level) / 2, df) * math.sqrt(seed + fixed) <= gap:
-            return S
-    return None
-
-
-def least_half_width(e: Estimate, *, level: float = 0.90) -> float:
-    """Half-width of the interval that is left with any number of seeds."""
-    return quantile((1 + level) / 2, math.inf) * math.sqrt(_seedless_variance(e))
-
-
-def _seedless_variance(e: Estimate) -> float:
-    """V_example - V_interaction: the part of the variance that more seeds cannot reduce."""
-    return max(e.example - e.interaction, 0.0)

@@ -4,18 +4,22 @@ A difference of two cells is the mean of S seed-paired differences over N test e
 
     V = sd^2 / S + example_sd^2 / N
 
-(V_seed and V_example - V_interaction of `estimates`): more seeds reduce the first term alone, more examples the second.
-The tests know an estimate s^2 of sd^2, and s^2 df / sd^2 is chi-squared with df = (C - 1)(S - 1), where C cells pool
-their seed variance. With h = t(1 - tail; df) sqrt(V at s^2) a difference is
+more seeds reduce the first term alone, more examples the second. The tests know an estimate s^2 of sd^2, and
+s^2 (S - 1) / sd^2 is chi-squared with S - 1 degrees of freedom. Half of an interval is h, with
+
+    h^2 = t^2(1 - tail; S - 1) s^2 / S + z^2(1 - tail) (example_sd^2 / N + interaction_sd^2 / (S N))
+
+and a true difference is
 
     detected         where |mean| > h, tail = alpha / 2m  (m comparisons in the family: Holm's first, hardest step)
     within a margin  where |mean| < margin - h, tail = alpha  (two one-sided tests: Schuirmann 1987)
     not inferior     where mean > h - margin, tail = alpha
 
 Given s^2 these are probabilities of a normal mean. They are integrated over the density of s^2: exact where seeds are
-normal and example_sd is known; no simulation. With V_example = 0 the first and third are tails of the noncentral t
-(Owen, Biometrika 52, 1965), the second is the power of Phillips (J. Pharmacokin. Biopharm. 18, 1990). With a V_example,
-t is taken at Satterthwaite's df, as the report takes it.
+normal and the examples' SD is known; no simulation. Without examples the first and third are tails of the noncentral t
+(Owen, Biometrika 52, 1965), the second is the power of Phillips (J. Pharmacokin. Biopharm. 18, 1990). Where three
+adapters or more are compared under one condition, a report's test counts their typical variance as one seed more: its
+power is then a little higher than the one here.
 """
 
 from __future__ import annotations
@@ -29,6 +33,8 @@ import numpy as np
 from scipy.optimize import brentq
 from scipy.special import chdtri, gammaln, ndtr, ndtri, stdtrit
 
+from lorabench.stats.estimates import Estimate
+
 MIN_SEEDS = 3  # two seeds give an interval, no verdict
 QUADRATURE_NODES = 256  # of the integral over s^2, which is smooth: far fewer would do
 
@@ -39,19 +45,20 @@ class Design:
 
     sd: float  # of one seed's difference of two cells
     seeds: int  # S of each cell, the same in all
-    cells: int = 2  # C whose seed variance is pooled; 2: the pair's own
     comparisons: int = 1  # m of the family
-    example_sd: float = 0.0  # of one test example's difference, its mean over seeds
+    example_sd: float = 0.0  # of one test example's difference, its mean over very many seeds
+    interaction_sd: float = 0.0  # of one seed's luck with one example, which the seeds' scatter holds too
     examples: int | None = None  # N; None: the test set's share is left out
 
     def __post_init__(self) -> None:
-        assert self.sd > 0 and self.seeds >= 2 and self.cells >= 2 and self.comparisons >= 1 and self.example_sd >= 0
+        assert self.sd > 0 and self.seeds >= 2 and self.comparisons >= 1
+        assert self.example_sd >= 0 and self.interaction_sd >= 0
         assert self.examples is None or self.examples >= 2
 
     @property
     def df(self) -> int:
-        """Degrees of freedom of the seed variance: (C - 1)(S - 1)."""
-        return (self.cells - 1) * (self.seeds - 1)
+        """Degrees of freedom of the seed variance: S - 1."""
+        return self.seeds - 1
 
     @property
     def seed(self) -> float:
@@ -62,6 +69,11 @@ class Design:
     def example(self) -> float:
         """Variance through examples, example_sd^2 / N: no number of seeds reduces it."""
         return self.example_sd**2 / self.examples if self.examples else 0.0
+
+    @property
+    def estimated_example(self) -> float:
+        """V_example as the tests see it: with the seeds' luck in it, example_sd^2 / N + interaction_sd^2 / (S N)."""
+        return self.example + (self.interaction_sd**2 / (self.seeds * self.examples) if self.examples else 0.0)
 
     @property
     def variance(self) -> float:
@@ -91,21 +103,68 @@ def smallest_detectable(d: Design, *, power: float = 0.8, alpha: float = 0.05) -
 
 def equivalence(d: Design, margin: float, *, difference: float = 0.0, alpha: float = 0.05) -> float:
     """Power to show that a difference lies within +-margin: both one-sided tests at alpha."""
-    half, weight = _half_widths(d, alpha, widest=margin)
-    spread = math.sqrt(d.variance)
-    room = margin - half  # |mean| has to stay below it
-    return float(weight @ (ndtr((room - difference) / spread) - ndtr((-room - difference) / spread)))
+    return inside(d, -margin, margin, difference, alpha=alpha)
 
 
 def non_inferiority(d: Design, margin: float, *, difference: float = 0.0, alpha: float = 0.05) -> float:
     """Power to show that a cell falls short by less than the margin. difference: the true one, positive is better."""
-    half, weight = _half_widths(d, alpha)
-    return float(weight @ ndtr((margin + difference - half) / math.sqrt(d.variance)))
+    return inside(d, -margin, math.inf, difference, alpha=alpha)
+
+
+def inside(d: Design, low: float, high: float, difference: float, *, alpha: float = 0.05) -> float:
+    """Power to show that a difference lies between low and high, either of which may be infinite."""
+    half, weight = _half_widths(d, alpha, widest=(high - low) / 2)
+    spread = math.sqrt(d.variance)
+    return float(weight @ (ndtr((high - half - difference) / spread) - ndtr((low + half - difference) / spread)))
+
+
+def outside(d: Design, low: float, high: float, difference: float, *, alpha: float = 0.05) -> float:
+    """Power to show that a difference lies below low or above high: the interval at level 1 - alpha does."""
+    half, weight = _half_widths(d, alpha / 2)
+    spread = math.sqrt(d.variance)
+    return float(weight @ (ndtr((low - half - difference) / spread) + ndtr((difference - high - half) / spread)))
+
+
+def design_of(e: Estimate) -> Design | None:
+    """Return the design whose estimate this is; None where its seeds do not differ, or are one."""
+    if e.seeds < 2 or not e.seed:
+        return None
+    n = e.examples or 0
+    example, interaction = max(e.example - e.interaction, 0.0) * n, e.interaction * n * e.seeds
+    return Design(
+        math.sqrt(e.seed * e.seeds),
+        e.seeds,
+        example_sd=math.sqrt(example),
+        interaction_sd=math.sqrt(interaction),
+        examples=n if n > 1 else None,
+    )
+
+
+def seeds_to_settle(e: Estimate, low: float, high: float, *, power: float = 0.8, limit: int = 200) -> int | None:
+    """Fewest seeds that place a difference against a range, on the side on which its mean lies, with the wanted power.
+
+    The true difference and variances are taken to be those estimated, the examples to stay the same. None beyond
+    `limit`, and where nothing is known of the seeds' scatter.
+    """
+    d = design_of(e)
+    if d is None:
+        return None
+    place = inside if low < e.mean < high else outside
+    return seeds_needed(d, lambda x: place(x, low, high, e.mean), power, limit=limit)
 
 
 def seeds_needed(d: Design, power_of: Callable[[Design], float], power: float, *, limit: int = 500) -> int | None:
     """Fewest seeds, from three on, at which `power_of` reaches the wanted power; None beyond `limit`."""
     return next((S for S in range(MIN_SEEDS, limit + 1) if power_of(d.at(S)) >= power), None)
+
+
+def seeds_can_settle(e: Estimate, low: float, high: float, *, power: float = 0.8) -> bool:
+    """Whether any number of seeds would place a difference against a range with the wanted power, with these examples.
+
+    With very many seeds the mean is known but for V_example - V_interaction.
+    """
+    left = math.sqrt(max(e.example - e.interaction, 0.0))
+    return min(abs(e.mean - low), abs(e.mean - high)) > (float(ndtri(power)) + float(ndtri(0.95))) * left
 
 
 def example_half_width(d: Design, *, level: float = 0.95) -> float:
@@ -120,13 +179,9 @@ def sd_interval(sd: float, df: float, *, level: float = 0.95) -> tuple[float, fl
 
 
 def _half_width(d: Design, tail: float, chi: np.ndarray) -> np.ndarray:
-    """Half-widths h at s = sd chi / sqrt(df), with Satterthwaite's df of V where examples have a share in it."""
+    """Half-widths h at s = sd chi / sqrt(df)."""
     seed = d.seed * chi**2 / d.df
-    if not d.examples or not d.example:
-        return stdtrit(float(d.df), 1 - tail) * np.sqrt(seed)
-    variance = seed + d.example
-    df = variance**2 / (seed**2 / d.df + d.example**2 / (d.examples - 1))
-    return stdtrit(np.minimum(df, 1e9), 1 - tail) * np.sqrt(variance)
+    return np.sqrt(stdtrit(float(d.df), tail) ** 2 * seed + ndtri(tail) ** 2 * d.estimated_example)
 
 
 def _half_widths(d: Design, tail: float, widest: float = math.inf) -> tuple[np.ndarray, np.ndarray]:

@@ -198,6 +198,7 @@ class Manifest(TypedDict):
     command: NotRequired[list[str]]
     study: NotRequired[Study]
     study_hash: NotRequired[str | None]
+    frozen: NotRequired[dict[str, Any]]
     units: NotRequired[dict[str, str]]
     cells: NotRequired[list[Cell]]
     runs: NotRequired[dict[RunId, Listed]]

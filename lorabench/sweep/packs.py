@@ -10,6 +10,8 @@ from lorabench import __version__
 from lorabench.config.cells import cell_id
 from lorabench.config.contracts.method import SlicePlan
 from lorabench.config.runs import Pack, RunConfig, Settings, digest
+from lorabench.results.recommendation import default_reference
+from lorabench.results.sweep import cells_of
 from lorabench.runtime.memory import available_memory
 from lorabench.store.records import Store
 from lorabench.sweep.memory import estimate_peak
@@ -134,8 +136,17 @@ def write_cells(
             entry = {"role": run.role, "lr": run.optimizer.lr, "seed": run.seed, "config": run.to_dict()}
             entry |= {"asked": list(job.asked)} if job.asked else {}
             manifest["runs"].setdefault(run.run_id, entry)
+        begins = not manifest["cells"]
         manifest["cells"] = list(cells.values())
+        if begins:
+            manifest["frozen"] = _freeze(manifest, jobs[0])
         store.write_manifest(manifest)
+
+
+def _freeze(manifest: Mapping[str, Any], job: Job) -> dict[str, Any]:
+    """Return what is fixed when a sweep begins although its study need not say it, so that no result can choose it."""
+    reference = job.settings.study.reference or default_reference(cells_of(manifest, {})).id
+    return {"reference": reference, "confirm_seeds": list(job.settings.sweep.confirm_seeds)}
 
 
 def new_manifest(job: Job) -> dict[str, Any]:

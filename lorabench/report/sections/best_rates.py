@@ -132,7 +132,7 @@ def _draw_anchors(ax: Axes, ranks: Sequence[int]) -> None:
 def _caption(slopes: Sequence[Slope], anchors: Sequence[tuple[int, float]]) -> str:
     text = (
         "Minimum of a parabola in log2 of the rate, through the mean validation losses around each cell's best rate; "
-        "bars are 95 % intervals (delta method), cut at the figure's edge. "
+        "bars are 95 % intervals over two tuning seeds or more (delta method), cut at the figure's edge. "
         f"Solid: the fitted slope; dashed: {THEORY}, through the same mean point."
     )
     if any(isinstance(o, Missing) for s in slopes for o in s.optima):
@@ -184,7 +184,7 @@ def _slope_row(s: Slope) -> Row:
     if s.missing:
         remarks.append(s.missing.reason)
     elif not s.estimate:
-        remarks.append("the losses leave nothing to judge an interval by")
+        remarks.append("no interval: it takes two tuning seeds")
     wide = [str(n) for n in s.line.ranks if n not in s.narrow.ranks]
     if wide and s.slope is not None:
         remarks.append(f"r = {', '.join(wide)} left out: not far below the width")
@@ -215,9 +215,9 @@ def _optimum_texts(o: Optimum | Missing) -> tuple[str, str]:
     if isinstance(o, Missing):
         return formatting.DASH, o.reason
     if o.variance is None:
-        return _best_rate(o), "none: three rates of one seed leave no scatter"
+        return _best_rate(o), "none: it takes two tuning seeds, the same at every rate"
     low, high = o.interval()
-    source = f"{o.seeds} tuning seeds" if o.how == "seeds" else "the losses' scatter around the parabola"
+    source = f"{o.seeds} tuning seeds"
     return f"{_best_rate(o)} ({_rate_bound(low)} to {_rate_bound(high)})", source
 
 

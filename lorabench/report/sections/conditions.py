@@ -15,7 +15,8 @@ from lorabench.report.section import Section
 from lorabench.report.tables import Column, Row, Table, metric_title, plus_minus, run_ids
 from lorabench.results import formatting, scores
 from lorabench.results.cells import Result
-from lorabench.results.findings import Comparison, Findings
+from lorabench.results.comparisons import Comparison
+from lorabench.results.findings import Findings
 from lorabench.stats import estimates
 
 
@@ -128,16 +129,13 @@ def _change_sentence(f: Findings, first: Condition, last: Condition) -> str:
 
 
 def _change(f: Findings, four: list[Result]) -> estimates.Estimate | None:
-    """Return (a − b) − (c − d). Its seed variance is that of four cells, twice that of a difference of two."""
+    """Return (a − b) − (c − d), with the scatter of its own seeds."""
     samples = [r.sample for r in four if r.sample is not None]
     if len(samples) < 4:
         return None
     now, then = scores.difference(samples[0], samples[1]), scores.difference(samples[2], samples[3])
     change = scores.difference(now, then) if now and then else None
-    if change is None:
-        return None
-    pooled = f.pooled if change.seeds == f.seeds else None
-    return change.estimate((2 * pooled.difference, pooled.df) if pooled else None)
+    return change.estimate() if change else None
 
 
 # -- the table -------------------------------------------------------------------------------------------------------
