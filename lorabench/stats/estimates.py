@@ -29,7 +29,7 @@ Statistic = Callable[[np.ndarray], np.ndarray]  # counts [R, N] -> [R, S]
 
 MAX_NOISE = 1.2  # times the typical seed variance, up to which that counts as one seed more: by simulation
 MIN_GROUP_DF = 1.0  # where one group outweighs all others
-SMALLEST_P = 1e-200  # smaller p values are not told apart
+SMALLEST_P = 1e-60  # smaller p values are not told apart
 
 
 @dataclass(frozen=True)
