@@ -5,7 +5,6 @@ from __future__ import annotations
 import csv
 import json
 import warnings
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +15,7 @@ from fixtures.sweeps import RANK_SWEEP, build
 from lorabench.adopt.__main__ import main
 from lorabench.report import render
 from lorabench.report.cautions import warnings as warnings_of
-from lorabench.results.findings import find, ladder
+from lorabench.results.findings import find
 from lorabench.results.sweep import load
 from lorabench.store.records import Store
 
@@ -147,8 +146,9 @@ def test_alpha_at_twice_the_rank_is_one_series(tmp_path: Path) -> None:
     f = find(load(tmp_path / "mine"))
     assert {c.alpha_rule for c in f.sweep.cells} == {"2r"} and len({c.series for c in f.sweep.cells}) == 1
     assert f.recommendation is not None and f.results[str(f.recommendation.cell)].cell.r == 4
-    cells = [replace(c, alpha_rule=str(c.alpha)) for c in f.sweep.cells]  # nor where alpha follows no rule
-    assert [c.r for c in ladder(cells, max(cells, key=lambda c: c.r or 0))] == [16, 4]
+    assert f.reference is not None
+    steps = candidates(f.results.values(), f.results[f.reference])  # by rank, as nothing says how many parameters
+    assert f.results[f.reference].cell.r == 16 and [r.cell.r for r in steps] == [4]
 
 
 def test_a_sweep_that_was_planned_keeps_its_cells(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

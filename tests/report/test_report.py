@@ -90,7 +90,8 @@ def test_the_answer_stands_at_the_top(rank: Path, report: Path) -> None:
     said = answer(f)
     assert f.recommendation is not None
     assert f.recommendation.cell == "lora-r16-a16-all-linear"
-    assert said.lead.startswith("LoRA r = 16 is enough")
+    assert said.lead.startswith("So far LoRA r = 16 is enough")
+    assert "not settled" in said.lead and "sweep.tune_seeds=[0,1,2]" in dict(said.points)["Learning rates"]
     about = dict(said.points)
     assert "points better than head only" in about["Against head-only"]
     assert "full fine-tuning" in about["Against full fine-tuning"]
@@ -107,7 +108,7 @@ def test_the_answer_stands_at_the_top(rank: Path, report: Path) -> None:
         assert word in said.command.split()
     text = (report / "report.md").read_text(encoding="utf-8")
     assert text.index("The answer") < text.index("figures/metric_by_rank.svg") < text.index("## Comparison")
-    assert "The best adapter on validation loss" in text
+    assert "The best adapter by validation loss of the tuning runs" in text
 
 
 def test_the_best_adapter_is_picked_on_validation(rank: Path) -> None:

@@ -34,8 +34,8 @@ def test_a_row_a_cell_with_its_intervals_and_its_runs(tmp_path: Path) -> None:
     assert small.texts[5:] == (
         "0.52 ± 0.05",
         "0.42 to 0.62",
-        "−0.10 (−0.15 to −0.05)",
-    )  # t of 2 and of 4 degrees of freedom
+        "−0.10 (−0.17 to −0.03)",
+    )  # t of 2 degrees of freedom for each cell's seeds
     assert large.texts[5:] == ("0.62 ± 0.05", "0.52 to 0.72", "reference")
     assert small.runs == tuple(x.run_id for x in f.results["lora-r4-a16-all-linear"].runs)
     assert "100 held-out replies" in part.tables[0].notes[0]

@@ -13,8 +13,10 @@ from lorabench.report import theme
 from lorabench.report.answer import answer
 from lorabench.report.sections import targets
 from lorabench.results import findings, scores
+from lorabench.results.cells import Result
 from lorabench.results.evidence import Evidence
-from lorabench.results.findings import Findings, ladder
+from lorabench.results.findings import Findings
+from lorabench.results.recommendation import candidates
 from lorabench.results.sweep import load
 
 
@@ -78,21 +80,28 @@ def test_sets_of_as_many_parameters_are_no_smaller_adapters(made: tuple[Findings
     """Attention at r = 45 trains as much as all at r = 20: within the margin of it, it still saves nothing."""
     f = made[0]
     assert f.reference is not None
-    cells = [r.cell for r in f.results.values()]
-    steps = ladder(cells, f.results[f.reference].cell)
-    assert [(c.targets, c.r) for c in steps] == [("all", 20), ("mlp", 8), ("all", 8), ("q+v", 8), ("q", 8), ("v", 8)]
+    steps = [r.cell for r in candidates(f.results.values(), f.results[f.reference])]
+    sizes = [c.trainable for c in steps]
+    assert sizes == sorted(set(sizes), key=lambda n: -(n or 0)) and max(n or 0 for n in sizes) < 850_000
+    assert [(c.targets, c.r) for c in steps[:2]] == [("mlp", 8), ("all", 8)]
     assert "100 % of its trainable parameters" not in answer(f).lead
 
 
-def test_the_ladder_keeps_to_the_conditions_of_the_reference(made: tuple[Findings, Evidence]) -> None:
+def test_candidates_keep_to_the_conditions_of_the_reference(made: tuple[Findings, Evidence]) -> None:
     f = made[0]
     assert f.reference is not None
-    cells = [r.cell for r in f.results.values()]
-    few, many = (((("task.train_examples", n),)) for n in ("500", "9600"))
-    least = [dataclasses.replace(c, id=f"{c.id}-few", extra=few) for c in cells]
-    most = [dataclasses.replace(c, extra=many) for c in cells]
-    reference = next(c for c in most if c.id == f.reference)
-    assert {c.extra for c in ladder([*least, *most], reference)} == {many}
+
+    def under(n: str) -> list[Result]:
+        """The cells at a size of the data, as other runs."""
+        extra = (("task.train_examples", n),)
+        return [
+            dataclasses.replace(r, cell=dataclasses.replace(r.cell, id=f"{r.id}-{n}", extra=extra), runs=())
+            for r in f.results.values()
+        ]
+
+    few, many = under("500"), under("9600")
+    reference = next(r for r in many if r.id == f"{f.reference}-9600")
+    assert {r.cell.extra for r in candidates([*few, *many], reference)} == {reference.cell.extra}
 
 
 def test_the_answer_says_that_sets_of_targets_do_equally_well() -> None:
@@ -101,7 +110,7 @@ def test_the_answer_says_that_sets_of_targets_do_equally_well() -> None:
     manifest = {**whole.manifest, "cells": [c for c in whole.manifest["cells"] if c["label"]["alpha_rule"] == "2r"]}
     f = findings.find(dataclasses.replace(whole, manifest=manifest, cells=tuple(c for c in whole.cells if c.r != 8)))
     said = "LoRA r = 45 on attention and LoRA r = 36 on mlp are within 2.0 points of it"
-    assert answer(f).lead.endswith(f"there is no smaller adapter here to set against it, and {said}.")
+    assert f"there is no smaller one here to set against it, and {said}." in answer(f).lead
     undecided = {c: dataclasses.replace(made, size="not resolved") for c, made in f.versus.items()}
     for versus in (undecided, dict([*f.versus.items()][:1]) | dict([*undecided.items()][1:])):
         assert "of it" not in answer(dataclasses.replace(f, versus=versus)).lead

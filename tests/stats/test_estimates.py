@@ -29,9 +29,20 @@ def test_components_are_those_of_the_two_way_table(rng: np.random.Generator) -> 
     ms_residual /= (S - 1) * (N - 1)
     e = estimates.crossed_mean(x)
     assert e.mean == pytest.approx(grand)
-    assert e.variance == pytest.approx((ms_seed + ms_example - ms_residual) / (S * N))
-    below = sum((ms / (S * N)) ** 2 / df for ms, df in ((ms_seed, 3), (ms_example, 29), (ms_residual, 87)))
-    assert e.df == pytest.approx(e.variance**2 / below)
+    assert (e.seed, e.example) == pytest.approx((ms_seed / (S * N), ms_example / (S * N)))
+    assert e.interaction == pytest.approx(ms_residual / (S * N))
+    t = stats.t.ppf(0.975, [S - 1, N - 1])
+    assert e.half_width() == pytest.approx(math.sqrt(t[0] ** 2 * e.seed + t[1] ** 2 * e.example))
+
+
+def test_a_p_value_is_that_of_the_interval_which_ends_at_zero(rng: np.random.Generator) -> None:
+    for shift in (0.0, 0.3, 1.0, 5.0):
+        e = estimates.crossed_mean(rng.normal(size=(4, 30)) + rng.normal(0, 0.3, (4, 1)) + shift)
+        low, high = e.interval(1 - e.p_value())
+        assert min(abs(low), abs(high)) == pytest.approx(0, abs=1e-6)
+    sure = estimates.combine(1e9, [(1.0, 1.0), (1e-3, 50.0)], 2)
+    assert 0 < sure.p_value() < 1e-8
+    assert estimates.combine(1e99, [(1.0, 300.0)], 2).p_value() == estimates.SMALLEST_P
 
 
 def test_examples_alone_are_a_t_interval(rng: np.random.Generator) -> None:
@@ -49,13 +60,13 @@ def test_seeds_alone_are_a_t_test(rng: np.random.Generator) -> None:
         assert e.interval(0.9) == pytest.approx(tuple(test.confidence_interval(0.9)))
 
 
-def test_variance_is_never_below_its_parts() -> None:
-    x = np.array([[1.0, 0.0], [0.0, 1.0]])  # all interaction
+def test_seeds_that_agree_by_chance_leave_the_examples_share() -> None:
+    """Each seed has its own luck with the examples: that their means are equal does not make the mean certain."""
+    x = np.array([[1.0, 0.0, 1.0, 0.0, 0.0], [0.0, 1.0, 0.0, 1.0, 0.0], [1.0, 1.0, 0.0, 0.0, 0.0]])
     e = estimates.crossed_mean(x)
-    assert e.variance == max(e.seed, e.example) == 0
-    assert e.half_width() == 0
-    assert e.p_value() == 0.0
+    assert e.seed == pytest.approx(0) and e.example > 0 and e.half_width() > 0.1
     assert estimates.crossed_mean(np.zeros((3, 5))).p_value() == 1.0
+    assert estimates.crossed_mean(np.ones((3, 5))).p_value() == 0.0
 
 
 def test_weights_give_the_weighted_mean(rng: np.random.Generator) -> None:
@@ -127,9 +138,27 @@ def test_bartlett_at_its_limits() -> None:
     assert estimates.bartlett(np.zeros((3, 3))) == 1.0
 
 
-def test_a_pooled_variance_takes_the_place_of_a_cells_own() -> None:
-    e = estimates.mean_over_seeds([0.0, 1.0, 2.0], pooled=(4.0, 10.0))
-    assert e.half_width() == pytest.approx(stats.t.ppf(0.975, 10) * math.sqrt(4 / 3))
+def test_a_typical_variance_counts_as_one_seed_more() -> None:
+    values = np.array([0.0, 1.0, 2.0])  # variance 1
+    assert estimates.seed_variance(values) == (1.0, 2.0)
+    assert estimates.seed_variance(values, 4.0) == ((4 + 2 * 1) / 3, 3.0)
+    assert estimates.seed_variance(values, 1 / 1.2) == (pytest.approx((1 / 1.2 + 2) / 3), 3.0)
+    assert estimates.seed_variance(values, 0.8) == (1.0, 2.0), "a cell noisier than others stands alone"
+    assert estimates.seed_variance(values[:1], 4.0) == (0.0, 0.0)
+    e = estimates.mean_over_seeds(values, typical=4.0)
+    assert e.half_width() == pytest.approx(stats.t.ppf(0.975, 3) * math.sqrt(2 / 3))
+
+
+def test_what_is_typical_is_unbiased_and_not_moved_by_a_noisy_cell(rng: np.random.Generator) -> None:
+    one, other = [], []
+    for _ in range(2000):
+        x = rng.normal(size=(9, 5))
+        one.append(estimates.typical_variances(x))
+        x[3] *= 30
+        other.append(estimates.typical_variances(x))
+    for found, most in ((one, 1.1), (other, 1.45)):
+        assert 0.9 < np.median([t.within for t in found]) < most
+        assert 1.8 < np.median([t.difference for t in found]) < 2 * most
 
 
 def test_bootstrap_agrees_with_components_on_a_mean(rng: np.random.Generator) -> None:
@@ -162,10 +191,10 @@ def test_a_group_of_equal_examples_is_one_draw(rng: np.random.Generator) -> None
     three = np.repeat(x, 3, axis=1)[:, order]
     once, grouped, alone = (
         estimates.crossed_mean(x),
-        estimates.crossed_mean(estimates.cluster(three, groups)),
+        estimates.crossed_mean(three, groups=groups),
         estimates.crossed_mean(three),
     )
-    assert (grouped.mean, grouped.variance, grouped.df) == pytest.approx((once.mean, once.variance, once.df))
+    assert (grouped.mean, grouped.variance, grouped.example_df) == pytest.approx((once.mean, once.variance, 89))
     assert alone.variance < once.variance / 2
 
     def draw_means(table: np.ndarray, groups: np.ndarray | None) -> np.ndarray:
@@ -185,23 +214,20 @@ def test_groups_of_unequal_size_have_their_coverage(rng: np.random.Generator) ->
         shared = rng.normal(size=60)[groups]
         x = rng.normal(0, 0.2, (5, 1)) + shared + 0.3 * rng.normal(size=(5, len(groups)))
         for known in caught:
-            low, high = estimates.crossed_mean(estimates.cluster(x, groups if known else None)).interval()
+            low, high = estimates.crossed_mean(x, groups=groups if known else None).interval()
             caught[known] += low <= 0 <= high
     assert 0.92 <= caught[True] / times <= 0.98
     assert caught[False] / times < 0.85
 
 
-def test_seeds_needed(rng: np.random.Generator) -> None:
-    e = estimates.crossed_mean(rng.normal(size=(3, 400)) + rng.normal(size=(3, 1)))
-    needed = estimates.seeds_needed(e, 0.5)
-    assert needed is not None
-
-    def half(seeds: int) -> float:
-        variance = e.seed * 3 / seeds + max(e.example - e.interaction, 0)
-        return float(stats.t.ppf(0.95, seeds - 1) * math.sqrt(variance))
-
-    assert half(needed) <= 0.5 < half(needed - 1)
-    assert estimates.seeds_needed(e, 1e-6) is None
+def test_one_group_of_a_third_leaves_few_degrees_of_freedom() -> None:
+    groups = np.concatenate([np.zeros(50, int), 1 + np.arange(100)])
+    w = estimates.group_shares(150, groups)
+    variance, df = estimates.variance_over_groups(1.0, w)
+    assert df == 1.0 and variance == pytest.approx((w**2).sum() / (w**2 * (1 - 2 * w + (w**2).sum())).sum())
+    equal = estimates.group_shares(150, np.repeat(np.arange(50), 3))
+    assert estimates.variance_over_groups(1.0, equal) == pytest.approx((50 / 49, 49))
+    assert estimates.variance_over_groups(1.0, np.ones(1)) == (0.0, 0.0)
 
 
 @pytest.mark.parametrize(("seeds", "seed_sd", "example_sd"), [(3, 0.02, 1.0), (3, 0.1, 1.0), (8, 0.1, 0.5)])

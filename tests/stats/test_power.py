@@ -12,34 +12,34 @@ from scipy import integrate, stats
 from lorabench.stats import estimates, power
 from lorabench.stats.power import Design
 
-UNPOOLED = [Design(1.0, 3), Design(2.0, 4, comparisons=3), Design(1.4, 10, comparisons=7), Design(0.3, 35)]
+ALONE = [Design(1.0, 3), Design(2.0, 4, comparisons=3), Design(1.4, 10, comparisons=7), Design(0.3, 35)]
 
 
 @pytest.mark.parametrize(
     ("sd", "seeds", "detectable", "within"),
     [
-        (1.0, 3, "2.35", {1: "0.10", 2: "0.90"}),
-        (1.0, 10, "1.15", {1: "0.86", 2: "1.00"}),
-        (1.4, 10, "1.6", {1: "0.44", 2: "0.99"}),
+        (1.0, 3, "8.7", {1: "0.13", 2: "0.56"}),
+        (1.0, 10, "1.41", {1: "0.80", 2: "1.00"}),
+        (1.4, 10, "1.97", {1: "0.36", 2: "0.99"}),
     ],
 )
 def test_the_numbers_that_budgets_are_chosen_by(sd: float, seeds: int, detectable: str, within: dict[int, str]) -> None:
-    """Eight cells pooled, seven comparisons, SD in points: smallest detectable at power .8, power within a margin."""
-    d = Design(sd, seeds, cells=8, comparisons=7)
+    """Seven comparisons, each by its own seeds, SD in points: smallest detectable at power .8, power within a margin."""
+    d = Design(sd, seeds, comparisons=7)
     digits = len(detectable.split(".")[1])
     assert f"{power.smallest_detectable(d):.{digits}f}" == detectable
     for margin, wanted in within.items():
         assert power.equivalence(d, margin) == pytest.approx(float(wanted), abs=0.01)
 
 
-def test_an_sd_of_two_points_takes_35_seeds_for_a_margin_of_one() -> None:
-    d = Design(2.0, 35, cells=8, comparisons=7)
+def test_an_sd_of_two_points_takes_36_seeds_for_a_margin_of_one() -> None:
+    d = Design(2.0, 36, comparisons=7)
     assert power.equivalence(d, 1.0) == pytest.approx(0.8, abs=0.02)
     needed = power.seeds_needed(d, lambda x: power.equivalence(x, 1.0), 0.8)
-    assert needed is not None and abs(needed - 35) <= 1
+    assert needed is not None and abs(needed - 36) <= 1
 
 
-@pytest.mark.parametrize("d", UNPOOLED, ids=str)
+@pytest.mark.parametrize("d", ALONE, ids=str)
 def test_detection_is_the_noncentral_t(d: Design) -> None:
     se, df = d.sd / math.sqrt(d.seeds), d.seeds - 1
     limit = stats.t.isf(0.025 / d.comparisons, df)
@@ -50,7 +50,7 @@ def test_detection_is_the_noncentral_t(d: Design) -> None:
     assert power.detection(d, 0.0) == pytest.approx(0.05 / d.comparisons, abs=1e-9)
 
 
-@pytest.mark.parametrize("d", UNPOOLED, ids=str)
+@pytest.mark.parametrize("d", ALONE, ids=str)
 def test_non_inferiority_is_the_noncentral_t(d: Design) -> None:
     se, df = d.sd / math.sqrt(d.seeds), d.seeds - 1
     for margin, difference in ((1.0, 0.0), (2.0, -0.5), (2.0, 1.0)):
@@ -59,11 +59,11 @@ def test_non_inferiority_is_the_noncentral_t(d: Design) -> None:
     assert power.non_inferiority(d, 1.0, difference=-1.0) == pytest.approx(0.05, abs=1e-9)
 
 
-@pytest.mark.parametrize("d", [*UNPOOLED, Design(1.0, 5, cells=8)], ids=str)
+@pytest.mark.parametrize("d", ALONE, ids=str)
 @pytest.mark.parametrize(("margin", "difference"), [(1.0, 0.0), (2.0, 0.0), (2.0, 0.7)])
 def test_equivalence_is_an_integral_over_the_variance(d: Design, margin: float, difference: float) -> None:
     """By scipy's adaptive quadrature over chi-squared, up to where the interval alone is wider than the margin."""
-    se, df = d.sd / math.sqrt(d.seeds), (d.cells - 1) * (d.seeds - 1)
+    se, df = d.sd / math.sqrt(d.seeds), d.seeds - 1
     t = stats.t.isf(0.05, df)
 
     def given(q: float) -> float:
@@ -78,12 +78,10 @@ def test_equivalence_is_an_integral_over_the_variance(d: Design, margin: float, 
 
 def test_at_the_margin_equivalence_is_claimed_in_at_most_one_of_twenty() -> None:
     for seeds in (3, 8, 30):
-        assert power.equivalence(Design(1.0, seeds, cells=4), 1.0, difference=1.0) <= 0.05 + 1e-9
+        assert power.equivalence(Design(1.0, seeds), 1.0, difference=1.0) <= 0.05 + 1e-9
 
 
-@pytest.mark.parametrize(
-    "d", [Design(1.0, 3, cells=8, comparisons=7), Design(1.0, 8, example_sd=40.0, examples=4000)], ids=str
-)
+@pytest.mark.parametrize("d", [Design(1.0, 3, comparisons=7), Design(1.0, 8, example_sd=40.0, examples=4000)], ids=str)
 def test_smallest_detectable_is_detected_with_the_wanted_power(d: Design) -> None:
     for wanted in (0.5, 0.8, 0.95):
         found = power.smallest_detectable(d, power=wanted)
@@ -91,7 +89,7 @@ def test_smallest_detectable_is_detected_with_the_wanted_power(d: Design) -> Non
 
 
 def test_examples_add_what_seeds_cannot_reduce() -> None:
-    d = Design(1.0, 400, cells=8, example_sd=13.0, examples=4000)
+    d = Design(1.0, 400, example_sd=13.0, examples=4000)
     left = stats.norm.ppf(0.975) * 13 / math.sqrt(4000)
     assert power.example_half_width(d) == pytest.approx(left)
     assert left == pytest.approx(0.4, abs=0.01)  # 4,000 items, 13 points an item: a modest share
@@ -104,7 +102,7 @@ def test_examples_add_what_seeds_cannot_reduce() -> None:
 
 
 def test_seeds_needed_is_the_fewest() -> None:
-    d = Design(1.4, 3, cells=4, comparisons=3)
+    d = Design(1.4, 3, comparisons=3)
     for of in (lambda x: power.equivalence(x, 2.0), lambda x: power.non_inferiority(x, 2.0)):
         needed = power.seeds_needed(d, of, 0.9)
         assert needed is not None and needed > 3
@@ -120,27 +118,22 @@ def test_the_interval_of_an_sd() -> None:
 def test_the_reports_own_tests_have_this_power() -> None:
     """Tables of seeds x examples for four cells, judged as the report judges them, a thousand times over.
 
-    The seed SD, the example's share and a seed's luck with examples are of one order, so that Satterthwaite's df matter.
+    The seed SD, the example's share and a seed's luck with examples are of one order, so that both parts matter.
     """
     rng, C, S, N, times = np.random.default_rng(3), 4, 5, 60, 1000
     seed, example, rest, shift, margin = 1.0, 4.0, 3.0, 2.5, 3.0
     d = Design(
         math.sqrt(2 * (seed**2 + rest**2 / N)),
         S,
-        cells=C,
         comparisons=C - 1,
         example_sd=math.sqrt(2) * example,
+        interaction_sd=math.sqrt(2) * rest,
         examples=N,
     )
     found = np.zeros(4)
     for _ in range(times):
         x = rng.normal(0, seed, (C, S, 1)) + rng.normal(0, example, (C, 1, N)) + rng.normal(0, rest, (C, S, N))
-        pooled = estimates.pool(x.mean(2))
-        shared = pooled.difference, pooled.df
-        same, apart = (
-            estimates.crossed_mean(x[1] - x[0], pooled=shared),
-            estimates.crossed_mean(x[2] - x[0] + shift, pooled=shared),
-        )
+        same, apart = estimates.crossed_mean(x[1] - x[0]), estimates.crossed_mean(x[2] - x[0] + shift)
         found += (
             apart.p_value() * (C - 1) < 0.05,
             estimates.size(same, margin) == "within",
