@@ -15,7 +15,7 @@ from lorabench.config.runs import RunConfig, Settings
 from lorabench.plan.pilot import Pace, evaluations, pace_of
 from lorabench.results import formatting
 from lorabench.results.formatting import Metric
-from lorabench.results.recommendation import default_reference
+from lorabench.results.reference import default_reference
 from lorabench.results.sweep import cells_of
 from lorabench.stats.power import MIN_SEEDS
 from lorabench.store.records import Store

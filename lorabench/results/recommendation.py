@@ -12,15 +12,14 @@ best of those takes the reference's place.
 
 from __future__ import annotations
 
-import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from lorabench.config.method_names import FULL
 from lorabench.results.cells import Result, has_same_runs
 from lorabench.results.comparisons import Compare, Comparison
-from lorabench.results.sweep import Cell, Sweep
+from lorabench.results.reference import default_reference
+from lorabench.results.sweep import Sweep
 from lorabench.stats import estimates
 
 
@@ -35,29 +34,6 @@ class Recommendation:
     skipped: tuple[tuple[str, str], ...] = ()  # cells that could not be tested, and why
     beaten: str | None = None  # the study's reference, where `reference` was shown better than it
     tests: Mapping[str, Comparison] | None = None  # by cell: the test of each candidate that was reached
-
-
-def default_reference(cells: Sequence[Cell]) -> Cell:
-    """Return the cell that others are compared with where none is declared; the first of equals.
-
-    The largest by trainable parameters of the main method, which is the one with most adapters; full fine-tuning where
-    there is no adapter; else the first. Of one under several conditions it is the one of most training data. cells: one
-    or more, in the order of tables.
-    """
-    adapters = [c for c in cells if c.adapter]
-    if not adapters:
-        return next((c for c in cells if c.method == FULL), cells[0])
-    methods = [c.method for c in adapters]
-    main = max(dict.fromkeys(methods), key=methods.count)  # of equals the first in the order of tables
-    return max(
-        (c for c in adapters if c.method == main), key=lambda c: (c.trainable or 0, c.r or 0, _train_examples(c))
-    )
-
-
-def _train_examples(cell: Cell) -> float:
-    """Training examples, where they are an axis; more than any number where they are all there are."""
-    asked = cell.conditions.get("task.train_examples", "0")
-    return float(asked) if asked.isdigit() else math.inf
 
 
 def choose_reference(sweep: Sweep, results: Mapping[str, Result]) -> str | None:

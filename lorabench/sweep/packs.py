@@ -10,7 +10,7 @@ from lorabench import __version__
 from lorabench.config.cells import cell_id
 from lorabench.config.contracts.method import SlicePlan
 from lorabench.config.runs import Pack, RunConfig, Settings, digest
-from lorabench.results.recommendation import default_reference
+from lorabench.results.reference import default_reference
 from lorabench.results.sweep import cells_of
 from lorabench.runtime.memory import available_memory
 from lorabench.store.records import Store

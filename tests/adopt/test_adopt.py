@@ -16,6 +16,7 @@ from lorabench.adopt.__main__ import main
 from lorabench.report import render
 from lorabench.report.cautions import warnings as warnings_of
 from lorabench.results.findings import find
+from lorabench.results.recommendation import candidates
 from lorabench.results.sweep import load
 from lorabench.store.records import Store
 

@@ -205,7 +205,7 @@ CASES: dict[str, tuple[Callable[[Evidence], Verdict], Plan, str]] = {
     "ranks below 4": (little, Plan(ladder(still, (1, 2), one)), NA),
     "slope 0": (fixed, Plan(ladder(still, RANKS, one)), HOLDS),
     "slope 0 fails": (fixed, Plan(ladder(falls, RANKS, one)), NOT),
-    "slope 0 in noise": (fixed, Plan(ladder(still, RANKS, one), loss=0.012, tune=2), OPEN),
+    "slope 0 in noise": (fixed, Plan(ladder(still, RANKS, one), loss=0.02, tune=2), OPEN),
     "slope 0 with an orthogonal start": (fixed, Plan(ladder(still, RANKS, one, config=ORTHOGONAL)), NA),
     "slope of one rank": (fixed, Plan(ladder(still, (8,), one)), NA),
     "slope of two ranks": (fixed, Plan(ladder(still, (4, 32), one)), OPEN),

@@ -161,7 +161,7 @@ def test_a_declared_metric_is_the_one_of_the_tables(tmp_path: Path) -> None:
     render(root, tmp_path / "report")
     text = (tmp_path / "report/report.md").read_text(encoding="utf-8")
     assert "macro-F1, higher is better; rates chosen on validation accuracy" in text
-    assert "mean val accuracy" in text and "best adapter on validation accuracy" in text
+    assert "mean val accuracy" in text and "best adapter by validation accuracy of the tuning runs" in text
 
 
 @pytest.mark.usefixtures("undrawn")
