@@ -1,4 +1,4 @@
-"""`python -m lorabench.export <run dir> --out DIR`: a trained run as a PEFT folder, or merged as a plain checkpoint."""
+"""`python -m lorabench.export <run or sweep dir> --out DIR`: a trained run as a PEFT folder, or merged as a plain checkpoint."""
 
 from __future__ import annotations
 
@@ -26,7 +26,12 @@ def parser() -> argparse.ArgumentParser:
     p = argparse.ArgumentParser(
         prog="python -m lorabench.export", description="Write a trained run in a format other software reads."
     )
-    p.add_argument("run", type=Path, help="a run's directory, <sweep>/runs/<run_id>")
+    p.add_argument(
+        "run",
+        type=Path,
+        help="a run's directory, <sweep>/runs/<run_id>, or a sweep's: the best confirmed run of its recommended cell",
+    )
+    p.add_argument("--cell", help="of a sweep, another cell than the recommended one: its id, or its name in tables")
     p.add_argument(
         "--out", type=Path, required=True, help="where to: a folder that does not exist yet, or an empty one"
     )
@@ -37,22 +42,28 @@ def parser() -> argparse.ArgumentParser:
     return p
 
 
-def export(run_dir: Path, out: Path, *, merged: bool = False, dtype: str | None = None) -> list[str]:
+def export(
+    place: Path, out: Path, *, cell: str | None = None, merged: bool = False, dtype: str | None = None
+) -> list[str]:
     """Write a run's adapter or merged model to `out`, whole or not at all, and return lines about it.
 
-    Raises `ConfigError` for a directory that is no trained run, an `out` that holds files, and methods PEFT's LoRA
+    place, cell: a run's directory, or a sweep's, as `results.best_run` takes them. Raises `ConfigError` for a directory that is no trained run, an `out` that holds files, and methods PEFT's LoRA
     format cannot hold.
     """
+    from lorabench.results.best_run import best_run
     from lorabench.training.saved_run import open_run
 
     check_empty(out, "--out")
     if dtype and not merged:
         raise ConfigError("--dtype", dtype, "with --merged only; an adapter keeps the type it was trained in")
-    saved = open_run(run_dir)
-    return _export_merged(saved, out, dtype or "float32") if merged else _export_peft(saved, out)
+    found = best_run(place, cell)
+    saved = open_run(found.path)
+    chosen = [f"taken from sweep {place.resolve().name}: {found.why}"] if found.why else []
+    made = _export_merged(saved, out, dtype or "float32", chosen) if merged else _export_peft(saved, out, chosen)
+    return [*chosen, *made]
 
 
-def _export_peft(saved: SavedRun, out: Path) -> list[str]:
+def _export_peft(saved: SavedRun, out: Path, chosen: Sequence[str]) -> list[str]:
     from lorabench.adapters.files import write_peft
     from lorabench.adapters.peft import is_representable
 
@@ -64,11 +75,11 @@ def _export_peft(saved: SavedRun, out: Path) -> list[str]:
         write_peft(tmp, state, plan, info=info, run=saved.run.to_dict(), head=saved.head)
         if processor is not None:
             processor.save_pretrained(tmp)
-        (tmp / "README.md").write_text(card(saved, merged=False, notes=[]), encoding="utf-8")
+        (tmp / "README.md").write_text(card(saved, merged=False, notes=chosen), encoding="utf-8")
     return [f"PEFT adapter in {out}: PeftModel.from_pretrained(base, {str(out)!r}) loads it"]
 
 
-def _export_merged(saved: SavedRun, out: Path, dtype: str) -> list[str]:
+def _export_merged(saved: SavedRun, out: Path, dtype: str, chosen: Sequence[str]) -> list[str]:
     import torch
 
     from lorabench.adapters.merge import merge
@@ -93,7 +104,7 @@ def _export_merged(saved: SavedRun, out: Path, dtype: str) -> list[str]:
             model.save_pretrained(tmp)
         if base.processor is not None:
             base.processor.save_pretrained(tmp)
-        (tmp / "README.md").write_text(card(saved, merged=True, notes=notes), encoding="utf-8")
+        (tmp / "README.md").write_text(card(saved, merged=True, notes=[*chosen, *notes]), encoding="utf-8")
     return [f"transformers checkpoint in {out}: {saved.head.auto_class}.from_pretrained({str(out)!r}) loads it", *notes]
 
 
@@ -111,7 +122,7 @@ def card(saved: SavedRun, *, merged: bool, notes: Sequence[str]) -> str:
         front["base_model"] = source
     lines = ["---", *(f"{key}: {json.dumps(value)}" for key, value in front.items()), "---", ""]
     lines += [f"# {saved.label} on {model.name}, {saved.run.task.name}", "", _usage(saved, merged), ""]
-    lines += [*(f"- {note}" for note in notes), ""] if notes else []
+    lines += [*(f"- {_escape(note)}" for note in notes), ""] if notes else []
     rows = [(name, f"{value:.4g}") for name, value in metric_rows(record)]
     kept = f"One run, seed {saved.run.seed}"
     kept += (
@@ -173,7 +184,7 @@ def _settings(config: Mapping[str, Any]) -> list[tuple[str, Any]]:
 def main(argv: Sequence[str] | None = None) -> None:
     """Exit 0: written; 2: bad input, nothing written."""
     args = parser().parse_args(argv)
-    for line in export(args.run, args.out, merged=args.merged, dtype=args.dtype):
+    for line in export(args.run, args.out, cell=args.cell, merged=args.merged, dtype=args.dtype):
         print(line)
 
 

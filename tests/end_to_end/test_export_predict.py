@@ -283,6 +283,19 @@ class TestPredict:
             assert text in capsys.readouterr().err
 
 
+def test_a_whole_sweep_gives_its_best_run_and_says_which(
+    trained: Any, sweep_dir: Path, tmp_path: Path, capsys: Any
+) -> None:
+    run, _ = trained()
+    told = f"taken from sweep {sweep_dir.name}: LoRA r = 4 ("
+    assert export.main([str(sweep_dir), "--out", str(tmp_path / "out")]) == 0
+    out = capsys.readouterr().out
+    assert out.startswith(told) and f"run {run.name}, seed 3" in out.splitlines()[0]
+    assert f"run {run.name}" in (tmp_path / "out" / "README.md").read_text()
+    assert predict.main([str(sweep_dir), "the small dog"]) == 0
+    assert capsys.readouterr().out.startswith(told)
+
+
 @pytest.mark.parametrize("face", [export, predict])
 class TestWhatIsNoTrainedRun:
     def fails(self, face: Any, run: Path, text: str, capsys: Any) -> None:
@@ -297,7 +310,9 @@ class TestWhatIsNoTrainedRun:
         (tmp_path / "bare").mkdir()
         self.fails(face, tmp_path / "nowhere" / "x", "no such directory", capsys)
         self.fails(face, tmp_path / "bare", "holds no run.json", capsys)
-        self.fails(face, sweep_dir, "whole sweep", capsys)
+        argv = ["a text"] if face is predict else ["--out", str(tmp_path / "out")]
+        assert face.main([str(run), *argv, "--cell", "x"]) == 2
+        assert "--cell=x: with a sweep's directory" in capsys.readouterr().err
         (run / "run.json").write_text("{")
         self.fails(face, run, "a record of this version", capsys)
 
