@@ -71,6 +71,6 @@ class AuxiliaryMeasures:
     @contextmanager
     def _clock(self) -> Iterator[None]:
         """Add the seconds inside to `session.beside_seconds`."""
-        start = time.perf_counter()
+        start = time.monotonic()
         yield
-        self.session.beside_seconds = (self.session.beside_seconds or 0.0) + time.perf_counter() - start
+        self.session.beside_seconds = (self.session.beside_seconds or 0.0) + time.monotonic() - start
