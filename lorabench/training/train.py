@@ -5,7 +5,7 @@ from __future__ import annotations
 import sys
 import time
 import traceback
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from itertools import pairwise
@@ -178,16 +178,19 @@ def _timed_steps(run: RunConfig, store: Store, steps: int) -> dict[str, Any]:
             s.trainer.fit(s.module, s.train_stream(), s.val_stream())  # never reached: eval_interval
             peak = memory.peak() - reuse.idle_bytes()
         reused = {"reused_blocks": reuse.depth, "trunk_seconds": round(reuse.seconds("train"), 4)}
+    seconds, tokens, counted = alone_seconds(marks)
+    return {"seconds": seconds, "tokens": tokens, "steps": counted, "peak_memory_bytes": peak, **reused}
+
+
+def alone_seconds(marks: Sequence[tuple[float, int]]) -> tuple[float, int, int]:
+    """Return seconds, tokens and steps of what was measured of a run alone, the first two steps left out.
+
+    marks: the clock and the tokens so far after each step.
+    """
     counted = list(pairwise(marks[1:]))
     pace = median((end - start) / max(1, after - before) for (start, before), (end, after) in counted)
     tokens = marks[-1][1] - marks[1][1]
-    return {
-        "seconds": round(pace * (tokens or len(counted)), 4),
-        "tokens": tokens,
-        "steps": len(counted),
-        "peak_memory_bytes": peak,
-        **reused,
-    }
+    return round(pace * (tokens or len(counted)), 4), tokens, len(counted)
 
 
 @contextmanager
