@@ -61,6 +61,10 @@ class Config(Model):
         note = {"weights": f"dequantized from {quantization(file)}"}
         return dataclasses.replace(base, fingerprint=self.fingerprint(), notes=base.notes | note)
 
+    def transformers_folder(self) -> Path:
+        """Return the folder of the float32 weights. The first time the file is converted."""
+        return convert_once(self.file())
+
     def fingerprint(self) -> str:
         """Return the SHA-256 of the GGUF file."""
         return file_digest(self.file())
