@@ -38,6 +38,9 @@ def main() -> None:
 
 def _run() -> Any:
     """Return the exit code; None is 0. What no user can mend is raised."""
+    sys.argv[1:] = sorted(
+        sys.argv[1:], key=lambda word: word not in ("-m", "--multirun")
+    )  # Hydra takes them first only
     try:
         check_arguments(sys.argv[1:])
         guard_yaml()

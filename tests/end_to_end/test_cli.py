@@ -39,6 +39,26 @@ BAD = {
     "r above min(in, out)": (["method.r=385"], "method.r=385"),
     "alpha = 0": (["method.alpha=0"], "method.alpha=0"),
     "alpha < 0": (["method.alpha=-2"], "method.alpha=-2"),
+    "several ranks as a list": (
+        ["method.r=[1,4,16]"],
+        "method.r=[1, 4, 16]: one value; several are tried one by one with -m method.r=1,4,16\n",
+    ),
+    "several rates without -m": (
+        ["optimizer.lr=1e-3,2e-3"],
+        "optimizer.lr=1e-3,2e-3: one value; several are tried one by one with -m optimizer.lr=1e-3,2e-3\n",
+    ),
+    "several names without -m": (
+        ["method.target_modules=query,value"],
+        "with -m method.target_modules=query,value; a list is written 'method.target_modules=[query,value]'\n",
+    ),
+    "confirmation seeds as a number": (
+        ["-m", "sweep.confirm_seeds=3", "method.r=1,4"],
+        "sweep.confirm_seeds=3: a list of seeds: sweep.confirm_seeds=[3] is one, sweep.confirm_seeds=[100,101,102] are",
+    ),
+    "tuning seeds as a number": (
+        ["-m", "sweep.tune_seeds=3", "method.r=1,4"],
+        "sweep.tune_seeds=3: a list of at least one seed: sweep.tune_seeds=[0,1] are two\n",
+    ),
     "unmatched target": (["method.target_modules=[nonsense]"], "method.target_modules="),
     "unknown method": (["method.name=adalora"], "method.name=adalora"),
     "unknown model": (["model.source=no/such-model"], "model.source=no/such-model"),
@@ -135,6 +155,14 @@ def test_a_dry_run_writes_nothing_and_shows_runs_packs_and_parameters(cli):
     assert "dry run: 4 runs in 1 pack" in out
     assert "GiB" in out
     assert os.listdir() == []
+
+
+def test_confirmation_seeds_of_a_single_run_are_said_to_be_none(cli):
+    code, out = cli("sweep.confirm_seeds=[7,8]", "sweep.dry_run=true", *FAST)
+    assert code == 0, out
+    assert "sweep.confirm_seeds=[7,8]: a single run confirms nothing; with -m it tunes, then confirms\n" in out
+    code, out = cli(*FAST, "method.r=1,4", "-m", "sweep.confirm_seeds=[7,8]", "sweep.dry_run=true")  # -m wherever
+    assert code == 0 and "then 4 confirmation runs" in out and "confirms nothing" not in out, out
 
 
 def test_a_dry_run_counts_both_phases_and_its_hint_at_the_hours_works(cli, monkeypatch, capsys, tmp_path):
