@@ -200,7 +200,8 @@ def _round_coordinates(figure: Figure) -> None:
             if isinstance(patch, Rectangle):
                 patch.set_bounds(*_rounded([*patch.get_xy(), patch.get_width(), patch.get_height()]))
         for text in ax.texts:
-            text.set_position(_rounded(text.get_position()))
+            x, y = _rounded(text.get_position())
+            text.set_position((x, y))
             if isinstance(text, Annotation):
                 text.xy = tuple(_rounded(text.xy))
 
