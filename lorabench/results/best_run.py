@@ -15,7 +15,7 @@ from lorabench.results.formatting import plural
 from lorabench.results.sweep import load
 from lorabench.store.records import Record
 
-PLACE = "a run's directory, <sweep>/runs/<run_id>, or a sweep's"
+PLACE = "a sweep's directory, or a run's, <sweep>/runs/<run_id>"
 
 
 @dataclass(frozen=True)
@@ -35,6 +35,8 @@ def best_run(path: str | Path, cell: str | None = None) -> BestRun:
     beside a single run.
     """
     path = Path(path)
+    if not path.is_dir():
+        raise ConfigError("run", str(path), f"{PLACE}; there is no such directory")
     if not ((path / "sweep.json").is_file() or (path / "runs").is_dir()):
         if cell is not None:
             raise ConfigError("--cell", cell, f"with a sweep's directory; {path} is none")
@@ -92,7 +94,7 @@ def _nothing_to_take(f: Findings, chosen: Result) -> str:
     elsewhere = f"; --cell takes another: {_listed(others)}" if others else ""
     if not chosen.runs:
         return f"a cell with a completed run; {chosen.id} has none yet{elsewhere}"
-    why = "trainer.save_weights was false, or they were deleted"
+    why = "trainer.save_weights was false, they were deleted, or this is a copy without them (lorabench.slim)"
     return f"a cell whose runs kept their weights (adapter/); {chosen.id} has none: {why}{elsewhere}"
 
 
