@@ -18,6 +18,8 @@ CPU_ALLOCATOR_FACTOR = 1.8  # on a CPU the allocator holds on to what parts of m
 # How often a layer's input and output are held at the peak: for backward, norms, non-linearities, products under way.
 ACTIVATION_COPIES = 3.5
 
+MAX_LINES = 3  # about packs that do not fit
+
 
 def estimate_pack(runs: Sequence[RunConfig], plans: Sequence[SlicePlan], auto: str | None) -> int:
     """Return the bytes that runs of one base need at their peak, as their data are.
@@ -37,14 +39,19 @@ def estimate_pack(runs: Sequence[RunConfig], plans: Sequence[SlicePlan], auto: s
 
 
 def shortages(packs: Sequence[Pack], sizes: Sequence[int], device: str) -> Iterator[str]:
-    """Yield a line for each pack that is estimated to need more memory than is free. sizes: bytes of each."""
+    """Yield a line for each pack that is estimated to need more memory than is free, for the first few.
+
+    sizes: bytes of each.
+    """
     free = available_memory(device)
-    for pack, size in zip(packs, sizes, strict=True):
-        if size > free:
-            yield (
-                f"{pack.id}: an estimated {formatting.memory(size)}, more than the {formatting.memory(free)} that are "
-                f"free here; it takes less with {_ways_to_save(pack)}"
-            )
+    large = [(pack, size) for pack, size in zip(packs, sizes, strict=True) if size > free]
+    for pack, size in large[:MAX_LINES]:
+        yield (
+            f"{pack.id}: an estimated {formatting.memory(size)}, more than the {formatting.memory(free)} that are "
+            f"free here; it takes less with {_ways_to_save(pack)}"
+        )
+    if len(large) > MAX_LINES:
+        yield f"and {formatting.plural(len(large) - MAX_LINES, 'more pack')} likewise"
 
 
 def _ways_to_save(pack: Pack) -> str:
