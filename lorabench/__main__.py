@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import os
 import sys
-from typing import Any, NoReturn
+from typing import Any
 
 import hydra
 import yaml
@@ -18,7 +18,8 @@ from lorabench.config.errors import ConfigError, Unwritable
 from lorabench.launch.command_line import config_dir
 from lorabench.launch.guards import check_arguments, explain_grammar_error, explain_unknown_setting, guard_yaml
 from lorabench.launch.task_function import task_function
-from lorabench.runtime import signals
+from lorabench.runtime import signals, streams
+from lorabench.runtime.command import report_output
 
 
 def main() -> None:
@@ -26,36 +27,48 @@ def main() -> None:
     # Read when torch loads its threads. Ones that wait spin for milliseconds otherwise, and where another process wants
     # the core they spin on, every operation waits that long: a step then takes ten times as long.
     os.environ.setdefault("GOMP_SPINCOUNT", "10000")
+    streams.prepare()
     signals.install()
+    code = _run()
+    if code in (130, signals.EXIT_CODE):
+        print("stopped; the same command goes on from here", file=sys.stderr)
+    if code := code or report_output():
+        sys.exit(code)
+
+
+def _run() -> Any:
+    """Return the exit code; None is 0. What no user can mend is raised."""
+    sys.argv[1:] = sorted(
+        sys.argv[1:], key=lambda word: word not in ("-m", "--multirun")
+    )  # Hydra takes them first only
     try:
         check_arguments(sys.argv[1:])
         guard_yaml()
         hydra.main(version_base="1.3", config_path=config_dir(), config_name="config")(task_function)()
-    except (KeyboardInterrupt, SystemExit) as e:
-        _leave(130 if isinstance(e, KeyboardInterrupt) else e.code)
+    except KeyboardInterrupt:
+        return 130
+    except SystemExit as e:
+        return e.code
     except Exception as e:
         if signals.is_stopping():  # a parser that SIGTERM broke off may raise something of its own over it
-            _leave(signals.EXIT_CODE)
+            return signals.EXIT_CODE
+        if isinstance(e, OSError) and report_output():
+            return 1
         if isinstance(e, (ConfigError, HydraException, OmegaConfBaseException, yaml.YAMLError)):
             if isinstance(e, OverrideParseException):
                 explained: ConfigError | None = explain_grammar_error(e)
             else:
                 explained = explain_unknown_setting(str(e))
             print(f"error: {explained or e}", file=sys.stderr)
-            sys.exit(2)
+            return 2
         if isinstance(e, Unwritable):
             print(f"error: {e}; the same command goes on from here", file=sys.stderr)
-            sys.exit(1)
+            return 1
         if type(e).__name__ != "SweepFailed":  # by name: importing it here would import torch
             raise
         print(f"error: {e}", file=sys.stderr)
-        sys.exit(1)
-
-
-def _leave(code: Any) -> NoReturn:
-    if code in (130, signals.EXIT_CODE):
-        print("stopped; the same command goes on from here", file=sys.stderr)
-    sys.exit(code)
+        return 1
+    return None
 
 
 if __name__ == "__main__":

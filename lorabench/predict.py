@@ -1,4 +1,4 @@
-"""`python -m lorabench.predict <run dir> "text"`: a trained run on texts of yours, beside what the base alone says."""
+"""`python -m lorabench.predict <run or sweep dir> "text"`: a trained run on texts of yours, beside what the base alone says."""
 
 from __future__ import annotations
 
@@ -36,12 +36,17 @@ def parser() -> argparse.ArgumentParser:
     p = argparse.ArgumentParser(
         prog="python -m lorabench.predict", description="Classify or reply, base and trained run side by side."
     )
-    p.add_argument("run", type=Path, help="a run's directory, <sweep>/runs/<run_id>")
+    p.add_argument(
+        "run",
+        type=Path,
+        help="a run's directory, <sweep>/runs/<run_id>, or a sweep's: the best confirmed run of its recommended cell",
+    )
     p.add_argument(
         "text",
         nargs="+",
         help="texts; - reads one a line from standard input; where two texts make an example, both with a tab between",
     )
+    p.add_argument("--cell", help="of a sweep, another cell than the recommended one: its id, or its name in tables")
     p.add_argument("--top", type=int, default=3, help="labels shown a text (default 3)")
     p.add_argument("--max-new-tokens", type=int, default=48, help="longest reply (default 48)")
     return p
@@ -180,9 +185,13 @@ def main(argv: Sequence[str] | None = None) -> None:
     for name in ("top", "max_new_tokens"):
         if getattr(args, name) < 1:
             raise ConfigError("--" + name.replace("_", "-"), getattr(args, name), "at least 1")
+    from lorabench.results.best_run import best_run
     from lorabench.training.saved_run import open_run
 
-    saved = open_run(args.run)
+    found = best_run(args.run, args.cell)
+    saved = open_run(found.path)
+    if found.why:
+        print(f"taken from sweep {args.run.resolve().name}: {found.why}")
     answers = predict(saved, _texts(args.text), max_new_tokens=args.max_new_tokens)
     from rich.console import Console
 

@@ -198,6 +198,13 @@ def test_starts_without_torch(module: str) -> None:
                 stack.append(i.module)
 
 
+def test_seconds_come_from_one_steady_clock() -> None:
+    """A clock that is set while a run goes on gives negative seconds. Ages of files alone need the system's clock."""
+    clocks = re.compile(r"\btime\.(time|time_ns|perf_counter|perf_counter_ns)\b|datetime\.(now|utcnow)")
+    users = {module for module, path in modules().items() if clocks.search(path.read_text(encoding="utf-8"))}
+    assert users == {"lorabench.status"}
+
+
 def test_no_drawers() -> None:
     drawers = {"utils", "util", "helpers", "helper", "manager", "common", "misc"}
     assert not [m for m in modules() if m.rsplit(".", 1)[-1] in drawers]

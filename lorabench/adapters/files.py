@@ -66,8 +66,10 @@ def write_peft(
 ) -> None:
     """PEFT's two files, into an existing folder. Raises `ConfigError` for a plan that PEFT's LoRA cannot hold."""
     task_type = TASK_TYPES.get(head.auto_class) if head else None
-    source = (run or {}).get("model", {}).get("source")
+    model = (run or {}).get("model", {})
+    source = model.get("source")
     config, tensors = to_peft(state, plan, info=info, task_type=task_type, base_name=source and str(source))
+    config["revision"] = model.get("revision")
     _write_json(folder / PEFT_CONFIG, config)
     write_tensors(folder / PEFT_TENSORS, tensors, {"format": "pt"})
 

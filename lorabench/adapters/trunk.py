@@ -120,7 +120,7 @@ class Trunk:
         flat: Tensor | None = None
         starts: dict[int, int] = {}
         lengths: dict[int, int] = {}
-        total, start = 0, time.perf_counter()
+        total, start = 0, time.monotonic()
         for batch in batches:
             hidden = self.output(lambda: run(batch))  # noqa: B023
             own = self.mask(batch).sum(1).tolist()
@@ -133,7 +133,7 @@ class Trunk:
                 flat[total : total + length] = row[:length]
                 total += length
         assert flat is not None, "no example"
-        return Features(flat[:total], starts, lengths, time.perf_counter() - start)
+        return Features(flat[:total], starts, lengths, time.monotonic() - start)
 
     @contextmanager
     def serve(self, features: Features | None, batch: Mapping[str, Tensor]) -> Iterator[None]:

@@ -12,6 +12,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from lorabench.runtime.command import command
+from lorabench.runtime.progress_lines import ProgressLines
 from lorabench.store.analysis import WEIGHTS_FILE
 
 
@@ -49,9 +50,15 @@ def main(argv: Sequence[str] | None = None) -> None:
 
     request = WeightsRequest(tuple(args.cells), tuple(args.layers), args.intruders)
     console = Console(stderr=True)
-    with Progress(console=console, transient=True, disable=not console.is_terminal) as bar:
+    lines = ProgressLines(f"measuring the weights of {args.sweep}", "layers", enabled=not console.is_terminal)
+    with lines, Progress(console=console, transient=True, disable=not console.is_terminal) as bar:
         task = bar.add_task("layers", total=None)
-        doc = measure_weights(args.sweep, request, lambda done, total: bar.update(task, completed=done, total=total))
+
+        def tick(done: int, total: int) -> None:
+            bar.update(task, completed=done, total=total)
+            lines.tick(done, total)
+
+        doc = measure_weights(args.sweep, request, tick)
     Console().print(table_formats.rich_table(weights.table(weights.tidy_rows(parse(doc)))))
     print(f"analysis: {WEIGHTS_FILE.path(args.sweep)}")
 

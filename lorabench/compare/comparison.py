@@ -24,9 +24,9 @@ from lorabench.stats import estimates
 from lorabench.store.records import Record
 
 if TYPE_CHECKING:
-    from rich.table import Table as RichTable
     from rich.text import Text
 
+    from lorabench.results.terminal_tables import WholeWords
 
 NESTED_PROVENANCE = ("packages", "machine", "git")  # provenance that is a mapping
 IGNORED_PROVENANCE = {  # of a single run, or of no meaning
@@ -334,7 +334,7 @@ def markdown(c: SweepComparison) -> str:
     return "\n\n".join(paragraphs) + "\n"
 
 
-def terminal_parts(c: SweepComparison) -> Iterator[RichTable | Text]:
+def terminal_parts(c: SweepComparison) -> Iterator[WholeWords | Text]:
     """Yield what a terminal prints, one below the other."""
     from rich.text import Text
 

@@ -23,6 +23,7 @@ from lorabench.config.contracts.model import Model
 from lorabench.config.contracts.task import Task
 from lorabench.config.errors import ConfigError
 from lorabench.config.fields import Section, check_ranges, field_dict
+from lorabench.config.overrides import override_value
 from lorabench.config.settings import (
     OptimizerConfig,
     ReportConfig,
@@ -217,7 +218,17 @@ def _config_error(e: OmegaConfBaseException, cls: type, key: str, cfg: DictConfi
         field = fields.get(dotted.rpartition(".")[2])
         meaning = field.metadata.get("help") if field else None
         return ConfigError(dotted, "???", f"must be set: {meaning}" if meaning else "must be set")
-    return ConfigError(dotted, value, str(e).splitlines()[0])
+    return ConfigError(dotted, value, _one_or_several(dotted, value) or str(e).splitlines()[0])
+
+
+def _one_or_several(key: str, value: Any) -> str | None:
+    """Return what to type where a list stands in the place of one value, or the other way round; else None."""
+    if OmegaConf.is_list(value):
+        values = ",".join(override_value(v) for v in value)
+        return f"one value; several are tried one by one with -m {key}={values}"
+    if key in ("sweep.confirm_seeds", "sweep.tune_seeds"):
+        return f"a list of seeds: {key}=[{override_value(value)}] is one, {key}=[100,101,102] are three"
+    return None
 
 
 def _selector(cfg: DictConfig, section: str, setting: str) -> str:

@@ -13,6 +13,7 @@ from pathlib import Path
 
 from lorabench.costs.measurement import CostsRequest, measure_costs
 from lorabench.runtime.command import command
+from lorabench.runtime.progress_lines import ProgressLines
 from lorabench.store.analysis import COSTS_FILE
 
 
@@ -54,11 +55,13 @@ def main(argv: Sequence[str] | None = None) -> None:
     from lorabench.report.sections import costs as face
 
     asked, console = CostsRequest(tuple(args.cells), args.repeats, args.again), Console(stderr=True)
-    with Progress(console=console, transient=True, disable=not console.is_terminal) as bar:
+    lines = ProgressLines(f"measuring the costs of {args.sweep}", "measurements", enabled=not console.is_terminal)
+    with lines, Progress(console=console, transient=True, disable=not console.is_terminal) as bar:
         task = bar.add_task("costs", total=None)
 
         def tick(cell: str, done: int, total: int) -> None:
             bar.update(task, description=cell, completed=done, total=total)
+            lines.tick(done, total)
 
         doc = measure_costs(args.sweep, asked, tick)
     for made in face.tables(face.parse(doc)):

@@ -56,9 +56,9 @@ def open_bench(saved: SavedRun, dtype: str, repeats: int) -> Bench:
     """Return the base of a run, ready to be timed. Raises `ConfigError` where its files are gone or changed."""
     seconds = []
     for _ in range(min(repeats, 3)):
-        start = time.perf_counter()
+        start = time.monotonic()
         base = saved.base(dtype=dtype)
-        seconds.append(time.perf_counter() - start)
+        seconds.append(time.monotonic() - start)
     model = base.model.eval()
     shared: dict[int, Any] = {id(t): t for t in (*model.parameters(), *model.buffers())}
     size = sum(t.numel() * t.element_size() for t in model.parameters())
@@ -142,9 +142,9 @@ def _without_dropout(plan: SlicePlan) -> SlicePlan:
 def _time_loading(b: Bench, folder: Path, repeats: int) -> list[float]:
     seconds = []
     for _ in range(repeats):
-        start = time.perf_counter()
+        start = time.monotonic()
         with serve_slices(b.served, b.info, [folder]):
-            seconds.append(time.perf_counter() - start)
+            seconds.append(time.monotonic() - start)
     return seconds
 
 
@@ -153,9 +153,9 @@ def _time_switching(b: Bench, folders: Sequence[Path], repeats: int) -> list[flo
     seconds = []
     with serve_slices(b.served, b.info, folders) as use:
         for k in range(WARM_UP + repeats):
-            start = time.perf_counter()
+            start = time.monotonic()
             with use(k % len(folders)):
-                seconds.append(time.perf_counter() - start)
+                seconds.append(time.monotonic() - start)
     return seconds[WARM_UP:]
 
 
@@ -164,10 +164,10 @@ def _time_merging(b: Bench, slices: Sequence[tuple[Mapping[str, Tensor], SlicePl
     up."""
     seconds, done = [], merge(b.merged, *slices[0], keep=True)
     for k in range(repeats):
-        start = time.perf_counter()
+        start = time.monotonic()
         done.unmerge()
         done = merge(b.merged, *slices[(k + 1) % len(slices)], keep=True)
-        seconds.append(time.perf_counter() - start)
+        seconds.append(time.monotonic() - start)
     done.unmerge()
     return seconds
 
@@ -175,9 +175,9 @@ def _time_merging(b: Bench, slices: Sequence[tuple[Mapping[str, Tensor], SlicePl
 def _time_loading_full(b: Bench, folder: Path, repeats: int) -> list[float]:
     seconds = []
     for _ in range(repeats):
-        start = time.perf_counter()
+        start = time.monotonic()
         _write(b.merged, load_slice(folder)[0])
-        seconds.append(time.perf_counter() - start)
+        seconds.append(time.monotonic() - start)
     _write(b.merged, b.plain.state_dict(keep_vars=True))
     return seconds
 
@@ -187,9 +187,9 @@ def _time_switching_full(
 ) -> list[float]:
     seconds = []
     for k in range(repeats):
-        start = time.perf_counter()
+        start = time.monotonic()
         _write(b.merged, slices[k % len(slices)][0])
-        seconds.append(time.perf_counter() - start)
+        seconds.append(time.monotonic() - start)
     _write(b.merged, b.plain.state_dict(keep_vars=True))
     return seconds
 
@@ -238,10 +238,10 @@ def time_in_turns(ways: Mapping[str, Callable[[], Any]], repeats: int) -> dict[s
     names, seconds = list(ways), {name: list[float]() for name in ways}
     for i in range(-WARM_UP, repeats):
         for name in (*names[i % len(names) :], *names[: i % len(names)]):
-            start = time.perf_counter()
+            start = time.monotonic()
             ways[name]()
             if i >= 0:
-                seconds[name].append(time.perf_counter() - start)
+                seconds[name].append(time.monotonic() - start)
     return seconds
 
 

@@ -36,7 +36,7 @@ def tune_seeds(config: DictConfig) -> list[int]:
     """Return the seeds that choose the rate, before anything is composed. Raises `ConfigError`."""
     seeds = OmegaConf.select(config, "sweep.tune_seeds")
     if not OmegaConf.is_list(seeds) or not seeds:
-        raise ConfigError("sweep.tune_seeds", seeds, "a list of at least one seed, such as [0,1]")
+        raise ConfigError("sweep.tune_seeds", seeds, "a list of at least one seed: sweep.tune_seeds=[0,1] are two")
     return list(seeds)
 
 

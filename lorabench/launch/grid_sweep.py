@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -32,6 +33,16 @@ class ListedCell:
     extra: Mapping[str, str]
 
 
+class NullLauncher(Launcher):
+    """Stands in for a sweep's launcher and launches nothing: the sweep is listed only."""
+
+    def setup(self, **kwargs: Any) -> None:
+        pass
+
+    def launch(self, job_overrides: Sequence[Sequence[str]], initial_job_idx: int) -> Sequence[Any]:
+        return []
+
+
 class GridSweep:
     """One sweep. launcher: trains lists of override sets, or launches nothing where jobs are only listed."""
 
@@ -59,7 +70,11 @@ class GridSweep:
         declaration.check_cells(jobs)
         phases.declare(jobs, sweep_words(self.config.hydra))
         returned = self._launch(self.jobs, first_index=0)
-        if is_tuning and not self.settings.sweep.dry_run:
+        if is_tuning and self.settings.sweep.dry_run and not isinstance(self.launcher, NullLauncher):
+            from lorabench.sweep.dry_run import confirmation_line
+
+            print(confirmation_line(jobs, self.settings, sweep_words(self.config.hydra)), file=sys.stderr)
+        elif is_tuning and not self.settings.sweep.dry_run:
             if self.settings.sweep.extend_lr:
                 returned += self._extend_rates()
             if self.settings.sweep.confirm_seeds:

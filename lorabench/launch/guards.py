@@ -22,6 +22,7 @@ _NAMES_CODE = re.compile(
 _NO_SUCH_SETTING = re.compile(
     r"Could not override '(?P<key>[^']+)'\.\s+To append to your config use \+(?P<argument>.*)", re.S
 )
+_SEVERAL_VALUES = re.compile(r"Ambiguous value for argument '(?P<key>[^'=]+)=(?P<values>.*)'$", re.M)
 # Flags that say what Hydra is to do; it does one thing.
 _ACTIONS = ({"-m", "--multirun"}, {"-r", "--run"}, {"-c", "--cfg"}, {"-i", "--info"}, {"-sc", "--shell-completion"})
 
@@ -53,10 +54,16 @@ def explain_grammar_error(error: OverrideParseException) -> ConfigError:
 
 
 def explain_unknown_setting(message: str) -> ConfigError | None:
-    """Return the error of a setting that the config lacks, with its name here where other tools name it so.
+    """Return the error of a setting that the config lacks, with its name here where other tools name it so, or of one
+    that has several values outside a sweep.
 
     message: Hydra's. None for any other message.
     """
+    if several := _SEVERAL_VALUES.search(message):
+        key, values = several["key"], several["values"]
+        is_number = re.fullmatch(r"[-+\d.,e]+", values) and not key.endswith("seeds")
+        as_list = "" if is_number else f"; a list is written '{key}=[{values}]'"
+        return ConfigError(key, values, f"one value; several are tried one by one with -m {key}={values}{as_list}")
     match = _NO_SUCH_SETTING.search(message)
     if match is None:
         return None

@@ -9,6 +9,7 @@ from omegaconf import DictConfig, OmegaConf, open_dict
 
 from lorabench.config import alpha_rules
 from lorabench.config.runs import parse
+from lorabench.runtime.files import keep_cache_as_it_is
 
 if TYPE_CHECKING:
     from lorabench.sweep.packs import Job
@@ -38,7 +39,7 @@ def make_job(
     if run.method.match_parameters:
         from lorabench.training.preparation import matched_rank
 
-        with open_dict(cfg):
+        with open_dict(cfg), keep_cache_as_it_is(settings.sweep.dry_run):
             cfg.method.r, cfg.method.match_parameters = matched_rank(run), None  # its identity is that of its rank
         run, settings = parse(cfg)
     from lorabench.sweep.packs import Job, cell_label

@@ -5,14 +5,13 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import yaml
 from hydra import initialize_config_dir
 from hydra._internal.callbacks import Callbacks
 from hydra.core.global_hydra import GlobalHydra
 from hydra.errors import HydraException, OverrideParseException
-from hydra.plugins.launcher import Launcher
 from hydra.types import HydraContext, RunMode
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
@@ -20,21 +19,11 @@ from omegaconf.errors import OmegaConfBaseException
 from lorabench.config.errors import ConfigError
 from lorabench.launch.command_line import config_dir
 from lorabench.launch.compose import to_plain
-from lorabench.launch.grid_sweep import GridSweep
+from lorabench.launch.grid_sweep import GridSweep, NullLauncher
 from lorabench.launch.guards import check_arguments, explain_grammar_error, guard_yaml
 
 if TYPE_CHECKING:
     from lorabench.sweep.packs import Job
-
-
-class NullLauncher(Launcher):
-    """Stands in for a sweep's launcher and launches nothing."""
-
-    def setup(self, **kwargs: Any) -> None:
-        pass
-
-    def launch(self, job_overrides: Sequence[Sequence[str]], initial_job_idx: int) -> Sequence[Any]:
-        return []
 
 
 @dataclass(frozen=True)
@@ -45,15 +34,15 @@ class Listing:
     multirun: bool
 
 
-def list_jobs(experiment: str, overrides: Sequence[str] = (), *, user_config_dir: Path | None = None) -> Listing:
+def list_jobs(experiment: str | None, overrides: Sequence[str] = (), *, user_config_dir: Path | None = None) -> Listing:
     """Compose an experiment as `python -m lorabench +experiment=... sweep.dry_run=true` does.
 
-    user_config_dir: a folder of the user's own, as `--config-dir`.
+    experiment: None for a grid of the command line's own. user_config_dir: a folder of the user's own, as `--config-dir`.
     Raises `ConfigError` for whatever would stop the sweep.
     """
     check_arguments(overrides)
     guard_yaml()
-    argv = [f"+experiment={experiment}", *overrides, "sweep.dry_run=true"]
+    argv = [*([f"+experiment={experiment}"] if experiment else []), *overrides, "sweep.dry_run=true"]
     if user_config_dir is not None:
         if not user_config_dir.is_dir():
             raise ConfigError("--config-dir", str(user_config_dir), "an existing folder")
@@ -65,7 +54,7 @@ def list_jobs(experiment: str, overrides: Sequence[str] = (), *, user_config_dir
     except OverrideParseException as e:
         raise explain_grammar_error(e) from e
     except (HydraException, OmegaConfBaseException, yaml.YAMLError) as e:
-        raise ConfigError("experiment", experiment, " ".join(str(e).split())) from e
+        raise ConfigError("experiment", experiment or " ".join(overrides), " ".join(str(e).split())) from e
 
 
 def _list_composed(argv: list[str]) -> Listing:

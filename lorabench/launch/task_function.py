@@ -31,6 +31,9 @@ def _run(cfg: DictConfig, hydra: Any) -> float:
     experiment = hydra.runtime.choices.get("experiment")
     words = run_words(hydra.overrides.task, hydra.runtime.config_sources)
     job = make_job(cfg, name=sweep_name(hydra.overrides.task, experiment), experiment=experiment, words=words)
+    asked = [word for word in hydra.overrides.task if word.lstrip("+").startswith("sweep.confirm_seeds=")]
+    if is_single_run and asked and job.settings.sweep.confirm_seeds:
+        print(f"{asked[-1]}: a single run confirms nothing; with -m it tunes, then confirms", file=sys.stderr)
     from lorabench.sweep.execute import execute, finish
 
     (record,) = execute([job])

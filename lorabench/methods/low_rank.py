@@ -96,7 +96,21 @@ class LowRank(Method):
         layers = match_layers(base, self.target_modules, self.layers, modules)
         self._check_patterns("rank_pattern", self.rank_pattern, layers)
         self._check_patterns("alpha_pattern", self.alpha_pattern, layers)
+        self._check_ranks(layers)
         return SlicePlan(seed=seed, adapters={x.name: self.spec(x) for x in layers}, modules=modules)
+
+    def _rank(self, layer: LayerInfo) -> tuple[int, str]:
+        """Return the rank asked for on a layer, and the setting that asks for it."""
+        r = pattern_value(self.rank_pattern, layer.name, self.r)
+        return r, "method.r" if r == self.r else "method.rank_pattern"
+
+    def _check_ranks(self, layers: list[LayerInfo]) -> None:
+        """Raise `ConfigError` for a rank that a layer cannot have, naming the bound that all layers allow."""
+        for layer in sorted(layers, key=_max_rank):
+            r, key = self._rank(layer)
+            if r > (bound := _max_rank(layer)):
+                shape = f"{layer.in_features * layer.kernel}×{layer.out_features}"
+                raise ConfigError(key, r, f"at most {bound}: layer {layer.name} is {shape}")
 
     @staticmethod
     def _check_patterns(field: str, patterns: dict[str, Any], layers: list[LayerInfo]) -> None:
@@ -106,11 +120,7 @@ class LowRank(Method):
 
     def spec(self, layer: LayerInfo) -> AdapterSpec:
         """Return the adapter of one layer. Raises `ConfigError` for a rank or a start that the layer cannot have."""
-        r = pattern_value(self.rank_pattern, layer.name, self.r)
-        key = "method.r" if r == self.r else "method.rank_pattern"
-        inputs, outputs = layer.in_features * layer.kernel, layer.out_features
-        if r > min(inputs, outputs):
-            raise ConfigError(key, r, f"at most {min(inputs, outputs)}: layer {layer.name} is {inputs}×{outputs}")
+        r, key = self._rank(layer)
         if r % layer.groups:
             raise ConfigError(key, r, f"a multiple of {layer.groups}, the groups of layer {layer.name}")
         if self.init == "orthogonal" and layer.kind == "Conv2d":
@@ -126,6 +136,10 @@ class LowRank(Method):
             "alpha": self.alpha,
             "targets": targets_text(self.target_modules),
         }
+
+
+def _max_rank(layer: LayerInfo) -> int:
+    return min(layer.in_features * layer.kernel, layer.out_features)
 
 
 @dataclass(frozen=True)

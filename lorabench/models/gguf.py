@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import atexit
 import dataclasses
 import fcntl
 import io
 import sys
-from contextlib import redirect_stderr
+from collections.abc import Iterator
+from contextlib import contextmanager, redirect_stderr
 from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 from lorabench.config.contracts.model import Base, BaseInfo, HeadSpec, Model
@@ -16,7 +20,7 @@ from lorabench.config.errors import ConfigError
 from lorabench.config.fields import knob
 from lorabench.models import pretrained
 from lorabench.models.folder import SOURCE_KEY, file_digest, locate
-from lorabench.runtime.files import atomic_folder, cache_root
+from lorabench.runtime.files import atomic_folder, cache_root, is_cache_kept_as_it_is
 
 CACHE_LAYOUT = "1"  # a change makes new folders
 
@@ -39,12 +43,16 @@ class Config(Model):
         return path
 
     def info(self, head: HeadSpec) -> BaseInfo:
-        """Return the layers. The first time the file is converted."""
-        return pretrained.describe(convert_once(self.file()), head, self.dropout)
+        """Return the layers. The first time the file is converted, unless the cache is to stay as it is."""
+        file = self.file()
+        if _is_to_be_converted(file):
+            return pretrained.describe(convert_once(file), head, self.dropout)
+        return pretrained.describe_config(_read_header(file), head, self.dropout)
 
     def processor(self) -> Any:
         """Return the tokenizer, padding on the right."""
-        return pretrained.load_tokenizer(convert_once(self.file()))
+        file = self.file()
+        return pretrained.load_tokenizer(convert_once(file) if _is_to_be_converted(file) else _read_header(file))
 
     def load(self, head: HeadSpec, *, dtype: str = "float32", attention: str = "eager") -> Base:
         """Return the base with its weights. Its notes say that they are dequantized."""
@@ -52,6 +60,10 @@ class Config(Model):
         base = pretrained.load_base(convert_once(file), head, dropout=self.dropout, dtype=dtype, attention=attention)
         note = {"weights": f"dequantized from {quantization(file)}"}
         return dataclasses.replace(base, fingerprint=self.fingerprint(), notes=base.notes | note)
+
+    def transformers_folder(self) -> Path:
+        """Return the folder of the float32 weights. The first time the file is converted."""
+        return convert_once(self.file())
 
     def fingerprint(self) -> str:
         """Return the SHA-256 of the GGUF file."""
@@ -63,18 +75,40 @@ def quantization(file: Path) -> str:
     return file.stem.rpartition(".")[2] or "GGUF"
 
 
+def _is_to_be_converted(file: Path) -> bool:
+    """Whether weights are read from the converted folder, which is made if need be; else the file's head will do."""
+    return _folder(file).is_dir() or not is_cache_kept_as_it_is()
+
+
+@lru_cache(maxsize=1)
+def _read_header(file: Path) -> Path:
+    """Return a folder with a GGUF file's configuration and tokenizer alone; it goes away with this process."""
+    from transformers import AutoConfig, AutoTokenizer
+
+    folder = TemporaryDirectory(prefix="lorabench-gguf-")
+    atexit.register(folder.cleanup)
+    with _explain_missing_package(file), pretrained.quiet(), redirect_stderr(io.StringIO()):
+        for part in (AutoConfig, AutoTokenizer):
+            part.from_pretrained(file.parent, gguf_file=file.name).save_pretrained(folder.name)
+    return Path(folder.name)
+
+
+def _folder(file: Path) -> Path:
+    """Return where a file's converted weights are kept."""
+    return cache_root() / "gguf" / f"{file_digest(file)[:16]}-{CACHE_LAYOUT}"
+
+
 def convert_once(file: Path) -> Path:
     """Return the folder of the file's float32 weights, converted when it is not there.
 
     The folder is written beside its place and renamed, so that it is whole or absent. A second process waits for the
     first. Converting 135M parameters takes 20 s and 540 MB.
     """
-    root = cache_root() / "gguf"
-    target = root / f"{file_digest(file)[:16]}-{CACHE_LAYOUT}"
+    target = _folder(file)
     if target.is_dir():
         return target
-    root.mkdir(parents=True, exist_ok=True)
-    with open(root / f"{target.name}.lock", "a") as lock:
+    target.parent.mkdir(parents=True, exist_ok=True)
+    with open(target.parent / f"{target.name}.lock", "a") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
         if target.is_dir():
             return target
@@ -90,13 +124,18 @@ def write_float32(file: Path, out: Path) -> None:
 
     message = f"Converting {file.name} to float32 once, into {out.parent}: about half a minute"
     print(message, file=sys.stderr, flush=True)
+    with _explain_missing_package(file), pretrained.quiet(), redirect_stderr(io.StringIO()):  # its bar knows no switch
+        tokenizer = AutoTokenizer.from_pretrained(file.parent, gguf_file=file.name)
+        model = AutoModelForCausalLM.from_pretrained(file.parent, gguf_file=file.name, dtype=torch.float32)
+        _unmark_quantized(model)
+        model.save_pretrained(out)
+        tokenizer.save_pretrained(out)
+
+
+@contextmanager
+def _explain_missing_package(file: Path) -> Iterator[None]:
     try:
-        with pretrained.quiet(), redirect_stderr(io.StringIO()):  # its progress bar knows no switch
-            tokenizer = AutoTokenizer.from_pretrained(file.parent, gguf_file=file.name)
-            model = AutoModelForCausalLM.from_pretrained(file.parent, gguf_file=file.name, dtype=torch.float32)
-            _unmark_quantized(model)
-            model.save_pretrained(out)
-            tokenizer.save_pretrained(out)
+        yield
     except ImportError as e:
         raise ConfigError(SOURCE_KEY, str(file), "reading GGUF needs two packages: pip install gguf accelerate") from e
 

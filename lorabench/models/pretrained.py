@@ -87,6 +87,13 @@ def describe(folder: Path, head: HeadSpec, dropout: float | None) -> BaseInfo:
     )
 
 
+def describe_config(folder: Path, head: HeadSpec, dropout: float | None) -> BaseInfo:
+    """Return the layers of a base from its configuration alone: all but a classifier's head counts as trained."""
+    model = build_empty(load_config(folder, head, dropout), head)
+    new = {name for name, _ in model.named_parameters() if name.partition(".")[0] in CLASSIFIER_HEADS}
+    return inventory(model, head=untrained_modules(model, new), output=_output_embedding(model))
+
+
 def _missing_parameters(model: Any, folder: Path) -> set[str]:
     """Return the names of parameters that the checkpoint lacks or holds in another shape.
 

@@ -46,6 +46,10 @@ class Config(Model):
     def weight_files(self) -> Sequence[Path]:
         return weight_files(self.folder())
 
+    def transformers_folder(self) -> Path:
+        """Return where the files are. Raises `ConfigError`."""
+        return self.folder()
+
     def fingerprint(self) -> str:
         """Return the SHA-256 over the content of weights, configuration and tokenizer."""
         return fingerprint(self.folder())

@@ -1,4 +1,4 @@
-"""`python -m lorabench.plan <experiment>`: what a study can show and what it costs, before anything of it runs."""
+"""`python -m lorabench.plan <experiment or grid>`: what a study can show and what it costs, before anything of it runs."""
 
 from __future__ import annotations
 
@@ -34,8 +34,13 @@ def parser() -> argparse.ArgumentParser:
         prog="python -m lorabench.plan",
         description="Seeds, runs, hours, smallest detectable difference and power of an experiment, before it runs.",
     )
-    p.add_argument("experiment", help="its name, as in +experiment=NAME")
-    p.add_argument("overrides", nargs="*", metavar="key=value", help="settings, as for the sweep itself")
+    p.add_argument(
+        "words",
+        nargs="+",
+        metavar="EXPERIMENT | key=value",
+        help="an experiment's name, as in +experiment=NAME, and settings as for the sweep itself; or a grid of them",
+    )
+    p.add_argument("-m", "--multirun", action="store_true", help="as on the sweep's command line; always so here")
     p.add_argument(
         "--sd", type=float, metavar="X", help="SD of one seed's difference of two cells; accuracies: in points"
     )
@@ -53,7 +58,10 @@ def parser() -> argparse.ArgumentParser:
 
 
 def plan(args: argparse.Namespace) -> dict[str, Any]:
-    """All that is printed, as data. Differences and SDs are in the unit that reports show. Raises `ConfigError`."""
+    """All that is printed, as data. Differences and SDs are in the unit that reports show. Raises `ConfigError`.
+
+    args: as `read` returns them.
+    """
     _check(args)
     from lorabench.launch.listing import list_jobs
     from lorabench.plan.study import cautions, count_study, facts
@@ -65,7 +73,9 @@ def plan(args: argparse.Namespace) -> dict[str, Any]:
     designs = _designs(args, study, sweep, notes)
     hours = _hours(args, study, sweep, notes)
     notes += cautions(study)
-    found: dict[str, Any] = {"experiment": args.experiment, "power": args.power} | facts(study)
+    found: dict[str, Any] = {"experiment": args.experiment or study.settings.sweep.name, "power": args.power} | facts(
+        study
+    )
     found["hours"] = asdict(hours) if hours else None
     found["tables"] = [
         {
@@ -80,6 +90,15 @@ def plan(args: argparse.Namespace) -> dict[str, Any]:
     return found | {"notes": notes}
 
 
+def read(argv: Sequence[str] | None = None) -> argparse.Namespace:
+    """Return the command line: `experiment`, a name or None for a grid of its own, `overrides`, and the options."""
+    args = parser().parse_intermixed_args(argv)
+    named = [word for word in args.words if "=" not in word or word.startswith("+experiment=")]
+    args.experiment = named[0].removeprefix("+experiment=") if named else None
+    args.overrides = [word for word in args.words if word not in named[:1]]
+    return args
+
+
 def _check(args: argparse.Namespace) -> None:
     for key in ("sd", "hours"):
         value = getattr(args, key)
@@ -91,7 +110,7 @@ def _check(args: argparse.Namespace) -> None:
         raise ConfigError(
             "--hours", args.hours, "a pilot (--pilot) or a measurement (no --no-measure): hours are unknown"
         )
-    if "/" in args.experiment and Path(args.experiment).is_dir():
+    if args.experiment and "/" in args.experiment and Path(args.experiment).is_dir():
         allowed = "an experiment's name, as in +experiment=NAME; a finished sweep is for --pilot"
         raise ConfigError("experiment", args.experiment, allowed)
     if args.json is not None and args.json.is_dir():
@@ -241,7 +260,8 @@ def _command(args: argparse.Namespace, study: StudyPlan, listing: Listing, seeds
     kept = [o for o in args.overrides if o.lstrip("+").split("=", 1)[0] != "sweep.confirm_seeds"]
     words = ["python", "-m", "lorabench", *([] if listing.multirun else ["-m"])]
     words += ["--config-dir", str(args.config_dir)] if args.config_dir else []
-    words += [f"+experiment={args.experiment}", *kept, f"sweep.confirm_seeds=[{','.join(map(str, chosen))}]"]
+    words += [f"+experiment={args.experiment}"] if args.experiment else []
+    words += [*kept, f"sweep.confirm_seeds=[{','.join(map(str, chosen))}]"]
     return shlex.join(words)
 
 
@@ -252,7 +272,7 @@ def _join(values: Iterable[Any]) -> str:
 @command
 def main(argv: Sequence[str] | None = None) -> None:
     """Exit 0: printed; 2: bad input, nothing written."""
-    args = parser().parse_intermixed_args(argv)
+    args = read(argv)
     os.environ.setdefault("GOMP_SPINCOUNT", "10000")  # as for the sweep itself (`__main__`): it is what is timed
     found = plan(args)
     if args.json:

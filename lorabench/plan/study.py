@@ -223,8 +223,8 @@ def measure_paces(study: StudyPlan) -> tuple[list[Pace], float]:
             with tempfile.TemporaryDirectory() as folder:  # what training writes is of no use here
                 found: dict[str, Any] = measure_alone(cell.run, Store(folder))
             t, tokens = cell.run.trainer, found["tokens"]
-            # a task without an attention mask counts no tokens; its seconds are then those of one step
-            train = found["seconds"] / (tokens or t.batch_size * t.accumulate_grad_batches)
+            # a task without an attention mask counts no tokens: examples stand for them
+            train = found["seconds"] / (tokens or found["steps"] * t.batch_size * t.accumulate_grad_batches)
             unit = "tokens" if tokens else "examples"
             forward = FORWARD_SHARE_OF_FULL if cell.run.method.pack_group is None else FORWARD_SHARE
             paces += [Pace(name, cell.trainable, train, train * forward, unit) for name in names]

@@ -10,6 +10,7 @@ from rich.table import Table
 
 from lorabench.results import formatting
 from lorabench.results.formatting import plural
+from lorabench.results.terminal_tables import WholeWords
 
 Answer = Mapping[str, Any]  # as `plan.plan` makes it
 
@@ -53,7 +54,7 @@ def _study(a: Answer) -> Iterator[str]:
         yield "hours: not known (nothing was timed)"
 
 
-def _table(a: Answer, table: Answer) -> Table:
+def _table(a: Answer, table: Answer) -> WholeWords:
     margin = _size(a, a["margin"])
     title = f"SD of one seed's difference: {_size(a, table['sd'])} ({table['source']})"
     shown = Table(title=title, caption="* as declared; powers are for cells that do not differ", title_justify="left")
@@ -77,7 +78,7 @@ def _table(a: Answer, table: Answer) -> Table:
             formatting.DASH if row["hours"] is None else f"{row['hours']:.2f}",
             style="bold" if row["declared"] else None,
         )
-    return shown
+    return WholeWords(shown)
 
 
 def _needed_sentence(a: Answer, table: Answer) -> str:

@@ -11,9 +11,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from rich.table import Table
-
     from lorabench.results.sweep import OtherMetric
+    from lorabench.results.terminal_tables import WholeWords
 
 __all__ = ["Summary", "render", "terminal_table"]
 
@@ -54,7 +53,7 @@ def render(
     return Summary(out, answer.headline(findings), tuple(cautions.warnings(findings)), findings.confirmed)
 
 
-def terminal_table(sweep_dir: str | Path) -> Table:
+def terminal_table(sweep_dir: str | Path) -> WholeWords:
     """Return the comparison as a rich table, the answer below it. Raises `ConfigError` as `render` does."""
     from lorabench.report import answer, table_formats
     from lorabench.results.findings import find

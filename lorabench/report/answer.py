@@ -14,6 +14,7 @@ from lorabench.report import declared
 from lorabench.report.sections import conditions
 from lorabench.report.tables import plus_minus
 from lorabench.results import findings, formatting, unfinished
+from lorabench.results.before_training import before_training
 from lorabench.results.cells import Result
 from lorabench.results.comparisons import Comparison
 from lorabench.results.findings import Findings
@@ -244,6 +245,9 @@ def _points(f: Findings) -> Iterator[tuple[str, str]]:
     for method, about in ((HEAD_ONLY, "Against head-only"), (FULL, "Against full fine-tuning")):
         if comparison := f.controls.get(method):
             yield about, _comparison_sentence(f, comparison, f"{_contender(f)}, ")
+    if (before := before_training(f)) is not None:
+        unit = f" {f.metric.measured_in}" if f.metric.measured_in else ""
+        yield "Before training", f"The base alone has a test {f.metric.title} of {f.metric.value(before)}{unit}."
     if steps := how_small(f):
         yield "How small", steps
     if by_condition := conditions.conditions(f):

@@ -4,15 +4,12 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Iterator
-from typing import TYPE_CHECKING
 
 from lorabench.report import declared
 from lorabench.report.tables import Table, comparison, plus_minus
 from lorabench.results import formatting
 from lorabench.results.findings import Findings
-
-if TYPE_CHECKING:
-    from rich.table import Table as RichTable
+from lorabench.results.terminal_tables import WholeWords
 
 # -- Markdown --------------------------------------------------------------------------------------------------------
 
@@ -80,7 +77,7 @@ def latex(table: Table) -> str:
 # -- terminal --------------------------------------------------------------------------------------------------------
 
 
-def rich_table(table: Table) -> RichTable:
+def rich_table(table: Table) -> WholeWords:
     """Return a table for a terminal, its notes below it; no markup of a user's is read."""
     from rich import box
     from rich.table import Table as RichTable
@@ -92,10 +89,10 @@ def rich_table(table: Table) -> RichTable:
     for row in table.rows:
         out.add_row(*map(Text, row.texts))
     out.caption, out.caption_justify = Text("\n".join(table.notes)), "left"
-    return out
+    return WholeWords(out)
 
 
-def terminal_comparison(f: Findings, caption: str) -> RichTable:
+def terminal_comparison(f: Findings, caption: str) -> WholeWords:
     """Return the comparison at the width of a terminal: one name a cell, what decides, what it costs."""
     from rich import box
     from rich.markup import escape
@@ -114,8 +111,6 @@ def terminal_comparison(f: Findings, caption: str) -> RichTable:
             escape(title),
             justify="left" if title == "cell" or title.startswith("within") else "right",
             vertical="bottom",
-            no_wrap=title == "cell",
-            min_width=16 if title == "cell" else None,
         )
     for row, r in zip(comparison(f).rows, f.results.values(), strict=True):
         score = plus_minus(f, r) if f.confirmed else f.metric.value(r.val)
@@ -123,7 +118,7 @@ def terminal_comparison(f: Findings, caption: str) -> RichTable:
         costs = formatting.compact(r.cell.trainable), formatting.seconds(r.seconds)
         texts = (r.name, formatting.rate(r.lr), score, *verdict, *costs)
         out.add_row(*map(escape, texts), style="bold" if row.mark == "recommended" else None)
-    return out
+    return WholeWords(out)
 
 
 def _terminal_head(f: Findings) -> Iterator[str]:

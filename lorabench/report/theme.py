@@ -21,6 +21,8 @@ from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.colors import to_hex, to_rgb
 from matplotlib.figure import Figure
+from matplotlib.patches import Rectangle
+from matplotlib.text import Annotation
 from matplotlib.ticker import FuncFormatter, NullFormatter
 
 from lorabench.config.method_names import BITFIT, DORA, FULL, HEAD_ONLY, LORA, RSLORA
@@ -41,6 +43,7 @@ MARKERS = "osD^vP"
 MAX_NAME_LENGTH = 40  # characters of a name inside a picture
 MIN_CONTRAST = 4.5  # of text to white (WCAG 2.2, 1.4.3)
 INK, FAINT, GRID = "#222222", "#666666", "#E3E3E3"
+DIGITS = 9  # of a coordinate; the last of sixteen depend on the CPU
 DOTTED = (0, (1, 2))  # a line that marks a value, such as the margin
 RC = {
     "font.family": "DejaVu Sans",
@@ -168,14 +171,56 @@ def panel_width(names: Iterable[str]) -> float:
 
 
 def render_drawing(key: str, title: str, caption: str, alt: str, figure: Figure) -> Drawing:
-    """Render a figure inside `canvas`. No date, no version, no random id: equal figures give equal bytes."""
+    """Render a figure inside `canvas`. No date, no version, no random id: equal figures give equal bytes.
+
+    Figures that differ in the last bits of their numbers, as those of two CPUs do, are equal.
+    """
+    _round_coordinates(figure)
     svg, png = io.StringIO(), io.BytesIO()
     meta = {"Date": None, "Creator": None, "Title": title}
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="Glyph .* missing from font")  # a user's name in another script
         figure.savefig(svg, format="svg", bbox_inches="tight", pad_inches=0.06, metadata=meta)
         figure.savefig(png, format="png", bbox_inches="tight", pad_inches=0.06, metadata={"Software": None})
-    return Drawing(key, title, caption, alt, svg.getvalue(), png.getvalue(), figure)
+    return Drawing(key, title, caption, alt, _settled(svg.getvalue()), png.getvalue(), figure)
+
+
+def _round_coordinates(figure: Figure) -> None:
+    """Round all that is drawn in data coordinates, and the limits of axes, to `DIGITS` significant digits."""
+    for ax in figure.axes:
+        limits = _rounded([*ax.get_xlim(), *ax.get_ylim()])
+        ax.set(xlim=limits[:2], ylim=limits[2:])
+        for line in ax.lines:
+            line.set_data(_rounded(line.get_xdata()), _rounded(line.get_ydata()))
+        for collection in ax.collections:
+            collection.set_offsets(_rounded(collection.get_offsets()))
+            for path in collection.get_paths():
+                path.vertices = _rounded(path.vertices)
+        for patch in ax.patches:
+            if isinstance(patch, Rectangle):
+                patch.set_bounds(*_rounded([*patch.get_xy(), patch.get_width(), patch.get_height()]))
+        for text in ax.texts:
+            x, y = _rounded(text.get_position())
+            text.set_position((x, y))
+            if isinstance(text, Annotation):
+                text.xy = tuple(_rounded(text.xy))
+
+
+def _rounded(values: Any) -> np.ndarray:
+    array = np.asarray(values, dtype=np.float64)
+    return np.array([float(f"{x:.{DIGITS}g}") for x in array.flat]).reshape(array.shape)
+
+
+def _settled(svg: str) -> str:
+    """Return an SVG without a sign on zeros, its clip paths, markers and hatches numbered in order of appearance.
+
+    Matplotlib names them by hashes of unrounded coordinates.
+    """
+    names: dict[str, str] = {}
+    for kind, digits in re.findall(r'\bid="(\w*?)([0-9a-f]{10})"', svg):
+        names.setdefault(kind + digits, f"{kind or 'd'}{len(names) + 1}")
+    svg = re.sub(r"\b\w*?[0-9a-f]{10}\b", lambda match: names.get(match[0], match[0]), svg)
+    return re.sub(r'(?<=[ "(,])-0(?=[ "),\n])', "0", svg)
 
 
 def inline_svg(d: Drawing) -> str:

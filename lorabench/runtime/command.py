@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import os
-import select
 import sys
 from collections.abc import Callable, Sequence
 from functools import wraps
 
 from lorabench.config.errors import ConfigError
+from lorabench.runtime import streams
 
 Main = Callable[[Sequence[str] | None], int | None]
 
@@ -17,36 +16,40 @@ def command(main: Main) -> Callable[..., int]:
     """Turn a command's `main(argv)` into one that returns an exit code instead of raising.
 
     0, or what `main` returns; 2 for bad input and files that cannot be read or written, with one line on stderr that
-    starts with `error:`; 130 for Ctrl-C. Where nobody reads the output any more, it is 1 and nothing is said.
+    starts with `error:`; 130 for Ctrl-C; 1 where stdout cannot be written, as `report_output` says it.
     """
 
     @wraps(main)
     def run(argv: Sequence[str] | None = None) -> int:
+        streams.prepare()
         try:
-            return main(argv) or 0
+            code, error = main(argv) or 0, None
         except (ConfigError, OSError) as e:
-            if isinstance(e, BrokenPipeError) and _is_output_closed():
-                return 1
-            print(f"error: {e}", file=sys.stderr)
-            return 2
+            code, error = 2, e
         except KeyboardInterrupt:
             return 130
+        except SystemExit:  # `--help`, and a command line that argparse refuses
+            if report_output():
+                return 1
+            raise
+        unwritten = report_output()
+        if unwritten and not isinstance(error, ConfigError):
+            return 1
+        if error is not None:
+            print(f"error: {error}", file=sys.stderr)
+        return code
 
     return run
 
 
-def _is_output_closed() -> bool:
-    """Whether nobody reads stdout any more; it is then led to nowhere, so that the interpreter's last flush is quiet.
+def report_output() -> int:
+    """Write out what stdout holds. Return 0 where all is written, else 1 after a line on stderr that says why.
 
-    A broken pipe may also be another one, such as a connection to a server: that is an error to be said.
+    Nothing is said where nobody reads it any more: whoever closed it (`| head`) knows.
     """
-    try:
-        output = sys.stdout.fileno()
-    except OSError:  # a stand-in without a file
-        return False
-    poll = select.poll()
-    poll.register(output, 0)
-    if not any(event & select.POLLERR for _, event in poll.poll(0)):
-        return False
-    os.dup2(os.open(os.devnull, os.O_WRONLY), output)
-    return True
+    failed = streams.end_stdout()
+    if failed is None:
+        return 0
+    if not isinstance(failed, BrokenPipeError):
+        print(f"error: stdout cannot be written: {failed.strerror or failed}", file=sys.stderr)
+    return 1

@@ -9,6 +9,7 @@ import secrets
 import shutil
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from contextvars import ContextVar
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -163,6 +164,24 @@ def name_unwritable(path: Path) -> Iterator[None]:
         yield
     except OSError as e:
         raise Unwritable(e.errno or errno.EIO, e.strerror or str(e), str(path)) from e
+
+
+_cache_kept_as_it_is = ContextVar("_cache_kept_as_it_is", default=False)
+
+
+@contextmanager
+def keep_cache_as_it_is(keep: bool = True) -> Iterator[None]:
+    """Let the block read the cache and put nothing into it: a dry run writes nothing. keep: False changes nothing."""
+    token = _cache_kept_as_it_is.set(keep or is_cache_kept_as_it_is())
+    try:
+        yield
+    finally:
+        _cache_kept_as_it_is.reset(token)
+
+
+def is_cache_kept_as_it_is() -> bool:
+    """Whether nothing may be put into the cache now."""
+    return _cache_kept_as_it_is.get()
 
 
 def cache_root() -> Path:

@@ -3,6 +3,7 @@ already."""
 
 from __future__ import annotations
 
+import shlex
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -11,16 +12,17 @@ from rich.markup import escape
 from rich.table import Table
 
 from lorabench.config.contracts.method import SlicePlan
-from lorabench.config.runs import Pack
+from lorabench.config.runs import Pack, Settings
 from lorabench.results.formatting import plural
 from lorabench.store.integrity import damaged_files
 from lorabench.store.records import Store
 from lorabench.sweep import declaration
-from lorabench.sweep.memory import estimate_peak
+from lorabench.sweep.memory import estimate_pack, shortages
 from lorabench.sweep.packs import Job, known_and_new_packs, new_manifest
 from lorabench.sweep.resume import finished_records
 from lorabench.sweep.reuse import preview_copy
 from lorabench.training import precision, preparation
+from lorabench.training.pruning import cell_key
 
 
 def dry_run(store: Store, jobs: Sequence[Job], plans: Mapping[str, SlicePlan], console: Console) -> None:
@@ -42,7 +44,10 @@ def dry_run(store: Store, jobs: Sequence[Job], plans: Mapping[str, SlicePlan], c
     count = f"{len(todo)} of {len(runs)} runs to train," if len(todo) < len(runs) else plural(len(runs), "run")
     if packs:
         title = f"dry run: {count} in {plural(len(packs), 'pack')}"
-        console.print(table(packs, jobs, plans, auto, title=title))
+        sizes = [estimate_pack(pack.runs, [plans[i] for i in pack.run_ids], auto) for pack in packs]
+        console.print(table(packs, sizes, jobs, plans, title=title))
+        for line in shortages(packs, sizes, precision.resolve(packs[0].runs[0], auto).device):
+            console.print(line, highlight=False, soft_wrap=True, markup=False)
     else:
         console.print(f"dry run: {store.root}: nothing to train; nothing was written", soft_wrap=True, markup=False)
     lines = [plural(len(finished), "run") + f" finished in {store.root}"] if finished else []
@@ -50,19 +55,40 @@ def dry_run(store: Store, jobs: Sequence[Job], plans: Mapping[str, SlicePlan], c
         console.print(line, highlight=False, soft_wrap=True, markup=False)
 
 
+def confirmation_line(jobs: Sequence[Job], settings: Settings, words: Sequence[str]) -> str:
+    """Return what follows the tuning runs of a sweep: its confirmation runs, which no rate has been chosen for yet.
+
+    jobs: all tuning runs. words: of the command line, for `plan`.
+    """
+    seeds, tuning = len(settings.sweep.confirm_seeds), len({job.run.run_id for job in jobs})
+    cells = len({cell_key(job.run) for job in jobs})  # a run that two cells share is confirmed once
+    then = (
+        f"then {plural(seeds * cells, 'confirmation run')} at the rates that tuning chooses "
+        f"({plural(cells, 'cell')} x {plural(seeds, 'seed')}): {plural(tuning + seeds * cells, 'run')} in all"
+    )
+    store = Store(settings.sweep.dir)
+    listed = {i for cell in store.manifest().get("cells", ()) for i in cell["runs"].get("confirm", ())}
+    done = sum((store.run_dir(i) / "run.json").is_file() for i in listed)
+    then += f", {done} of these have ended" if done else ""
+    kept = [word for word in words if word != "-m" and word.partition("=")[0] != "sweep.dry_run"]
+    return f"{then if seeds else plural(tuning, 'run') + ' in all, none to confirm'}; hours: " + shlex.join(
+        ["python", "-m", "lorabench.plan", *kept]
+    )
+
+
 def table(
-    packs: Sequence[Pack], jobs: Sequence[Job], plans: Mapping[str, SlicePlan], auto: str | None, *, title: str
+    packs: Sequence[Pack], sizes: Sequence[int], jobs: Sequence[Job], plans: Mapping[str, SlicePlan], *, title: str
 ) -> Table:
-    """Return a table of runs, packs, trainable parameters and estimated memory. auto: as in `precision.resolve`."""
-    made = Table(title=title, caption="memory: an estimate, at full-length batches; nothing was written")
+    """Return a table of runs, packs, trainable parameters and memory. sizes: bytes that each pack is estimated to
+    need."""
+    made = Table(title=title, caption="memory: an estimate, at the longest examples; nothing was written")
     for name in ("run", "cell", "lr", "seed", "trainable"):
         made.add_column(name, justify="left" if name in ("run", "cell") else "right", no_wrap=name != "cell")
     labels = {j.run.run_id: j.label for j in jobs}
-    for pack in packs:
+    for pack, size in zip(packs, sizes, strict=True):
         first, info = pack.runs[0], preparation.base_info(pack.runs[0])
-        size = _estimate(pack, plans, auto)
         steps = preparation.total_steps(first, len(preparation.prepare(first).encoded.splits["train"]))
-        made.add_row(f"[bold]{pack.id}[/]", f"[bold]{first.role}, {steps} steps, {size / 2**30:.1f} GiB[/]")
+        made.add_row(f"[bold]{pack.id}[/]", f"[bold]{first.role}, {plural(steps, 'step')}, {size / 2**30:.1f} GiB[/]")
         for run in pack.runs:
             name = _cell_name(labels[run.run_id])
             made.add_row(
@@ -70,19 +96,6 @@ def table(
             )
         made.add_section()
     return made
-
-
-def _estimate(pack: Pack, plans: Mapping[str, SlicePlan], auto: str | None) -> int:
-    first = pack.runs[0]
-    resolved, chosen = precision.resolve(first, auto), [plans[i] for i in pack.run_ids]
-    return estimate_peak(
-        preparation.base_info(first),
-        chosen,
-        first,
-        dtype=resolved.base_dtype,
-        device=resolved.device,
-        part_tokens=resolved.part_tokens,
-    )
 
 
 def _cell_name(label: Mapping[str, Any]) -> str:

@@ -14,7 +14,7 @@ from lorabench.config.contracts.method import SlicePlan
 from lorabench.config.errors import ConfigError
 from lorabench.config.runs import Pack, RunConfig, Settings
 from lorabench.results.formatting import plural
-from lorabench.runtime.files import name_unwritable
+from lorabench.runtime.files import keep_cache_as_it_is, name_unwritable
 from lorabench.runtime.leases import Lease, LeaseLost
 from lorabench.runtime.provenance import code_fingerprint
 from lorabench.store import checkpoints
@@ -22,6 +22,7 @@ from lorabench.store.integrity import damaged_files
 from lorabench.store.records import Record, Store
 from lorabench.sweep import declaration, reuse
 from lorabench.sweep.dry_run import dry_run
+from lorabench.sweep.memory import estimate_pack, shortages
 from lorabench.sweep.packs import Job, assign_packs, planning_round, replace_pack, replacing_packs, write_cells
 from lorabench.sweep.progress import ProgressDisplay, announce_slow, data_notices
 from lorabench.sweep.ranks import train
@@ -40,14 +41,18 @@ class SweepFailed(Exception):
 
 
 def check_all(jobs: Sequence[Job]) -> dict[str, SlicePlan]:
-    """Check every listed run before anything is written. Raises `ConfigError` for the first bad one."""
+    """Check every listed run before anything is written. Raises `ConfigError` for the first bad one.
+
+    A dry run puts nothing into the cache either.
+    """
     reuse.open_sources(jobs[0].settings.sweep.reuse)
     for job in jobs:
         declaration.check_metrics(job)
         if (job.settings.sweep.workers or 1) > 1 and precision.device_count(job.run.trainer) > 1:
             allowed = "1 where a pack trains on several devices (trainer.devices): packs then follow one another"
             raise ConfigError("sweep.workers", job.settings.sweep.workers, allowed)
-    with announce_slow(f"reading the data and checking {plural(len(jobs), 'run')}"):
+    checking = f"reading the data and checking {plural(len(jobs), 'run')}"
+    with announce_slow(checking), keep_cache_as_it_is(jobs[0].settings.sweep.dry_run):
         return {job.run.run_id: preparation.check_run(job.run) for job in jobs}
 
 
@@ -83,6 +88,8 @@ def execute(jobs: Sequence[Job], *, executor: Executor = map, console: Console |
     todo = [p for p in packs if any(i in plans and i not in ended.finished for i in p.run_ids)]
     if todo and here and (notice := precision.check_device(store, runs, accept_drift=settings.sweep.accept_drift)):
         console.print(notice, highlight=False)
+    if here and settings.sweep.progress:
+        _say_shortages(store, todo, plans, console)
     _clear_after_kill(store, packs, ended)
     if not todo and settings.sweep.progress:
         console.print(f"{store.root}: all {len(plans)} runs are finished, nothing to train", highlight=False)
@@ -105,6 +112,15 @@ def _find_finished(store: Store, settings: Settings, runs: Sequence[RunConfig], 
         text = f"{store.root}: {other} finished runs were made by other source code of lorabench"
         console.print(text, highlight=False)
     return FinishedRuns(store, finished, stamps)
+
+
+def _say_shortages(store: Store, packs: Sequence[Pack], plans: dict[str, SlicePlan], console: Console) -> None:
+    """Say which packs are estimated to need more memory than is free. They are tried nevertheless."""
+    auto, kept = precision.noted_precision(store), [[r for r in pack.runs if r.run_id in plans] for pack in packs]
+    sizes = [estimate_pack(runs, [plans[run.run_id] for run in runs], auto) for runs in kept]
+    device = precision.resolve(packs[0].runs[0], auto).device if packs else "cpu"
+    for line in shortages(packs, sizes, device):
+        console.print(line, highlight=False, soft_wrap=True, markup=False)
 
 
 def _clear_after_kill(store: Store, packs: Sequence[Pack], ended: FinishedRuns) -> None:

@@ -14,7 +14,7 @@ from lorabench.results.reference import default_reference
 from lorabench.results.sweep import cells_of
 from lorabench.runtime.memory import available_memory
 from lorabench.store.records import Store
-from lorabench.sweep.memory import estimate_peak
+from lorabench.sweep.memory import estimate_pack
 from lorabench.training import precision, preparation
 from lorabench.training.pruning import cell_key, is_prunable
 
@@ -74,9 +74,7 @@ def _max_fitting(runs: Sequence[RunConfig], auto: str | None) -> int:
     largest, resolved = list(runs[-MAX_SLICES_PER_PACK:]), precision.resolve(runs[0], auto)
     free, info = PLANNED_MEMORY_SHARE * available_memory(resolved.device), preparation.base_info(runs[0])
     plans = [preparation.slice_plan(run, info) for run in largest]
-    while len(plans) > 1 and free < estimate_peak(
-        info, plans, runs[0], dtype=resolved.base_dtype, device=resolved.device, part_tokens=resolved.part_tokens
-    ):
+    while len(plans) > 1 and free < estimate_pack(runs, plans, auto):
         plans = plans[1:]
     return len(plans)
 

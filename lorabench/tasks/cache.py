@@ -28,7 +28,7 @@ import numpy as np
 from lorabench.config.contracts.model import Model
 from lorabench.config.contracts.task import Encoded, Task, TaskData
 from lorabench.config.runs import digest
-from lorabench.runtime.files import atomic_write, cache_root
+from lorabench.runtime.files import atomic_write, cache_root, is_cache_kept_as_it_is
 from lorabench.runtime.provenance import code_fingerprint
 
 MAX_BYTES = 2 * 2**30  # of all entries together; beyond that the entries longest unused are removed
@@ -51,7 +51,7 @@ def encode_cached(task: Task, model: Model, data: TaskData, processor: Any) -> E
     if not encoded.lengths:
         lengths = {name: [task.work_units(e) for e in examples] for name, examples in encoded.splits.items()}
         encoded = dataclasses.replace(encoded, lengths=lengths)
-    if entry:
+    if entry and not is_cache_kept_as_it_is():
         _write(entry, encoded)
     return encoded
 

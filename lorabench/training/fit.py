@@ -51,13 +51,13 @@ class TrainingClock(pl.Callback):
     """
 
     def __init__(self, step: Callable[[int, int], None], total: int, seconds: dict[str, float]) -> None:
-        self.step, self.total, self.seconds, self._since = step, total, seconds, time.perf_counter()
+        self.step, self.total, self.seconds, self._since = step, total, seconds, time.monotonic()
         self.stopped: Callable[[], bool] = lambda: False  # whether SIGTERM has come
         self.leaving = False  # whether it has come to any process of the pack
 
     def lap(self, what: str | None) -> None:
         """Count the time since the last lap as `what`: train or eval; None: neither."""
-        now = time.perf_counter()
+        now = time.monotonic()
         if what:
             self.seconds[what] += now - self._since
         self._since = now

@@ -5,7 +5,7 @@ from __future__ import annotations
 import sys
 import time
 import traceback
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from itertools import pairwise
@@ -157,6 +157,7 @@ def measure_alone(run: RunConfig, store: Store, *, steps: int = 10) -> dict[str,
     """Return seconds, tokens and peak memory of a few training steps of one run alone; the first two are not timed.
 
     Seconds are the median seconds a token times the tokens, so a moment in which the machine was busy does not count.
+    Where no tokens are counted (images, features), they are the median seconds a step times the steps.
     A frozen trunk is served as in training (`reused_blocks`). `trunk_seconds` is its one pass over the training split,
     which a run alone pays once. Features that other packs left with the base are no part of the peak.
     """
@@ -168,7 +169,7 @@ def _timed_steps(run: RunConfig, store: Store, steps: int) -> dict[str, Any]:
     trainer = replace(run.trainer, max_steps=steps, eval_interval=steps + 1)
     marks: list[tuple[float, int]] = []
     with open_session(Pack("solo", (replace(run, trainer=trainer),)), store, Listener()) as s:
-        listener = Listener(step=lambda step, total: marks.append((time.perf_counter(), s.module.tokens)))
+        listener = Listener(step=lambda step, total: marks.append((time.monotonic(), s.module.tokens)))
         s.trainer.callbacks.append(TrainingClock(listener.step, steps, dict(s.seconds)))
         reuse = TrunkCache(s, alone=preparation.total_steps(run, len(s.prepared.encoded.splits["train"])))
         if run.trainer.reuse_trunk:
@@ -177,16 +178,19 @@ def _timed_steps(run: RunConfig, store: Store, steps: int) -> dict[str, Any]:
             s.trainer.fit(s.module, s.train_stream(), s.val_stream())  # never reached: eval_interval
             peak = memory.peak() - reuse.idle_bytes()
         reused = {"reused_blocks": reuse.depth, "trunk_seconds": round(reuse.seconds("train"), 4)}
+    seconds, tokens, counted = alone_seconds(marks)
+    return {"seconds": seconds, "tokens": tokens, "steps": counted, "peak_memory_bytes": peak, **reused}
+
+
+def alone_seconds(marks: Sequence[tuple[float, int]]) -> tuple[float, int, int]:
+    """Return seconds, tokens and steps of what was measured of a run alone, the first two steps left out.
+
+    marks: the clock and the tokens so far after each step.
+    """
     counted = list(pairwise(marks[1:]))
     pace = median((end - start) / max(1, after - before) for (start, before), (end, after) in counted)
     tokens = marks[-1][1] - marks[1][1]
-    return {
-        "seconds": round(pace * max(1, tokens), 4),
-        "tokens": tokens,
-        "steps": len(counted),
-        "peak_memory_bytes": peak,
-        **reused,
-    }
+    return round(pace * (tokens or len(counted)), 4), tokens, len(counted)
 
 
 @contextmanager

@@ -434,7 +434,7 @@ class TestCommandLine:
         assert "full fine-tuning: 1 of 2 runs not analysed" in out and "trainer.save_weights was false" in out
         assert "head only: 1 of 1 run not analysed" in out or "head: 1 of 1 run not analysed" in out
         assert f"analysis: {sweep.file}" in said.out
-        assert said.err == ""
+        assert all(line.startswith("measuring the weights") for line in said.err.splitlines())  # where it takes long
 
     def test_bad_input(self, sweep: Made, tmp_path: Path, capsys: Any) -> None:
         (tmp_path / "empty").mkdir()

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import re
 import sys
 import tempfile
 from pathlib import Path
@@ -23,7 +22,6 @@ COMMANDS = {
 }
 # Seconds, bytes and the machine's own words differ from run to run; everything else of a record may not.
 MEASURED = {"resources", "provenance"}
-ID = re.compile(r"p[0-9a-f]{10}")  # matplotlib's names of clip paths hash unrounded floats
 
 
 def numbers(record: dict[str, Any]) -> dict[str, Any]:
@@ -43,20 +41,12 @@ def machine() -> dict[str, Any]:
 
 
 def report_hashes(report: Path) -> dict[str, str]:
-    """SHA-256 of each file of a report but its PNG pictures, with the names of clip paths numbered in order."""
-    hashes = {}
-    for path in sorted(report.rglob("*")):
-        if path.is_file() and path.suffix != ".png":
-            hashes[str(path.relative_to(report))] = hashlib.sha256(
-                with_numbered_ids(path.read_text()).encode()
-            ).hexdigest()
-    return hashes
-
-
-def with_numbered_ids(text: str) -> str:
-    """Replace each clip path's name by its number in order of appearance."""
-    seen: dict[str, str] = {}
-    return ID.sub(lambda match: seen.setdefault(match[0], f"clip{len(seen)}"), text)
+    """SHA-256 of each file of a report but its PNG pictures, whose compression is the library's own."""
+    return {
+        str(path.relative_to(report)): hashlib.sha256(path.read_bytes()).hexdigest()
+        for path in sorted(report.rglob("*"))
+        if path.is_file() and path.suffix != ".png"
+    }
 
 
 def main() -> None:

@@ -2,11 +2,15 @@
 
 import json
 import os
+import re
+import shlex
 from pathlib import Path
 
 import pytest
 
+from lorabench.plan import __main__ as plan
 from lorabench.store.records import Store
+from lorabench.training import preparation
 
 FAST = [
     "task.train_examples=64",
@@ -35,6 +39,26 @@ BAD = {
     "r above min(in, out)": (["method.r=385"], "method.r=385"),
     "alpha = 0": (["method.alpha=0"], "method.alpha=0"),
     "alpha < 0": (["method.alpha=-2"], "method.alpha=-2"),
+    "several ranks as a list": (
+        ["method.r=[1,4,16]"],
+        "method.r=[1, 4, 16]: one value; several are tried one by one with -m method.r=1,4,16\n",
+    ),
+    "several rates without -m": (
+        ["optimizer.lr=1e-3,2e-3"],
+        "optimizer.lr=1e-3,2e-3: one value; several are tried one by one with -m optimizer.lr=1e-3,2e-3\n",
+    ),
+    "several names without -m": (
+        ["method.target_modules=query,value"],
+        "with -m method.target_modules=query,value; a list is written 'method.target_modules=[query,value]'\n",
+    ),
+    "confirmation seeds as a number": (
+        ["-m", "sweep.confirm_seeds=3", "method.r=1,4"],
+        "sweep.confirm_seeds=3: a list of seeds: sweep.confirm_seeds=[3] is one, sweep.confirm_seeds=[100,101,102] are",
+    ),
+    "tuning seeds as a number": (
+        ["-m", "sweep.tune_seeds=3", "method.r=1,4"],
+        "sweep.tune_seeds=3: a list of at least one seed: sweep.tune_seeds=[0,1] are two\n",
+    ),
     "unmatched target": (["method.target_modules=[nonsense]"], "method.target_modules="),
     "unknown method": (["method.name=adalora"], "method.name=adalora"),
     "unknown model": (["model.source=no/such-model"], "model.source=no/such-model"),
@@ -131,6 +155,43 @@ def test_a_dry_run_writes_nothing_and_shows_runs_packs_and_parameters(cli):
     assert "dry run: 4 runs in 1 pack" in out
     assert "GiB" in out
     assert os.listdir() == []
+
+
+def test_confirmation_seeds_of_a_single_run_are_said_to_be_none(cli):
+    code, out = cli("sweep.confirm_seeds=[7,8]", "sweep.dry_run=true", *FAST)
+    assert code == 0, out
+    assert "sweep.confirm_seeds=[7,8]: a single run confirms nothing; with -m it tunes, then confirms\n" in out
+    code, out = cli(*FAST, "method.r=1,4", "-m", "sweep.confirm_seeds=[7,8]", "sweep.dry_run=true")  # -m wherever
+    assert code == 0 and "then 4 confirmation runs" in out and "confirms nothing" not in out, out
+
+
+def test_a_dry_run_counts_both_phases_and_its_hint_at_the_hours_works(cli, monkeypatch, capsys, tmp_path):
+    monkeypatch.setenv("LORABENCH_CACHE", str(tmp_path / "cache"))
+    preparation.forget_data()
+    grid = ["-m", "method.r=1,4", "optimizer.lr=1e-3,1e-2", "sweep.confirm_seeds=[7,8,9]", *FAST]
+    code, out = cli(*grid, "sweep.dry_run=true")
+    assert code == 0, out
+    assert "then 6 confirmation runs at the rates that tuning chooses (2 cells x 3 seeds): 10 runs in all" in out
+    assert os.listdir() == [], "not even what the cache could hold"
+    hint = shlex.split(out[out.index("hours: ") :].splitlines()[0])
+    assert hint[1:4] == ["python", "-m", "lorabench.plan"]
+    assert plan.main([*hint[4:], "--no-measure"]) == 0
+    out = capsys.readouterr().out
+    assert "2 cells, 2 learning rates in all, 1 tuning seed: 4 tuning runs; 3 confirmation seeds x 2" in out
+    assert os.listdir() == []
+
+
+def test_a_dry_run_says_what_does_not_fit_and_how_it_takes_less(cli, monkeypatch):
+    write(GOOD)
+    own = [*FILE, "task.file=data.csv", "sweep.dry_run=true", "trainer.max_steps=1"]
+    monkeypatch.setattr("lorabench.sweep.memory.available_memory", lambda device: 2**20)
+    code, out = cli(*own, "trainer.batch_size=5000")
+    said = re.search(r"p0: an estimated (\S+ \S+), more than the 1 MiB that are free here; .* with (.*)", out)
+    assert code == 0 and said, out
+    assert said[2] == "trainer.batch_size=38 trainer.accumulate_grad_batches=2"  # of the 77 rows to train on
+    monkeypatch.setattr("lorabench.sweep.memory.available_memory", lambda device: 2**50)
+    code, out = cli(*own, *said[2].split())  # it can be typed
+    assert code == 0 and "more than" not in out, out
 
 
 def test_one_run_trains_and_the_second_time_is_kept(cli):

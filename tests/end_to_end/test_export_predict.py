@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import io
 import json
+import re
+import shutil
 import subprocess
 import sys
 from collections.abc import Callable
@@ -32,7 +34,7 @@ TEXTS = ["the small dog runs south", "a big red house north of here", "cat"]
 LORA = {"name": "lora", "r": 4, "alpha": 16.0}
 
 
-def run_of(base: Path, data: Path, method: dict[str, Any], *, reply: bool = False) -> RunConfig:
+def run_of(base: Path | str, data: Path, method: dict[str, Any], *, reply: bool = False) -> RunConfig:
     task: dict[str, Any] = {
         "kind": "text_classification",
         "name": "words",
@@ -76,14 +78,19 @@ def trained(sweep_dir: Path, tmp_path: Path, bases: Callable[..., Path]) -> Call
     """Makes a run directory; returns it with the logits of the stack that was saved there."""
 
     def make(
-        kind: str = "bert", method: dict[str, Any] | None = None, *, reply: bool = False, seed: int = 0
+        kind: str = "bert",
+        method: dict[str, Any] | None = None,
+        *,
+        reply: bool = False,
+        seed: int = 0,
+        source: str | None = None,
     ) -> tuple[Path, Tensor]:
         data = tmp_path / "data.csv"
         if reply:
             data.write_text("prompt,reply\n" + "".join(f"the dog {i},a cat {i}\n" for i in range(40)))
         else:
             make_data(data)
-        run = run_of(bases(kind, reply), data, method or LORA, reply=reply)
+        run = run_of(source or bases(kind, reply), data, method or LORA, reply=reply)
         head = run.task.head(run.task.load())
         base = run.model.load(head)
         plan = run.method.plan(base.info, seed=run.seed)
@@ -113,10 +120,53 @@ class TestExport:
         tokenizer = tf.AutoTokenizer.from_pretrained(out)
         options = {} if reply else {"num_labels": 2, "pad_token_id": tokenizer.pad_token_id}
         told = "".join(f", {name}={value}" for name, value in options.items())
-        assert f'from_pretrained("<the base>"{told})' in (out / "README.md").read_text()
+        assert f'from_pretrained("<this folder>"{told})' in (out / "README.md").read_text()
         model = PeftModel.from_pretrained(auto.from_pretrained(bases(kind, reply), **options).eval(), out).eval()
         assert (_logits(model, tokenizer) - expected).abs().max() < 1e-5
         assert [p.name for p in out.parent.iterdir()] == ["out"]
+
+    @pytest.mark.parametrize(("kind", "reply"), [("bert", False), ("gpt2", True), ("llama", False)])
+    def test_its_readme_loads_it_where_nothing_of_ours_is_known(
+        self, trained: Any, bases: Any, tmp_path: Path, kind: str, reply: bool, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        """Of a base out of a package, which only lorabench could find by its `package:` name."""
+        package = tmp_path / "site" / "packaged_base"
+        shutil.copytree(bases(kind, reply), package / "model")
+        (package / "__init__.py").touch()
+        monkeypatch.syspath_prepend(package.parent)
+        run, expected = trained(kind, reply=reply, source="package:packaged_base/model")
+        out = tmp_path / "out"
+        assert export.main([str(run), "--out", str(out)]) == 0
+        (code,) = re.findall(r"```python\n(.*?)```", (out / "README.md").read_text(), re.DOTALL)
+        (tmp_path / "load.py").write_text(
+            f"import sys, torch\n{code.replace('<this folder>', str(out))}"
+            f"inputs = tokenizer({TEXTS!r}, padding=True, return_tensors='pt')\n"
+            "torch.save(model.eval()(**inputs).logits.detach().double(), 'logits.pt')\n"
+            "assert not any(name.startswith(('lorabench', 'packaged_base')) for name in sys.modules)\n"
+        )
+        python = [sys.executable, "-I", "-W", "ignore", "load.py"]
+        done = subprocess.run(python, cwd=tmp_path, capture_output=True, text=True, check=False, timeout=120)
+        assert done.returncode == 0, done.stderr
+        assert (torch.load(tmp_path / "logits.pt", weights_only=True) - expected).abs().max() < 1e-5
+
+    def test_the_base_it_names(self, trained: Any, bases: Any, tmp_path: Path, capsys: Any) -> None:
+        run, _ = trained()
+
+        def named(out: str, *words: str) -> tuple[Any, Any]:
+            assert export.main([str(run), "--out", str(tmp_path / out), *words]) == 0
+            config = json.loads((tmp_path / out / "adapter_config.json").read_text())
+            return config["base_model_name_or_path"], config["revision"]
+
+        assert named("own") == (str(bases("bert", False).resolve()), None)
+        assert named("hub", "--base", "owner/original") == ("owner/original", None)
+        assert 'base_model: "owner/original"' in (tmp_path / "hub" / "README.md").read_text()
+        for words, text in (
+            (["--base", str(tmp_path)], f"--base={tmp_path}: a model's folder"),
+            (["--base", "package:a/b"], "--base=package:a/b: a model's folder"),
+            (["--base", "owner/original", "--merged"], "--base=owner/original: without --merged"),
+        ):
+            assert export.main([str(run), "--out", str(tmp_path / "none"), *words]) == 2
+            assert text in capsys.readouterr().err and not (tmp_path / "none").exists()
 
     @pytest.mark.parametrize(
         ("kind", "reply", "method"),
@@ -283,6 +333,19 @@ class TestPredict:
             assert text in capsys.readouterr().err
 
 
+def test_a_whole_sweep_gives_its_best_run_and_says_which(
+    trained: Any, sweep_dir: Path, tmp_path: Path, capsys: Any
+) -> None:
+    run, _ = trained()
+    told = f"taken from sweep {sweep_dir.name}: LoRA r = 4 ("
+    assert export.main([str(sweep_dir), "--out", str(tmp_path / "out")]) == 0
+    out = capsys.readouterr().out
+    assert out.startswith(told) and f"run {run.name}, seed 3" in out.splitlines()[0]
+    assert f"run {run.name}" in (tmp_path / "out" / "README.md").read_text()
+    assert predict.main([str(sweep_dir), "the small dog"]) == 0
+    assert capsys.readouterr().out.startswith(told)
+
+
 @pytest.mark.parametrize("face", [export, predict])
 class TestWhatIsNoTrainedRun:
     def fails(self, face: Any, run: Path, text: str, capsys: Any) -> None:
@@ -297,7 +360,9 @@ class TestWhatIsNoTrainedRun:
         (tmp_path / "bare").mkdir()
         self.fails(face, tmp_path / "nowhere" / "x", "no such directory", capsys)
         self.fails(face, tmp_path / "bare", "holds no run.json", capsys)
-        self.fails(face, sweep_dir, "whole sweep", capsys)
+        argv = ["a text"] if face is predict else ["--out", str(tmp_path / "out")]
+        assert face.main([str(run), *argv, "--cell", "x"]) == 2
+        assert "--cell=x: with a sweep's directory" in capsys.readouterr().err
         (run / "run.json").write_text("{")
         self.fails(face, run, "a record of this version", capsys)
 

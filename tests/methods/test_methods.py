@@ -153,6 +153,7 @@ def test_portable_words_never_reach_the_head_or_the_pooler():
             {"r": 20, "target_modules": ["k_proj"]},
             "method.r=20: at most 16: layer model.layers.0.self_attn.k_proj is 32×16",
         ),
+        ("llama", {"r": 4096}, "method.r=4096: at most 16: layer model.layers.0.self_attn.k_proj"),  # for all at once
         ("bert", {"rank_pattern": {"query": 40}}, "method.rank_pattern=40: at most 32"),
         (
             "bert",

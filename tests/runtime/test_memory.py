@@ -7,6 +7,7 @@ import threading
 import time
 import weakref
 from collections import defaultdict
+from dataclasses import replace
 
 import pytest
 
@@ -33,6 +34,21 @@ def test_estimates_lie_near_the_measured_peaks_of_the_reference_packs(repo):
         guess = estimate_peak(info, plans, runs[0], dtype=p["base_dtype"], device=p["device"], part_tokens=parts)
         ratio = guess / records[0].resources["peak_memory_bytes"]
         assert 0.6 < ratio < 1.5, (name, [r.method.label() for r in runs], round(ratio, 2))
+
+
+def test_an_estimate_counts_the_rows_and_lengths_that_there_are(repo):
+    record = Store(repo / "sweeps/ref_rank_sweep").records()[0]
+    run = RunConfig.from_dict(record.config)
+    info = preparation.base_info(run)
+    plans = [preparation.slice_plan(run, info)]
+
+    def guess(batch_size, lengths):
+        sized = replace(run, trainer=replace(run.trainer, batch_size=batch_size))
+        return estimate_peak(info, plans, sized, dtype="float32", device="cpu", part_tokens=512, lengths=lengths)
+
+    assert guess(5000, [20] * 297) == guess(297, [20] * 297) < guess(5000, [20] * 5000)
+    assert guess(32, [1] * 297) < guess(32, [20] * 297) < guess(32, [64] + [20] * 296)
+    assert guess(32, [64] * 297) == guess(32, None)  # as long as the task allows
 
 
 def test_a_peak_is_of_its_own_block():

@@ -446,3 +446,18 @@ def test_a_worker_that_dies_fails_its_pack_alone(cli, tmp_path):
     assert {r.config["method"]["r"]: r.status for r in Store("sweeps/s").records()} == {
         1: "completed", 2: "completed", 3: "failed",
     }  # fmt: skip
+
+
+@pytest.mark.skipif(not os.path.exists("/dev/full"), reason="Linux has a device that is always full")
+def test_a_launch_ends_well_whatever_its_output_takes(copied, tiny):
+    """A Latin-1 stdout and a full stderr fail no run; a full stdout is said in a line, after all is recorded."""
+    command = [sys.executable, "-m", "lorabench", "-m", *tiny, *GRID[1:], "sweep.confirm_seeds=[7,8,9]", *WHOLE]
+    env = os.environ | {"PYTHONIOENCODING": "latin-1"}
+    with open("/dev/full", "wb") as full:
+        made = subprocess.run(command, stdout=subprocess.PIPE, stderr=full, env=env, timeout=300, check=False)
+        assert made.returncode == 0
+        out = made.stdout.decode("latin-1")
+        assert "10 runs: 10 completed" in out
+        again = subprocess.run(command, stdout=full, stderr=subprocess.PIPE, env=env, timeout=300, check=False)
+    assert again.returncode == 1
+    assert again.stderr.decode("latin-1").splitlines()[-1] == "error: stdout cannot be written: No space left on device"

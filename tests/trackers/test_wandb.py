@@ -360,6 +360,9 @@ def test_the_tracker_sends_and_no_key_is_left_anywhere(
     assert any(server.keys)  # it was used
     offline = track(store, RUNS[2], mode="offline")
     leave(offline)
+    said = capsys.readouterr().err
+    assert said.startswith("tracker wandb: offline (as asked): nothing was sent; ") and said.count("\n") == 1
+    assert f"python -m lorabench.sync {store.root} sends" in said
     assert list(store.run_dir(RUNS[2]).glob("wandb/offline-run-*/*.wandb"))
     assert runs.wandb_id("my sweep", RUNS[2]) not in {r.name for r in server.runs.values()}
     files = [p for p in store.root.rglob("*") if p.is_file()]

@@ -15,7 +15,7 @@ from lorabench.training import precision, preparation
 from lorabench.training.batches import PackStream
 from lorabench.training.module import BoundTask
 from lorabench.training.optimizer import schedule
-from lorabench.training.train import Pack, measure_alone, train
+from lorabench.training.train import Pack, alone_seconds, measure_alone, train
 
 
 @pytest.fixture(scope="module")
@@ -174,6 +174,12 @@ def test_measuring_a_cell_leaves_nothing_behind(places, tmp_path):
     assert found["tokens"] > 0 and found["seconds"] > 0 and found["peak_memory_bytes"] > 0
     assert (found["reused_blocks"], found["trunk_seconds"]) == (0, 0.0)
     assert list(tmp_path.iterdir()) == []
+
+
+def test_seconds_alone_are_those_of_all_steps_where_no_tokens_are_counted():
+    with_tokens = [(float(2 * i), 50 * i) for i in range(10)]
+    assert alone_seconds(with_tokens) == (16.0, 400, 8)  # seconds, tokens, steps: the first two are warm-up
+    assert alone_seconds([(seconds, 0) for seconds, _ in with_tokens]) == (16.0, 0, 8)
 
 
 @pytest.mark.parametrize("steps", [2, 100])

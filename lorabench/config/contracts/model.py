@@ -133,6 +133,10 @@ class Model(Component, ABC):
         """Return the files whose size is what the base takes on disk; empty where that is not known."""
         return ()
 
+    def transformers_folder(self) -> Path | None:
+        """Return a folder that `from_pretrained` of transformers loads the base from; None where there is none."""
+        return None
+
     @abstractmethod
     def fingerprint(self) -> str:
         """Return a hash that changes whenever the weights or the processor do."""

@@ -64,6 +64,7 @@ class WandbTracker(Tracker):
         self.to_arrive: dict[str, None] = {}  # runs that have ended here, in order, and the report
         self.stopped = False  # in the middle of training
         self.may_go_on, self.why = False, ""  # what the mirror has said
+        self.mode = resolve_mode(settings.mode)
         self.agent = Agent.from_environment()  # its run is the first that starts here
         self.process = self._start_mirror(settings, sweep)
         self.outbox: queue.Queue[str] = queue.Queue(MAX_MESSAGES)
@@ -71,13 +72,13 @@ class WandbTracker(Tracker):
         for thread in self.threads:
             thread.start()
         atexit.register(self.leave)
-        for record in abandoned_runs(store) if resolve_mode(settings.mode) != "disabled" else ():
+        for record in abandoned_runs(store) if self.mode != "disabled" else ():
             config = record.config
             self._begin(record.run_id, config, method_name(config), run_tags(config))
             self._finish(record.run_id)
 
     def _start_mirror(self, settings: TrackerConfig, sweep: str) -> subprocess.Popen[str]:
-        agent, mode = self.agent, resolve_mode(settings.mode)
+        agent, mode = self.agent, self.mode
         project = (agent and agent.project) or settings.project
         entity = (agent and agent.entity) or settings.entity
         where = {"project": project, "entity": entity}
@@ -175,6 +176,10 @@ class WandbTracker(Tracker):
                 print("tracker wandb: waiting for W&B", file=sys.stderr)
 
     def _print_left(self, going_on: bool, unfinished: str) -> None:
+        if self.mode == "offline" and self.to_arrive:
+            why = "as asked" if api_key() else "there is no WANDB_API_KEY and no `wandb login`"
+            sync = f"once there is one, python -m lorabench.sync {self.store.root} sends the sweep from its records"
+            print(f"tracker wandb: offline ({why}): nothing was sent; {sync}", file=sys.stderr)
         left = [name for name in self.to_arrive if is_pending(self.store, name)]
         runs = [name for name in left if name != REPORT]
         again = f"python -m lorabench.sync {self.store.root} sends what is missing"

@@ -3,6 +3,7 @@
 Measured on the base before the pack trains and on each slice after; with `task.probe_along` the probe also at each
 evaluation, in the run's history. Record metrics:
 `probe/<name>/<loss or accuracy>` (after), `probe/<name>/before`, `probe/<name>/examples`;
+`base/<metric>`: the base's own test metrics before training, of language models (`before`);
 `style/real`, `style/base`, `style/adapted` (mean probability that a reply is a real one), `style/examples`, and
 `style/moved`, `style/moved_low`, `style/moved_high` where the classifier can tell (`style`). Samples: `samples`.
 """
@@ -15,6 +16,7 @@ from contextlib import contextmanager
 
 from lorabench.tasks.probe import load_probe
 from lorabench.training.evaluation import forgetting, replies, samples
+from lorabench.training.evaluation.before import base_metrics
 from lorabench.training.evaluation.style import ReplyStyle
 from lorabench.training.session import Session
 
@@ -32,6 +34,7 @@ class AuxiliaryMeasures:
             self.probe_before = forgetting.base_score(session, self.probe) if self.probe else 0.0
             self.style = ReplyStyle(session, task.style_prompts) if task.style_prompts else None
             self.samples = samples.answer_before(session)
+            self.before = base_metrics(session)
         if task.probe_along:
             session.module.measure_during_training = self.measure_during_training
 
@@ -48,7 +51,7 @@ class AuxiliaryMeasures:
         s = self.session
         with self._clock():
             kept = s.module.kept
-            s.extras = {k: {} for k in kept}
+            s.extras = {k: dict(self.before) for k in kept}
             for k, scores in self._probe_scores(kept).items():
                 assert self.probe is not None
                 name = f"probe/{self.probe.task.name}"
@@ -71,6 +74,6 @@ class AuxiliaryMeasures:
     @contextmanager
     def _clock(self) -> Iterator[None]:
         """Add the seconds inside to `session.beside_seconds`."""
-        start = time.perf_counter()
+        start = time.monotonic()
         yield
-        self.session.beside_seconds = (self.session.beside_seconds or 0.0) + time.perf_counter() - start
+        self.session.beside_seconds = (self.session.beside_seconds or 0.0) + time.monotonic() - start

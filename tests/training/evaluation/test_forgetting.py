@@ -107,6 +107,29 @@ def test_the_loss_before_is_the_bases_own(places, tmp_path, kind):
     assert record.resources["beside_seconds"] > 0
 
 
+@pytest.mark.parametrize("method", ["lora", "full"])
+def test_a_language_models_own_test_loss_before_training_is_recorded(places, tmp_path, method):
+    changes = {} if method == "lora" else {"method.name": "full", "optimizer.lr": 1e-3}
+    run = lm_run(places, **changes)
+    (record,) = train(Pack("p0", (run,)), Store(tmp_path))
+    total, tokens, model = 0.0, 0, load_lm(places["gpt2"])
+    for e in preparation.prepare(run).encoded.splits["test"]:
+        ids = torch.as_tensor(e["input_ids"], dtype=torch.int64)[None]
+        with torch.no_grad():
+            logp = model(input_ids=ids).logits[0, :-1].log_softmax(-1)
+        total, tokens = total - float(logp.gather(1, ids[0, 1:, None]).sum()), tokens + ids.shape[1] - 1
+    assert record.metrics["base/loss"] == pytest.approx(total / tokens, abs=1e-10)
+    assert record.metrics["base/loss"] != record.metrics["test/loss"]
+    assert {k.removeprefix("base/") for k in record.metrics if k.startswith("base/")} == {
+        k.removeprefix("test/") for k in record.metrics if k.startswith("test/")
+    }
+
+
+def test_a_base_with_a_new_head_has_no_score_before(places, tmp_path):
+    (record,) = train(Pack("p0", (label_run(places),)), Store(tmp_path))
+    assert record.status == "completed" and not [k for k in record.metrics if k.startswith("base/")]
+
+
 def test_full_fine_tuning_is_measured_before_and_after_it_changed_the_base(places, tmp_path):
     run, store = lm_run(places, **{"method.name": "full", "optimizer.lr": 1e-3}), Store(tmp_path)
     (record,) = train(Pack("p0", (run,)), store)
