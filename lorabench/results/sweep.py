@@ -14,6 +14,7 @@ from lorabench.config.method_names import ORDER, in_words
 from lorabench.results.derived import derive_cells, setting_text
 from lorabench.results.formatting import natural_key
 from lorabench.results.selection import Choice, choose, lower_is_better, selection_metric
+from lorabench.results.settings_apart import split_cells
 from lorabench.store.records import Record, Store
 
 DEFAULT_MARGIN = 0.02  # of a sweep that declares none
@@ -179,6 +180,7 @@ def load(sweep_dir: str | Path, *, margin: float | None = None, metric: OtherMet
         )
     if not manifest.get("cells"):
         manifest = {**manifest, **derive_cells(records)}
+    manifest = split_cells(manifest, records)
     cells = cells_of(manifest, records)
     name = str(manifest.get("name") or root.resolve().name)
     sweep = Sweep(name, manifest, tuple(cells), records, store)
