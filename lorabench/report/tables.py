@@ -321,6 +321,8 @@ def _rate_mark(r: Result, rate: Rate) -> str:
         return "chosen, at the edge" if r.choice.edge else "chosen"
     if rate.failures:
         return "ineligible"
+    if rate.unmeasured:
+        return "not measured"
     if rate.pruned:
         return f"pruned at step {step_list(rate.pruned)}"
     return "incomplete" if rate.missing else ""
