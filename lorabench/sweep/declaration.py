@@ -11,6 +11,7 @@ from lorabench.config.cells import canonical, cell_id, cell_settings
 from lorabench.config.errors import ConfigError, ExistingWork
 from lorabench.config.overrides import override_value
 from lorabench.config.settings import StudyConfig
+from lorabench.results.formatting import check_margin
 from lorabench.results.settings_apart import differences
 from lorabench.store.records import Store
 from lorabench.sweep.packs import Job
@@ -27,6 +28,7 @@ def check_metrics(job: Job) -> None:
     for key, value in (("study.metric", study.metric), ("study.selection", study.selection)):
         if value is not None and value not in names:
             raise ConfigError(key, value, f"a metric of task {job.run.task.name}: {', '.join(names)}")
+    check_margin("study.margin", study.metric or job.run.task.metric, study.margin)
     if job.settings.sweep.prune and study.selection != "loss":
         raise ConfigError(
             "sweep.prune",
