@@ -147,7 +147,7 @@ def _rate(lr: float, runs: Sequence[Record | None], metric: str) -> Rate:
         elif r is None or r.status == "pruned":
             missing += 1
             pruned += [int(r.metrics.get("pruned_step") or 0)] if r else []
-        elif r.status == "completed" and (loss is None or score is None):
+        elif r.status == "completed" and not {"val/loss", f"val/{metric}"} <= set(r.metrics):
             unmeasured += 1
         else:
             failures += 1  # diverged, failed, or completed without a finite loss or score

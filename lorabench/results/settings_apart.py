@@ -52,7 +52,7 @@ def _split(cell: Mapping[str, Any], facts: Mapping[str, Facts]) -> list[dict[str
         groups.setdefault(canonical(values(run_id)), []).append(run_id)
     if len(groups) < 2:
         return [dict(cell)]
-    parts = []
+    parts: list[dict[str, Any]] = []
     for members in groups.values():
         label = {**cell["label"], "extra": {**cell["label"].get("extra", {}), **_texts(values(members[0]))}}
         kept = {role: [i for i in ids if i in members] for role, ids in cell["runs"].items()}
