@@ -17,6 +17,7 @@ from pathlib import Path
 import numpy as np
 
 from lorabench.adopt.sources import check_share, from_folders, from_table
+from lorabench.config.directions import is_lower_better
 from lorabench.config.errors import ConfigError
 from lorabench.runtime.command import command
 from lorabench.store.records import Store
@@ -38,9 +39,9 @@ def parser() -> argparse.ArgumentParser:
         "--set", action="append", default=[], metavar="KEY=VALUE", help="equal in all runs, e.g. task.name=mnli"
     )
     p.add_argument("--primary", metavar="METRIC", help="the metric that is compared (default: the first but the loss)")
-    p.add_argument(
-        "--lower-is-better", action="store_true", help="of the primary metric less is more, e.g. a word error rate"
-    )
+    way = p.add_mutually_exclusive_group()
+    way.add_argument("--lower-is-better", action="store_true", help="less of the primary metric is better")
+    way.add_argument("--higher-is-better", action="store_true", help="more is; of a known metric neither is needed")
     p.add_argument("--attach", type=Path, metavar="RUN", help="add an evaluation to a run's record instead")
     p.add_argument("--score", action="append", default=[], metavar="NAME=NUMBER", help="with --attach")
     p.add_argument(
@@ -64,8 +65,8 @@ def adopt(args: argparse.Namespace) -> str:
         )
     else:
         records = from_folders(args.source, fixed=fixed, primary=args.primary)
-    for record in records if args.lower_is_better else ():
-        record.metrics["lower_is_better"] = True
+    for record in records:
+        record.metrics["lower_is_better"] = _direction(record.metrics["primary"], args)
     store = Store(args.out)
     store.check_foreign()
     for record in records:
@@ -78,6 +79,17 @@ def adopt(args: argparse.Namespace) -> str:
             "into a directory of their own and set python -m lorabench.compare on both"
         )
     return f"{len(records)} runs in {args.out}{told}\npython -m lorabench.report {args.out} renders the report"
+
+
+def _direction(metric: str, args: argparse.Namespace) -> bool:
+    """Return whether less of a metric is better, as was said, else as its name says. Raises `ConfigError`."""
+    known = is_lower_better(metric)
+    if args.lower_is_better or args.higher_is_better:
+        return bool(args.lower_is_better)
+    if known is None:
+        allowed = "a metric whose direction is known, or say it: --lower-is-better or --higher-is-better"
+        raise ConfigError("--primary", metric, allowed)
+    return known
 
 
 def attach(args: argparse.Namespace) -> str:

@@ -66,3 +66,11 @@ def is_multiple_of_rank(rule: str | None) -> bool:
 def round_alpha(rule: str | None) -> str:
     """Return a rule with its numbers to four digits: `5.657/sqrt(r)`."""
     return re.sub(r"\d+\.\d{4,}", lambda number: f"{float(number[0]):.4g}", rule or "")
+
+
+def size_key(rule: str) -> tuple[str, float, str]:
+    """Return a key to sort rules by: those of one form by their number, 2r before 16r and 8 before 16."""
+    known = parse(rule)
+    if known is None:
+        return rule, math.inf, rule
+    return f"{RSLORA_SUFFIX if known.use_rslora else ''}{'r' if known.times_r else ''}", known.factor, rule

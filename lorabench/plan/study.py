@@ -132,6 +132,7 @@ def count_study(jobs: Sequence[Job]) -> StudyPlan:
         raise ConfigError("experiment", settings.sweep.experiment, f"at least two cells to compare; it has {len(runs)}")
     task = jobs[0].run.task
     name = settings.study.metric or task.metric
+    formatting.check_margin("study.margin", name, settings.study.margin)
     lower = name in task.lower_is_better
     unit = task.units.get(name, "")
     unique = {job.run.run_id: job.run for job in jobs}

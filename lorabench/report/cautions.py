@@ -166,6 +166,8 @@ def _rate_warning(f: Findings, r: Result) -> str:
             "of its grid. The true best may lie beyond: widen the grid, "
             "or let the same command with sweep.extend_lr=true do it."
         )
+    if choice.lr is None and any(x.unmeasured for x in choice.rates) and not choice.ineligible:
+        return f"no validation {f.sweep.selection.replace('_', ' ')} is recorded, so no learning rate could be chosen."
     if choice.lr is None and choice.rates:
         pruned = ", was pruned" if any(x.pruned for x in choice.rates) else ""
         return f"no learning rate is eligible; at every one a seed diverged, failed{pruned} or has not ended."

@@ -94,7 +94,7 @@ def claims_table(verdicts: list[Verdict]) -> Table:
     notes = [CLAIMS_NOTE]
     if others := len(verdicts) - len(applicable):
         notes.append(
-            f"{others} more claims were made under conditions this sweep does not meet: "
+            f"{others} more {'claim was' if others == 1 else 'claims were'} made under conditions this sweep does not meet: "
             "python -m lorabench.claims lists them and says what a sweep would need."
         )
     return Table("claims", "Claims of the literature, judged on this sweep", columns, rows, tuple(notes))

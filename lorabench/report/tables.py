@@ -235,9 +235,10 @@ def _margin_notes(f: Findings) -> Iterator[str]:
     if f.versus and f.reference:
         family = sum(not x.exploratory for x in f.versus.values())
         others = len(f.versus) - family
-        rest = f" The {others} others are exploratory: 95 % each, not adjusted." if others else ""
+        subject = "The other one is" if others == 1 else f"The {others} others are"
+        rest = f" {subject} exploratory: 95 % each, not adjusted." if others else ""
         yield (
-            f"Direction and its interval are adjusted by Holm's steps within the {family} comparisons with "
+            f"Direction and its interval are adjusted by Holm's steps within the {formatting.plural(family, 'comparison')} with "
             f"{declared.reference(f)}.{rest} "
             "Margin: two one-sided tests at 5 %, apart from the direction. “Not resolved” is not “equal”."
         )
@@ -321,6 +322,8 @@ def _rate_mark(r: Result, rate: Rate) -> str:
         return "chosen, at the edge" if r.choice.edge else "chosen"
     if rate.failures:
         return "ineligible"
+    if rate.unmeasured:
+        return "not measured"
     if rate.pruned:
         return f"pruned at step {step_list(rate.pruned)}"
     return "incomplete" if rate.missing else ""

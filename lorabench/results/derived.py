@@ -6,7 +6,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from lorabench.config import alpha_rules
-from lorabench.config.cells import cell_id
+from lorabench.config.cells import cell_id, cell_settings
 from lorabench.config.method_names import display_name
 from lorabench.config.overrides import flatten
 from lorabench.store.records import Record
@@ -54,10 +54,12 @@ def _axes(configs: Sequence[Mapping[str, Any]]) -> list[str]:
     """Dotted fields, beside those of the label, that have more than one value among the configs that have them."""
     seen: dict[str, set[str]] = {}
     for config in configs:
+        settings = {".".join(key.split(".")[:2]) for key in cell_settings(config)}
         for key, value in flatten(config):
+            if ".".join(key.split(".")[:2]) not in settings:
+                continue  # it changes no number, or is rate, seed or role
             seen.setdefault(key, set()).add(setting_text(value))
-    apart = LABEL_FIELDS | {"seed", "role", "optimizer.lr"}
-    return sorted(key for key, values in seen.items() if len(values) > 1 and key not in apart)
+    return sorted(key for key, values in seen.items() if len(values) > 1 and key not in LABEL_FIELDS)
 
 
 def _label(config: Mapping[str, Any], axes: Sequence[str]) -> dict[str, Any]:

@@ -5,6 +5,8 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
+from lorabench.config.errors import ConfigError
+
 DASH = "–"
 SHARES = {"accuracy", "macro_f1", "token_accuracy"}  # shown as per cent, their differences as points
 TITLES = {
@@ -139,6 +141,14 @@ def natural_key(text: str) -> tuple[float, str]:
         return float(text.replace(",", "")), text
     except ValueError:
         return math.inf, text
+
+
+def check_margin(key: str, metric: str, margin: float) -> None:
+    """Raise `ConfigError` for a margin of 1 or more of a share (0 to 1), which was meant in points."""
+    if metric in SHARES and margin >= 1:
+        points = f"{margin:g} {'point is' if margin == 1 else 'points are'} {margin / 100:g}"
+        allowed = f"below 1: {TITLES.get(metric, metric)} is a share from 0 to 1, and {points} of it"
+        raise ConfigError(key, margin, allowed)
 
 
 def plural(n: int, word: str) -> str:

@@ -15,6 +15,7 @@ from dataclasses import dataclass, field
 from statistics import fmean
 from typing import Any, Literal
 
+from lorabench.config.directions import is_lower_better
 from lorabench.store.records import Record
 
 
@@ -27,15 +28,16 @@ class Rate:
     failures: int = 0  # seeds that diverged or failed
     missing: int = 0  # seeds that were pruned or have not ended yet
     pruned: tuple[int, ...] = ()  # of these the pruned ones: the step of each, in seed order, 0 where none is recorded
+    unmeasured: int = 0  # seeds that ended well and recorded nothing that chooses (of another tool's results)
     scores: tuple[float, ...] = ()  # the selection metric, where that is not the loss; in seed order
 
     @property
     def eligible(self) -> bool:
-        return bool(self.losses) and not self.failures and not self.missing
+        return bool(self.losses) and not self.failures and not self.missing and not self.unmeasured
 
     @property
     def seeds(self) -> int:
-        return len(self.losses) + self.failures + self.missing
+        return len(self.losses) + self.failures + self.missing + self.unmeasured
 
     @property
     def mean(self) -> float:
@@ -97,8 +99,8 @@ def selection_metric(manifest: Mapping[str, Any]) -> str:
 
 
 def lower_is_better(manifest: Mapping[str, Any], metric: str) -> bool:
-    """Whether less of a metric is better: as the manifest says, which has it from the task, else by its name."""
-    return metric in manifest.get("lower_is_better", ("loss", "perplexity"))
+    """Whether less of a metric is better: as the manifest says, which has it from the task, or as its name does."""
+    return metric in manifest.get("lower_is_better", ()) or is_lower_better(metric) is True
 
 
 def choose(manifest: Mapping[str, Any], records: Mapping[str, Record]) -> dict[str, Choice]:
@@ -136,7 +138,7 @@ def _rate_and_seed(entry: Mapping[str, Any] | None) -> tuple[float, int] | None:
 
 def _rate(lr: float, runs: Sequence[Record | None], metric: str) -> Rate:
     losses, scores = list[float](), list[float]()
-    failures, missing, pruned = 0, 0, list[int]()
+    failures, missing, unmeasured, pruned = 0, 0, 0, list[int]()
     for r in runs:
         loss, score = (r.metrics.get(f"val/{m}") if r and r.status == "completed" else None for m in ("loss", metric))
         if loss is not None and score is not None and math.isfinite(loss) and math.isfinite(score):
@@ -145,10 +147,12 @@ def _rate(lr: float, runs: Sequence[Record | None], metric: str) -> Rate:
         elif r is None or r.status == "pruned":
             missing += 1
             pruned += [int(r.metrics.get("pruned_step") or 0)] if r else []
+        elif r.status == "completed" and not {"val/loss", f"val/{metric}"} <= set(r.metrics):
+            unmeasured += 1
         else:
             failures += 1  # diverged, failed, or completed without a finite loss or score
     shown = () if metric == "loss" else tuple(scores)
-    return Rate(lr, tuple(losses), failures, missing, tuple(pruned), shown)
+    return Rate(lr, tuple(losses), failures, missing, tuple(pruned), unmeasured, shown)
 
 
 def _side(best: Rate, rates: Sequence[Rate]) -> Literal["low", "high"] | None:

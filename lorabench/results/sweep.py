@@ -12,8 +12,9 @@ from lorabench.config import alpha_rules
 from lorabench.config.errors import ConfigError
 from lorabench.config.method_names import ORDER, in_words
 from lorabench.results.derived import derive_cells, setting_text
-from lorabench.results.formatting import natural_key
+from lorabench.results.formatting import check_margin, natural_key
 from lorabench.results.selection import Choice, choose, lower_is_better, selection_metric
+from lorabench.results.settings_apart import split_cells
 from lorabench.store.records import Record, Store
 
 DEFAULT_MARGIN = 0.02  # of a sweep that declares none
@@ -179,9 +180,12 @@ def load(sweep_dir: str | Path, *, margin: float | None = None, metric: OtherMet
         )
     if not manifest.get("cells"):
         manifest = {**manifest, **derive_cells(records)}
+    manifest = split_cells(manifest, records)
     cells = cells_of(manifest, records)
     name = str(manifest.get("name") or root.resolve().name)
     sweep = Sweep(name, manifest, tuple(cells), records, store)
+    if margin is not None:
+        check_margin("margin", metric.name if metric else sweep.primary, margin)
     if metric is not None and metric.name != sweep.primary:
         return _by_metric(sweep, metric, margin)
     return sweep if margin in (None, sweep.declared_margin) else replace(sweep, post_hoc=margin)
@@ -234,7 +238,9 @@ def _table_order(cell: Cell) -> tuple[Any, ...]:
     """Adapters first, by series and rank; then what else trains, from little to much."""
     known = ORDER.index(cell.method) if cell.method in ORDER else len(ORDER)
     extra = tuple((k, natural_key(v)) for k, v in cell.extra)  # 500 before 2500
-    series = (known, cell.method, str(cell.alpha_rule), cell.targets, extra) if cell.adapter else ()
+    series = (
+        (known, cell.method, alpha_rules.size_key(str(cell.alpha_rule)), cell.targets, extra) if cell.adapter else ()
+    )
     return (not cell.adapter, series, cell.r or 0, cell.trainable or 0, known, extra, cell.id)
 
 

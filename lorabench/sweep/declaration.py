@@ -7,9 +7,12 @@ from dataclasses import asdict
 from typing import Any
 
 from lorabench.config import alpha_rules
-from lorabench.config.cells import cell_id
+from lorabench.config.cells import canonical, cell_id, cell_settings
 from lorabench.config.errors import ConfigError, ExistingWork
+from lorabench.config.overrides import override_value
 from lorabench.config.settings import StudyConfig
+from lorabench.results.formatting import check_margin
+from lorabench.results.settings_apart import differences
 from lorabench.store.records import Store
 from lorabench.sweep.packs import Job
 
@@ -25,6 +28,7 @@ def check_metrics(job: Job) -> None:
     for key, value in (("study.metric", study.metric), ("study.selection", study.selection)):
         if value is not None and value not in names:
             raise ConfigError(key, value, f"a metric of task {job.run.task.name}: {', '.join(names)}")
+    check_margin("study.margin", study.metric or job.run.task.metric, study.margin)
     if job.settings.sweep.prune and study.selection != "loss":
         raise ConfigError(
             "sweep.prune",
@@ -84,6 +88,70 @@ def check_unchanged(manifest: Mapping[str, Any], study: StudyConfig, root: Any) 
                     else f", or study.{key}={_text(before)} as declared"
                 ),
             )
+
+
+def check_standing(store: Store, jobs: Sequence[Job]) -> None:
+    """Raise `ExistingWork` where the jobs do not fit what the sweep holds: its declaration, its cells' settings, the
+    data and the base that its runs were trained on. Nothing is written."""
+    manifest, settings = store.manifest(), jobs[0].settings
+    check_unchanged(manifest, settings.study, store.root)
+    check_one_setting(manifest, jobs, store.root)
+    if not settings.sweep.accept_drift:
+        _check_same_data(manifest, store, jobs)
+
+
+def _check_same_data(manifest: Mapping[str, Any], store: Store, jobs: Sequence[Job]) -> None:
+    from lorabench.sweep.resume import check_drift  # torch: not before it is needed
+
+    cells = {c["id"]: [i for ids in c["runs"].values() for i in ids] for c in manifest.get("cells", ())}
+    joining = {cell_id(j.label): j.run for j in jobs if j.run.run_id not in manifest.get("runs", {})}
+    for name, run in joining.items():
+        found = (store.read(i) for i in cells.get(name, ()))
+        if record := next((r for r in found if r is not None and r.status != "failed"), None):
+            check_drift(record, run)
+
+
+def check_one_setting(manifest: Mapping[str, Any], jobs: Sequence[Job], root: Any) -> None:
+    """Raise `ExistingWork` where a run would join a cell whose runs have other settings, or bring data, base or budget
+    that the sweep has not seen and no axis of its cell shows. Runs that are listed already are not asked again."""
+    listed = manifest.get("runs", {})
+    cells = {c["id"]: _first_config(c, listed) for c in manifest.get("cells", ())}
+    standing = {name: cell_settings(config) for name, config in cells.items() if config}
+    seen: dict[str, set[str]] = {}
+    for settings in standing.values():
+        for key, value in settings.items():
+            seen.setdefault(key, set()).add(canonical(value))
+    begun = bool(standing)
+    for job in jobs:
+        if job.run.run_id in listed:
+            continue
+        name, now = cell_id(job.label), cell_settings(job.run.to_dict())
+        if name in standing:
+            _refuse(differences(standing[name], now), standing[name], now, f"cell {name} of the sweep in {root}")
+        elif begun:
+            shown = job.label["extra"]
+            common = [k for k in now if not k.startswith("method.") and k not in shown and k.split(".")[0] not in shown]
+            fresh = [key for key in common if canonical(now[key]) not in seen.get(key, {canonical(now[key])})]
+            _refuse(fresh, next(iter(standing.values())), now, f"the sweep in {root}")
+        standing.setdefault(name, now)
+
+
+def _first_config(cell: Mapping[str, Any], listed: Mapping[str, Any]) -> Mapping[str, Any] | None:
+    return next((listed[i]["config"] for ids in cell["runs"].values() for i in ids if i in listed), None)
+
+
+def _refuse(keys: Sequence[str], then: Mapping[str, Any], now: Mapping[str, Any], where: str) -> None:
+    if not keys:
+        return
+    key = keys[0]
+    before, after = (override_value(values.get(key)) for values in (then, now))
+    others = f" (and other values of {', '.join(keys[1:])})" if keys[1:] else ""
+    raise ExistingWork(
+        key,
+        after,
+        f"{where} was trained with {before}{others}: one average of both would be of neither; another sweep.name, or "
+        f"one multirun that has both as an axis under another sweep.name: -m {key}={before},{after}",
+    )
 
 
 def _text(value: Any) -> str:

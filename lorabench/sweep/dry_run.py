@@ -29,7 +29,7 @@ def dry_run(store: Store, jobs: Sequence[Job], plans: Mapping[str, SlicePlan], c
     """Print what a command would do. No weights are loaded and nothing is written. Raises what the command itself
     would."""
     jobs, settings = list({j.run.run_id: j for j in jobs}.values()), jobs[0].settings
-    declaration.check_unchanged(store.manifest(), settings.study, store.root)
+    declaration.check_standing(store, jobs)
     runs = [job.run for job in jobs]
     torn = damaged_files(store, [run.run_id for run in runs])
     finished = finished_records(store, settings, [run for run in runs if run.run_id not in torn])

@@ -74,7 +74,7 @@ def execute(jobs: Sequence[Job], *, executor: Executor = map, console: Console |
     if settings.sweep.dry_run:
         dry_run(store, jobs, plans, console)
         return [None] * len(jobs)
-    declaration.check_unchanged(store.manifest(), settings.study, store.root)
+    declaration.check_standing(store, jobs)
     write_cells(store, jobs, plans, only_new=True)
     here = not isinstance(executor, Crew)  # else packs are jobs, and the machine that trains notes its device
     with store.locked():

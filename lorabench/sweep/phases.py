@@ -23,7 +23,7 @@ def declare(jobs: Sequence[Job], command: Sequence[str] = ()) -> None:
     store = Store(jobs[0].settings.sweep.dir)
     store.check_foreign()
     if not jobs[0].settings.sweep.dry_run:
-        declaration.check_unchanged(store.manifest(), jobs[0].settings.study, store.root)
+        declaration.check_standing(store, jobs)
         write_cells(store, jobs, plans, only_new=False, command=command)
 
 

@@ -17,6 +17,7 @@ from typing import Any, ClassVar
 import numpy as np
 
 from lorabench.config.contracts.task import Task
+from lorabench.config.directions import is_lower_better
 from lorabench.config.errors import ConfigError
 
 Rows = Mapping[str, np.ndarray]
@@ -40,7 +41,11 @@ class ExtensibleMetrics(Task):
 
     @property
     def lower_is_better(self) -> tuple[str, ...]:
-        users = (name for name, function in self._user_metrics() if getattr(function, "lower_is_better", False))
+        users = (
+            name
+            for name, function in self._user_metrics()
+            if getattr(function, "lower_is_better", is_lower_better(name) is True)
+        )
         return (*LOWER_IS_BETTER, *users)
 
     def _user_metrics(self) -> list[tuple[str, Metric]]:

@@ -51,7 +51,7 @@ def test_a_wandb_export_becomes_a_report(tmp_path: Path, capsys: pytest.CaptureF
     assert "8 runs" in told and "nothing was said of method.name, model.name, trainer.batch_size" in told
     records = Store(out).records()
     assert {r.role for r in records} == {"confirm"}
-    assert all(set(r.metrics) == {"val/loss", "test/accuracy", "primary"} for r in records)
+    assert all(set(r.metrics) == {"val/loss", "test/accuracy", "primary", "lower_is_better"} for r in records)
     assert {r.config["method"]["r"] for r in records} == {4, 16}
     assert records[0].provenance["missing"] == ["method.name", "trainer.batch_size", "model.name"]
     made = render(out, tmp_path / "report")
@@ -296,3 +296,30 @@ def test_a_folder_of_folders_is_told_apart(tmp_path: Path, capsys: pytest.Captur
     assert f"its folders run-1, run-2 have such files: give {tmp_path / 'out'}/*/" in capsys.readouterr().err
     given = [*map(str, (tmp_path / "out").iterdir()), "--set", "optimizer.lr=1e-3"]
     assert main([*given, "--out", str(tmp_path / "mine")]) == 0
+
+
+def test_an_unknown_metric_is_asked_for_its_direction(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    def adopted(metric: str, *words: str) -> bool | None:
+        rows = [{"r": r, "lr": 1e-3, "seed": s, f"test_{metric}": 0.3 + s / 100} for r in (4, 8) for s in (0, 1)]
+        out = tmp_path / f"{metric}{len(words)}{''.join(words)}"
+        if main([str(table(tmp_path / "t.csv", rows)), "--out", str(out), *words]) == 2:
+            assert not out.exists()
+            return None
+        return load(out).lower_is_better
+
+    assert adopted("wer") is True and adopted("bleu") is False
+    assert adopted("quality") is None
+    assert "--lower-is-better or --higher-is-better" in capsys.readouterr().err
+    assert adopted("quality", "--lower-is-better") is True and adopted("quality", "--higher-is-better") is False
+
+
+def test_a_loss_that_is_missing_is_no_divergence(tmp_path: Path) -> None:
+    rows = [
+        {"r": 4, "lr": lr, "seed": s, "val_accuracy": 0.6 + s / 100, "test_accuracy": ""}
+        for lr in (1e-3, 2e-3)
+        for s in (0, 1)
+    ]
+    assert main([str(table(tmp_path / "t.csv", rows)), "--out", str(tmp_path / "mine")]) == 0
+    f = find(load(tmp_path / "mine"))
+    told = " ".join(warnings_of(f))
+    assert "no validation loss is recorded" in told and "diverged" not in told

@@ -46,6 +46,12 @@ def test_scaling_is_alpha_over_the_rank_or_its_root() -> None:
     assert alpha_rules.scaling(16, 4, use_rslora=True) == 8
 
 
+def test_rules_sort_by_their_number() -> None:
+    rules = ["128", "16r", "16", "2r", "8", "0.5r", "64/sqrt(r)", "8/sqrt(r)"]
+    ordered = ["8", "16", "128", "8/sqrt(r)", "64/sqrt(r)", "0.5r", "2r", "16r"]
+    assert sorted(rules, key=alpha_rules.size_key) == ordered
+
+
 def test_numbers_are_shown_to_four_digits() -> None:
     rules = ("5.656854249492381/sqrt(r)", "2r", "16", None)
     assert [alpha_rules.round_alpha(rule) for rule in rules] == ["5.657/sqrt(r)", "2r", "16", ""]

@@ -356,3 +356,8 @@ def test_steps_and_examples_are_those_of_the_longest_run(monkeypatch: pytest.Mon
     )
     assert found.steps == 300
     assert found.examples == {"train": 9600, "val": 100, "test": 200}
+
+
+def test_a_margin_of_a_share_is_not_in_points(command: Command) -> None:
+    code, _, told = command("rank_sweep", "study.margin=2")
+    assert code == 2 and "study.margin=2.0: below 1" in told and "2 points are 0.02" in told

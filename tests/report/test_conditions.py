@@ -71,7 +71,11 @@ def test_data_that_differ_as_the_axis_asks_are_no_warning(made: tuple[Findings, 
     try:
         store.write(dataclasses.replace(run, provenance={**run.provenance, "data_fingerprint": "another"}))
         told = [w for w in warnings(opened(store)[0]) if "version of the data" in w]
-        assert len(told) == 1 and "another for LoRA r = 1 (train_examples 500)" in told[0] and "9600" not in told[0]
+        assert (
+            len(told) == 1
+            and "another for LoRA r = 1 (data_fingerprint another, train_examples 500)" in told[0]
+            and "9600" not in told[0]
+        )
     finally:
         store.write(run)
 

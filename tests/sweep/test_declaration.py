@@ -280,3 +280,14 @@ def test_a_sweep_that_declared_nothing_says_so(tmp_path: Path) -> None:
     assert "No study was declared: accuracy" in text and "2.0 points (default)" in text
     with pytest.raises(ConfigError, match="margin"):
         load(root, margin=float("nan"))
+
+
+def test_a_margin_of_a_share_is_not_in_points(tmp_path: Path, cli: Any) -> None:
+    told = r"margin=2(\.0)?: below 1: accuracy is a share from 0 to 1, and 2 points are 0\.02"
+    code, out = cli(*GRID, *FAST, "study.margin=2", "study.metric=accuracy", "sweep.dry_run=true")
+    assert code == 2 and re.search(told, " ".join(out.split())), out
+    assert not Path("sweeps/s").exists()
+    with pytest.raises(ConfigError, match=told):
+        load(sweep(tmp_path), margin=2)
+    assert load(tmp_path / "rank", margin=2, metric=OtherMetric("loss", True)).margin == 2
+    assert cli(*GRID, *FAST, "study.margin=2", "study.metric=loss", "sweep.dry_run=true")[0] == 0
