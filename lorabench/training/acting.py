@@ -57,9 +57,7 @@ def check_runs(runs: Sequence[RunConfig], store: Store) -> None:
             base.model.eval()
 
 
-def check_stack(
-    model: nn.Module, stack: Stack, runs: Sequence[RunConfig], prepared: Prepared, info: BaseInfo
-) -> None:
+def check_stack(model: nn.Module, stack: Stack, runs: Sequence[RunConfig], prepared: Prepared, info: BaseInfo) -> None:
     """Raise `ConfigError` where an adapter of a slice does not act. Plans that passed before are taken as they are.
 
     runs: one a slice, all with one task and base.
