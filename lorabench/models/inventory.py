@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
-from lorabench.config.contracts.model import BaseInfo, LayerInfo
+from lorabench.config.contracts.model import ADAPTABLE, BaseInfo, LayerInfo
 
 if TYPE_CHECKING:
     from torch import nn
@@ -40,6 +40,7 @@ def _layer_info(name: str, module: nn.Module) -> LayerInfo | None:
         **sizes,
         weight_numel=sum(p.numel() for p in parameters.values()),
         bias_numel=0 if bias is None else bias.numel(),
+        beyond_adapters=0 if kind in ADAPTABLE else sum(p.numel() for p in parameters.values() if p.dim() > 1),
     )
 
 

@@ -175,6 +175,8 @@ def _resources(s: Session, k: int) -> dict[str, Any]:
         "val_examples": len(s.prepared.encoded.splits["val"]),
         "test_examples": len(s.prepared.encoded.splits["test"]),
     }
+    if s.plans[k].adapters:
+        found["beyond_adapters"] = s.base.info.beyond_adapters
     if s.beside_seconds is not None:
         found["beside_seconds"] = s.beside_seconds / size
     if tokens:
