@@ -72,7 +72,7 @@ def execute(jobs: Sequence[Job], *, executor: Executor = map, console: Console |
     declaration.check_unchanged(store.manifest(), settings.study, store.root)
     here = not isinstance(executor, Crew)  # else packs are jobs, and the machine that trains notes its device
     if here:
-        acting.check_runs([job.run for job in jobs], store)
+        acting.check_runs([job.run for job in jobs], store, max_pack=settings.sweep.max_pack)
     write_cells(store, jobs, plans, only_new=True)
     with store.locked():
         for line in reuse.copy_runs(store, [job.run for job in jobs], settings.sweep.reuse):

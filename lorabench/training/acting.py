@@ -1,4 +1,4 @@
-"""One small pass through the loaded base before anything is written: does every adapter act?
+"""One small pass through the loaded base before anything is written: is padding harmless, does every adapter act?
 
 Raises `ConfigError` that names the layers and the targets to take instead.
 """
@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from lorabench.adapters import IdleAdapters, Stack, check_adapters_act, inject
 from lorabench.config.contracts.method import SlicePlan
-from lorabench.config.contracts.model import BaseInfo
+from lorabench.config.contracts.model import Base, BaseInfo
 from lorabench.config.contracts.task import Encoded, Task
 from lorabench.config.errors import ConfigError
 from lorabench.config.overrides import quote
@@ -23,6 +23,7 @@ from lorabench.config.runs import RunConfig, digest
 from lorabench.methods.targets import suffixes
 from lorabench.store.records import Store
 from lorabench.training import precision, preparation
+from lorabench.training.padding import check_padding
 from lorabench.training.preparation import Prepared
 
 ROWS = 2  # of each slice in a batch
@@ -34,27 +35,37 @@ NAMED = 4  # layers that an error lists
 _known: set[str] = set()  # hashes of bases, tasks and plans that passed in this process
 
 
-def check_runs(runs: Sequence[RunConfig], store: Store) -> None:
-    """Raise `ConfigError` for the first run with an adapter that does not act. One pass for runs of equal layers.
+def check_runs(runs: Sequence[RunConfig], store: Store, *, max_pack: int | None = None) -> None:
+    """Raise `ConfigError` for the first run whose base makes its losses depend on padding, or whose adapter is idle.
 
-    Loads the base, which the packs of this process then find loaded. A run whose folder is there has passed.
+    One pass for runs of equal layers. It loads the base, which the packs of this process then find loaded. A run whose
+    folder is there has passed. max_pack: runs that may train together; None: any number.
     """
     begun = set(store.run_ids())
     for run in runs:
-        if run.run_id in begun or run.method.trains_base:
+        if run.run_id in begun:
             continue
         plan = preparation.slice_plan(run, preparation.base_info(run))
-        if not plan.adapters or _key(run, plan) in _known:
+        key = _key(run, plan)
+        if key in _known:
             continue
         prepared = preparation.prepare(run)
         base = preparation.load_base(run, prepared.head, precision.resolve_in_sweep(run, store))
         prepared = _teach_few(run, prepared, base.model)
-        stack = inject(base.model, [preparation.slice_plan(run, base.info)], info=base.info)
-        try:
-            check_stack(base.model, stack, [run], prepared, base.info)
-        finally:
-            stack.remove()
-            base.model.eval()
+        check_padding(run, base.model, prepared, pack_size=max_pack or len(runs))
+        if plan.adapters:
+            _check_plan(run, base, prepared)
+        _known.add(key)
+
+
+def _check_plan(run: RunConfig, base: Base, prepared: Prepared) -> None:
+    """Put a run's adapters onto the base, check them, and take them off again."""
+    stack = inject(base.model, [preparation.slice_plan(run, base.info)], info=base.info)
+    try:
+        check_stack(base.model, stack, [run], prepared, base.info)
+    finally:
+        stack.remove()
+        base.model.eval()
 
 
 def check_stack(model: nn.Module, stack: Stack, runs: Sequence[RunConfig], prepared: Prepared, info: BaseInfo) -> None:
@@ -74,8 +85,16 @@ def check_stack(model: nn.Module, stack: Stack, runs: Sequence[RunConfig], prepa
 
 def _key(run: RunConfig, plan: SlicePlan) -> str:
     """Return a hash of what decides whether adapters act: base, task, and which kind stands on which layer."""
-    adapters = {name: [spec.kind, spec.init, spec.r > 0] for name, spec in plan.adapters.items()}
-    return digest([dataclasses.asdict(run.model), dataclasses.asdict(run.task), adapters, list(plan.modules)])  # type: ignore[arg-type]
+    adapters: dict[str, Any] = {name: [spec.kind, spec.init, spec.r > 0] for name, spec in plan.adapters.items()}
+    return digest(
+        [
+            dataclasses.asdict(run.model),
+            dataclasses.asdict(run.task),
+            adapters,
+            list(plan.modules),
+            run.trainer.precision,
+        ]
+    )  # type: ignore[arg-type]
 
 
 def _forwards(model: nn.Module, stack: Stack, task: Task, prepared: Prepared) -> Iterator[Callable[[], Tensor]]:

@@ -28,6 +28,7 @@ from lorabench.training.checkpointing import Checkpoint, Saver, load_checkpoint,
 from lorabench.training.evaluation.measures import AuxiliaryMeasures
 from lorabench.training.fit import CheckpointCallback, TrainingClock, fit, make_trainer, quiet_lightning
 from lorabench.training.module import BoundTask, PackModule
+from lorabench.training.padding import check_padding
 from lorabench.training.session import Session, failed_record, make_records
 from lorabench.training.trunk_cache import TrunkCache
 
@@ -246,9 +247,12 @@ def open_session(
 def check_isolation(s: Session) -> None:
     """Raise `SlicesMix` for a base that lets slices see each other, tried on two rows a slice, no two alike.
 
-    Raises `ConfigError` for an adapter that does not act, of a run alone, too.
+    Raises `ConfigError` for a base on which padding changes losses and for an adapter that does not act, of a run
+    alone, too.
     """
     if not fsdp.is_sharded(s.base.model):
+        with s.stack.active(()):
+            check_padding(s.pack.runs[0], s.base.model, s.prepared, pack_size=len(s.pack.runs))
         acting.check_stack(s.base.model, s.stack, s.pack.runs, s.prepared, s.base.info)
     if len(s.pack.runs) == 1:
         return
