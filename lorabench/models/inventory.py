@@ -61,17 +61,17 @@ def _shape(module: nn.Module) -> tuple[str, dict[str, int]]:
         return kind, {"in_features": weight.shape[0], "out_features": weight.shape[1]}
     if isinstance(module, nn.Linear) and kind != "NonDynamicallyQuantizableLinear":
         return "Linear", {"in_features": module.in_features, "out_features": module.out_features}
-    if _is_plain(module, nn.Embedding) or (isinstance(module, nn.Embedding) and hasattr(module, "embed_scale")):
+    if isinstance(module, nn.Embedding) and (_computes_as(module, nn.Embedding) or hasattr(module, "embed_scale")):
         return "Embedding", {"in_features": module.num_embeddings, "out_features": module.embedding_dim}
-    if _is_plain(module, nn.Conv2d) and module.padding_mode == "zeros":
+    if isinstance(module, nn.Conv2d) and _computes_as(module, nn.Conv2d) and module.padding_mode == "zeros":
         kernel = module.kernel_size[0] * module.kernel_size[1]
         sizes = {"in_features": module.in_channels, "out_features": module.out_channels}
         return "Conv2d", sizes | {"groups": module.groups, "kernel": kernel}
     return kind, {"in_features": 0, "out_features": 0}
 
 
-def _is_plain(module: nn.Module, kind: type[nn.Module]) -> bool:
-    """Whether a module is of a kind and computes as that kind does."""
+def _computes_as(module: nn.Module, kind: type[nn.Module]) -> bool:
+    """Whether a module of a kind has that kind's forward pass, and none of its own."""
     methods = [name for name in ("forward", "_conv_forward") if hasattr(kind, name)]
     same = all(getattr(type(module), name) is getattr(kind, name) for name in methods)
-    return isinstance(module, kind) and same and "forward" not in vars(module)
+    return same and "forward" not in vars(module)

@@ -94,7 +94,7 @@ def _key(run: RunConfig, plan: SlicePlan) -> str:
             list(plan.modules),
             run.trainer.precision,
         ]
-    )  # type: ignore[arg-type]
+    )
 
 
 def _forwards(model: nn.Module, stack: Stack, task: Task, prepared: Prepared) -> Iterator[Callable[[], Tensor]]:
