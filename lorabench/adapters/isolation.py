@@ -30,7 +30,7 @@ def check_slices_independent(model: nn.Module, stack: Stack, forward: Callable[[
     """
     if stack.size == 1:
         return
-    with _restore_after(model, stack):
+    with restore_after(model, stack):
         model.train()
         torch.manual_seed(0)
         for t in stack.named_trainables():
@@ -98,7 +98,7 @@ def _leaks(x: Tensor, size: int, rows: int) -> bool:
 
 
 @contextmanager
-def _restore_after(model: nn.Module, stack: Stack) -> Iterator[None]:
+def restore_after(model: nn.Module, stack: Stack) -> Iterator[None]:
     """Put trainable tensors, gradients, buffers, training flags and the random state back after the block."""
     trainables = stack.named_trainables()
     values = [t.parameter.detach().clone() for t in trainables]

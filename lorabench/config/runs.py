@@ -121,7 +121,17 @@ def parse(cfg: DictConfig) -> tuple[RunConfig, Settings]:
         tracker=_parse_section(TrackerConfig, cfg, "tracker"),
         study=_parse_section(StudyConfig, cfg, "study"),
     )
-    return parse_run(cfg, role=settings.sweep.role), settings
+    return _follow(parse_run(cfg, role=settings.sweep.role), settings.study.selection), settings
+
+
+def _follow(run: RunConfig, selection: str) -> RunConfig:
+    """Return a run whose best step is by the study's selection metric unless `trainer.monitor` names another.
+
+    The loss is the default, which is not written into the run, so that its `run_id` is that of older records.
+    """
+    monitor = run.trainer.monitor or selection
+    found = None if monitor == selection == "loss" else monitor
+    return dataclasses.replace(run, trainer=dataclasses.replace(run.trainer, monitor=found))
 
 
 def parse_run(cfg: DictConfig, *, role: str) -> RunConfig:

@@ -47,6 +47,9 @@ class TrainerConfig(Section):
     eval_batch_size: int = knob(128, help="examples an evaluation batch", low=1, identity=False)
     eval_interval: int | None = knob(None, help="steps between evaluations; null: five a run", low=1)
     keep: str = knob("best", help="which weights a run ends with", choices=("best", "last"))
+    monitor: str | None = knob(
+        None, help="validation metric that keep=best and early stopping follow; null: study.selection", added="0.1.0"
+    )
     early_stopping_patience: int | None = knob(None, help="evaluations without a better one; null: off", low=1)
     precision: str = knob("auto", help="auto, 32, bf16, 64, or Lightning's own names")
     accelerator: str = knob("auto", help="Lightning's accelerator", identity=False)
@@ -129,7 +132,7 @@ class StudyConfig(Section):
 
     question: str | None = knob(None, help="one sentence, shown on the report")
     metric: str | None = knob(None, help="primary metric of the tables; null: the task's own")
-    selection: str = knob("loss", help="validation metric that chooses the rate")
+    selection: str = knob("loss", help="validation metric that chooses the rate, and each run's best step")
     margin: float = knob(0.02, help="difference of the primary metric that would matter", above=0)
     reference: str | None = knob(
         None, help="cell id that others are compared with; null: the largest adapter of the main method"

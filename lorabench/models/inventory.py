@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
-from lorabench.config.contracts.model import BaseInfo, LayerInfo
+from lorabench.config.contracts.model import ADAPTABLE, BaseInfo, LayerInfo
 
 if TYPE_CHECKING:
     from torch import nn
@@ -40,14 +40,17 @@ def _layer_info(name: str, module: nn.Module) -> LayerInfo | None:
         **sizes,
         weight_numel=sum(p.numel() for p in parameters.values()),
         bias_numel=0 if bias is None else bias.numel(),
+        beyond_adapters=0 if kind in ADAPTABLE else sum(p.numel() for p in parameters.values() if p.dim() > 1),
     )
 
 
 def _shape(module: nn.Module) -> tuple[str, dict[str, int]]:
     """Return the kind and the sizes of a layer.
 
-    A subclass of Linear or Embedding whose caller or forward needs more than the layer itself goes by its class, which
-    is not adaptable: MultiheadAttention's out_proj, position tables that compute their own indices.
+    A subclass whose caller or forward needs more than the layer itself goes by its class, which is not adaptable:
+    MultiheadAttention's out_proj, position tables that compute their own indices, convolutions that pad by themselves
+    or standardize their weight. A Linear with a forward of its own may be a plain product (Falcon's) or not (BitNet's,
+    routers): what it computes tells (`lorabench.adapters.acting`).
     """
     from torch import nn
 
@@ -58,11 +61,17 @@ def _shape(module: nn.Module) -> tuple[str, dict[str, int]]:
         return kind, {"in_features": weight.shape[0], "out_features": weight.shape[1]}
     if isinstance(module, nn.Linear) and kind != "NonDynamicallyQuantizableLinear":
         return "Linear", {"in_features": module.in_features, "out_features": module.out_features}
-    is_plain = type(module).forward is nn.Embedding.forward or hasattr(module, "embed_scale")
-    if isinstance(module, nn.Embedding) and is_plain:
+    if isinstance(module, nn.Embedding) and (_computes_as(module, nn.Embedding) or hasattr(module, "embed_scale")):
         return "Embedding", {"in_features": module.num_embeddings, "out_features": module.embedding_dim}
-    if isinstance(module, nn.Conv2d) and module.padding_mode == "zeros":
+    if isinstance(module, nn.Conv2d) and _computes_as(module, nn.Conv2d) and module.padding_mode == "zeros":
         kernel = module.kernel_size[0] * module.kernel_size[1]
         sizes = {"in_features": module.in_channels, "out_features": module.out_channels}
         return "Conv2d", sizes | {"groups": module.groups, "kernel": kernel}
     return kind, {"in_features": 0, "out_features": 0}
+
+
+def _computes_as(module: nn.Module, kind: type[nn.Module]) -> bool:
+    """Whether a module of a kind has that kind's forward pass, and none of its own."""
+    methods = [name for name in ("forward", "_conv_forward") if hasattr(kind, name)]
+    same = all(getattr(type(module), name) is getattr(kind, name) for name in methods)
+    return same and "forward" not in vars(module)

@@ -8,7 +8,7 @@ from lorabench.config.runs import digest
 from lorabench.report import declared
 from lorabench.results import findings, formatting, scores, unfinished
 from lorabench.results.cells import Result
-from lorabench.results.data_notes import data_caveats
+from lorabench.results.data_notes import data_caveats, reach_caveat
 from lorabench.results.findings import Findings
 from lorabench.results.formatting import capital, plural
 from lorabench.store.records import Record
@@ -74,6 +74,9 @@ def _baseline_warnings(f: Findings) -> Iterator[str]:
 def _data_warnings(f: Findings) -> Iterator[str]:
     notes = (r.provenance.get("data_notes") for r in f.sweep.records.values())
     yield from dict.fromkeys(f"{capital(line)}." for note in notes for line in data_caveats(note))
+    used = (r.resources for r in f.sweep.records.values())
+    reach = (reach_caveat(u.get("beyond_adapters"), u.get("total_parameters")) for u in used)
+    yield from dict.fromkeys(f"{capital(line)}." for line in reach if line)
 
 
 # -- runs and tests that are missing ---------------------------------------------------------------------------------

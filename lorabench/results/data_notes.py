@@ -1,4 +1,4 @@
-"""What of a data set nobody trained on or saw whole: rows that were left out, texts that were cut."""
+"""What was left out: rows that nobody trained on, texts that were cut, matrices of the base without an adapter."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from typing import Any
 from lorabench.results.formatting import plural
 
 MIN_TRUNCATED_SHARE = 0.05  # share of the training texts that are cut, from which on a reader should know
+MIN_BEYOND_SHARE = 0.01  # share of the base's parameters that adapters cannot reach, from which on it is said
 USER_SOURCES = ("file", "text")  # sources that are the user's: what shipped data leave out is known
 
 
@@ -30,6 +31,19 @@ def data_caveats(notes: Any) -> list[str]:
             f"{100 * share:.0f} % of the training texts are cut at task.max_length={cut.get('max_length')} tokens"
         )
     return said
+
+
+def reach_caveat(beyond: Any, total: Any) -> str | None:
+    """Return one sentence, without its full stop, where a base holds much that adapters cannot sit on; else None.
+
+    beyond: parameters in such matrices. total: all parameters of the base.
+    """
+    if not (isinstance(beyond, int) and isinstance(total, int) and beyond >= MIN_BEYOND_SHARE * total > 0):
+        return None
+    return (
+        f"{100 * beyond / total:.0f} % of the base's parameters ({beyond:,} of {total:,}) lie in matrices that no "
+        "adapter can sit on, such as experts fused into one parameter: these stay frozen"
+    )
 
 
 def _count(notes: Mapping[str, Any], key: str) -> int:

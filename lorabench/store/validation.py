@@ -100,6 +100,7 @@ class Resources(TypedDict, total=False):
     pack_size: Whole | None
     trainable_parameters: Whole | None
     total_parameters: Whole | None
+    beyond_adapters: Whole | None
     steps: Whole | None
     examples: Whole | None
     tokens: Whole | None

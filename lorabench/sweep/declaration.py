@@ -25,16 +25,16 @@ POST_HOC_COMMANDS = {"margin": "python -m lorabench.report {root} --margin {valu
 def check_metrics(job: Job) -> None:
     """Raise `ConfigError` for a metric that the run's task does not have, or a rule that pruning would break."""
     study, names = job.settings.study, job.run.task.metric_names
-    for key, value in (("study.metric", study.metric), ("study.selection", study.selection)):
+    monitor = job.run.trainer.monitor
+    followed = ("study.metric", study.metric), ("study.selection", study.selection), ("trainer.monitor", monitor)
+    for key, value in followed:
         if value is not None and value not in names:
             raise ConfigError(key, value, f"a metric of task {job.run.task.name}: {', '.join(names)}")
     check_margin("study.margin", study.metric or job.run.task.metric, study.margin)
-    if job.settings.sweep.prune and study.selection != "loss":
-        raise ConfigError(
-            "sweep.prune",
-            True,
-            f"false where study.selection={study.selection}: pruning ranks rates by validation loss",
-        )
+    for key, value in followed[1:]:
+        if job.settings.sweep.prune and value not in (None, "loss"):
+            allowed = f"false where {key}={value}: pruning ranks rates by validation loss"
+            raise ConfigError("sweep.prune", True, allowed)
 
 
 def check_cells(jobs: Sequence[Job]) -> None:

@@ -29,7 +29,7 @@ from lorabench.sweep.ranks import train
 from lorabench.sweep.resume import finished_records
 from lorabench.sweep.sharing import FinishedRuns, wait_for_packs, waiting_lease
 from lorabench.sweep.workers import Crew, make_workers, share_count, worker_threads
-from lorabench.training import precision, preparation
+from lorabench.training import acting, precision, preparation
 from lorabench.training.distributed import ProcessLost
 from lorabench.training.train import Listener, OutOfMemory, SlicesMix
 
@@ -75,8 +75,10 @@ def execute(jobs: Sequence[Job], *, executor: Executor = map, console: Console |
         dry_run(store, jobs, plans, console)
         return [None] * len(jobs)
     declaration.check_standing(store, jobs)
-    write_cells(store, jobs, plans, only_new=True)
     here = not isinstance(executor, Crew)  # else packs are jobs, and the machine that trains notes its device
+    if here:
+        acting.check_runs([job.run for job in jobs], store, max_pack=settings.sweep.max_pack)
+    write_cells(store, jobs, plans, only_new=True)
     with store.locked():
         for line in reuse.copy_runs(store, [job.run for job in jobs], settings.sweep.reuse):
             console.print(line, highlight=False, soft_wrap=True)

@@ -13,7 +13,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, SpinnerColumn, TaskID, 
 from rich.progress import Progress as Bars
 
 from lorabench.config.runs import Pack
-from lorabench.results.data_notes import data_caveats
+from lorabench.results.data_notes import data_caveats, reach_caveat
 from lorabench.store.records import Record
 from lorabench.training import preparation
 
@@ -132,12 +132,18 @@ _told: set[str] = set()  # a sweep goes through its phases in one process, and s
 
 
 def data_notices(jobs: Sequence[Any]) -> list[str]:
-    """Return lines that say what of the jobs' data is left out or cut; each line once a process."""
+    """Return lines that say what of the jobs' data is left out or cut, and what of the base adapters cannot reach.
+
+    Each line comes once a process.
+    """
     found: dict[str, None] = {}
     for job in jobs:
         prepared = preparation.prepare(job.run)
         notes = {**prepared.data.notes, **prepared.encoded.notes}
         found |= dict.fromkeys(f"{job.run.task.name}: {line}" for line in data_caveats(notes))
+        line = reach_caveat(prepared.info.beyond_adapters, prepared.info.parameters)
+        if line and hasattr(job.run.method, "target_modules"):
+            found[f"{job.run.model.name}: {line}"] = None
     new = [line for line in found if line not in _told]
     _told.update(new)
     return new

@@ -31,7 +31,7 @@ class SliceState:
 
     status: str = "running"  # running, stopped (early), diverged, pruned
     reason: str | None = None
-    best_loss: float = math.inf
+    best_score: float = math.inf  # of the metric that the run follows; its sign is turned where more is better
     best_step: int = 0
     best_weights: dict[str, Tensor] | None = None
     best_metrics: dict[str, float] = field(default_factory=dict)
@@ -39,6 +39,7 @@ class SliceState:
     waited: int = 0  # evaluations since the best one
     steps: int = 0  # trained so far
     tokens: int = 0
+    examples: int = 0  # seen in training, each as often as it came
     pending: list[dict[str, Any]] = field(default_factory=list)  # history rows not yet handed on
 
 
@@ -167,7 +168,7 @@ class PackModule(pl.LightningModule):
 
     def training_step(self, batch: list[Part], batch_idx: int) -> None:
         assert self.packed is not None
-        losses, weights, tokens = sums = torch.zeros(3, len(self.runs), dtype=torch.float64)
+        losses, weights, tokens, examples = sums = torch.zeros(4, len(self.runs), dtype=torch.float64)
         micros = 1 + max((part.micro for part in batch), default=0)
         self.packed.zero_grad(set_to_none=True)
         for part in batch:
@@ -181,12 +182,14 @@ class PackModule(pl.LightningModule):
                 continue
             losses[list(part.slices)] += sum_by_slice(out.loss_sum.detach(), part)
             weights[list(part.slices)] += sum_by_slice(out.weight, part)
+            examples[list(part.slices)] += len(out.weight) // len(part.slices)
             mask = self.task.token_mask(part.batch)
             if mask is not None:
                 tokens[list(part.slices)] += sum_by_slice(mask.sum(1), part)
         self._add_up(sums)
         for k, s in enumerate(self.slices):
             s.tokens += int(tokens[k])
+            s.examples += int(examples[k])
         weights[weights == 0] = 1  # slices that have left
         self._scale_and_freeze(losses / weights, weights)
         for k in self.live:
@@ -199,7 +202,7 @@ class PackModule(pl.LightningModule):
         self.trainer.should_stop = not self.live
 
     def _add_up(self, sums: Tensor) -> None:
-        """Sum losses, weights and tokens [3, K], and gradients, over the processes of the pack. Collective."""
+        """Sum losses, weights, tokens and examples [4, K], and gradients, over the processes of the pack. Collective."""
         if distributed.world_size() > 1:
             there = sums.to(self.device)
             distributed.sum_over_ranks([there])
@@ -287,7 +290,7 @@ class PackModule(pl.LightningModule):
             return
         rates, alive = [r.optimizer.lr for r in self.runs], [k in self.kept for k in range(len(self.runs))]
         keep_last = self.runs[0].trainer.keep == "last"
-        losses = [s.last_metrics.get("loss", math.nan) if keep_last else s.best_loss for s in self.slices]
+        losses = [(s.last_metrics if keep_last else s.best_metrics).get("loss", math.nan) for s in self.slices]
         step, total = self.steps_done, self.total_steps
         for k in slices_to_prune(rates, losses, alive, step=step, total=total, groups=self.cells):
             if self.slices[k].status == "running":
@@ -300,15 +303,23 @@ class PackModule(pl.LightningModule):
         if not math.isfinite(metrics["loss"]):
             return self._freeze(k, "diverged", f"the validation loss was not finite at step {self.steps_done}")
         trainer = self.runs[k].trainer
-        if trainer.keep == "last" or metrics["loss"] < s.best_loss:
+        name, score = self._score(k, metrics)
+        better = score < s.best_score or not s.best_metrics  # a score that is no number is better than none
+        if trainer.keep == "last" or better:
             s.best_metrics, s.best_step = metrics, self.steps_done
             if trainer.keep == "best":
                 s.best_weights = {n: t.detach().cpu().clone() for n, t in self.stack.slice_state(k).items()}
-        s.waited = 0 if metrics["loss"] < s.best_loss else s.waited + 1
-        s.best_loss = min(s.best_loss, metrics["loss"])
+        s.waited = 0 if better else s.waited + 1
+        s.best_score = min(s.best_score, score)
         if trainer.early_stopping_patience is not None and s.waited >= trainer.early_stopping_patience:
-            self._freeze(k, "stopped", f"no better validation loss for {s.waited} evaluations")
+            self._freeze(k, "stopped", f"no better validation {name} for {s.waited} evaluations")
         return None
+
+    def _score(self, k: int, metrics: Mapping[str, float]) -> tuple[str, float]:
+        """Return the metric that run k follows, and its value as a score of which less is better; inf for no number."""
+        name, task = self.runs[k].trainer.monitor or "loss", self.runs[k].task
+        value = metrics[name] if name in task.lower_is_better else -metrics[name]
+        return name, value if math.isfinite(value) else math.inf
 
     def flush(self, k: int) -> None:
         """Hand the history rows of slice k on."""

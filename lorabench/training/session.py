@@ -157,10 +157,9 @@ def _small(column: np.ndarray) -> np.ndarray:
 
 
 def _resources(s: Session, k: int) -> dict[str, Any]:
-    size, run = len(s.pack.runs), s.pack.runs[k]
+    size = len(s.pack.runs)
     steps, tokens = s.module.slices[k].steps, s.module.slices[k].tokens
     share = steps / max(1, sum(x.steps for x in s.module.slices))
-    examples = steps * run.trainer.batch_size * run.trainer.accumulate_grad_batches
     found = {
         "train_seconds": s.seconds["train"] * share,
         "eval_seconds": s.seconds["eval"] / size,
@@ -170,11 +169,13 @@ def _resources(s: Session, k: int) -> dict[str, Any]:
         "trainable_parameters": s.plans[k].trainable(s.base.info),
         "total_parameters": s.base.info.parameters,
         "steps": steps,
-        "examples": examples,
+        "examples": s.module.slices[k].examples,
         "train_examples": len(s.prepared.encoded.splits["train"]),
         "val_examples": len(s.prepared.encoded.splits["val"]),
         "test_examples": len(s.prepared.encoded.splits["test"]),
     }
+    if s.plans[k].adapters:
+        found["beyond_adapters"] = s.base.info.beyond_adapters
     if s.beside_seconds is not None:
         found["beside_seconds"] = s.beside_seconds / size
     if tokens:

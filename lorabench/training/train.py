@@ -23,11 +23,12 @@ from lorabench.runtime.memory import PeakMemory, freeze_heap, is_out_of_memory, 
 from lorabench.store import checkpoints
 from lorabench.store.checkpoints import Unreadable
 from lorabench.store.records import Record, Store
-from lorabench.training import distributed, fsdp, precision, preparation
+from lorabench.training import acting, distributed, fsdp, precision, preparation
 from lorabench.training.checkpointing import Checkpoint, Saver, load_checkpoint, restore
 from lorabench.training.evaluation.measures import AuxiliaryMeasures
 from lorabench.training.fit import CheckpointCallback, TrainingClock, fit, make_trainer, quiet_lightning
 from lorabench.training.module import BoundTask, PackModule
+from lorabench.training.padding import check_padding
 from lorabench.training.session import Session, failed_record, make_records
 from lorabench.training.trunk_cache import TrunkCache
 
@@ -248,7 +249,15 @@ def open_session(
 
 
 def check_isolation(s: Session) -> None:
-    """Raise `SlicesMix` for a base that lets slices see each other, tried on two rows a slice, no two alike."""
+    """Raise `SlicesMix` for a base that lets slices see each other, tried on two rows a slice, no two alike.
+
+    Raises `ConfigError` for a base on which padding changes losses and for an adapter that does not act, of a run
+    alone, too.
+    """
+    if not fsdp.is_sharded(s.base.model):
+        with s.stack.active(()):
+            check_padding(s.pack.runs[0], s.base.model, s.prepared, pack_size=len(s.pack.runs))
+        acting.check_stack(s.base.model, s.stack, s.pack.runs, s.prepared, s.base.info)
     if len(s.pack.runs) == 1:
         return
     examples = s.prepared.encoded.splits["train"]

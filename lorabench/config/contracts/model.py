@@ -43,6 +43,7 @@ class LayerInfo:
     kernel: int = 1  # kh * kw of a Conv2d
     weight_numel: int = 0  # everything it owns but its bias
     bias_numel: int = 0  # 0: the layer has no bias
+    beyond_adapters: int = 0  # its parameters in matrices that no adapter can sit on, such as fused experts
 
 
 @dataclass(frozen=True)
@@ -59,6 +60,11 @@ class BaseInfo:
     @property
     def by_name(self) -> Mapping[str, LayerInfo]:
         return {layer.name: layer for layer in self.layers}
+
+    @property
+    def beyond_adapters(self) -> int:
+        """The number of parameters in matrices that no adapter can sit on; modules that must train are left out."""
+        return sum(x.beyond_adapters for x in self.layers if not is_inside(x.name, self.head))
 
     def module_parameters(self, modules: tuple[str, ...]) -> int:
         """Return the number of parameters of whole modules, given by name."""
