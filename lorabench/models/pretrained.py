@@ -2,20 +2,23 @@
 
 from __future__ import annotations
 
+import json
 import re
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from lorabench.config.contracts.model import Base, BaseInfo, HeadSpec
 from lorabench.config.errors import ConfigError
+from lorabench.models import checkpoint
+from lorabench.models.checkpoint import CLASSIFIER_HEADS, Loading
 from lorabench.models.folder import SOURCE_KEY, fingerprint, weight_files
 from lorabench.models.inventory import inventory
 
 ATTENTION = ("auto", "eager", "sdpa")
-CLASSIFIER_HEADS = ("classifier", "score")  # names of a classifier's last layer, which always trains, as in PEFT
 # Where a folder has no vocabulary, transformers makes one up of fewer special tokens than this, and says nothing.
 MIN_VOCABULARY = 1000
 _SKIPS_LAYERS = re.compile(r"layer_?drop|drop_?path")  # settings that drop whole layers, not features
@@ -80,15 +83,33 @@ def _auto_class(head: HeadSpec, config: Any) -> Any:
 
 
 def describe(folder: Path, head: HeadSpec, dropout: float | None) -> BaseInfo:
-    """Return the layers of a base from its configuration and the headers of its weight files. Reads no weights."""
+    """Return the layers of a base from its configuration and the headers of its weight files. Reads no weights.
+
+    Raises `ConfigError` where the files are not what their configuration says.
+    """
     model = build_empty(load_config(folder, head, dropout), head)
-    return inventory(
-        model, head=untrained_modules(model, _missing_parameters(model, folder)), output=_output_embedding(model)
-    )
+    return _checked_inventory(model, _described_loading(model, folder), folder, head)
 
 
-def _missing_parameters(model: Any, folder: Path) -> set[str]:
-    """Return the names of parameters that the checkpoint lacks or holds in another shape.
+def _checked_inventory(model: Any, loading: Loading, folder: Path, head: HeadSpec) -> BaseInfo:
+    """Return the layers of a model, on the meta device or loaded, whose tensors were found as `loading` says.
+
+    Raises `ConfigError` where anything but a head is new.
+    """
+    notes = checkpoint.check_tensors(model, loading)
+    loading = checkpoint.without_foreign_labels(model, loading, labels_in(folder), head)
+    notes += checkpoint.head_note(model, loading, head)
+    untrained = untrained_modules(model, loading.untrained)
+    return replace(inventory(model, head=untrained, output=_output_embedding(model)), notes=notes)
+
+
+def labels_in(folder: Path) -> dict[Any, str]:
+    """Return the labels that a folder's config.json names, by number; empty where it names none."""
+    return dict(json.loads((folder / "config.json").read_text(encoding="utf-8")).get("id2label") or {})
+
+
+def _described_loading(model: Any, folder: Path) -> Loading:
+    """Return which tensors a model on the meta device would find in a folder's files, and which nobody would take.
 
     These are transformers' own loading rules, run on the meta device, so that renamed, fused, prefixed and tied weights
     count as it counts them.
@@ -108,7 +129,12 @@ def _missing_parameters(model: Any, folder: Path) -> set[str]:
         loading, _ = convert_and_load_state_dict_in_model(model, _tensors_on_meta(folder), rules)
         model.tie_weights(missing_keys=loading.missing_keys, recompute_mapping=False)
         model._adjust_missing_and_unexpected_keys(loading)
-    return set(loading.missing_and_mismatched())
+    return _loading(loading.missing_keys, loading.mismatched_keys, loading.unexpected_keys)
+
+
+def _loading(missing: Iterable[str], mismatched: Iterable[Any], unexpected: Iterable[str]) -> Loading:
+    """Return transformers' own lists of tensors as ours. mismatched: (name, shape in the files, shape in the model)."""
+    return Loading(frozenset(missing), frozenset(key for key, *_ in mismatched), frozenset(unexpected))
 
 
 def _tensors_on_meta(folder: Path) -> dict[str, Any]:
@@ -130,14 +156,10 @@ def _tensors_on_meta(folder: Path) -> dict[str, Any]:
 def untrained_modules(model: Any, missing: set[str]) -> tuple[str, ...]:
     """Return the largest modules whose parameters are all missing, and the classifier's last layer in any case.
 
-    missing: names of parameters without weights. Raises `ConfigError` where the body itself has no weights.
+    missing: names of parameters without weights.
     """
     names = {name for name, _ in model.named_parameters(remove_duplicate=False)}
     missing = missing & names
-    body = {name for name in names if name.startswith(f"{model.base_model_prefix}.")} or names  # a bare body: no prefix
-    if names and missing >= body:
-        reason = f"its weight files hold none of the weights of {type(model).__name__}"
-        raise ConfigError(SOURCE_KEY, model.name_or_path, reason)
     modules = {
         name
         for name, child in model.named_children()
@@ -221,16 +243,31 @@ def load_base(folder: Path, head: HeadSpec, *, dropout: float | None, dtype: str
         if "attention" not in str(e).lower():
             raise ConfigError(SOURCE_KEY, str(folder), _first_line(e)) from e
         raise ConfigError("model.attention", attention, f"this base does not offer it: {_first_line(e)}") from e
-    missing = set(loading["missing_keys"]) | {key for key, *_ in loading["mismatched_keys"]}
+    tensors = _loading(loading["missing_keys"], loading["mismatched_keys"], loading["unexpected_keys"])
+    info = _checked_inventory(model, tensors, folder, head)
+    _draw_label_layers(model, tensors, folder, head)
     if dropout is not None:  # probabilities written into the code rather than the configuration
         for module in model.modules():
             if isinstance(module, torch.nn.Dropout):
                 module.p = dropout
     model.eval().requires_grad_(False)
-    info = inventory(model, head=untrained_modules(model, missing), output=_output_embedding(model))
     for name in info.output:
         model.get_submodule(name).register_forward_pre_hook(_make_contiguous)
-    return Base(model, tokenizer, info, fingerprint(folder))
+    return Base(model, tokenizer, info, fingerprint(folder), {"files": list(info.notes)} if info.notes else {})
+
+
+def _draw_label_layers(model: Any, loading: Loading, folder: Path, head: HeadSpec) -> None:
+    """Draw the layers anew that the files hold for other labels than the task's, from a fixed seed."""
+    import torch
+
+    all_new = checkpoint.without_foreign_labels(model, loading, labels_in(folder), head).untrained
+    with torch.random.fork_rng(devices=[]), torch.no_grad():
+        torch.manual_seed(0)
+        for name, layer in checkpoint.label_layers(model, head).items():
+            if f"{name}.weight" in all_new - loading.untrained:
+                layer.weight.normal_(0.0, getattr(model.config, "initializer_range", None) or 0.02)
+                if layer.bias is not None:
+                    layer.bias.zero_()
 
 
 def _make_contiguous(head: Any, args: tuple[Any, ...]) -> tuple[Any, ...]:

@@ -132,12 +132,16 @@ _told: set[str] = set()  # a sweep goes through its phases in one process, and s
 
 
 def data_notices(jobs: Sequence[Any]) -> list[str]:
-    """Return lines that say what of the jobs' data is left out or cut; each line once a process."""
+    """Return lines that say what of the jobs' data is left out or cut, and what of the base's files is new or kept.
+
+    Each line comes once a process.
+    """
     found: dict[str, None] = {}
     for job in jobs:
         prepared = preparation.prepare(job.run)
         notes = {**prepared.data.notes, **prepared.encoded.notes}
         found |= dict.fromkeys(f"{job.run.task.name}: {line}" for line in data_caveats(notes))
+        found |= dict.fromkeys(f"{job.run.model.name}: {line}" for line in prepared.info.notes)
     new = [line for line in found if line not in _told]
     _told.update(new)
     return new

@@ -140,8 +140,20 @@ def load_base(run: RunConfig, head: HeadSpec, resolved: Resolved) -> Base:
     key = _key(run.model, head, resolved.base_dtype, resolved.attention)
     if key not in _base:
         _base.clear()  # two bases at once are memory nobody asked for
-        _base[key] = run.model.load(head, dtype=resolved.base_dtype, attention=resolved.attention)
+        base = run.model.load(head, dtype=resolved.base_dtype, attention=resolved.attention)
+        _check_as_described(run, base, base_info(run))
+        _base[key] = base
     return _base[key]
+
+
+def _check_as_described(run: RunConfig, base: Base, described: BaseInfo) -> None:
+    """Raise `ConfigError` where a loaded base has other layers than those the run's plan was made from."""
+    if base.info == described:
+        return
+    now, then = set(base.info.layers), set(described.layers)
+    names = sorted({layer.name for layer in now ^ then}) or ["its head or output"]
+    reason = f"the layers that info() describes; load() gives others at: {', '.join(names[:5])}"
+    raise ConfigError("model.source", run.model.source or run.model.kind, reason)
 
 
 def forget_base() -> None:

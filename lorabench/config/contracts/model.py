@@ -55,6 +55,7 @@ class BaseInfo:
     parameters: int = 0  # all parameters, tied ones once
     hidden_size: int = 0
     num_layers: int = 0
+    notes: tuple[str, ...] = ()  # what its files hold and how it is used, in words: a kept or new head, parts left out
 
     @property
     def by_name(self) -> Mapping[str, LayerInfo]:
