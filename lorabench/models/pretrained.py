@@ -43,6 +43,10 @@ def load_config(folder: Path, head: HeadSpec, dropout: float | None) -> Any:
         raise ConfigError(SOURCE_KEY, str(folder), f"transformers cannot read its config.json: {_first_line(e)}") from e
     if dropout is not None:
         set_dropout(config, dropout)
+    text = config.get_text_config()
+    pad, rows = getattr(text, "pad_token_id", None), getattr(text, "vocab_size", None)
+    if isinstance(pad, int) and isinstance(rows, int) and pad >= rows:
+        text.pad_token_id = None  # no row; the tokenizer's own takes its place
     return config
 
 
@@ -202,7 +206,29 @@ def load_tokenizer(folder: Path) -> Any:
             raise ConfigError(SOURCE_KEY, str(folder), "its tokenizer has neither a padding nor an end token")
         tokenizer.pad_token = tokenizer.eos_token
     tokenizer.padding_side = "right"
+    _check_vocabulary(folder, tokenizer)
     return tokenizer
+
+
+def _check_vocabulary(folder: Path, tokenizer: Any) -> None:
+    """Raise `ConfigError` where a tokenizer has ids, its padding token's too, without a row in the embedding table."""
+    from transformers import AutoConfig
+
+    try:
+        with quiet():
+            config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
+    except (OSError, ValueError, KeyError):
+        return  # load_config says what is wrong with it
+    rows = getattr(config.get_text_config(), "vocab_size", None)
+    largest = max((*tokenizer.get_vocab().values(), tokenizer.pad_token_id))
+    if not isinstance(rows, int) or largest < rows:
+        return
+    whose = f", its padding token's {tokenizer.pad_token_id} among them" if tokenizer.pad_token_id >= rows else ""
+    reason = (
+        f"its tokenizer has ids up to {largest}{whose}, its embedding table {rows} rows. Save it with a row for each: "
+        f"model.resize_token_embeddings({largest + 1}) in transformers, or use the tokenizer it was trained with"
+    )
+    raise ConfigError(SOURCE_KEY, str(folder), reason)
 
 
 def end_tokens(model: Any, processor: Any) -> list[int]:

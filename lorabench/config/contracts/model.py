@@ -20,6 +20,7 @@ if TYPE_CHECKING:
 # whose output is something plus their bias.
 ADAPTABLE = ("Linear", "Conv1D", "Conv2d", "Embedding")
 CHANNELS_FIRST = ("Conv1d", "Conv2d", "BatchNorm1d", "BatchNorm2d", "GroupNorm")
+POSITION_EMBEDDINGS = ("position_embeddings", "wpe", "embed_positions")  # how names of tables of positions end
 BIASED = ("Linear", "Conv1D", "LayerNorm", *CHANNELS_FIRST)
 
 
@@ -43,6 +44,8 @@ class LayerInfo:
     kernel: int = 1  # kh * kw of a Conv2d
     weight_numel: int = 0  # everything it owns but its bias
     bias_numel: int = 0  # 0: the layer has no bias
+    # rows of a table of positions before the first token's; a base's padding token may move it as it is loaded
+    offset: int = field(default=0, compare=False)
 
 
 @dataclass(frozen=True)
