@@ -53,6 +53,10 @@ class Config(Model):
         note = {"weights": f"dequantized from {quantization(file)}"}
         return dataclasses.replace(base, fingerprint=self.fingerprint(), notes=base.notes | note)
 
+    def attentions(self) -> tuple[str, ...]:
+        """Return which of `eager` and `sdpa` the model's class offers."""
+        return pretrained.offered_attentions(convert_once(self.file()))
+
     def fingerprint(self) -> str:
         """Return the SHA-256 of the GGUF file."""
         return file_digest(self.file())

@@ -8,6 +8,7 @@ import warnings
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -61,6 +62,23 @@ def set_dropout(config: Any, p: float) -> None:
         numeric = value is None or isinstance(value, (int, float)) and not isinstance(value, bool)
         if "drop" in name and numeric and (p == 0 or not _SKIPS_LAYERS.search(name)):
             setattr(config, name, p)
+
+
+@lru_cache(maxsize=64)
+def offered_attentions(folder: Path) -> tuple[str, ...]:
+    """Return which of `eager` and `sdpa` a folder's model class offers, by what the class itself says.
+
+    Raises `ConfigError` for a config.json that cannot be read.
+    """
+    from transformers import AutoModel, AutoModelForCausalLM
+
+    config = type(load_config(folder, HeadSpec("AutoModel"), None))
+    for auto_class in (AutoModel, AutoModelForCausalLM):
+        if config in auto_class._model_mapping:
+            found = auto_class._model_mapping[config]
+            classes = found if isinstance(found, (tuple, list)) else (found,)
+            return ("eager", "sdpa") if all(c._supports_sdpa for c in classes) else ("eager",)
+    return ("eager",)
 
 
 def build_empty(config: Any, head: HeadSpec) -> Any:

@@ -137,6 +137,10 @@ class Model(Component, ABC):
         """Return the files whose size is what the base takes on disk; empty where that is not known."""
         return ()
 
+    def attentions(self) -> tuple[str, ...]:
+        """Return which of `eager` and `sdpa` the base offers. Reads no weights."""
+        return ("eager", "sdpa")
+
     @abstractmethod
     def fingerprint(self) -> str:
         """Return a hash that changes whenever the weights or the processor do."""
