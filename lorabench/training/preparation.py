@@ -44,13 +44,14 @@ class Prepared:
 _data: dict[str, TaskData] = {}
 _prepared: dict[str, Prepared] = {}
 _infos: dict[str, BaseInfo] = {}
+_processors: dict[str, str | None] = {}  # fingerprints
 _base: dict[str, Base] = {}  # one at most
 _with_targets: dict[str, Prepared] = {}  # one at most
 
 
 def forget_data() -> None:
     """Forget all data and layers that are kept, as if this were another process. The base in use is kept."""
-    for kept in (_data, _prepared, _infos, _with_targets):
+    for kept in (_data, _prepared, _infos, _processors, _with_targets):
         kept.clear()
 
 
@@ -92,6 +93,14 @@ def base_info(run: RunConfig) -> BaseInfo:
 def model_fingerprint(run: RunConfig) -> str:
     """Return the fingerprint of the base's weights and processor."""
     return run.model.fingerprint()
+
+
+def processor_fingerprint(run: RunConfig) -> str | None:
+    """Return the hash of what the processor does beside `model_fingerprint`, once for each model in a process."""
+    key = _key(run.model)
+    if key not in _processors:
+        _processors[key] = run.model.processor_fingerprint()
+    return _processors[key]
 
 
 def slice_plan(run: RunConfig, info: BaseInfo) -> SlicePlan:

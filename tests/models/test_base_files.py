@@ -135,3 +135,27 @@ def test_the_longest_position_is_the_tables_less_its_offset(tmp_path: Path, kind
     model(input_ids=torch.full((1, longest), 5))  # and the base itself agrees
     with pytest.raises((IndexError, RuntimeError)):
         model(input_ids=torch.full((1, longest + 1), 5))
+
+
+def test_what_a_processor_does_is_hashed(tmp_path: Path) -> None:
+    base = tiny.make_base(tmp_path / "base", "llama")
+    config = Config(source=str(base))
+    seen = [config.processor_fingerprint()]
+    for name, text in (
+        ("preprocessor_config.json", '{"size": 3}'),
+        ("preprocessor_config.json", '{"size": 4}'),
+        ("chat_template.jinja", "{% for m in messages %}{{ m.content }}{% endfor %}"),
+        ("chat_template.jinja", "{% for m in messages %}<{{ m.content }}>{% endfor %}"),
+    ):
+        (base / name).write_text(text)
+        seen.append(config.processor_fingerprint())
+    assert len(set(seen)) == len(seen)
+    (base / "README.md").write_text("nothing that acts")
+    (base / "chat_template.jinja").write_text("{% for m in messages %}<{{ m['content'] }}>{% endfor %}")
+    assert config.processor_fingerprint() == seen[-1]  # other text, the same conversation
+
+
+def test_a_template_with_todays_date_has_one_fingerprint(tmp_path: Path) -> None:
+    base = tiny.make_base(tmp_path / "base", "llama")
+    (base / "chat_template.jinja").write_text("{{ strftime_now('%f') }}")  # microseconds
+    assert Config(source=str(base)).processor_fingerprint() == Config(source=str(base)).processor_fingerprint()

@@ -137,6 +137,10 @@ class Model(Component, ABC):
         """Return the files whose size is what the base takes on disk; empty where that is not known."""
         return ()
 
+    def processor_fingerprint(self) -> str | None:
+        """Return a hash of what the processor does that `fingerprint` may leave out. None: there is nothing else."""
+        return None
+
     def attentions(self) -> tuple[str, ...]:
         """Return which of `eager` and `sdpa` the base offers. Reads no weights."""
         return ("eager", "sdpa")
