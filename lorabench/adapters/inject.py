@@ -83,7 +83,7 @@ def _compute_wide(stack: Stack, module: nn.Module) -> None:
         with torch.autocast(kind, enabled=False):
             return forward(*args, **kwargs)
 
-    module.forward = forward_wide  # type: ignore[method-assign]
+    module.forward = forward_wide
     stack.undo.callback(delattr, module, "forward")
 
 

@@ -76,7 +76,7 @@ def offered_attentions(folder: Path) -> tuple[str, ...]:
     config = type(load_config(folder, HeadSpec("AutoModel"), None))
     for auto_class in (AutoModel, AutoModelForCausalLM):
         if config in auto_class._model_mapping:
-            found = auto_class._model_mapping[config]
+            found: Any = auto_class._model_mapping[config]
             classes = found if isinstance(found, (tuple, list)) else (found,)
             return ("eager", "sdpa") if all(c._supports_sdpa for c in classes) else ("eager",)
     return ("eager",)

@@ -16,6 +16,7 @@ from fixtures import runs as tiny
 from lorabench.config.contracts.model import HeadSpec
 from lorabench.config.errors import ConfigError
 from lorabench.models.transformers import Config
+from lorabench.training import preparation
 
 LABELS = HeadSpec("AutoModelForSequenceClassification", ("south", "north"))
 LM = HeadSpec("AutoModelForCausalLM")
@@ -93,3 +94,20 @@ def test_labels_of_a_file_are_those_of_its_config(tmp_path: Path) -> None:
     base = tiny.make_decoder(tmp_path / "base", "llama")
     assert "id2label" not in json.loads((base / "config.json").read_text())
     assert Config(source=str(base)).info(LM).notes == ()
+
+
+def test_the_command_refuses_before_anything_is_written_and_says_what_is_new(
+    tmp_path: Path, cli: Callable[..., tuple[int, str]]
+) -> None:
+    base, data = tiny.make_base(tmp_path / "base", "bert"), tiny.make_data(tmp_path / "data.csv", rows=60)
+    columns = ("task.text_column=text", "task.label_column=label", "task.max_length=32")
+    args = ("model=hf", f"model.source={base}", "task=text_file", f"task.file={data}", *columns, "trainer.max_steps=2")
+    code, said = cli(*args, "sweep.dry_run=true")
+    assert code == 0, said
+    assert "new head: classifier, drawn at random" in " ".join(said.split())
+    rewrite(base, lambda t: t.pop(FFN))
+    preparation.forget_data()  # as another process
+    code, said = cli(*args)
+    assert code == 2
+    assert f"lack 1: bert.{FFN}" in "".join(said.split("\n"))
+    assert not (tmp_path / "sweeps").exists()
