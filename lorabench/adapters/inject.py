@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils._pytree import tree_map
 
 from lorabench.adapters.dropout import key_base_dropout
 from lorabench.adapters.init import module_start
@@ -65,7 +66,25 @@ def _train_base(stack: Stack, info: BaseInfo, give_back: bool) -> None:
         with torch.no_grad():
             for key, p in module.named_parameters():
                 p.copy_(start[key])
+        _compute_wide(stack, module)
     stack.own = dict(stack.model.named_parameters())
+
+
+def _compute_wide(stack: Stack, module: nn.Module) -> None:
+    """Let a new head compute in its own float32 under autocast, as a stacked head does: bf16 logits carry 8 bits."""
+    forward = module.forward
+
+    def forward_wide(*args: Any, **kwargs: Any) -> Any:
+        dtype = next(module.parameters()).dtype
+        args, kwargs = tree_map(
+            lambda x: x.to(dtype) if isinstance(x, Tensor) and x.is_floating_point() else x, (args, kwargs)
+        )
+        kind = next(module.parameters()).device.type
+        with torch.autocast(kind, enabled=False):
+            return forward(*args, **kwargs)
+
+    module.forward = forward_wide
+    stack.undo.callback(delattr, module, "forward")
 
 
 def _restore(tensor: Tensor, value: Tensor) -> None:

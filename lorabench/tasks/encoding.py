@@ -7,14 +7,11 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from lorabench.config.contracts.model import BaseInfo
+from lorabench.config.contracts.model import POSITION_EMBEDDINGS, BaseInfo
 from lorabench.config.errors import ConfigError
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
-
-
-POSITION_EMBEDDINGS = ("position_embeddings", "wpe")  # how names of absolute position embeddings end
 
 
 def check_max_length(max_length: int, processor: Any, key: str = "task.max_length") -> None:
@@ -29,7 +26,8 @@ def check_positions(lengths: Mapping[str, Sequence[int]], info: BaseInfo, max_le
 
     lengths: tokens of each example, by split. The tokenizer's own limit may be missing or wrong; the positions are not.
     """
-    positions = [x.in_features for x in info.layers if x.kind == "Embedding" and x.name.endswith(POSITION_EMBEDDINGS)]
+    tables = [x for x in info.layers if x.in_features and x.name.endswith(POSITION_EMBEDDINGS)]
+    positions = [x.in_features - x.offset for x in tables]
     longest = max((max(split) for split in lengths.values() if len(split)), default=0)
     if positions and longest > min(positions):
         allowed = f"at most {min(positions)}, the positions this base has; the longest example has {longest} tokens"

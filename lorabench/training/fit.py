@@ -25,7 +25,7 @@ def make_trainer(run: RunConfig, resolved: Resolved, progress: TrainingClock, st
     interval = t.eval_interval or max(1, -(-total // 5))
     with quiet_lightning():
         return pl.Trainer(
-            accelerator=t.accelerator,
+            accelerator=resolved.device,  # not Lightning's auto, which takes mps where `resolve` says cpu
             **distributed.trainer_devices(resolved.device, t.devices),
             precision=resolved.trainer_precision,  # type: ignore[arg-type]
             max_steps=max(1, total - start),

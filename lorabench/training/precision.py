@@ -41,7 +41,8 @@ def resolve(run: RunConfig, auto: str | None = None) -> Resolved:
 
     bf16: CUDA devices that have it, CPUs with native bf16 products (AVX512-BF16, AMX); else float32. Frozen bases
     are held in bf16 with float32 adapters; a base that trains keeps float32 master weights under autocast.
-    Attention: plain products for short sequences on a CPU (there SDPA's backward costs a third of the step), else SDPA.
+    Attention: plain products for short sequences on a CPU (there SDPA's backward costs a third of the step), else SDPA
+    where the base offers it.
     Parts: how many tokens go through the base at once, by device.
     """
     device = _device(run.trainer)
@@ -50,12 +51,24 @@ def resolve(run: RunConfig, auto: str | None = None) -> Resolved:
     full = run.method.trains_base
     names = {"32": ("float32", "32-true"), "64": ("float64", "32-true"), "bf16-mixed": ("float32", "bf16-mixed")}
     dtype, trainer = names.get(name, ("float32", "bf16-mixed") if full else ("bfloat16", "32-true"))
-    attention = run.model.attention
-    if attention == "auto":
-        short = run.task.longest is not None and run.task.longest <= 256
-        attention = "eager" if device == "cpu" and short else "sdpa"
+    attention = _attention(run, device)
     part = run.trainer.part_tokens or PART_TOKENS[device]
     return Resolved(device, name, dtype, trainer, attention, part)
+
+
+def _attention(run: RunConfig, device: str) -> str:
+    """Return eager or sdpa. Raises `ConfigError` where sdpa is asked for and the base does not offer it."""
+    asked = run.model.attention
+    if asked == "eager":
+        return asked
+    short = run.task.longest is not None and run.task.longest <= 256
+    if asked == "auto" and device == "cpu" and short:
+        return "eager"
+    if "sdpa" in run.model.attentions():
+        return "sdpa"
+    if asked == "sdpa":
+        raise ConfigError("model.attention", asked, "this base offers eager alone; allowed: auto, eager")
+    return "eager"
 
 
 def _device(trainer: TrainerConfig) -> str:

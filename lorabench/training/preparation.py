@@ -44,13 +44,14 @@ class Prepared:
 _data: dict[str, TaskData] = {}
 _prepared: dict[str, Prepared] = {}
 _infos: dict[str, BaseInfo] = {}
+_processors: dict[str, str | None] = {}  # fingerprints
 _base: dict[str, Base] = {}  # one at most
 _with_targets: dict[str, Prepared] = {}  # one at most
 
 
 def forget_data() -> None:
     """Forget all data and layers that are kept, as if this were another process. The base in use is kept."""
-    for kept in (_data, _prepared, _infos, _with_targets):
+    for kept in (_data, _prepared, _infos, _processors, _with_targets):
         kept.clear()
 
 
@@ -92,6 +93,14 @@ def base_info(run: RunConfig) -> BaseInfo:
 def model_fingerprint(run: RunConfig) -> str:
     """Return the fingerprint of the base's weights and processor."""
     return run.model.fingerprint()
+
+
+def processor_fingerprint(run: RunConfig) -> str | None:
+    """Return the hash of what the processor does beside `model_fingerprint`, once for each model in a process."""
+    key = _key(run.model)
+    if key not in _processors:
+        _processors[key] = run.model.processor_fingerprint()
+    return _processors[key]
 
 
 def slice_plan(run: RunConfig, info: BaseInfo) -> SlicePlan:
@@ -140,8 +149,20 @@ def load_base(run: RunConfig, head: HeadSpec, resolved: Resolved) -> Base:
     key = _key(run.model, head, resolved.base_dtype, resolved.attention)
     if key not in _base:
         _base.clear()  # two bases at once are memory nobody asked for
-        _base[key] = run.model.load(head, dtype=resolved.base_dtype, attention=resolved.attention)
+        base = run.model.load(head, dtype=resolved.base_dtype, attention=resolved.attention)
+        _check_as_described(run, base, base_info(run))
+        _base[key] = base
     return _base[key]
+
+
+def _check_as_described(run: RunConfig, base: Base, described: BaseInfo) -> None:
+    """Raise `ConfigError` where a loaded base has other layers than those the run's plan was made from."""
+    if base.info == described:
+        return
+    now, then = set(base.info.layers), set(described.layers)
+    names = sorted({layer.name for layer in now ^ then}) or ["its head or output"]
+    reason = f"the layers that info() describes; load() gives others at: {', '.join(names[:5])}"
+    raise ConfigError("model.source", run.model.source or run.model.kind, reason)
 
 
 def forget_base() -> None:

@@ -22,7 +22,7 @@ from lorabench.training import distributed
 from lorabench.training.batches import EvalStream, PackStream
 from lorabench.training.module import PackModule
 from lorabench.training.precision import Resolved
-from lorabench.training.preparation import Prepared, user_code_fingerprint
+from lorabench.training.preparation import Prepared, processor_fingerprint, user_code_fingerprint
 
 
 @dataclass
@@ -203,6 +203,7 @@ def _provenance(s: Session, state: Any) -> dict[str, Any]:
         "reused_blocks": s.module.trunk_cache.depth,
         "data_fingerprint": s.prepared.data.fingerprint,
         "model_fingerprint": s.base.fingerprint,
+        "processor_fingerprint": processor_fingerprint(s.pack.runs[0]),
         "model_notes": s.base.notes,
         "data_notes": {**s.prepared.data.notes, **s.prepared.encoded.notes},
         "pack": s.pack.id,

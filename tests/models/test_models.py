@@ -282,6 +282,7 @@ def test_folders_that_hold_no_base(bases: dict[str, Path], tmp_path: Path) -> No
     (tmp_path / "pytorch_model.bin").write_bytes(b"a pickle")
     with pytest.raises(ConfigError, match=r"no \.safetensors"):
         Config(source=str(tmp_path)).info(LABELS)
+    (tmp_path / "adapter_config.json").unlink()  # beside a whole model it would be refused, too
     (tmp_path / "model.safetensors").write_bytes(b"torn")
     with pytest.raises(ConfigError, match="not a readable safetensors file"):
         Config(source=str(tmp_path)).info(LABELS)

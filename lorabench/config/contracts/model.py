@@ -20,6 +20,7 @@ if TYPE_CHECKING:
 # whose output is something plus their bias.
 ADAPTABLE = ("Linear", "Conv1D", "Conv2d", "Embedding")
 CHANNELS_FIRST = ("Conv1d", "Conv2d", "BatchNorm1d", "BatchNorm2d", "GroupNorm")
+POSITION_EMBEDDINGS = ("position_embeddings", "wpe", "embed_positions")  # how names of tables of positions end
 BIASED = ("Linear", "Conv1D", "LayerNorm", *CHANNELS_FIRST)
 
 
@@ -44,6 +45,8 @@ class LayerInfo:
     weight_numel: int = 0  # everything it owns but its bias
     bias_numel: int = 0  # 0: the layer has no bias
     beyond_adapters: int = 0  # its parameters in matrices that no adapter can sit on, such as fused experts
+    # rows of a table of positions before the first token's; a base's padding token may move it as it is loaded
+    offset: int = field(default=0, compare=False)
 
 
 @dataclass(frozen=True)
@@ -56,6 +59,7 @@ class BaseInfo:
     parameters: int = 0  # all parameters, tied ones once
     hidden_size: int = 0
     num_layers: int = 0
+    notes: tuple[str, ...] = ()  # what its files hold and how it is used, in words: a kept or new head, parts left out
 
     @property
     def by_name(self) -> Mapping[str, LayerInfo]:
@@ -142,6 +146,14 @@ class Model(Component, ABC):
     def transformers_folder(self) -> Path | None:
         """Return a folder that `from_pretrained` of transformers loads the base from; None where there is none."""
         return None
+
+    def processor_fingerprint(self) -> str | None:
+        """Return a hash of what the processor does that `fingerprint` may leave out. None: there is nothing else."""
+        return None
+
+    def attentions(self) -> tuple[str, ...]:
+        """Return which of `eager` and `sdpa` the base offers. Reads no weights."""
+        return ("eager", "sdpa")
 
     @abstractmethod
     def fingerprint(self) -> str:
