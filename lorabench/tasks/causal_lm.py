@@ -15,7 +15,7 @@ from lorabench.config.contracts.model import HeadSpec
 from lorabench.config.contracts.task import Encoded, Row, StepOutput, TaskData
 from lorabench.config.errors import ConfigError
 from lorabench.config.fields import knob
-from lorabench.tasks import encoding, files, metrics, sources, split
+from lorabench.tasks import encoding, files, metrics, separated, sources, split
 from lorabench.tasks.metrics import ExtensibleMetrics
 from lorabench.tasks.text_task import TextTask
 from lorabench.tasks.token_loss import IGNORE, token_losses
@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from torch import Tensor, nn
 
 MIN_STYLE_PROMPTS = 20  # to fit and score a classifier of styles
+MIN_GROUPS = 3  # one for each split
 SECTION_BLOCKS = 8  # plain text is split into train, val and test in sections of about so many blocks
 
 
@@ -42,6 +43,15 @@ class Config(ExtensibleMetrics, TextTask):
     response_column: str | None = knob(None, help="column of the response")
     group_column: str | None = knob(
         None, help="column of what must not fall apart between splits, e.g. a dialogue's id"
+    )
+    input_column: str | None = knob(
+        None, help="column of what the prompt is about, put below it, as in Alpaca's files", added="0.1.0"
+    )
+    quoting: str = knob(
+        "auto",
+        help="of csv and tsv: whether quotation marks quote; auto: the lines decide, and what was assumed is said",
+        choices=separated.QUOTING,
+        added="0.1.0",
     )
     unit: str = knob(
         "block", help="an example of plain text: a full block of tokens, or a paragraph", choices=("block", "paragraph")
@@ -82,6 +92,8 @@ class Config(ExtensibleMetrics, TextTask):
         if (self.prompt_column is None) != (self.response_column is None):
             missing = "prompt_column" if self.prompt_column is None else "response_column"
             raise ConfigError(f"{key}.{missing}", None, "prompt_column and response_column go together")
+        if self.input_column and not self.prompt_column:
+            raise ConfigError(f"{key}.input_column", self.input_column, "null without prompt_column")
         super().validate(key)
         if self.style_prompts and (self.style_prompts < MIN_STYLE_PROMPTS or not self.has_replies):
             allowed = f"0, or at least {MIN_STYLE_PROMPTS} on prompts with responses"
@@ -104,22 +116,37 @@ class Config(ExtensibleMetrics, TextTask):
         A dialogue, a paragraph or a section of text lies in one split only. Raises `ConfigError` for bad data.
         """
         fields = ("prompt", "response") if self.has_replies else ("text",)
-        rows = self._rows()
+        said: list[str] = []
+        rows = self._rows(said)
         total = len(rows)
         rows = [r for r in rows if all(r[f].strip() for f in fields)]
         notes: dict[str, Any] = {"source": self.source, "rows": total, "rows_without_text": total - len(rows)}
+        notes |= {"read_as": said} if said else {}
         rows = split.identify(rows, fields)
         if self.dedupe:
             rows, counts = split.deduplicate(rows, lambda r: "\x1f".join(split.plain_key(r[f]) for f in fields))
             notes["duplicates_removed"] = counts["duplicates_removed"]
+            key = "response_column" if self.has_replies else "text_column"
+            if self.source == "file":
+                split.check_distinct(len(rows), counts["duplicates_removed"], f"task.{key}", getattr(self, key))
+        self._check_groups(rows)
         splits = split.split_rows(rows, self._group, val_fraction=self.val_fraction, test_fraction=self.test_fraction)
         if not self._has_blocks:  # blocks are counted once there are tokens
             splits = split.limit(splits, self)
         notes |= {name: {"examples": len(members)} for name, members in splits.items()}
         return TaskData(splits, split.fingerprint(splits), (), notes)
 
-    def _rows(self) -> list[Row]:
-        """Read all rows of the source. Raises `ConfigError`."""
+    def _check_groups(self, rows: Sequence[Row]) -> None:
+        """Raise `ConfigError` where many pairs share so few prompts that they cannot be split."""
+        groups = len({self._group(r) for r in rows})
+        if self.has_replies and groups < MIN_GROUPS <= len(rows):
+            key = "group_column" if self.group_column else "prompt_column"
+            allowed = f"{len(rows):,} pairs share {groups} of it, and one lies in one split whole: name the column of"
+            fix = "what the prompt is about (task.input_column), or of another group (task.group_column)"
+            raise ConfigError(f"task.{key}", getattr(self, key), f"{allowed} {fix}")
+
+    def _rows(self, said: list[str]) -> list[Row]:
+        """Read all rows of the source; `said` takes what was assumed. Raises `ConfigError`."""
         if self.source == "chitchat":
             return sources.chitchat()
         if self.source == "bbc":
@@ -134,7 +161,12 @@ class Config(ExtensibleMetrics, TextTask):
         )
         columns = columns or {"text_column": self.text_column}
         columns |= {"group_column": self.group_column} if self.group_column else {}
-        table = files.read_table(self.file, {k: v for k, v in columns.items() if v is not None}, "task.file")
+        columns |= {"input_column": self.input_column} if self.input_column else {}
+        named = {k: v for k, v in columns.items() if v is not None}
+        table = files.read_table(self.file, named, "task.file", quoting=self.quoting, said=said)
+        if below := table.pop("input_column", None):
+            pairs = zip(table["prompt_column"], below, strict=True)
+            table["prompt_column"] = ["\n\n".join(x for x in pair if x.strip()) for pair in pairs]
         fields = {name.removesuffix("_column"): values for name, values in table.items()}
         fields.setdefault("group", [""] * len(next(iter(fields.values()))))
         return [dict(zip(fields, values, strict=True)) for values in zip(*fields.values(), strict=True)]

@@ -17,6 +17,7 @@ CUT_ADDRESS = re.compile(r" h(?:t(?:t(?:ps?)?)?)?$")  # what is left of an addre
 RETWEET_OF = re.compile(r"\brt\b\W*@\w+")
 GROUP_CHARACTERS = 50  # near-duplicate tweets share this many at their beginning
 HASH_RANGE = 2**63
+MIN_DISTINCT = 10  # fewer different texts than these, most of them repeated, are categories
 
 
 def content_hash(*parts: str) -> int:
@@ -80,6 +81,18 @@ def deduplicate(rows: Sequence[Row], key: Callable[[Row], str]) -> tuple[list[Ro
         else:
             kept.append(min(group, key=lambda r: (-labels[r.get("label")], r["example"])))
     return kept, {"duplicates_removed": len(rows) - len(kept), "label_conflicts": conflicts}
+
+
+def check_distinct(kept: int, removed: int, key: str, column: str | None) -> None:
+    """Raise `ConfigError` where de-duplication left a handful of rows: the column is a category, no text.
+
+    key, column: the setting that named the column, and its value.
+    """
+    if kept < MIN_DISTINCT and removed > kept:
+        allowed = f"de-duplication left {kept} of {kept + removed:,} rows, as few different texts are in it"
+        raise ConfigError(
+            key, column, f"{allowed}: name the column of the texts, or keep equal ones: task.dedupe=false"
+        )
 
 
 def split_rows(
