@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from datetime import date
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import numpy as np
@@ -15,6 +16,7 @@ from lorabench.config.contracts.model import HeadSpec
 from lorabench.config.contracts.task import Encoded, Row, StepOutput, TaskData
 from lorabench.config.errors import ConfigError
 from lorabench.config.fields import knob
+from lorabench.models import chat
 from lorabench.tasks import encoding, files, metrics, separated, sources, split
 from lorabench.tasks.metrics import ExtensibleMetrics
 from lorabench.tasks.text_task import TextTask
@@ -57,6 +59,14 @@ class Config(ExtensibleMetrics, TextTask):
         "block", help="an example of plain text: a full block of tokens, or a paragraph", choices=("block", "paragraph")
     )
     system: str | None = knob(None, help="system message of the chat template; null: the template's own")
+    template_date: str = knob(
+        "2025-01-01", help="the day that a chat template which writes the date is told, YYYY-MM-DD", added="0.1.0"
+    )
+    text_end: bool = knob(
+        False,
+        help="put the tokenizer's end token after each whole text, so that generation learns to end",
+        added="0.1.0",
+    )
     max_length: int = knob(128, help="tokens of a block; longer pairs and paragraphs are cut", low=8)
     train_examples: int | None = knob(
         None, help="null: all; chosen by content, a smaller set lies inside a larger", low=1
@@ -92,6 +102,10 @@ class Config(ExtensibleMetrics, TextTask):
         if (self.prompt_column is None) != (self.response_column is None):
             missing = "prompt_column" if self.prompt_column is None else "response_column"
             raise ConfigError(f"{key}.{missing}", None, "prompt_column and response_column go together")
+        try:
+            date.fromisoformat(self.template_date)
+        except ValueError:
+            raise ConfigError(f"{key}.template_date", self.template_date, "a day, such as 2025-01-01") from None
         if self.input_column and not self.prompt_column:
             raise ConfigError(f"{key}.input_column", self.input_column, "null without prompt_column")
         super().validate(key)
@@ -197,10 +211,21 @@ class Config(ExtensibleMetrics, TextTask):
     def _encode_pairs(self, rows: Sequence[Row], processor: Any) -> list[dict[str, Any]]:
         """Return one example a pair; "full" is its number of tokens before the cut."""
         prompts = [self.prompt_text(r["prompt"], processor) for r in rows]
-        replies = [self._reply_text(r, prompt, processor) for r, prompt in zip(rows, prompts, strict=True)]
+        end = chat.turn_end(processor) or processor.eos_token or ""
+        replies = [self._reply_text(r, prompt, end, processor) for r, prompt in zip(rows, prompts, strict=True)]
         options = {"add_special_tokens": False, "return_attention_mask": False, "verbose": False}
-        both = (processor(texts, **options)["input_ids"] if texts else [] for texts in (prompts, replies))
+        both = [processor(texts, **options)["input_ids"] if texts else [] for texts in (prompts, replies)]
+        self._check_ends(both[1], end, processor)
         return [join(p, r, self.max_length) | self._ids(row) for p, r, row in zip(*both, rows, strict=True)]
+
+    def _check_ends(self, replies: Sequence[list[int]], end: str, processor: Any) -> None:
+        """Raise `ConfigError` where an encoded reply does not end with a token that generation stops at."""
+        stops = chat.stop_tokens(processor) if end else []
+        if end and any(ids and ids[-1] not in stops for ids in replies):
+            allowed = (
+                f"replies that end with a token to stop at; this base's tokenizer makes no single token of {end!r}"
+            )
+            raise ConfigError("task.response_column", self.response_column, allowed)
 
     def _group(self, row: Row) -> str:
         """Return the group of a row: its dialogue, else its prompt or text.
@@ -215,7 +240,7 @@ class Config(ExtensibleMetrics, TextTask):
 
     def _encode_texts(self, rows: Sequence[Row], processor: Any) -> list[dict[str, Any]]:
         """Return one example a paragraph, or the blocks of `max_length` tokens that a text is cut into."""
-        texts = [r["text"] for r in rows]
+        texts = [r["text"] + self._text_end(r["text"], processor) for r in rows]
         if not self._has_blocks:
             tokens, full = encoding.tokenize(processor, texts, None, self.max_length)
             return [
@@ -231,6 +256,15 @@ class Config(ExtensibleMetrics, TextTask):
                 out.append({"input_ids": ids, "start": 0, "full": len(ids), **self._ids(row), "example": example})
         return out
 
+    def _text_end(self, text: str, processor: Any) -> str:
+        """Return the end token that a whole text is to get, or an empty text. Raises `ConfigError` without one."""
+        if not self.text_end:
+            return ""
+        end: str | None = processor.eos_token
+        if not end:
+            raise ConfigError("task.text_end", True, "false: this base's tokenizer has no end token")
+        return "" if text.endswith(end) else end
+
     def prompt_text(self, text: str, processor: Any) -> str:
         """Return what the base reads before its reply: the text in the tokenizer's chat template.
 
@@ -238,22 +272,20 @@ class Config(ExtensibleMetrics, TextTask):
         """
         if not getattr(processor, "chat_template", None):
             return f"{encoding.begin_token(processor)}{text}\n"
-        rendered: str = processor.apply_chat_template(self._messages(text), tokenize=False, add_generation_prompt=True)
-        return rendered
+        return chat.render(processor, self._messages(text), day=self.template_date, prompt=True)
 
     def _messages(self, text: str) -> list[dict[str, str]]:
         system = [] if self.system is None else [{"role": "system", "content": self.system}]
         return [*system, {"role": "user", "content": text}]
 
-    def _reply_text(self, row: Row, prompt: str, processor: Any) -> str:
-        """Return the reply with its end token. What a template adds after that is no part of the answer."""
-        end = processor.eos_token or ""
+    def _reply_text(self, row: Row, prompt: str, end: str, processor: Any) -> str:
+        """Return the reply with the token that ends it. What a template adds after that is no part of the answer."""
         if not getattr(processor, "chat_template", None):
             return row["response"] + end
         messages = [*self._messages(row["prompt"]), {"role": "assistant", "content": row["response"]}]
-        whole: str = processor.apply_chat_template(messages, tokenize=False)
+        whole = chat.render(processor, messages, day=self.template_date, prompt=False)
         reply = whole[len(prompt) :] if whole.startswith(prompt) else row["response"] + end
-        return reply[: reply.rindex(end) + len(end)] if end and end in reply else reply
+        return reply[: reply.rindex(end) + len(end)] if end and end in reply else reply.rstrip() + end
 
     def encode_text(self, text: str, processor: Any, pair: str | None = None) -> dict[str, Any]:
         """Return one example of a prompt to reply to, or of plain text to go on with; none of it counts in a loss."""
