@@ -15,6 +15,7 @@ from lorabench.tasks import separated
 TABLE_SUFFIXES = (".csv", ".tsv", ".json", ".jsonl", ".ndjson", ".parquet")
 TEXT_SUFFIXES = (".txt", ".text", ".md")
 SEPARATORS = {".csv": ",;\t|", ".tsv": "\t,;|"}  # the first that occurs in the header line is taken
+MAX_CHARACTERS = 5_000_000  # of one cell: a tokenizer takes some 15 s for as many
 _NAMELESS = re.compile(r"Unnamed: \d+")  # pandas' name for a column without one
 
 
@@ -137,6 +138,9 @@ def _texts(column: list[Any], key: str, name: str, file: str) -> list[str]:
         if isinstance(value, (list, tuple, dict, set, bytes)) or getattr(value, "shape", None):
             kind = type(value).__name__
             raise ConfigError(key, name, f"a column of texts or numbers; row {number} of {file} holds a {kind}")
+        if isinstance(value, str) and len(value) > MAX_CHARACTERS:
+            allowed = f"at most {MAX_CHARACTERS:,} characters a cell; row {number} of {file} has {len(value):,}"
+            raise ConfigError(key, name, f"{allowed}; cut it into rows, or read it as plain text (task.source=text)")
         if isinstance(value, str) and _is_chat(value):
             why = "a chat's messages as JSON, which would be trained as plain text; write one row a reply"
             columns = "its prompt and its response in columns of their own (task.prompt_column, task.response_column)"

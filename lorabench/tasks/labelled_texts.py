@@ -10,7 +10,7 @@ from typing import Any
 from lorabench.config.contracts.task import SPLITS, Encoded, Row, TaskData
 from lorabench.config.errors import ConfigError
 from lorabench.config.fields import knob
-from lorabench.tasks import encoding, files, separated, sources, split
+from lorabench.tasks import encoding, files, metrics, separated, sources, split
 from lorabench.tasks.text_task import TextTask
 
 MAX_LABELS = 1000
@@ -94,6 +94,7 @@ class LabelledTexts(TextTask):
         for s in SPLITS:
             counts = Counter(r["label"] for r in splits[s])
             notes[s] = {"examples": len(splits[s]), "labels": {name: counts[name] for name in names}}
+            notes[s]["majority"] = metrics.majority_baselines(counts)
         return TaskData(splits, split.fingerprint(splits), tuple(names), notes)
 
     def _rows(self, said: list[str]) -> tuple[list[Row], Sequence[str]]:

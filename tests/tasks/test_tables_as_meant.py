@@ -129,3 +129,10 @@ def test_a_group_lies_in_one_split(tmp_path: Path) -> None:
     data = Classification(file=file, group_column="who").load()
     groups = [{r["group"] for r in s} for s in data.splits.values()]
     assert all(groups) and len(set.union(*groups)) == sum(map(len, groups)) == 60
+
+
+def test_a_cell_of_many_megabytes_is_refused_with_the_limit(tmp_path: Path) -> None:
+    items = [{"text": "short", "label": "a"}, {"text": "x" * 5_000_001, "label": "b"}]
+    file = written(tmp_path / "a.jsonl", "\n".join(map(json.dumps, items)))
+    with pytest.raises(ConfigError, match=r"at most 5,000,000 characters a cell; row 2 of .* has 5,000,001; cut it"):
+        files.read_table(file, COLUMNS, "task.file")
