@@ -134,6 +134,11 @@ def limit(splits: dict[str, list[Any]], task: Task) -> dict[str, list[Any]]:
     """Cut splits to `train_examples`, `val_examples` and `test_examples`. Raises `ConfigError` where one is empty."""
     check_not_empty(splits, task)
     sizes = {"train": task.train_examples, "val": task.val_examples, "test": task.test_examples}
+    over = {f"task.{s}_examples": (n, len(splits[s])) for s in SPLITS if (n := sizes[s]) and n > len(splits[s])}
+    if len(over) > 1:
+        (key, (n, _)), *_ = over.items()
+        fit = " ".join(f"{name}={there}" for name, (_, there) in over.items())
+        raise ConfigError(key, n, f"more than there are, in {len(over)} settings; what fits: {fit} (null takes all)")
     return {name: take(rows, sizes[name], f"task.{name}_examples") for name, rows in splits.items()}
 
 

@@ -136,3 +136,15 @@ def test_a_cell_of_many_megabytes_is_refused_with_the_limit(tmp_path: Path) -> N
     file = written(tmp_path / "a.jsonl", "\n".join(map(json.dumps, items)))
     with pytest.raises(ConfigError, match=r"at most 5,000,000 characters a cell; row 2 of .* has 5,000,001; cut it"):
         files.read_table(file, COLUMNS, "task.file")
+
+
+def test_sizes_that_do_not_fit_are_named_at_once(tmp_path: Path) -> None:
+    lines = [f"text {i},{i % 2}" for i in range(60)]
+    file = written(tmp_path / "a.csv", "\n".join(["text,label", *lines]))
+    there = {name: len(part) for name, part in Classification(file=file).load().splits.items()}
+    task = Classification(file=file, train_examples=9600, val_examples=2000, test_examples=4000)
+    fit = " ".join(f"task.{name}_examples={n}" for name, n in there.items())
+    with pytest.raises(ConfigError, match=rf"task\.train_examples=9600: more than there are, .*what fits: {fit} \("):
+        task.load()
+    fitted = Classification(file=file, **{f"{name}_examples": n for name, n in there.items()}).load()
+    assert {name: len(part) for name, part in fitted.splits.items()} == there
