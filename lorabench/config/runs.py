@@ -17,6 +17,7 @@ from typing import Any, TypeVar
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
+from lorabench.config import overrides
 from lorabench.config.components import component_names, load_component
 from lorabench.config.contracts.method import Method
 from lorabench.config.contracts.model import Model
@@ -199,6 +200,9 @@ def _parse_section(cls: type[AnySection], cfg: DictConfig, key: str) -> AnySecti
         raise ConfigError(key, node, "a mapping of settings")
     try:
         plain = OmegaConf.to_container(node, resolve=True) if isinstance(node, DictConfig) else dict(node)
+        for name in _mappings(cls):
+            if name in plain:
+                plain[name] = overrides.mapping(plain[name], f"{key}.{name}")
         schema = _schema(cls)  # type: ignore[arg-type]  # a class is hashable
         section: Any = OmegaConf.to_object(OmegaConf.merge(schema, plain))
     except OmegaConfBaseException as e:
@@ -206,6 +210,17 @@ def _parse_section(cls: type[AnySection], cfg: DictConfig, key: str) -> AnySecti
     check_ranges(section, key)
     section.validate(key)
     return section
+
+
+@cache
+def _mappings(cls: type) -> tuple[str, ...]:
+    """Return the settings whose value is a mapping of any keys, such as rank_pattern."""
+    fields = dataclasses.fields(cls)  # type: ignore[arg-type]
+    return tuple(f.name for f in fields if isinstance(_default(f), dict))
+
+
+def _default(field: dataclasses.Field[Any]) -> Any:
+    return None if field.default_factory is dataclasses.MISSING else field.default_factory()
 
 
 @cache

@@ -16,6 +16,7 @@ from typing import Any
 from lorabench.config.contracts.model import Base, BaseInfo, HeadSpec
 from lorabench.config.errors import ConfigError
 from lorabench.models import checkpoint
+from lorabench.models.chat import stop_tokens
 from lorabench.models.checkpoint import CLASSIFIER_HEADS, Loading
 from lorabench.models.folder import SOURCE_KEY, file_digest, fingerprint, processor_files, weight_files
 from lorabench.models.inventory import inventory
@@ -277,10 +278,10 @@ def processor_fingerprint(folder: Path) -> str:
 
 
 def end_tokens(model: Any, processor: Any) -> list[int]:
-    """Return the tokens that end a reply: those the base stops at, and the one a task ends its replies with."""
+    """Return the tokens that end a reply: those the base stops at, and those a task ends its replies with."""
     stops = model.generation_config.eos_token_id
     stops = stops if isinstance(stops, list) else [stops]
-    return sorted({token for token in (*stops, processor.eos_token_id) if token is not None})
+    return sorted({token for token in (*stops, *stop_tokens(processor)) if token is not None})
 
 
 def load_base(folder: Path, head: HeadSpec, *, dropout: float | None, dtype: str, attention: str) -> Base:

@@ -23,6 +23,8 @@ def data_caveats(notes: Any) -> list[str]:
         parts.append(plural(twice, "duplicate") + (f" ({plural(clash, 'text')} with unlike labels)" if clash else ""))
     if parts and notes.get("source") in USER_SOURCES:
         said.append(f"of {plural(_count(notes, 'rows'), 'row')} of data {' and '.join(parts)} are left out")
+    read_as = notes.get("read_as")
+    said.extend(map(str, read_as) if isinstance(read_as, list) else ())
     cut: Any = notes.get("truncation")
     cut = cut.get("train") if isinstance(cut, Mapping) else None
     share = cut.get("truncated_share") if isinstance(cut, Mapping) else None

@@ -11,11 +11,13 @@ import io
 from collections import Counter
 from collections.abc import Iterable, Mapping
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
 SHARED_FILE = "shared.npz"
 NAMES_COLUMN = "columns"  # of a slim file: "example=<digest>" where it is shared, else "loss=", in their order
+MAX_UNPACKED = 512 << 20  # bytes of all columns of a file; a million test examples take some 40 MiB
 Columns = Mapping[str, np.ndarray]  # name -> [N]
 
 
@@ -33,6 +35,7 @@ def read_columns(path: Path, root: Path) -> dict[str, np.ndarray]:
     and a dozen kinds of error for one that is torn.
     """
     with open(path, "rb") as f, np.load(f, allow_pickle=False) as data:
+        _check_size(data, path)
         found = {key: data[key] for key in data.files}
     if NAMES_COLUMN not in found:
         return found
@@ -40,10 +43,18 @@ def read_columns(path: Path, root: Path) -> dict[str, np.ndarray]:
     if not (root / SHARED_FILE).is_file():  # not FileNotFoundError: the run has results
         raise ValueError(f"no {SHARED_FILE}")
     with open(root / SHARED_FILE, "rb") as f, np.load(f, allow_pickle=False) as data:
+        _check_size(data, root / SHARED_FILE)
         shared = {key: data[key] for _, key in names if key}
     if any(digest(column) != key for key, column in shared.items()):
         raise ValueError(f"{SHARED_FILE} holds other columns")
     return {name: shared[key] if key else found[name] for name, key in names}
+
+
+def _check_size(data: Any, path: Path) -> None:
+    """Raise `ValueError` where an open `.npz` file unpacks to more than `MAX_UNPACKED` bytes; none is unpacked here."""
+    size = sum(member.file_size for member in data.zip.infolist())
+    if size > MAX_UNPACKED:
+        raise ValueError(f"{path.name} unpacks to {size >> 20:,} MiB; at most {MAX_UNPACKED >> 20:,} MiB are read")
 
 
 def digest(column: np.ndarray) -> str:

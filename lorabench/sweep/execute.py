@@ -24,7 +24,7 @@ from lorabench.sweep import declaration, reuse
 from lorabench.sweep.dry_run import dry_run
 from lorabench.sweep.memory import estimate_pack, shortages
 from lorabench.sweep.packs import Job, assign_packs, planning_round, replace_pack, replacing_packs, write_cells
-from lorabench.sweep.progress import ProgressDisplay, announce_slow, data_notices
+from lorabench.sweep.progress import ProgressDisplay, announce_slow, data_notices, say
 from lorabench.sweep.ranks import train
 from lorabench.sweep.resume import finished_records
 from lorabench.sweep.sharing import FinishedRuns, wait_for_packs, waiting_lease
@@ -89,12 +89,12 @@ def execute(jobs: Sequence[Job], *, executor: Executor = map, console: Console |
     ended = _find_finished(store, settings, runs, console)
     todo = [p for p in packs if any(i in plans and i not in ended.finished for i in p.run_ids)]
     if todo and here and (notice := precision.check_device(store, runs, accept_drift=settings.sweep.accept_drift)):
-        console.print(notice, highlight=False)
+        say(console, notice)
     if here and settings.sweep.progress:
         _say_shortages(store, todo, plans, console)
     _clear_after_kill(store, packs, ended)
     if not todo and settings.sweep.progress:
-        console.print(f"{store.root}: all {len(plans)} runs are finished, nothing to train", highlight=False)
+        say(console, f"{store.root}: all {len(plans)} runs are finished, nothing to train")
     with ProgressDisplay(console, todo, enabled=settings.sweep.progress) as progress:
         shares = share_count(planning_round(store, packs), settings.sweep.workers)
         train_packs(todo, shares, store, settings, ended, executor, progress)
@@ -107,12 +107,12 @@ def _find_finished(store: Store, settings: Settings, runs: Sequence[RunConfig], 
     stamps = {run.run_id: store.stamp(run.run_id) for run in runs}
     torn = damaged_files(store, stamps)
     for run_id, name in torn.items():
-        console.print(f"{store.run_dir(run_id)}: {name} cannot be read; the run trains again", highlight=False)
+        say(console, f"{store.run_dir(run_id)}: {name} cannot be read; the run trains again")
     finished = finished_records(store, settings, [run for run in runs if run.run_id not in torn])
     other = sum(record.provenance.get("code") != code_fingerprint() for record in finished.values())
     if other and settings.sweep.progress:
         text = f"{store.root}: {other} finished runs were made by other source code of lorabench"
-        console.print(text, highlight=False)
+        say(console, text)
     return FinishedRuns(store, finished, stamps)
 
 
@@ -272,7 +272,7 @@ def finish(settings: Settings, *, console: Console | None = None) -> None:
     failed = [r for r in records if r.status == "failed"]
     if failed:
         for r in failed[:10]:
-            console.print(f"failed {r.run_id}: {r.error}", highlight=False, markup=False)
+            say(console, f"failed {r.run_id}: {r.error}")
         raise SweepFailed(f"{len(failed)} of {len(records)} runs failed; start again with sweep.retry_failed=true")
 
 

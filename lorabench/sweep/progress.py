@@ -103,7 +103,13 @@ class ProgressDisplay:
 
     def say(self, text: str) -> None:
         if self.verbose:
-            self.console.print(text, highlight=False, markup=False)
+            say(self.console, text)
+
+
+def say(console: Console, text: str) -> None:
+    """Print one event, wrapped by a terminal alone; a log gets it on one line, whatever line breaks it holds."""
+    text = text if console.is_terminal else " ".join(text.split("\n"))
+    console.print(text, highlight=False, markup=False, soft_wrap=not console.is_terminal)
 
 
 def describe(pack: Pack) -> str:
@@ -119,7 +125,7 @@ def describe(pack: Pack) -> str:
 def announce_slow(text: str, *, after: float = 3.0, console: Console | None = None) -> Iterator[None]:
     """Say what goes on where it takes longer than `after` seconds: large data sets are read and tokenised for
     minutes."""
-    timer = threading.Timer(after, (console or Console(stderr=True)).print, (text,), {"highlight": False})
+    timer = threading.Timer(after, say, (console or Console(stderr=True), text))
     timer.daemon = True
     timer.start()
     try:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from datetime import date
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import numpy as np
@@ -15,7 +16,8 @@ from lorabench.config.contracts.model import HeadSpec
 from lorabench.config.contracts.task import Encoded, Row, StepOutput, TaskData
 from lorabench.config.errors import ConfigError
 from lorabench.config.fields import knob
-from lorabench.tasks import encoding, files, metrics, sources, split
+from lorabench.models import chat
+from lorabench.tasks import encoding, files, metrics, separated, sources, split
 from lorabench.tasks.metrics import ExtensibleMetrics
 from lorabench.tasks.text_task import TextTask
 from lorabench.tasks.token_loss import IGNORE, token_losses
@@ -24,6 +26,7 @@ if TYPE_CHECKING:
     from torch import Tensor, nn
 
 MIN_STYLE_PROMPTS = 20  # to fit and score a classifier of styles
+MIN_GROUPS = 3  # one for each split
 SECTION_BLOCKS = 8  # plain text is split into train, val and test in sections of about so many blocks
 
 
@@ -43,10 +46,27 @@ class Config(ExtensibleMetrics, TextTask):
     group_column: str | None = knob(
         None, help="column of what must not fall apart between splits, e.g. a dialogue's id"
     )
+    input_column: str | None = knob(
+        None, help="column of what the prompt is about, put below it, as in Alpaca's files", added="0.1.0"
+    )
+    quoting: str = knob(
+        "auto",
+        help="of csv and tsv: whether quotation marks quote; auto: the lines decide, and what was assumed is said",
+        choices=separated.QUOTING,
+        added="0.1.0",
+    )
     unit: str = knob(
         "block", help="an example of plain text: a full block of tokens, or a paragraph", choices=("block", "paragraph")
     )
     system: str | None = knob(None, help="system message of the chat template; null: the template's own")
+    template_date: str = knob(
+        "2025-01-01", help="the day that a chat template which writes the date is told, YYYY-MM-DD", added="0.1.0"
+    )
+    text_end: bool = knob(
+        False,
+        help="put the tokenizer's end token after each whole text, so that generation learns to end",
+        added="0.1.0",
+    )
     max_length: int = knob(128, help="tokens of a block; longer pairs and paragraphs are cut", low=8)
     train_examples: int | None = knob(
         None, help="null: all; chosen by content, a smaller set lies inside a larger", low=1
@@ -82,6 +102,12 @@ class Config(ExtensibleMetrics, TextTask):
         if (self.prompt_column is None) != (self.response_column is None):
             missing = "prompt_column" if self.prompt_column is None else "response_column"
             raise ConfigError(f"{key}.{missing}", None, "prompt_column and response_column go together")
+        try:
+            date.fromisoformat(self.template_date)
+        except ValueError:
+            raise ConfigError(f"{key}.template_date", self.template_date, "a day, such as 2025-01-01") from None
+        if self.input_column and not self.prompt_column:
+            raise ConfigError(f"{key}.input_column", self.input_column, "null without prompt_column")
         super().validate(key)
         if self.style_prompts and (self.style_prompts < MIN_STYLE_PROMPTS or not self.has_replies):
             allowed = f"0, or at least {MIN_STYLE_PROMPTS} on prompts with responses"
@@ -104,22 +130,37 @@ class Config(ExtensibleMetrics, TextTask):
         A dialogue, a paragraph or a section of text lies in one split only. Raises `ConfigError` for bad data.
         """
         fields = ("prompt", "response") if self.has_replies else ("text",)
-        rows = self._rows()
+        said: list[str] = []
+        rows = self._rows(said)
         total = len(rows)
         rows = [r for r in rows if all(r[f].strip() for f in fields)]
         notes: dict[str, Any] = {"source": self.source, "rows": total, "rows_without_text": total - len(rows)}
+        notes |= {"read_as": said} if said else {}
         rows = split.identify(rows, fields)
         if self.dedupe:
             rows, counts = split.deduplicate(rows, lambda r: "\x1f".join(split.plain_key(r[f]) for f in fields))
             notes["duplicates_removed"] = counts["duplicates_removed"]
+            key = "response_column" if self.has_replies else "text_column"
+            if self.source == "file":
+                split.check_distinct(len(rows), counts["duplicates_removed"], f"task.{key}", getattr(self, key))
+        self._check_groups(rows)
         splits = split.split_rows(rows, self._group, val_fraction=self.val_fraction, test_fraction=self.test_fraction)
         if not self._has_blocks:  # blocks are counted once there are tokens
             splits = split.limit(splits, self)
         notes |= {name: {"examples": len(members)} for name, members in splits.items()}
         return TaskData(splits, split.fingerprint(splits), (), notes)
 
-    def _rows(self) -> list[Row]:
-        """Read all rows of the source. Raises `ConfigError`."""
+    def _check_groups(self, rows: Sequence[Row]) -> None:
+        """Raise `ConfigError` where many pairs share so few prompts that they cannot be split."""
+        groups = len({self._group(r) for r in rows})
+        if self.has_replies and groups < MIN_GROUPS <= len(rows):
+            key = "group_column" if self.group_column else "prompt_column"
+            allowed = f"{len(rows):,} pairs share {groups} of it, and one lies in one split whole: name the column of"
+            fix = "what the prompt is about (task.input_column), or of another group (task.group_column)"
+            raise ConfigError(f"task.{key}", getattr(self, key), f"{allowed} {fix}")
+
+    def _rows(self, said: list[str]) -> list[Row]:
+        """Read all rows of the source; `said` takes what was assumed. Raises `ConfigError`."""
         if self.source == "chitchat":
             return sources.chitchat()
         if self.source == "bbc":
@@ -134,7 +175,12 @@ class Config(ExtensibleMetrics, TextTask):
         )
         columns = columns or {"text_column": self.text_column}
         columns |= {"group_column": self.group_column} if self.group_column else {}
-        table = files.read_table(self.file, {k: v for k, v in columns.items() if v is not None}, "task.file")
+        columns |= {"input_column": self.input_column} if self.input_column else {}
+        named = {k: v for k, v in columns.items() if v is not None}
+        table = files.read_table(self.file, named, "task.file", quoting=self.quoting, said=said)
+        if below := table.pop("input_column", None):
+            pairs = zip(table["prompt_column"], below, strict=True)
+            table["prompt_column"] = ["\n\n".join(x for x in pair if x.strip()) for pair in pairs]
         fields = {name.removesuffix("_column"): values for name, values in table.items()}
         fields.setdefault("group", [""] * len(next(iter(fields.values()))))
         return [dict(zip(fields, values, strict=True)) for values in zip(*fields.values(), strict=True)]
@@ -165,10 +211,21 @@ class Config(ExtensibleMetrics, TextTask):
     def _encode_pairs(self, rows: Sequence[Row], processor: Any) -> list[dict[str, Any]]:
         """Return one example a pair; "full" is its number of tokens before the cut."""
         prompts = [self.prompt_text(r["prompt"], processor) for r in rows]
-        replies = [self._reply_text(r, prompt, processor) for r, prompt in zip(rows, prompts, strict=True)]
+        end = chat.turn_end(processor) or processor.eos_token or ""
+        replies = [self._reply_text(r, prompt, end, processor) for r, prompt in zip(rows, prompts, strict=True)]
         options = {"add_special_tokens": False, "return_attention_mask": False, "verbose": False}
-        both = (processor(texts, **options)["input_ids"] if texts else [] for texts in (prompts, replies))
+        both = [processor(texts, **options)["input_ids"] if texts else [] for texts in (prompts, replies)]
+        self._check_ends(both[1], end, processor)
         return [join(p, r, self.max_length) | self._ids(row) for p, r, row in zip(*both, rows, strict=True)]
+
+    def _check_ends(self, replies: Sequence[list[int]], end: str, processor: Any) -> None:
+        """Raise `ConfigError` where an encoded reply does not end with a token that generation stops at."""
+        stops = chat.stop_tokens(processor) if end else []
+        if end and any(ids and ids[-1] not in stops for ids in replies):
+            allowed = (
+                f"replies that end with a token to stop at; this base's tokenizer makes no single token of {end!r}"
+            )
+            raise ConfigError("task.response_column", self.response_column, allowed)
 
     def _group(self, row: Row) -> str:
         """Return the group of a row: its dialogue, else its prompt or text.
@@ -183,7 +240,7 @@ class Config(ExtensibleMetrics, TextTask):
 
     def _encode_texts(self, rows: Sequence[Row], processor: Any) -> list[dict[str, Any]]:
         """Return one example a paragraph, or the blocks of `max_length` tokens that a text is cut into."""
-        texts = [r["text"] for r in rows]
+        texts = [r["text"] + self._text_end(r["text"], processor) for r in rows]
         if not self._has_blocks:
             tokens, full = encoding.tokenize(processor, texts, None, self.max_length)
             return [
@@ -199,6 +256,15 @@ class Config(ExtensibleMetrics, TextTask):
                 out.append({"input_ids": ids, "start": 0, "full": len(ids), **self._ids(row), "example": example})
         return out
 
+    def _text_end(self, text: str, processor: Any) -> str:
+        """Return the end token that a whole text is to get, or an empty text. Raises `ConfigError` without one."""
+        if not self.text_end:
+            return ""
+        end: str | None = processor.eos_token
+        if not end:
+            raise ConfigError("task.text_end", True, "false: this base's tokenizer has no end token")
+        return "" if text.endswith(end) else end
+
     def prompt_text(self, text: str, processor: Any) -> str:
         """Return what the base reads before its reply: the text in the tokenizer's chat template.
 
@@ -206,22 +272,20 @@ class Config(ExtensibleMetrics, TextTask):
         """
         if not getattr(processor, "chat_template", None):
             return f"{encoding.begin_token(processor)}{text}\n"
-        rendered: str = processor.apply_chat_template(self._messages(text), tokenize=False, add_generation_prompt=True)
-        return rendered
+        return chat.render(processor, self._messages(text), day=self.template_date, prompt=True)
 
     def _messages(self, text: str) -> list[dict[str, str]]:
         system = [] if self.system is None else [{"role": "system", "content": self.system}]
         return [*system, {"role": "user", "content": text}]
 
-    def _reply_text(self, row: Row, prompt: str, processor: Any) -> str:
-        """Return the reply with its end token. What a template adds after that is no part of the answer."""
-        end = processor.eos_token or ""
+    def _reply_text(self, row: Row, prompt: str, end: str, processor: Any) -> str:
+        """Return the reply with the token that ends it. What a template adds after that is no part of the answer."""
         if not getattr(processor, "chat_template", None):
             return row["response"] + end
         messages = [*self._messages(row["prompt"]), {"role": "assistant", "content": row["response"]}]
-        whole: str = processor.apply_chat_template(messages, tokenize=False)
+        whole = chat.render(processor, messages, day=self.template_date, prompt=False)
         reply = whole[len(prompt) :] if whole.startswith(prompt) else row["response"] + end
-        return reply[: reply.rindex(end) + len(end)] if end and end in reply else reply
+        return reply[: reply.rindex(end) + len(end)] if end and end in reply else reply.rstrip() + end
 
     def encode_text(self, text: str, processor: Any, pair: str | None = None) -> dict[str, Any]:
         """Return one example of a prompt to reply to, or of plain text to go on with; none of it counts in a loss."""

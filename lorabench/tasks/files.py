@@ -3,32 +3,37 @@
 from __future__ import annotations
 
 import codecs
-import io
 import json
 import re
-import warnings
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from lorabench.config.errors import ConfigError
+from lorabench.tasks import separated
 
 TABLE_SUFFIXES = (".csv", ".tsv", ".json", ".jsonl", ".ndjson", ".parquet")
 TEXT_SUFFIXES = (".txt", ".text", ".md")
 SEPARATORS = {".csv": ",;\t|", ".tsv": "\t,;|"}  # the first that occurs in the header line is taken
+MAX_CHARACTERS = 5_000_000  # of one cell: a tokenizer takes some 15 s for as many
 _NAMELESS = re.compile(r"Unnamed: \d+")  # pandas' name for a column without one
 
 
-def read_table(file: str, columns: Mapping[str, str], key: str) -> dict[str, list[str]]:
+def read_table(
+    file: str, columns: Mapping[str, str], key: str, *, quoting: str = "auto", said: list[str] | None = None
+) -> dict[str, list[str]]:
     """Read columns of a table, each value as text, "" where there is none. Returns setting -> values.
 
     columns: setting -> column, such as {"text_column": "text"}; spaces around a name in the header do not count.
-    key: the setting that named the file. Raises `ConfigError`.
+    key: the setting that named the file. quoting: one of `separated.QUOTING`. said: what was assumed about the file
+    is appended, one sentence each. Raises `ConfigError`.
     """
     path = _existing(file, key)
     if path.suffix.lower() not in TABLE_SUFFIXES:
         raise ConfigError(key, file, f"a kind of file that is not read here; allowed: {', '.join(TABLE_SUFFIXES)}")
-    table = _parse(path, file, key)
+    table, assumed = _parse(path, file, key, quoting)
+    if said is not None:
+        said.extend(f"{path.name}: {line}" for line in assumed)
     if not any(table.values()):
         raise ConfigError(key, file, "the file has no rows")
     stripped = {name.strip(): name for name in reversed(table)}
@@ -84,8 +89,8 @@ def _existing(file: str, key: str) -> Path:
     return path
 
 
-def _parse(path: Path, file: str, key: str) -> dict[str, list[Any]]:
-    """Parse a table into columns by name. Raises `ConfigError` where it is torn or no table."""
+def _parse(path: Path, file: str, key: str, quoting: str) -> tuple[dict[str, list[Any]], list[str]]:
+    """Parse a table into columns by name, and what was assumed. Raises `ConfigError` where it is torn or no table."""
     suffix = path.suffix.lower()
     text = "" if suffix == ".parquet" else decode(path, key)
     try:
@@ -93,36 +98,18 @@ def _parse(path: Path, file: str, key: str) -> dict[str, list[Any]]:
             import pandas as pd
 
             table = pd.read_parquet(path).astype(object)  # pandas' own types mark a missing value by their own NA
-            return {str(name): column.where(column.notna(), None).tolist() for name, column in table.items()}
+            return {str(name): column.where(column.notna(), None).tolist() for name, column in table.items()}, []
         if suffix in SEPARATORS:
-            return _parse_separated(text, _separator(text, SEPARATORS[suffix]))
-        return _columns_of(json.loads(text) if suffix == ".json" else _parse_lines(text))
+            return separated.parse(text, separated.separator(text, SEPARATORS[suffix]), quoting)
+        return _columns_of(_parse_json(text)), []
     except Exception as e:  # pandas and pyarrow raise many kinds of errors for a torn or foreign file
         reason = (str(e).splitlines() or [type(e).__name__])[0]
         raise ConfigError(key, file, f"cannot be read as {suffix[1:]}: {reason}") from e
 
 
-def _separator(text: str, known: str) -> str:
-    """Return the first of `known` that stands outside quotes in the first line.
-
-    Spreadsheets write `;` where the comma is decimal.
-    """
-    head = re.sub(r'"[^"]*"', "", text.lstrip().partition("\n")[0])
-    return next((s for s in known if s in head), known[0])
-
-
-def _parse_separated(text: str, separator: str) -> dict[str, list[Any]]:
-    """Parse separated values. Every value stays the text it is: "NA", "007" and "1.0" too."""
-    import pandas as pd
-
-    with warnings.catch_warnings():
-        warnings.simplefilter("error", pd.errors.ParserWarning)  # rows longer than the header
-        try:
-            table = pd.read_csv(io.StringIO(text), sep=separator, dtype=str, keep_default_na=False, index_col=False)
-        except pd.errors.ParserWarning as e:
-            why = f"a row has more fields than the head; a text that holds {separator!r} needs double quotes"
-            raise ValueError(why) from e
-    return {str(name): column.tolist() for name, column in table.items()}
+def _parse_json(text: str) -> Any:
+    """Parse an array of objects, or one object a line: the text says which, not the file's name."""
+    return _parse_lines(text) if text.lstrip().startswith("{") else json.loads(text)
 
 
 def _parse_lines(text: str) -> list[Any]:
@@ -151,7 +138,25 @@ def _texts(column: list[Any], key: str, name: str, file: str) -> list[str]:
         if isinstance(value, (list, tuple, dict, set, bytes)) or getattr(value, "shape", None):
             kind = type(value).__name__
             raise ConfigError(key, name, f"a column of texts or numbers; row {number} of {file} holds a {kind}")
+        if isinstance(value, str) and len(value) > MAX_CHARACTERS:
+            allowed = f"at most {MAX_CHARACTERS:,} characters a cell; row {number} of {file} has {len(value):,}"
+            raise ConfigError(key, name, f"{allowed}; cut it into rows, or read it as plain text (task.source=text)")
+        if isinstance(value, str) and _is_chat(value):
+            why = "a chat's messages as JSON, which would be trained as plain text; write one row a reply"
+            columns = "its prompt and its response in columns of their own (task.prompt_column, task.response_column)"
+            raise ConfigError(key, name, f"a column of texts; row {number} of {file} holds {why}, {columns}")
     return [_text(v) for v in column]
+
+
+def _is_chat(text: str) -> bool:
+    """Whether a text is the JSON of a list of messages, each with its "role" or "from"."""
+    if not text.lstrip().startswith("[") or not ('"role"' in text or '"from"' in text):
+        return False
+    try:
+        messages = json.loads(text)
+    except ValueError:
+        return False
+    return bool(messages) and all(isinstance(m, dict) and ("role" in m or "from" in m) for m in messages)
 
 
 def _text(value: Any) -> str:

@@ -145,3 +145,15 @@ def check_metrics(metric: str, own: Sequence[str], specs: Sequence[str], key: st
             raise ConfigError(f"{key}.extra_metrics", name, "there is a metric of that name already")
     if metric not in (*own, *names):
         raise ConfigError(f"{key}.metric", metric, f"allowed: {', '.join((*own, *names))}")
+
+
+def majority_baselines(counts: Mapping[str, int]) -> dict[str, float]:
+    """Return accuracy, macro_f1 and mcc of always answering the commonest label. counts: examples by label.
+
+    macro_f1 is over the labels that occur, as `macro_f1` has it; MCC of a constant answer is 0.
+    """
+    occurring = [n for n in counts.values() if n]
+    if not occurring:
+        return {}
+    share = max(occurring) / sum(occurring)
+    return {"accuracy": share, "macro_f1": 2 * share / (1 + share) / len(occurring), "mcc": 0.0}

@@ -17,6 +17,7 @@ CUT_ADDRESS = re.compile(r" h(?:t(?:t(?:ps?)?)?)?$")  # what is left of an addre
 RETWEET_OF = re.compile(r"\brt\b\W*@\w+")
 GROUP_CHARACTERS = 50  # near-duplicate tweets share this many at their beginning
 HASH_RANGE = 2**63
+MIN_DISTINCT = 10  # fewer different texts than these, most of them repeated, are categories
 
 
 def content_hash(*parts: str) -> int:
@@ -82,6 +83,18 @@ def deduplicate(rows: Sequence[Row], key: Callable[[Row], str]) -> tuple[list[Ro
     return kept, {"duplicates_removed": len(rows) - len(kept), "label_conflicts": conflicts}
 
 
+def check_distinct(kept: int, removed: int, key: str, column: str | None) -> None:
+    """Raise `ConfigError` where de-duplication left a handful of rows: the column is a category, no text.
+
+    key, column: the setting that named the column, and its value.
+    """
+    if kept < MIN_DISTINCT and removed > kept:
+        allowed = f"de-duplication left {kept} of {kept + removed:,} rows, as few different texts are in it"
+        raise ConfigError(
+            key, column, f"{allowed}: name the column of the texts, or keep equal ones: task.dedupe=false"
+        )
+
+
 def split_rows(
     rows: Sequence[Row], group: Callable[[Row], str], *, val_fraction: float, test_fraction: float
 ) -> dict[str, list[Row]]:
@@ -121,6 +134,11 @@ def limit(splits: dict[str, list[Any]], task: Task) -> dict[str, list[Any]]:
     """Cut splits to `train_examples`, `val_examples` and `test_examples`. Raises `ConfigError` where one is empty."""
     check_not_empty(splits, task)
     sizes = {"train": task.train_examples, "val": task.val_examples, "test": task.test_examples}
+    over = {f"task.{s}_examples": (n, len(splits[s])) for s in SPLITS if (n := sizes[s]) and n > len(splits[s])}
+    if len(over) > 1:
+        (key, (n, _)), *_ = over.items()
+        fit = " ".join(f"{name}={there}" for name, (_, there) in over.items())
+        raise ConfigError(key, n, f"more than there are, in {len(over)} settings; what fits: {fit} (null takes all)")
     return {name: take(rows, sizes[name], f"task.{name}_examples") for name, rows in splits.items()}
 
 

@@ -114,3 +114,13 @@ def test_primary_metrics_are_checked(own: str) -> None:
         metrics.check_metrics("auc", ("accuracy",), [f"{own}:found"], "task")
     with pytest.raises(ConfigError, match="a metric of that name already"):
         metrics.check_metrics("found", ("found",), [f"{own}:found"], "task")
+
+
+def test_the_commonest_label_as_a_baseline_of_every_bounded_metric() -> None:
+    label = np.repeat([0, 1, 2], [6, 3, 1])
+    always = np.zeros(10, dtype=int)
+    found = metrics.majority_baselines({"a": 6, "b": 3, "c": 1, "d": 0})
+    assert found["accuracy"] == pytest.approx(metrics.accuracy(label, always))
+    assert found["macro_f1"] == pytest.approx(metrics.macro_f1(label, always))
+    assert found["mcc"] == metrics.mcc(label, always) == 0
+    assert metrics.majority_baselines({}) == {}
