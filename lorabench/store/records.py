@@ -124,16 +124,21 @@ class Store:
             yield
 
     def check_foreign(self) -> None:
-        """Raise `ExistingWork` when the directory holds files that are not a sweep's, or leads elsewhere."""
+        """Raise `ExistingWork` for a directory that is no sweep's and holds something, or that leads elsewhere.
+
+        What stands beside a manifest, such as notes, logs and a report, is a user's own: it is never touched.
+        """
         for path in (self.root, *(self.root / name for name in sorted(OWN_NAMES))):
             refuse_link(path, "sweep.dir")
         if not self.root.exists():
             return
         if not self.root.is_dir():
             raise ExistingWork("sweep.dir", str(self.root), "a directory; this is a file")
+        if (self.root / MANIFEST).is_file():
+            return
         foreign = sorted(p.name for p in self.root.iterdir() if p.name not in OWN_NAMES and not p.name.startswith("."))
         if foreign:
-            allowed = f"an empty or a sweep's directory; this one holds {', '.join(foreign[:5])}"
+            allowed = f"an empty or a sweep's directory; this one has no {MANIFEST}, and holds {', '.join(foreign[:5])}"
             raise ExistingWork("sweep.dir", str(self.root), allowed)
 
     def run_dir(self, run_id: str) -> Path:

@@ -41,7 +41,12 @@ class SweepFailed(Exception):
 
 def check_all(jobs: Sequence[Job]) -> dict[str, SlicePlan]:
     """Check every listed run before anything is written. Raises `ConfigError` for the first bad one."""
-    reuse.open_sources(jobs[0].settings.sweep.reuse)
+    settings = jobs[0].settings
+    if settings.report.enabled:
+        from lorabench.report import directory
+
+        directory.check_place(Path(settings.report.dir), Path(settings.sweep.dir))
+    reuse.open_sources(settings.sweep.reuse)
     for job in jobs:
         declaration.check_metrics(job)
         if (job.settings.sweep.workers or 1) > 1 and precision.device_count(job.run.trainer) > 1:

@@ -44,9 +44,11 @@ def machine() -> dict[str, Any]:
 
 def report_hashes(report: Path) -> dict[str, str]:
     """SHA-256 of each file of a report but its PNG pictures, with the names of clip paths numbered in order."""
+    from lorabench.report.directory import MARK
+
     hashes = {}
     for path in sorted(report.rglob("*")):
-        if path.is_file() and path.suffix != ".png":
+        if path.is_file() and path.suffix != ".png" and path.name != MARK:  # the mark lists the checksums of all
             hashes[str(path.relative_to(report))] = hashlib.sha256(
                 with_numbered_ids(path.read_text()).encode()
             ).hexdigest()

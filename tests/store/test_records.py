@@ -118,6 +118,8 @@ def test_an_empty_or_a_sweeps_own_directory_is_accepted(tmp_path):
     Store(tmp_path).check_foreign()
     Store(tmp_path).write(record())
     Store(tmp_path).write_manifest({"schema": 1})
+    for name in ("notes.txt", "slurm-123.out"):
+        (tmp_path / name).write_text("mine")
     Store(tmp_path).check_foreign()
 
 
