@@ -34,13 +34,18 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument(
         "--dtype", choices=BITS, help="type of the merged weights (default float32); merging is done in float32"
     )
+    p.add_argument(
+        "--trust", action="store_true", help="let Python files run that the record names (local, extra_metrics)"
+    )
     return p
 
 
-def export(run_dir: Path, out: Path, *, merged: bool = False, dtype: str | None = None) -> list[str]:
+def export(
+    run_dir: Path, out: Path, *, merged: bool = False, dtype: str | None = None, trust: bool = False
+) -> list[str]:
     """Write a run's adapter or merged model to `out`, whole or not at all, and return lines about it.
 
-    Raises `ConfigError` for a directory that is no trained run, an `out` that holds files, and methods PEFT's LoRA
+    trust: whether Python files that its record names may run. Raises `ConfigError` for a directory that is no trained run, an `out` that holds files, and methods PEFT's LoRA
     format cannot hold.
     """
     from lorabench.training.saved_run import open_run
@@ -48,7 +53,7 @@ def export(run_dir: Path, out: Path, *, merged: bool = False, dtype: str | None 
     check_empty(out, "--out")
     if dtype and not merged:
         raise ConfigError("--dtype", dtype, "with --merged only; an adapter keeps the type it was trained in")
-    saved = open_run(run_dir)
+    saved = open_run(run_dir, trust=trust)
     return _export_merged(saved, out, dtype or "float32") if merged else _export_peft(saved, out)
 
 
@@ -173,7 +178,7 @@ def _settings(config: Mapping[str, Any]) -> list[tuple[str, Any]]:
 def main(argv: Sequence[str] | None = None) -> None:
     """Exit 0: written; 2: bad input, nothing written."""
     args = parser().parse_args(argv)
-    for line in export(args.run, args.out, merged=args.merged, dtype=args.dtype):
+    for line in export(args.run, args.out, merged=args.merged, dtype=args.dtype, trust=args.trust):
         print(line)
 
 

@@ -44,6 +44,9 @@ def parser() -> argparse.ArgumentParser:
     )
     p.add_argument("--top", type=int, default=3, help="labels shown a text (default 3)")
     p.add_argument("--max-new-tokens", type=int, default=48, help="longest reply (default 48)")
+    p.add_argument(
+        "--trust", action="store_true", help="let Python files run that the record names (local, extra_metrics)"
+    )
     return p
 
 
@@ -182,7 +185,7 @@ def main(argv: Sequence[str] | None = None) -> None:
             raise ConfigError("--" + name.replace("_", "-"), getattr(args, name), "at least 1")
     from lorabench.training.saved_run import open_run
 
-    saved = open_run(args.run)
+    saved = open_run(args.run, trust=args.trust)
     answers = predict(saved, _texts(args.text), max_new_tokens=args.max_new_tokens)
     from rich.console import Console
 

@@ -31,6 +31,7 @@ def parser() -> argparse.ArgumentParser:
         default=True,
         help="count intruder dimensions, which takes an SVD of every layer's whole weight (default: yes)",
     )
+    p.add_argument("--trust", action="store_true", help="let Python files run that records name (local, extra_metrics)")
     return p
 
 
@@ -47,7 +48,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     from lorabench.report.sections import weights
     from lorabench.results.weights import parse
 
-    request = WeightsRequest(tuple(args.cells), tuple(args.layers), args.intruders)
+    request = WeightsRequest(tuple(args.cells), tuple(args.layers), args.intruders, args.trust)
     console = Console(stderr=True)
     with Progress(console=console, transient=True, disable=not console.is_terminal) as bar:
         task = bar.add_task("layers", total=None)

@@ -166,7 +166,7 @@ def _parse_probe(task: Task) -> Task:
     except ConfigError as e:
         if e.key.startswith("task.probe"):
             raise
-        raise ConfigError(f"task.probe.{e.key.rpartition('.')[2]}", e.value, e.allowed) from e
+        raise type(e)(f"task.probe.{e.key.rpartition('.')[2]}", e.value, e.allowed) from e
     if probe.probe is not None:
         raise ConfigError("task.probe.probe", "(a task)", "null: a probe has none of its own")
     return task.replace(probe=probe)

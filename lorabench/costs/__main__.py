@@ -37,6 +37,7 @@ def parser() -> argparse.ArgumentParser:
         help="rounds a measure; at most 5 where the disk is read (default 15)",
     )
     p.add_argument("--again", action="store_true", help="measure what is known already, too")
+    p.add_argument("--trust", action="store_true", help="let Python files run that records name (local, extra_metrics)")
     return p
 
 
@@ -53,7 +54,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     from lorabench.report import table_formats as faces
     from lorabench.report.sections import costs as face
 
-    asked, console = CostsRequest(tuple(args.cells), args.repeats, args.again), Console(stderr=True)
+    asked, console = CostsRequest(tuple(args.cells), args.repeats, args.again, args.trust), Console(stderr=True)
     with Progress(console=console, transient=True, disable=not console.is_terminal) as bar:
         task = bar.add_task("costs", total=None)
 

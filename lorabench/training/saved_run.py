@@ -13,6 +13,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from lorabench.config.components import trust_files
 from lorabench.config.contracts.model import Base, HeadSpec
 from lorabench.config.errors import ConfigError
 from lorabench.config.runs import RunConfig, digest
@@ -87,8 +88,11 @@ class SavedRun:
         return f"{told['method']}{r}"
 
 
-def open_run(path: str | Path) -> SavedRun:
-    """Return the run behind a directory. Raises `ConfigError` for anything that is not a run with trained weights."""
+def open_run(path: str | Path, *, trust: bool = False) -> SavedRun:
+    """Return the run behind a directory. Raises `ConfigError` for anything that is not a run with trained weights.
+
+    trust: whether Python files that its record names may run; False raises `UntrustedFile` for one that names any.
+    """
     path = Path(path)
     record = _record(path)
     if record.status == "failed":
@@ -104,7 +108,9 @@ def open_run(path: str | Path) -> SavedRun:
     if "auto_class" not in told:
         raise ConfigError("run", str(path), "a record that names its head (provenance.head)")
     head = HeadSpec(told["auto_class"], tuple(told.get("label_names", ())))
-    return SavedRun(path, record, RunConfig.from_dict(record.config), head)
+    with trust_files(trust):
+        run = RunConfig.from_dict(record.config)
+    return SavedRun(path, record, run, head)
 
 
 def _record(path: Path) -> Record:
