@@ -183,11 +183,12 @@ class PackJob:
     def _node(self, store: Store, me: str, env: Any) -> Any:
         """Return this task's place among those of its job. The first says in <pack>.meet.json where it waits."""
         from lorabench.sweep.ranks import Node, free_port
+        from lorabench.training.distributed import meeting_address
 
         start = {"job": me, "start": os.environ.get("SLURM_RESTART_COUNT", "0")}
         path = _path(store, self.pack_id, ".meet.json")
         if env.global_rank == 0:
-            here = env.hostname if env.num_nodes > 1 else "127.0.0.1"
+            here = meeting_address(env.hostname) if env.num_nodes > 1 else "127.0.0.1"
             atomic_write(path, dump_json({**start, "address": here, "port": free_port()}))
         while not (found := _read(path)).items() >= start.items():
             time.sleep(0.2)  # for as long as Slurm lets it

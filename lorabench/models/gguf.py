@@ -16,7 +16,7 @@ from lorabench.config.errors import ConfigError
 from lorabench.config.fields import knob
 from lorabench.models import pretrained
 from lorabench.models.folder import SOURCE_KEY, file_digest, locate
-from lorabench.runtime.files import atomic_folder, cache_root
+from lorabench.runtime.files import atomic_folder, cache_root, is_private
 
 CACHE_LAYOUT = "1"  # a change makes new folders
 
@@ -70,10 +70,11 @@ def convert_once(file: Path) -> Path:
     first. Converting 135M parameters takes 20 s and 540 MB.
     """
     root = cache_root() / "gguf"
+    if not is_private(root):
+        raise ConfigError("LORABENCH_CACHE", str(root.parent), "a folder of your own: others could write in its gguf/")
     target = root / f"{file_digest(file)[:16]}-{CACHE_LAYOUT}"
     if target.is_dir():
         return target
-    root.mkdir(parents=True, exist_ok=True)
     with open(root / f"{target.name}.lock", "a") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
         if target.is_dir():

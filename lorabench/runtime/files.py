@@ -7,8 +7,9 @@ import os
 import re
 import secrets
 import shutil
+import stat
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -163,6 +164,21 @@ def name_unwritable(path: Path) -> Iterator[None]:
         yield
     except OSError as e:
         raise Unwritable(e.errno or errno.EIO, e.strerror or str(e), str(path)) from e
+
+
+def is_private(folder: Path) -> bool:
+    """Make a folder that only this user may enter, and return whether nobody else but root can write in it.
+
+    An older folder of this user's is closed to others. A link is none. Raises OSError where it cannot be made.
+    """
+    folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+    about = folder.lstat()
+    if not stat.S_ISDIR(about.st_mode) or about.st_uid not in (os.getuid(), 0):
+        return False
+    if about.st_uid == os.getuid() and about.st_mode & 0o077:
+        with suppress(OSError):  # a file system that may only be read
+            folder.chmod(0o700)
+    return not folder.lstat().st_mode & 0o022
 
 
 def cache_root() -> Path:

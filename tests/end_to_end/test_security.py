@@ -297,4 +297,4 @@ def test_no_secret_of_the_environment_is_written(cli: Any, tmp_path: Path, monke
     for content in [printed.encode(), *(p.read_bytes() for p in written)]:
         assert b"s3cr3t" not in content
     command = json.loads((out / "sweeps/s/sweep.json").read_text())["command"]
-    assert any("export HF_TOKEN=***','export A=1 MY_API_KEY=" in word for word in command), command
+    assert "hydra.launcher.setup=***" in command, command
