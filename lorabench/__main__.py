@@ -19,6 +19,7 @@ from lorabench.launch.command_line import config_dir
 from lorabench.launch.guards import check_arguments, explain_grammar_error, explain_unknown_setting, guard_yaml
 from lorabench.launch.task_function import task_function
 from lorabench.runtime import signals
+from lorabench.runtime.terminal import say
 
 
 def main() -> None:
@@ -41,20 +42,20 @@ def main() -> None:
                 explained: ConfigError | None = explain_grammar_error(e)
             else:
                 explained = explain_unknown_setting(str(e))
-            print(f"error: {explained or e}", file=sys.stderr)
+            say(f"error: {explained or e}", error=True)
             sys.exit(2)
         if isinstance(e, Unwritable):
-            print(f"error: {e}; the same command goes on from here", file=sys.stderr)
+            say(f"error: {e}; the same command goes on from here", error=True)
             sys.exit(1)
         if type(e).__name__ != "SweepFailed":  # by name: importing it here would import torch
             raise
-        print(f"error: {e}", file=sys.stderr)
+        say(f"error: {e}", error=True)
         sys.exit(1)
 
 
 def _leave(code: Any) -> NoReturn:
     if code in (130, signals.EXIT_CODE):
-        print("stopped; the same command goes on from here", file=sys.stderr)
+        say("stopped; the same command goes on from here", error=True)
     sys.exit(code)
 
 

@@ -14,6 +14,7 @@ from lorabench.config.errors import ConfigError
 from lorabench.config.overrides import flatten
 from lorabench.runtime.command import command
 from lorabench.runtime.files import atomic_folder, check_empty
+from lorabench.runtime.terminal import say
 
 if TYPE_CHECKING:
     from lorabench.training.saved_run import SavedRun
@@ -179,7 +180,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     """Exit 0: written; 2: bad input, nothing written."""
     args = parser().parse_args(argv)
     for line in export(args.run, args.out, merged=args.merged, dtype=args.dtype, trust=args.trust):
-        print(line)
+        say(line)
 
 
 if __name__ == "__main__":

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from lorabench.config.errors import ConfigError
 from lorabench.runtime.command import command
+from lorabench.runtime.terminal import make_console, plain
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -136,35 +137,27 @@ def _reply(saved: SavedRun, base: Base, texts: Sequence[str], max_new_tokens: in
 def table(saved: SavedRun, answers: Sequence[Answer], *, top: int) -> Table:
     """Return a table of base and trained run side by side; texts are shown as text, whatever they contain."""
     from rich.table import Table
-    from rich.text import Text
 
     labels = bool(saved.head.label_names)
     made = Table(show_lines=True)
     made.add_column("text", overflow="fold", ratio=2)
     made.add_column(
-        f"{saved.run.model.name}, head at its initial draw" if labels else f"{saved.run.model.name} alone",
+        plain(f"{saved.run.model.name}, head at its initial draw" if labels else f"{saved.run.model.name} alone"),
         overflow="fold",
         ratio=2,
     )
-    made.add_column(f"with {saved.label}", overflow="fold", ratio=2)
+    made.add_column(plain(f"with {saved.label}"), overflow="fold", ratio=2)
     if labels:
         made.caption = "The base alone has no trained head for these labels: its column is what training started from, not what it knows."
     for a in answers:
-        made.add_row(
-            *(Text(x) for x in (_without_controls(a.text), _answer_text(a.base, top), _answer_text(a.trained, top)))
-        )
+        made.add_row(*(plain(x) for x in (a.text, _answer_text(a.base, top), _answer_text(a.trained, top))))
     return made
 
 
 def _answer_text(answer: str | list[tuple[str, float]], top: int) -> str:
     if isinstance(answer, str):
-        return _without_controls(answer) or "(nothing)"
-    return "\n".join(f"{p:6.1%}  {_without_controls(label)}" for label, p in answer[:top])
-
-
-def _without_controls(text: str) -> str:
-    """Return a text without the control characters of a terminal."""
-    return "".join(c if c.isprintable() or c == "\n" else "\N{REPLACEMENT CHARACTER}" for c in text)
+        return answer or "(nothing)"
+    return "\n".join(f"{p:6.1%}  {label}" for label, p in answer[:top])
 
 
 def _texts(arguments: Sequence[str]) -> list[str]:
@@ -187,9 +180,7 @@ def main(argv: Sequence[str] | None = None) -> None:
 
     saved = open_run(args.run, trust=args.trust)
     answers = predict(saved, _texts(args.text), max_new_tokens=args.max_new_tokens)
-    from rich.console import Console
-
-    Console().print(table(saved, answers, top=args.top))
+    make_console().print(table(saved, answers, top=args.top))
 
 
 if __name__ == "__main__":

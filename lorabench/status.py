@@ -15,6 +15,7 @@ from lorabench.clusters.job import unended_jobs
 from lorabench.config.errors import ConfigError
 from lorabench.runtime.command import command
 from lorabench.runtime.leases import Held
+from lorabench.runtime.terminal import say
 from lorabench.store import checkpoints
 from lorabench.store.records import Record, Store
 
@@ -245,7 +246,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     args = parser().parse_args(argv)
     found = _watch(args.sweep) if args.live else read(args.sweep)
     if not args.live:
-        print("\n".join(lines(found)))
+        say("\n".join(lines(found)))
     return 1 if found.failed else 0
 
 

@@ -12,6 +12,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from lorabench.runtime.command import command
+from lorabench.runtime.terminal import make_console, say
 from lorabench.store.analysis import WEIGHTS_FILE
 
 
@@ -39,7 +40,6 @@ def parser() -> argparse.ArgumentParser:
 def main(argv: Sequence[str] | None = None) -> None:
     """Exit with 0 where the file is written, with 2 for bad input."""
     args = parser().parse_args(argv)
-    from rich.console import Console
     from rich.progress import Progress
 
     from lorabench.analyze.measurement import measure_weights
@@ -49,12 +49,12 @@ def main(argv: Sequence[str] | None = None) -> None:
     from lorabench.results.weights import parse
 
     request = WeightsRequest(tuple(args.cells), tuple(args.layers), args.intruders, args.trust)
-    console = Console(stderr=True)
+    console = make_console(stderr=True)
     with Progress(console=console, transient=True, disable=not console.is_terminal) as bar:
         task = bar.add_task("layers", total=None)
         doc = measure_weights(args.sweep, request, lambda done, total: bar.update(task, completed=done, total=total))
-    Console().print(table_formats.rich_table(weights.table(weights.tidy_rows(parse(doc)))))
-    print(f"analysis: {WEIGHTS_FILE.path(args.sweep)}")
+    make_console().print(table_formats.rich_table(weights.table(weights.tidy_rows(parse(doc)))))
+    say(f"analysis: {WEIGHTS_FILE.path(args.sweep)}")
 
 
 if __name__ == "__main__":

@@ -13,6 +13,7 @@ from pathlib import Path
 
 from lorabench.costs.measurement import CostsRequest, measure_costs
 from lorabench.runtime.command import command
+from lorabench.runtime.terminal import clean, make_console, say
 from lorabench.store.analysis import COSTS_FILE
 
 
@@ -48,23 +49,23 @@ def parser() -> argparse.ArgumentParser:
 def main(argv: Sequence[str] | None = None) -> None:
     """Exit 0: written; 2: bad input."""
     args = parser().parse_args(argv)
-    from rich.console import Console
-    from rich.progress import Progress
+    from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 
     from lorabench.report import table_formats as faces
     from lorabench.report.sections import costs as face
 
-    asked, console = CostsRequest(tuple(args.cells), args.repeats, args.again, args.trust), Console(stderr=True)
-    with Progress(console=console, transient=True, disable=not console.is_terminal) as bar:
+    asked, console = CostsRequest(tuple(args.cells), args.repeats, args.again, args.trust), make_console(stderr=True)
+    columns = (TextColumn("{task.description}", markup=False), BarColumn(), TimeRemainingColumn())
+    with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as bar:
         task = bar.add_task("costs", total=None)
 
         def tick(cell: str, done: int, total: int) -> None:
-            bar.update(task, description=cell, completed=done, total=total)
+            bar.update(task, description=clean(cell), completed=done, total=total)
 
         doc = measure_costs(args.sweep, asked, tick)
     for made in face.tables(face.parse(doc)):
-        Console().print(faces.rich_table(made))
-    print(f"costs: {COSTS_FILE.path(args.sweep)}")
+        make_console().print(faces.rich_table(made))
+    say(f"costs: {COSTS_FILE.path(args.sweep)}")
 
 
 if __name__ == "__main__":

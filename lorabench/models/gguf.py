@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 import fcntl
 import io
-import sys
 from contextlib import redirect_stderr
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,6 +16,7 @@ from lorabench.config.fields import knob
 from lorabench.models import pretrained
 from lorabench.models.folder import SOURCE_KEY, file_digest, locate
 from lorabench.runtime.files import atomic_folder, cache_root, is_private
+from lorabench.runtime.terminal import say
 
 CACHE_LAYOUT = "1"  # a change makes new folders
 
@@ -90,7 +90,7 @@ def write_float32(file: Path, out: Path) -> None:
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     message = f"Converting {file.name} to float32 once, into {out.parent}: about half a minute"
-    print(message, file=sys.stderr, flush=True)
+    say(message, error=True)
     try:
         with pretrained.quiet(), redirect_stderr(io.StringIO()):  # its progress bar knows no switch
             tokenizer = AutoTokenizer.from_pretrained(file.parent, gguf_file=file.name)

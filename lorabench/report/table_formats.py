@@ -10,6 +10,7 @@ from lorabench.report import declared
 from lorabench.report.tables import Table, comparison, plus_minus
 from lorabench.results import formatting
 from lorabench.results.findings import Findings
+from lorabench.runtime.terminal import plain
 
 if TYPE_CHECKING:
     from rich.table import Table as RichTable
@@ -84,26 +85,24 @@ def rich_table(table: Table) -> RichTable:
     """Return a table for a terminal, its notes below it; no markup of a user's is read."""
     from rich import box
     from rich.table import Table as RichTable
-    from rich.text import Text
 
-    out = RichTable(title=Text(table.title), title_justify="left", box=box.SIMPLE_HEAD, pad_edge=False)
+    out = RichTable(title=plain(table.title), title_justify="left", box=box.SIMPLE_HEAD, pad_edge=False)
     for column in table.columns:
-        out.add_column(Text(column.title), justify=column.align, vertical="bottom", overflow="fold")
+        out.add_column(plain(column.title), justify=column.align, vertical="bottom", overflow="fold")
     for row in table.rows:
-        out.add_row(*map(Text, row.texts))
-    out.caption, out.caption_justify = Text("\n".join(table.notes)), "left"
+        out.add_row(*map(plain, row.texts))
+    out.caption, out.caption_justify = plain("\n".join(table.notes)), "left"
     return out
 
 
 def terminal_comparison(f: Findings, caption: str) -> RichTable:
     """Return the comparison at the width of a terminal: one name a cell, what decides, what it costs."""
     from rich import box
-    from rich.markup import escape
     from rich.table import Table as RichTable
 
     out = RichTable(
-        title=escape(f.sweep.name),
-        caption=escape(caption),
+        title=plain(f.sweep.name),
+        caption=plain(caption),
         caption_justify="left",
         box=box.SIMPLE_HEAD,
         pad_edge=False,
@@ -111,7 +110,7 @@ def terminal_comparison(f: Findings, caption: str) -> RichTable:
     )
     for title in _terminal_head(f):
         out.add_column(
-            escape(title),
+            plain(title),
             justify="left" if title == "cell" or title.startswith("within") else "right",
             vertical="bottom",
             no_wrap=title == "cell",
@@ -122,7 +121,7 @@ def terminal_comparison(f: Findings, caption: str) -> RichTable:
         verdict = _terminal_verdict(f, r.id) if f.versus else ()
         costs = formatting.compact(r.cell.trainable), formatting.seconds(r.seconds)
         texts = (r.name, formatting.rate(r.lr), score, *verdict, *costs)
-        out.add_row(*map(escape, texts), style="bold" if row.mark == "recommended" else None)
+        out.add_row(*map(plain, texts), style="bold" if row.mark == "recommended" else None)
     return out
 
 

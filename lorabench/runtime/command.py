@@ -9,6 +9,7 @@ from collections.abc import Callable, Sequence
 from functools import wraps
 
 from lorabench.config.errors import ConfigError
+from lorabench.runtime.terminal import say
 
 Main = Callable[[Sequence[str] | None], int | None]
 
@@ -27,7 +28,7 @@ def command(main: Main) -> Callable[..., int]:
         except (ConfigError, OSError) as e:
             if isinstance(e, BrokenPipeError) and _is_output_closed():
                 return 1
-            print(f"error: {e}", file=sys.stderr)
+            say(f"error: {e}", error=True)
             return 2
         except KeyboardInterrupt:
             return 130

@@ -7,12 +7,12 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from rich.console import Console
-from rich.markup import escape
 from rich.table import Table
 
 from lorabench.config.contracts.method import SlicePlan
 from lorabench.config.runs import Pack
 from lorabench.results.formatting import plural
+from lorabench.runtime.terminal import plain
 from lorabench.store.integrity import damaged_files
 from lorabench.store.records import Store
 from lorabench.sweep import declaration
@@ -44,10 +44,10 @@ def dry_run(store: Store, jobs: Sequence[Job], plans: Mapping[str, SlicePlan], c
         title = f"dry run: {count} in {plural(len(packs), 'pack')}"
         console.print(table(packs, jobs, plans, auto, title=title))
     else:
-        console.print(f"dry run: {store.root}: nothing to train; nothing was written", soft_wrap=True, markup=False)
+        console.print(f"dry run: {store.root}: nothing to train; nothing was written", soft_wrap=True)
     lines = [plural(len(finished), "run") + f" finished in {store.root}"] if finished else []
     for line in (*lines, *brought.lines):
-        console.print(line, highlight=False, soft_wrap=True, markup=False)
+        console.print(line, soft_wrap=True)
 
 
 def table(
@@ -62,9 +62,10 @@ def table(
         first, info = pack.runs[0], preparation.base_info(pack.runs[0])
         size = _estimate(pack, plans, auto)
         steps = preparation.total_steps(first, len(preparation.prepare(first).encoded.splits["train"]))
-        made.add_row(f"[bold]{pack.id}[/]", f"[bold]{first.role}, {steps} steps, {size / 2**30:.1f} GiB[/]")
+        told = f"{first.role}, {steps} steps, {size / 2**30:.1f} GiB"
+        made.add_row(plain(pack.id, "bold"), plain(told, "bold"))
         for run in pack.runs:
-            name = _cell_name(labels[run.run_id])
+            name = plain(_cell_name(labels[run.run_id]))
             made.add_row(
                 run.run_id, name, f"{run.optimizer.lr:g}", str(run.seed), f"{plans[run.run_id].trainable(info):,}"
             )
@@ -90,6 +91,4 @@ def _cell_name(label: Mapping[str, Any]) -> str:
         f"{k}={label[v]}" for k, v in (("r", "r"), ("alpha", "alpha_rule")) if label.get(v)
     ]
     parts += [str(label["targets"])] * bool(label.get("r"))
-    return escape(
-        " ".join(parts + [f"{key.rpartition('.')[2]}={value}" for key, value in sorted(label["extra"].items())])
-    )
+    return " ".join(parts + [f"{key.rpartition('.')[2]}={value}" for key, value in sorted(label["extra"].items())])

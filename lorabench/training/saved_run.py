@@ -17,6 +17,7 @@ from lorabench.config.components import trust_files
 from lorabench.config.contracts.model import Base, HeadSpec
 from lorabench.config.errors import ConfigError
 from lorabench.config.runs import RunConfig, digest
+from lorabench.store import validation
 from lorabench.store.records import Record
 
 if TYPE_CHECKING:
@@ -119,10 +120,15 @@ def _record(path: Path) -> Record:
     if (path / "sweep.json").is_file() or (path / "runs").is_dir():
         raise ConfigError("run", str(path), f"{RUN_DIRECTORY}; this is a whole sweep")
     try:
-        return Record(**json.loads((path / "run.json").read_text(encoding="utf-8")))
+        data = json.loads((path / "run.json").read_text(encoding="utf-8"))
+        if wrong := validation.first_error(validation.RECORD, data):
+            raise ConfigError("run", str(path / "run.json"), f"a record of this version, whole (at {wrong})")
+        return Record(**data)
     except FileNotFoundError as e:
         raise ConfigError("run", str(path), f"{RUN_DIRECTORY}; it holds no run.json") from e
-    except (ValueError, TypeError, AssertionError, OSError) as e:
+    except ConfigError:
+        raise
+    except (ValueError, TypeError, AssertionError, OSError, RecursionError) as e:
         raise ConfigError("run", str(path / "run.json"), f"a record of this version, whole ({type(e).__name__})") from e
 
 
