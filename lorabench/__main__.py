@@ -19,6 +19,7 @@ from lorabench.launch.command_line import config_dir
 from lorabench.launch.guards import check_arguments, explain_grammar_error, explain_unknown_setting, guard_yaml
 from lorabench.launch.task_function import task_function
 from lorabench.runtime import signals
+from lorabench.runtime.command import NESTED_TOO_DEEPLY
 from lorabench.runtime.terminal import say
 
 
@@ -43,6 +44,9 @@ def main() -> None:
             else:
                 explained = explain_unknown_setting(str(e))
             say(f"error: {explained or e}", error=True)
+            sys.exit(2)
+        if isinstance(e, RecursionError):
+            say(NESTED_TOO_DEEPLY, error=True)
             sys.exit(2)
         if isinstance(e, Unwritable):
             say(f"error: {e}; the same command goes on from here", error=True)

@@ -11,6 +11,7 @@ from functools import wraps
 from lorabench.config.errors import ConfigError
 from lorabench.runtime.terminal import say
 
+NESTED_TOO_DEEPLY = "error: a file that was read is nested too deeply (RecursionError); move it away, or make it anew"
 Main = Callable[[Sequence[str] | None], int | None]
 
 
@@ -29,6 +30,9 @@ def command(main: Main) -> Callable[..., int]:
             if isinstance(e, BrokenPipeError) and _is_output_closed():
                 return 1
             say(f"error: {e}", error=True)
+            return 2
+        except RecursionError:
+            say(NESTED_TOO_DEEPLY, error=True)
             return 2
         except KeyboardInterrupt:
             return 130

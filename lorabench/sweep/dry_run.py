@@ -65,9 +65,13 @@ def table(
         told = f"{first.role}, {steps} steps, {size / 2**30:.1f} GiB"
         made.add_row(plain(pack.id, "bold"), plain(told, "bold"))
         for run in pack.runs:
-            name = plain(_cell_name(labels[run.run_id]))
+            name = _cell_name(labels[run.run_id])
             made.add_row(
-                run.run_id, name, f"{run.optimizer.lr:g}", str(run.seed), f"{plans[run.run_id].trainable(info):,}"
+                run.run_id,
+                plain(name),
+                f"{run.optimizer.lr:g}",
+                str(run.seed),
+                f"{plans[run.run_id].trainable(info):,}",
             )
         made.add_section()
     return made

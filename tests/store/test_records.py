@@ -175,8 +175,18 @@ def test_a_record_edited_by_hand_is_noticed_and_one_without_a_checksum_is_valid(
 
 @pytest.mark.parametrize(
     "line",
-    ["[1]", "3", '{"loss": 1}', '{"step": "x"}', '{"step": 1, "a": {}}', '{"step": 1, "a": 1e999}', "[" * 100_000]
-    + ['{"step": ' + "9" * 5000 + "}", '{"step": -1}', '{"step": true, "a": [1]}'],
+    [
+        "[1]",
+        "3",
+        '{"loss": 1}',
+        '{"step": "x"}',
+        '{"step": 1, "a": {}}',
+        '{"step": 1, "a": 1e999}',
+        "[" * 100000,
+        '{"step": ' + "9" * 5000 + "}",
+        '{"step": -1}',
+        '{"step": true, "a": [1]}',
+    ],
 )
 def test_a_history_ends_at_a_hostile_row(tmp_path, line):
     store = Store(tmp_path)

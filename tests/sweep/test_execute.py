@@ -199,6 +199,16 @@ def test_a_manifest_whose_pack_names_an_unknown_run_is_refused_in_a_line(copied)
         assert f"run {gone}: its sweep.json must list each run" in out.replace("\n", " ")
 
 
+def test_a_manifest_that_is_nested_too_deeply_is_refused_in_a_line(copied):
+    path = Path("sweeps/s/sweep.json")
+    whole = path.read_text()
+    for depth in (900, 100_000):
+        path.write_text(whole.replace("{", '{"x": ' + "[" * depth + "]" * depth + ",", 1))
+        code, out = copied("-m", "method.r=1,4", "optimizer.lr=1e-3,5e-3", "sweep.name=s")
+        assert (code, "Traceback" in out) == (2, False), out
+        assert "error: " in out and "RecursionError" in out or "not valid JSON" in out
+
+
 def test_a_report_goes_to_a_path_that_looks_like_markup_and_beside_notes_in_the_sweep(copied):
     Path("sweeps/s/notes.txt").write_text("mine")
     Path("sweeps/s/slurm-12.out").write_text("log")
