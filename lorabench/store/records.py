@@ -91,6 +91,18 @@ def record_text(record: Mapping[str, Any]) -> str:
     return dump_json(plain)
 
 
+def pop_checksum(record: dict[str, Any]) -> bool:
+    """Take the checksum out of a record's JSON, and return whether the record was edited since it was written.
+
+    Records of older versions have no checksum and count as unedited.
+    """
+    provenance = record.get("provenance") or {}
+    if CHECKSUM not in provenance:
+        return False
+    record["provenance"] = _without_checksum(provenance)
+    return _checksum(record) != provenance[CHECKSUM]
+
+
 def _checksum(record: Mapping[str, Any]) -> str:
     canonical = json.dumps(record, sort_keys=True, separators=(",", ":"), ensure_ascii=True)
     return hashlib.sha256(canonical.encode()).hexdigest()
@@ -215,17 +227,8 @@ class Store:
 
         if validation.first_error(validation.RECORD, data) or data["run_id"] != run_id or set(data) - _FIELDS:
             return None
-        self._note_edited(data)
+        (self.edited.add if pop_checksum(data) else self.edited.discard)(run_id)
         return Record(**data)
-
-    def _note_edited(self, data: dict[str, Any]) -> None:
-        """Take the checksum out of a record's JSON, and note a record that it does not fit. Older ones have none."""
-        self.edited.discard(data["run_id"])
-        provenance = data.get("provenance") or {}
-        if CHECKSUM in provenance:
-            data["provenance"] = _without_checksum(provenance)
-            if _checksum(data) != provenance[CHECKSUM]:
-                self.edited.add(data["run_id"])
 
     def stamp(self, run_id: str) -> tuple[int, int] | None:
         """Return a value that changes whenever a run's record is written anew; None where there is none."""

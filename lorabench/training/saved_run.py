@@ -17,8 +17,9 @@ from lorabench.config.components import trust_files
 from lorabench.config.contracts.model import Base, HeadSpec
 from lorabench.config.errors import ConfigError
 from lorabench.config.runs import RunConfig, digest
+from lorabench.runtime.terminal import say
 from lorabench.store import validation
-from lorabench.store.records import Record
+from lorabench.store.records import Record, pop_checksum
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -123,6 +124,11 @@ def _record(path: Path) -> Record:
         data = json.loads((path / "run.json").read_text(encoding="utf-8"))
         if wrong := validation.first_error(validation.RECORD, data):
             raise ConfigError("run", str(path / "run.json"), f"a record of this version, whole (at {wrong})")
+        if pop_checksum(data):
+            say(
+                f"{path / 'run.json'}: edited since it was written; what it says may not be what was measured",
+                error=True,
+            )
         return Record(**data)
     except FileNotFoundError as e:
         raise ConfigError("run", str(path), f"{RUN_DIRECTORY}; it holds no run.json") from e

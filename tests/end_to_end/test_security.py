@@ -210,6 +210,10 @@ def test_a_strangers_record_runs_no_code(tmp_path: Path, capsys: pytest.CaptureF
     assert export.main([str(run), "--out", str(tmp_path / "out"), "--trust"]) == 2  # there are no weights here
     assert mark.exists()
     assert "--trust" not in capsys.readouterr().err
+    record = run / "run.json"
+    record.write_text(record.read_text().replace('"seed": ', '"seed": 1', 1))
+    assert export.main([str(run), "--out", str(tmp_path / "out"), "--trust"]) == 2
+    assert f"{record}: edited since it was written" in capsys.readouterr().err
 
 
 def test_a_yaml_bomb_is_refused(cli: Any, tmp_path: Path) -> None:
