@@ -15,7 +15,7 @@ from lorabench.clusters.job import unended_jobs
 from lorabench.config.errors import ConfigError
 from lorabench.runtime.command import command
 from lorabench.runtime.leases import Held
-from lorabench.runtime.terminal import say
+from lorabench.runtime.terminal import plain, say
 from lorabench.store import checkpoints
 from lorabench.store.records import Record, Store
 
@@ -252,15 +252,14 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _watch(sweep_dir: Path) -> Status:
     from rich.live import Live
-    from rich.text import Text
 
     store = Store(sweep_dir)
     found = read(sweep_dir, store)
-    with Live(Text("\n".join(lines(found))), auto_refresh=False) as live:
+    with Live(plain("\n".join(lines(found))), auto_refresh=False) as live:
         while found.left:
             time.sleep(2)
             found = read(sweep_dir, store)
-            live.update(Text("\n".join(lines(found))), refresh=True)
+            live.update(plain("\n".join(lines(found))), refresh=True)
     return found
 
 

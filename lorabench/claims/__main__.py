@@ -10,7 +10,7 @@ from pathlib import Path
 from lorabench.config.errors import ConfigError
 from lorabench.runtime.command import command
 from lorabench.runtime.files import atomic_write
-from lorabench.runtime.terminal import make_console
+from lorabench.runtime.terminal import make_console, say
 from lorabench.store.records import dump_json
 
 
@@ -35,6 +35,8 @@ def main(argv: Sequence[str] | None = None) -> None:
             raise ConfigError("--json", str(args.json), "a file; this is a directory")
         atomic_write(args.json, dump_json({"sweep": sweep.name, "claims": rows(verdicts)}))
     make_console().print(table(sweep.name, verdicts))
+    if sweep.edit_notice:
+        say(sweep.edit_notice, error=True)
 
 
 if __name__ == "__main__":

@@ -31,7 +31,7 @@ def warnings(f: Findings) -> list[str]:
     """Return a line for each, most serious first."""
     return [
         *_declaration_warnings(f),
-        *_edit_warnings(f),
+        *filter(None, (f.sweep.edit_notice,)),
         *_baseline_warnings(f),
         *_gap_warnings(f),
         *_test_warnings(f),
@@ -51,15 +51,6 @@ def _declaration_warnings(f: Findings) -> Iterator[str]:
     study_hash = manifest.get("study_hash")
     if study_hash and digest(manifest.get("study"))[:12] != study_hash:
         yield f"The study in sweep.json is not the one that was declared: its hash is no longer {study_hash}."
-
-
-def _edit_warnings(f: Findings) -> Iterator[str]:
-    if edited := sorted(f.sweep.store.edited & f.sweep.records.keys()):
-        some = ", ".join(edited[:5]) + (", …" if len(edited) > 5 else "")
-        yield (
-            f"{plural(len(edited), 'record')} changed after it was written ({some}): the checksum in its run.json "
-            "no longer fits. With that run.json moved away, the same command trains it again."
-        )
 
 
 def _baseline_warnings(f: Findings) -> Iterator[str]:

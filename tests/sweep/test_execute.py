@@ -183,7 +183,11 @@ def test_an_edited_record_is_kept_and_said_at_the_launch_and_in_the_report(copie
     code, out = copied(*GRID, CONFIRM, "report.enabled=true")
     assert code == 0
     assert f"{path}: edited since it was written; moved away, the run trains again" in out
-    assert f"1 record changed after it was written ({record.run_id})" in Path("reports/s/report.md").read_text()
+    assert f"1 record changed after being written ({record.run_id})" in Path("reports/s/report.md").read_text()
+    for command, argv in (("claims", ["sweeps/s"]), ("compare", ["sweeps/s", "sweeps/s"])):
+        words = [sys.executable, "-m", f"lorabench.{command}", *argv]
+        done = subprocess.run(words, capture_output=True, text=True, check=False)
+        assert f"1 record changed after being written ({record.run_id})" in done.stderr, done.stderr
 
 
 def test_a_manifest_whose_pack_names_an_unknown_run_is_refused_in_a_line(copied):
