@@ -19,7 +19,8 @@ from lorabench.launch.command_line import config_dir
 from lorabench.launch.guards import check_arguments, explain_grammar_error, explain_unknown_setting, guard_yaml
 from lorabench.launch.task_function import task_function
 from lorabench.runtime import signals, streams
-from lorabench.runtime.command import report_output
+from lorabench.runtime.command import NESTED_TOO_DEEPLY, report_output
+from lorabench.runtime.terminal import say
 
 
 def main() -> None:
@@ -31,7 +32,7 @@ def main() -> None:
     signals.install()
     code = _run()
     if code in (130, signals.EXIT_CODE):
-        print("stopped; the same command goes on from here", file=sys.stderr)
+        say("stopped; the same command goes on from here", error=True)
     if code := code or report_output():
         sys.exit(code)
 
@@ -59,14 +60,17 @@ def _run() -> Any:
                 explained: ConfigError | None = explain_grammar_error(e)
             else:
                 explained = explain_unknown_setting(str(e))
-            print(f"error: {explained or e}", file=sys.stderr)
+            say(f"error: {explained or e}", error=True)
+            return 2
+        if isinstance(e, RecursionError):
+            say(NESTED_TOO_DEEPLY, error=True)
             return 2
         if isinstance(e, Unwritable):
-            print(f"error: {e}; the same command goes on from here", file=sys.stderr)
+            say(f"error: {e}; the same command goes on from here", error=True)
             return 1
         if type(e).__name__ != "SweepFailed":  # by name: importing it here would import torch
             raise
-        print(f"error: {e}", file=sys.stderr)
+        say(f"error: {e}", error=True)
         return 1
     return None
 

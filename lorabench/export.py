@@ -13,6 +13,7 @@ from lorabench.config.errors import ConfigError
 from lorabench.config.overrides import flatten
 from lorabench.runtime.command import command
 from lorabench.runtime.files import atomic_folder, check_empty
+from lorabench.runtime.terminal import say
 
 if TYPE_CHECKING:
     from lorabench.training.saved_run import SavedRun
@@ -46,6 +47,9 @@ def parser() -> argparse.ArgumentParser:
         help="what the adapter names as its base: a folder, or the hub id of the original "
         "(default: the id it was trained on, else the folder of its files on this machine)",
     )
+    p.add_argument(
+        "--trust", action="store_true", help="let Python files run that the record names (local, extra_metrics)"
+    )
     return p
 
 
@@ -57,11 +61,13 @@ def export(
     merged: bool = False,
     dtype: str | None = None,
     base: str | None = None,
+    trust: bool = False,
 ) -> list[str]:
     """Write a run's adapter or merged model to `out`, whole or not at all, and return lines about it.
 
     place, cell: a run's directory, or a sweep's, as `results.best_run` takes them. base: what loads the base, written
-    into the adapter; None: what the run's own `model.source` comes to on this machine. Raises `ConfigError` for a directory that is no trained run, an `out` that holds files, and methods PEFT's LoRA
+    into the adapter; None: what the run's own `model.source` comes to on this machine. trust: whether Python files that
+    its record names may run. Raises `ConfigError` for a directory that is no trained run, an `out` that holds files, and methods PEFT's LoRA
     format cannot hold.
     """
     from lorabench.results.best_run import best_run
@@ -73,7 +79,7 @@ def export(
     if base is not None and merged:
         raise ConfigError("--base", base, "without --merged: a merged model needs no base")
     found = best_run(place, cell)
-    saved = open_run(found.path)
+    saved = open_run(found.path, trust=trust)
     chosen = [f"taken from sweep {place.resolve().name}: {found.why}"] if found.why else []
     made = _export_merged(saved, out, dtype or "float32", chosen) if merged else _export_peft(saved, out, base, chosen)
     return [*chosen, *made]
@@ -236,8 +242,9 @@ def _settings(config: Mapping[str, Any]) -> list[tuple[str, Any]]:
 def main(argv: Sequence[str] | None = None) -> None:
     """Exit 0: written; 2: bad input, nothing written."""
     args = parser().parse_args(argv)
-    for line in export(args.run, args.out, cell=args.cell, merged=args.merged, dtype=args.dtype, base=args.base):
-        print(line)
+    asked = {"cell": args.cell, "merged": args.merged, "dtype": args.dtype, "base": args.base, "trust": args.trust}
+    for line in export(args.run, args.out, **asked):
+        say(line)
 
 
 if __name__ == "__main__":

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from lorabench.config.errors import ConfigError
 from lorabench.runtime.command import command
+from lorabench.runtime.terminal import make_console, plain
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -49,6 +50,9 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("--cell", help="of a sweep, another cell than the recommended one: its id, or its name in tables")
     p.add_argument("--top", type=int, default=3, help="labels shown a text (default 3)")
     p.add_argument("--max-new-tokens", type=int, default=48, help="longest reply (default 48)")
+    p.add_argument(
+        "--trust", action="store_true", help="let Python files run that the record names (local, extra_metrics)"
+    )
     return p
 
 
@@ -138,35 +142,27 @@ def _reply(saved: SavedRun, base: Base, texts: Sequence[str], max_new_tokens: in
 def table(saved: SavedRun, answers: Sequence[Answer], *, top: int) -> Table:
     """Return a table of base and trained run side by side; texts are shown as text, whatever they contain."""
     from rich.table import Table
-    from rich.text import Text
 
     labels = bool(saved.head.label_names)
     made = Table(show_lines=True)
     made.add_column("text", overflow="fold", ratio=2)
     made.add_column(
-        f"{saved.run.model.name}, head at its initial draw" if labels else f"{saved.run.model.name} alone",
+        plain(f"{saved.run.model.name}, head at its initial draw" if labels else f"{saved.run.model.name} alone"),
         overflow="fold",
         ratio=2,
     )
-    made.add_column(f"with {saved.label}", overflow="fold", ratio=2)
+    made.add_column(plain(f"with {saved.label}"), overflow="fold", ratio=2)
     if labels:
         made.caption = "The base alone has no trained head for these labels: its column is what training started from, not what it knows."
     for a in answers:
-        made.add_row(
-            *(Text(x) for x in (_without_controls(a.text), _answer_text(a.base, top), _answer_text(a.trained, top)))
-        )
+        made.add_row(*(plain(x) for x in (a.text, _answer_text(a.base, top), _answer_text(a.trained, top))))
     return made
 
 
 def _answer_text(answer: str | list[tuple[str, float]], top: int) -> str:
     if isinstance(answer, str):
-        return _without_controls(answer) or "(nothing)"
-    return "\n".join(f"{p:6.1%}  {_without_controls(label)}" for label, p in answer[:top])
-
-
-def _without_controls(text: str) -> str:
-    """Return a text without the control characters of a terminal."""
-    return "".join(c if c.isprintable() or c == "\n" else "\N{REPLACEMENT CHARACTER}" for c in text)
+        return answer or "(nothing)"
+    return "\n".join(f"{p:6.1%}  {label}" for label, p in answer[:top])
 
 
 def _texts(arguments: Sequence[str]) -> list[str]:
@@ -189,13 +185,11 @@ def main(argv: Sequence[str] | None = None) -> None:
     from lorabench.training.saved_run import open_run
 
     found = best_run(args.run, args.cell)
-    saved = open_run(found.path)
+    saved = open_run(found.path, trust=args.trust)
     if found.why:
-        print(f"taken from sweep {args.run.resolve().name}: {found.why}")
+        say(f"taken from sweep {args.run.resolve().name}: {found.why}")
     answers = predict(saved, _texts(args.text), max_new_tokens=args.max_new_tokens)
-    from rich.console import Console
-
-    Console().print(table(saved, answers, top=args.top))
+    make_console().print(table(saved, answers, top=args.top))
 
 
 if __name__ == "__main__":

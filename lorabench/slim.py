@@ -20,6 +20,7 @@ from typing import Any
 from lorabench.config.errors import ConfigError
 from lorabench.runtime.command import command
 from lorabench.runtime.files import atomic_folder, check_empty
+from lorabench.runtime.terminal import say
 from lorabench.store.analysis import COSTS_FILE, WEIGHTS_FILE
 from lorabench.store.arrays import SHARED_FILE, pack_columns, shared_columns, slim_columns
 from lorabench.store.integrity import damaged_files
@@ -100,7 +101,7 @@ def _thin(rows: Sequence[Mapping[str, Any]], every: int) -> str:
 def main(argv: Sequence[str] | None = None) -> None:
     """Exit code 0; 2 for bad input."""
     args = parser().parse_args(argv)
-    print(slim(args.sweep, args.out, every=args.every))
+    say(slim(args.sweep, args.out, every=args.every))
 
 
 if __name__ == "__main__":

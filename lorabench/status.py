@@ -15,6 +15,7 @@ from lorabench.clusters.job import unended_jobs
 from lorabench.config.errors import ConfigError
 from lorabench.runtime.command import command
 from lorabench.runtime.leases import Held
+from lorabench.runtime.terminal import plain, say
 from lorabench.store import checkpoints
 from lorabench.store.records import Record, Store
 
@@ -245,21 +246,20 @@ def main(argv: Sequence[str] | None = None) -> int:
     args = parser().parse_args(argv)
     found = _watch(args.sweep) if args.live else read(args.sweep)
     if not args.live:
-        print("\n".join(lines(found)))
+        say("\n".join(lines(found)))
     return 1 if found.failed else 0
 
 
 def _watch(sweep_dir: Path) -> Status:
     from rich.live import Live
-    from rich.text import Text
 
     store = Store(sweep_dir)
     found = read(sweep_dir, store)
-    with Live(Text("\n".join(lines(found))), auto_refresh=False) as live:
+    with Live(plain("\n".join(lines(found))), auto_refresh=False) as live:
         while found.left:
             time.sleep(2)
             found = read(sweep_dir, store)
-            live.update(Text("\n".join(lines(found))), refresh=True)
+            live.update(plain("\n".join(lines(found))), refresh=True)
     return found
 
 

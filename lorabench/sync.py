@@ -19,6 +19,7 @@ from typing import Any
 
 from lorabench.config.errors import ConfigError
 from lorabench.runtime.command import command
+from lorabench.runtime.terminal import make_console, say
 from lorabench.store.records import Record, Store
 from lorabench.trackers.wandb import report as wandb_report
 from lorabench.trackers.wandb import runs
@@ -76,10 +77,9 @@ def send(to: runs.Target, todo: Sequence[runs.Missing]) -> tuple[int, list[str]]
 
 @contextmanager
 def _progress_bar(total: int) -> Iterator[Any]:
-    from rich.console import Console
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-    console = Console(stderr=True)
+    console = make_console(stderr=True)
     columns = (TextColumn("sending runs"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
     with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as bars:
         task = bars.add_task("", total=total)
@@ -105,23 +105,23 @@ def main(argv: Sequence[str] | None = None) -> int | None:
     lacks = missing(to, records, tables["verdicts"])
     todo = [lack for lack in lacks if not lack.is_nothing]
     report = args.report or Path("reports", to.sweep)
-    print(f"{to.sweep} at {where}: {_counts(lacks)}")
+    say(f"{to.sweep} at {where}: {_counts(lacks)}")
     if args.dry_run:
-        print("nothing was sent (--dry-run)")
+        say("nothing was sent (--dry-run)")
         return 0
     rows, failures = send(to, todo)
     done = len(todo) - len(failures)
     report_status = _send_report(to, report, tables, failures)
-    print(f"sent {rows} history rows; {done} runs brought up to date; {report_status}")
+    say(f"sent {rows} history rows; {done} runs brought up to date; {report_status}")
     for line in failures:
-        print(f"not sent: {line}", file=sys.stderr)
+        say(f"not sent: {line}", error=True)
     return 1 if failures else 0
 
 
 def _wait_for_mirror(to: runs.Target) -> None:
     """Wait while the sweep's mirror still sends in the background, so that nothing is sent twice."""
     if (holder := to.store.leases.holder(SENDING)) is not None:
-        print(f"waiting for {holder}, which still sends", file=sys.stderr)
+        say(f"waiting for {holder}, which still sends", error=True)
         while to.store.leases.holder(SENDING) is not None:
             time.sleep(0.2)
 

@@ -20,6 +20,7 @@ from lorabench.adopt.sources import check_share, from_folders, from_table
 from lorabench.config.directions import is_lower_better
 from lorabench.config.errors import ConfigError
 from lorabench.runtime.command import command
+from lorabench.runtime.terminal import say
 from lorabench.store.records import Store
 
 EXAMPLE_COLUMNS = ("correct", "loss", "weight", "label", "prediction")
@@ -194,7 +195,7 @@ def _finite(name: str, text: str) -> float:
 def main(argv: Sequence[str] | None = None) -> None:
     """Exit code 0, or 2 with one line for bad input and nothing written."""
     args = parser().parse_args(argv)
-    print(attach(args) if args.attach else adopt(args))
+    say(attach(args) if args.attach else adopt(args))
 
 
 if __name__ == "__main__":

@@ -13,6 +13,7 @@ from pathlib import Path
 
 from lorabench.runtime.command import command
 from lorabench.runtime.progress_lines import ProgressLines
+from lorabench.runtime.terminal import make_console, say
 from lorabench.store.analysis import WEIGHTS_FILE
 
 
@@ -32,6 +33,7 @@ def parser() -> argparse.ArgumentParser:
         default=True,
         help="count intruder dimensions, which takes an SVD of every layer's whole weight (default: yes)",
     )
+    p.add_argument("--trust", action="store_true", help="let Python files run that records name (local, extra_metrics)")
     return p
 
 
@@ -39,7 +41,6 @@ def parser() -> argparse.ArgumentParser:
 def main(argv: Sequence[str] | None = None) -> None:
     """Exit with 0 where the file is written, with 2 for bad input."""
     args = parser().parse_args(argv)
-    from rich.console import Console
     from rich.progress import Progress
 
     from lorabench.analyze.measurement import measure_weights
@@ -48,8 +49,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     from lorabench.report.sections import weights
     from lorabench.results.weights import parse
 
-    request = WeightsRequest(tuple(args.cells), tuple(args.layers), args.intruders)
-    console = Console(stderr=True)
+    request = WeightsRequest(tuple(args.cells), tuple(args.layers), args.intruders, args.trust)
+    console = make_console(stderr=True)
     lines = ProgressLines(f"measuring the weights of {args.sweep}", "layers", enabled=not console.is_terminal)
     with lines, Progress(console=console, transient=True, disable=not console.is_terminal) as bar:
         task = bar.add_task("layers", total=None)
@@ -59,8 +60,8 @@ def main(argv: Sequence[str] | None = None) -> None:
             lines.tick(done, total)
 
         doc = measure_weights(args.sweep, request, tick)
-    Console().print(table_formats.rich_table(weights.table(weights.tidy_rows(parse(doc)))))
-    print(f"analysis: {WEIGHTS_FILE.path(args.sweep)}")
+    make_console().print(table_formats.rich_table(weights.table(weights.tidy_rows(parse(doc)))))
+    say(f"analysis: {WEIGHTS_FILE.path(args.sweep)}")
 
 
 if __name__ == "__main__":

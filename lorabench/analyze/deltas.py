@@ -55,12 +55,12 @@ class TrainedRun:
         return self.saved.weights()[0]
 
 
-def open_trained_run(path: str | Path) -> TrainedRun:
+def open_trained_run(path: str | Path, *, trust: bool = False) -> TrainedRun:
     """Return the run behind a directory.
 
     Raises `ConfigError` where it has no weights, or torn ones, or trained no matrix.
     """
-    saved = open_run(path)
+    saved = open_run(path, trust=trust)
     run = TrainedRun(saved, saved.weights()[1])
     if not run.plan.adapters and not run.plan.full:
         raise ConfigError("run", str(path), f"a run that trains matrices of its base; {saved.run.method.name} has none")

@@ -31,7 +31,7 @@ def measure_weights(
 
     results = cell_results(load(sweep_dir)).by_cell
     chosen = select_cells(results, request.cells)
-    source = scope.open_runs(sweep_dir, results, chosen)
+    source = scope.open_runs(sweep_dir, results, chosen, trust=request.trust)
     from lorabench.analyze.deltas import BaseCache
 
     bases = BaseCache()

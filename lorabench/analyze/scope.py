@@ -12,7 +12,7 @@ from itertools import combinations
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from lorabench.config.errors import ConfigError
+from lorabench.config.errors import ConfigError, UntrustedFile
 from lorabench.store.records import Store
 
 if TYPE_CHECKING:
@@ -29,6 +29,7 @@ class WeightsRequest:
     cells: tuple[str, ...] = ()
     layers: tuple[str, ...] = ()
     intruders: bool = True
+    trust: bool = False  # whether Python files that records name may run
 
 
 @dataclass(frozen=True)
@@ -48,11 +49,13 @@ class TrainedRuns:
     left_out: dict[str, str] = field(default_factory=dict)
 
 
-def open_runs(sweep_dir: str | Path, results: Mapping[str, Result], chosen: Mapping[str, Result]) -> TrainedRuns:
+def open_runs(
+    sweep_dir: str | Path, results: Mapping[str, Result], chosen: Mapping[str, Result], *, trust: bool = False
+) -> TrainedRuns:
     """Open the chosen cells' runs, and those of other adapter cells.
 
     Full fine-tuning is measured on the layers that adapters train, so theirs are needed too. Raises `ConfigError` where
-    no run of the chosen cells has weights.
+    no run of the chosen cells has weights, and `UntrustedFile` as `open_run` does.
     """
     from lorabench.analyze.deltas import open_trained_run
 
@@ -60,7 +63,9 @@ def open_runs(sweep_dir: str | Path, results: Mapping[str, Result], chosen: Mapp
     for result in results.values():
         for run in result.runs if result.id in chosen or result.cell.adapter else ():
             try:
-                source.runs[run.run_id] = open_trained_run(store.run_dir(run.run_id))
+                source.runs[run.run_id] = open_trained_run(store.run_dir(run.run_id), trust=trust)
+            except UntrustedFile:
+                raise
             except ConfigError as e:
                 if result.id in chosen:
                     source.left_out[run.run_id] = e.allowed

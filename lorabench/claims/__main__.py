@@ -10,6 +10,7 @@ from pathlib import Path
 from lorabench.config.errors import ConfigError
 from lorabench.runtime.command import command
 from lorabench.runtime.files import atomic_write
+from lorabench.runtime.terminal import make_console, say
 from lorabench.store.records import dump_json
 
 
@@ -24,8 +25,6 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("sweep", type=Path, metavar="SWEEP", help="a sweep's directory, such as sweeps/rank_sweep")
     parser.add_argument("--json", type=Path, metavar="FILE", help="also write the verdicts here")
     args = parser.parse_args(argv)
-    from rich.console import Console
-
     from lorabench.claims.judge import judge, rows, table
     from lorabench.results.sweep import load
 
@@ -35,7 +34,9 @@ def main(argv: Sequence[str] | None = None) -> None:
         if args.json.is_dir():
             raise ConfigError("--json", str(args.json), "a file; this is a directory")
         atomic_write(args.json, dump_json({"sweep": sweep.name, "claims": rows(verdicts)}))
-    Console().print(table(sweep.name, verdicts))
+    make_console().print(table(sweep.name, verdicts))
+    if sweep.edit_notice:
+        say(sweep.edit_notice, error=True)
 
 
 if __name__ == "__main__":

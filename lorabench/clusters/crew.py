@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import queue
-import sys
 import threading
 import time
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
@@ -16,6 +15,7 @@ from lorabench.clusters.notice import PREEMPTED, TIME_LIMIT
 from lorabench.clusters.watch import Watch, close, pass_on_rows, resolve, runs_to_replace
 from lorabench.config.runs import Pack
 from lorabench.runtime.signals import map_in_order
+from lorabench.runtime.terminal import say
 from lorabench.store import checkpoints
 from lorabench.store.records import Record, Store
 from lorabench.training.session import failed_record
@@ -63,7 +63,7 @@ class JobCrew:
 
     def say(self, text: str) -> None:
         if not self.quiet:
-            print(text, file=sys.stderr)  # a live display shows it above its bars
+            say(text, error=True)  # a live display shows it above its bars
 
     def map(self, one: Callable[[Pack], list[Record]], packs: Sequence[Pack]) -> Iterator[list[Record]]:
         with ThreadPoolExecutor(max(1, min(len(packs), MAX_WAITING_PACKS))) as threads:

@@ -17,6 +17,7 @@ from lorabench.clusters import slurm
 from lorabench.clusters.job import PackJob, jobs_folder, unended_jobs
 from lorabench.clusters.notice import PREEMPTED, TIME_LIMIT
 from lorabench.config.errors import ConfigError, ExistingWork
+from lorabench.runtime.leases import refuse_link
 from lorabench.store.records import Store
 
 EXECUTORS = ("inline", "local", "slurm", "ray")
@@ -91,6 +92,16 @@ def make_engine(name: str, settings: Mapping[str, Any], logs: Path, sweep: str) 
     return Ray(settings) if name == "ray" else Submitit(name, settings, logs, sweep)
 
 
+def keep_private(folder: Path) -> None:
+    """Make a folder, if need be, and hide it and its files from other users: scripts hold the launcher's `setup`."""
+    refuse_link(folder, "sweep.dir")
+    folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+    folder.chmod(0o700)
+    for path in folder.iterdir():
+        if path.is_file() and not path.is_symlink() and path.stat().st_uid == os.getuid():
+            path.chmod(path.stat().st_mode & 0o700)
+
+
 class Submitit:
     """Slurm, or processes of this machine, through submitit. Their jobs outlive the launcher."""
 
@@ -98,6 +109,7 @@ class Submitit:
         import submitit
 
         self.name, self.logs = name, logs
+        keep_private(logs)
         asked = {k: v for k, v in settings.items() if v is not None}
         more = dict(asked.pop("additional_parameters", {}))
         if not more.keys() & {"no-requeue", "no_requeue"}:
@@ -135,6 +147,7 @@ class Submitit:
             if BUSY_MESSAGE.search(said):
                 raise Busy(said) from e
             raise ConfigError("hydra.launcher", self.name, said) from e
+        keep_private(self.logs)
         self._started.update((job.job_id, job) for job in made)
         return [job.job_id for job in made]
 

@@ -24,6 +24,7 @@ from typing import Any
 from lorabench.clusters.notice import PREEMPTED, TIME_LIMIT, Notice, requeue
 from lorabench.config.errors import ConfigError
 from lorabench.runtime.files import atomic_write
+from lorabench.runtime.terminal import say
 from lorabench.store import checkpoints
 from lorabench.store.records import Store, dump_json
 
@@ -79,7 +80,7 @@ def _path(store: Store, pack_id: str, suffix: str) -> Path:
 def _read(path: Path) -> dict[str, Any]:
     try:
         found = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
+    except (OSError, ValueError, RecursionError):
         return {}
     return found if isinstance(found, dict) else {}
 
@@ -109,7 +110,7 @@ class PackJob:
         with Notice() as notice:
             try:
                 if not self._is_mine(store, me):
-                    print(f"{self.pack_id}: job {me} is not the one its launcher noted; it trains nothing", flush=True)
+                    say(f"{self.pack_id}: job {me} is not the one its launcher noted; it trains nothing")
                 elif not job_end(store, self.pack_id, me):  # requeued after its end, it has nothing left to do
                     self.run(me, env)
             except SystemExit:
@@ -145,7 +146,7 @@ class PackJob:
             ended = self._train(store, me, env, tasks)
         else:
             if (holder := store.leases.holder(self.pack_id)) is not None:
-                print(f"{self.pack_id}: waits for {holder}, which trains it", flush=True)
+                say(f"{self.pack_id}: waits for {holder}, which trains it")
             with store.leases.wait(self.pack_id) as lease:
                 ended = self._train(store.under(lease), me, env, tasks)
         if (first or ended["kind"] != "done") and not job_end(store, self.pack_id, me):
@@ -169,7 +170,7 @@ class PackJob:
                 if said := precision.check_device(
                     store, pack.runs, accept_drift=bool(self.options.get("accept_drift"))
                 ):
-                    print(said, flush=True)
+                    say(said)
                 node = self._node(store, me, env) if tasks > 1 else None
                 train(pack, store, Listener(), keep=keep, node=node, **self.options)
         except SlicesMix as e:
@@ -183,11 +184,12 @@ class PackJob:
     def _node(self, store: Store, me: str, env: Any) -> Any:
         """Return this task's place among those of its job. The first says in <pack>.meet.json where it waits."""
         from lorabench.sweep.ranks import Node, free_port
+        from lorabench.training.distributed import meeting_address
 
         start = {"job": me, "start": os.environ.get("SLURM_RESTART_COUNT", "0")}
         path = _path(store, self.pack_id, ".meet.json")
         if env.global_rank == 0:
-            here = env.hostname if env.num_nodes > 1 else "127.0.0.1"
+            here = meeting_address(env.hostname) if env.num_nodes > 1 else "127.0.0.1"
             atomic_write(path, dump_json({**start, "address": here, "port": free_port()}))
         while not (found := _read(path)).items() >= start.items():
             time.sleep(0.2)  # for as long as Slurm lets it

@@ -9,13 +9,13 @@ says of it.
 from __future__ import annotations
 
 import signal
-import sys
 from contextlib import suppress
 from subprocess import SubprocessError
 from types import FrameType
 from typing import Any
 
 from lorabench.clusters import slurm
+from lorabench.runtime.terminal import say
 
 PREEMPTED, TIME_LIMIT, STOPPED = "preempted", "time limit", "stopped"
 
@@ -63,4 +63,4 @@ def requeue(environment: Any) -> None:
     with suppress(SubprocessError, OSError):
         environment._requeue(0)  # submitit's: scontrol on Slurm, an exit code on this machine
         return
-    print(f"job {environment.job_id} was not requeued", file=sys.stderr)
+    say(f"job {environment.job_id} was not requeued", error=True)

@@ -10,6 +10,7 @@ from pathlib import Path
 from lorabench.config.errors import ConfigError
 from lorabench.runtime.command import command
 from lorabench.runtime.files import atomic_write
+from lorabench.runtime.terminal import make_console, say
 
 
 @command
@@ -24,19 +25,21 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("b", type=Path, metavar="SWEEP_B", help="another; differences are B minus A")
     parser.add_argument("--out", type=Path, metavar="FILE.md", help="also write the comparison here, as Markdown")
     args = parser.parse_args(argv)
-    from rich.console import Console
-
     from lorabench.compare.comparison import compare, markdown, terminal_parts
     from lorabench.results.sweep import load
 
-    comparison = compare(load(args.a), load(args.b))
+    sweeps = load(args.a), load(args.b)
+    comparison = compare(*sweeps)
     if args.out is not None:
         if args.out.is_dir():
             raise ConfigError("--out", str(args.out), "a file; this is a directory")
         atomic_write(args.out, markdown(comparison))
-    console = Console()
+    console = make_console()
     for part in terminal_parts(comparison):
         console.print(part)
+    for sweep in sweeps:
+        if sweep.edit_notice:
+            say(f"{sweep.name}: {sweep.edit_notice}", error=True)
     return 1 if comparison.obstacles else 0
 
 

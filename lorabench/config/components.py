@@ -9,18 +9,23 @@ import importlib.util
 import pkgutil
 import sys
 import types
+from collections.abc import Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
 from pathlib import Path
 from types import ModuleType
 from typing import Any
 
 from lorabench.config.contracts.component import Component
-from lorabench.config.errors import ConfigError
+from lorabench.config.errors import ConfigError, UntrustedFile
 
 # The contract of a user's own dataclass that inherits none. Such a task reads tokens.
 _DEFAULT_CONTRACTS = {
     "model": ("lorabench.config.contracts.model", "Model"),
     "task": ("lorabench.tasks.text_task", "TextTask"),
 }
+
+_may_run_files: ContextVar[bool] = ContextVar("may_run_files", default=True)
 
 # Modules that users' own files imported before 0.1.0, and where their contents are now.
 MOVED_MODULES = {
@@ -64,10 +69,7 @@ def _load_local(section: str, file: str | None) -> type[Component]:
     path = Path(file).expanduser().resolve()
     if not path.is_file() or path.suffix != ".py":
         raise ConfigError(key, file, "an existing .py file")
-    try:
-        module = _import_file(path)
-    except Exception as e:
-        raise ConfigError(key, file, f"the file does not import: {type(e).__name__}: {e}{_moved_hint(e)}") from e
+    module = import_file(path, key)
     config: Any = getattr(module, "Config", None)
     if not dataclasses.is_dataclass(config) or not isinstance(config, type):
         raise ConfigError(key, file, "the file must define a dataclass named Config")
@@ -85,8 +87,25 @@ def _moved_hint(error: Exception) -> str:
     return f"; what it held is in {MOVED_MODULES[name]} now" if name in MOVED_MODULES else ""
 
 
-def _import_file(path: Path) -> ModuleType:
-    """Return a Python file as a module, named by its path and content and run once."""
+@contextmanager
+def trust_files(trusted: bool) -> Iterator[None]:
+    """Let Python files that a config names run in the block, or raise `UntrustedFile` for the first."""
+    before = _may_run_files.set(trusted)
+    try:
+        yield
+    finally:
+        _may_run_files.reset(before)
+
+
+def import_file(path: Path, key: str) -> ModuleType:
+    """Return a Python file of the user's own as a module, named by its path and content and run once.
+
+    key: the setting that names it. Raises `ConfigError` where it does not import, and `UntrustedFile` where it may not
+    run (`trust_files`).
+    """
+    if not _may_run_files.get():
+        allowed = "a record names this Python file, which would run with your rights: read it, then add --trust"
+        raise UntrustedFile(key, str(path), allowed)
     name = f"lorabench_local_{hashlib.sha256(str(path).encode() + path.read_bytes()).hexdigest()[:16]}"
     if name not in sys.modules:
         spec = importlib.util.spec_from_file_location(name, path)
@@ -94,9 +113,10 @@ def _import_file(path: Path) -> ModuleType:
         sys.modules[name] = importlib.util.module_from_spec(spec)
         try:
             spec.loader.exec_module(sys.modules[name])
-        except Exception:
+        except Exception as e:
             del sys.modules[name]
-            raise
+            why = f"the file does not import: {type(e).__name__}: {e}{_moved_hint(e)}"
+            raise ConfigError(key, str(path), why) from e
     return sys.modules[name]
 
 

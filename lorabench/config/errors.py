@@ -22,6 +22,10 @@ class ExistingWork(ConfigError):
     """What is on disk does not fit what was asked (foreign files, changed data). Nothing was touched. Exit code 2."""
 
 
+class UntrustedFile(ConfigError):
+    """A record names a Python file, which runs only with the user's word. Nothing of it ran. Exit code 2."""
+
+
 class Unwritable(OSError):
     """A file of a store or a report cannot be written (disk full, gone, no right). No run failed by it. Exit code 1."""
 

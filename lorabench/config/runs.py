@@ -178,7 +178,7 @@ def _parse_probe(task: Task) -> Task:
     except ConfigError as e:
         if e.key.startswith("task.probe"):
             raise
-        raise ConfigError(f"task.probe.{e.key.rpartition('.')[2]}", e.value, e.allowed) from e
+        raise type(e)(f"task.probe.{e.key.rpartition('.')[2]}", e.value, e.allowed) from e
     if probe.probe is not None:
         raise ConfigError("task.probe.probe", "(a task)", "null: a probe has none of its own")
     return task.replace(probe=probe)
@@ -199,11 +199,11 @@ def _parse_section(cls: type[AnySection], cfg: DictConfig, key: str) -> AnySecti
     if not isinstance(node, (DictConfig, Mapping)):
         raise ConfigError(key, node, "a mapping of settings")
     try:
-        plain = OmegaConf.to_container(node, resolve=True) if isinstance(node, DictConfig) else dict(node)
-        for name in _mappings(cls):
+        plain: Any = OmegaConf.to_container(node, resolve=True) if isinstance(node, DictConfig) else dict(node)
+        for name in _mappings(cls):  # type: ignore[arg-type]  # a class is hashable
             if name in plain:
                 plain[name] = overrides.mapping(plain[name], f"{key}.{name}")
-        schema = _schema(cls)  # type: ignore[arg-type]  # a class is hashable
+        schema = _schema(cls)
         section: Any = OmegaConf.to_object(OmegaConf.merge(schema, plain))
     except OmegaConfBaseException as e:
         raise _config_error(e, cls, key, cfg) from e

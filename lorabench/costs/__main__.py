@@ -14,6 +14,7 @@ from pathlib import Path
 from lorabench.costs.measurement import CostsRequest, measure_costs
 from lorabench.runtime.command import command
 from lorabench.runtime.progress_lines import ProgressLines
+from lorabench.runtime.terminal import clean, make_console, say
 from lorabench.store.analysis import COSTS_FILE
 
 
@@ -38,6 +39,7 @@ def parser() -> argparse.ArgumentParser:
         help="rounds a measure; at most 5 where the disk is read (default 15)",
     )
     p.add_argument("--again", action="store_true", help="measure what is known already, too")
+    p.add_argument("--trust", action="store_true", help="let Python files run that records name (local, extra_metrics)")
     return p
 
 
@@ -48,25 +50,25 @@ def parser() -> argparse.ArgumentParser:
 def main(argv: Sequence[str] | None = None) -> None:
     """Exit 0: written; 2: bad input."""
     args = parser().parse_args(argv)
-    from rich.console import Console
-    from rich.progress import Progress
+    from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 
     from lorabench.report import table_formats as faces
     from lorabench.report.sections import costs as face
 
-    asked, console = CostsRequest(tuple(args.cells), args.repeats, args.again), Console(stderr=True)
+    asked, console = CostsRequest(tuple(args.cells), args.repeats, args.again, args.trust), make_console(stderr=True)
     lines = ProgressLines(f"measuring the costs of {args.sweep}", "measurements", enabled=not console.is_terminal)
-    with lines, Progress(console=console, transient=True, disable=not console.is_terminal) as bar:
+    columns = (TextColumn("{task.description}", markup=False), BarColumn(), TimeRemainingColumn())
+    with lines, Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as bar:
         task = bar.add_task("costs", total=None)
 
         def tick(cell: str, done: int, total: int) -> None:
-            bar.update(task, description=cell, completed=done, total=total)
+            bar.update(task, description=clean(cell), completed=done, total=total)
             lines.tick(done, total)
 
         doc = measure_costs(args.sweep, asked, tick)
     for made in face.tables(face.parse(doc)):
-        Console().print(faces.rich_table(made))
-    print(f"costs: {COSTS_FILE.path(args.sweep)}")
+        make_console().print(faces.rich_table(made))
+    say(f"costs: {COSTS_FILE.path(args.sweep)}")
 
 
 if __name__ == "__main__":

@@ -9,7 +9,7 @@ from pathlib import Path
 from statistics import median
 from typing import TYPE_CHECKING, Any
 
-from lorabench.config.errors import ConfigError
+from lorabench.config.errors import ConfigError, UntrustedFile
 from lorabench.config.method_names import FULL
 from lorabench.runtime import provenance
 from lorabench.store.analysis import COSTS_FILE
@@ -28,11 +28,15 @@ Tick = Callable[[str, int, int], None]
 
 @dataclass(frozen=True)
 class CostsRequest:
-    """What is measured. cells: ids, which may hold * and ?; empty: all. again: what is known, too."""
+    """What is measured. cells: ids, which may hold * and ?; empty: all. again: what is known, too.
+
+    trust: whether Python files that records name may run.
+    """
 
     cells: tuple[str, ...] = ()
     repeats: int = 15
     again: bool = False
+    trust: bool = False
 
 
 @dataclass
@@ -60,7 +64,7 @@ def measure_costs(
         raise ConfigError("--repeats", asked.repeats, "at least 3: a median and quartiles are taken")
     every = cell_results(load(sweep_dir)).by_cell
     chosen = select_cells(every, asked.cells)
-    source = _open_runs(sweep_dir, chosen)
+    source = _open_runs(sweep_dir, chosen, asked.trust)
     setting = _conditions(every, source)
     doc = _reusable_content(COSTS_FILE.read_reusable(sweep_dir), every, chosen, source, setting)
     todo = [i for i in source.runs if asked.again or not _is_measured(doc["cells"].get(i), source.runs[i][0])]
@@ -109,7 +113,7 @@ def _measure_cells(
         keep()
 
 
-def _open_runs(sweep_dir: str | Path, chosen: Mapping[str, Result]) -> SavedRuns:
+def _open_runs(sweep_dir: str | Path, chosen: Mapping[str, Result], trust: bool) -> SavedRuns:
     """Return up to two runs with weights for each cell. Raises `ConfigError` where no cell has one."""
     from lorabench.training.saved_run import open_run
 
@@ -118,8 +122,10 @@ def _open_runs(sweep_dir: str | Path, chosen: Mapping[str, Result]) -> SavedRuns
         why = "no finished run at its chosen rate"
         for run in r.runs:
             try:
-                saved = open_run(store.run_dir(run.run_id))
+                saved = open_run(store.run_dir(run.run_id), trust=trust)
                 saved.weights()
+            except UntrustedFile:
+                raise
             except ConfigError as e:
                 why = e.allowed
                 continue

@@ -9,10 +9,10 @@ from pathlib import Path
 from typing import Any
 
 from lorabench.config.runs import digest
+from lorabench.config.secrets import mask_word
 
 # Settings that say nothing of the run itself: where it goes, how it is judged or shown, its rate and its seed.
 _NOT_OF_THE_RUN = re.compile(r"(sweep|report|study|tracker|hydra)([./@].*)?|seed|optimizer\.lr")
-_SECRET = re.compile(r"(\b[A-Z0-9_]*(?:KEY|TOKEN|SECRET|PASSWORD)[A-Z0-9_]*=[\"']?)[^\s'\",;\]]+")
 
 
 def config_dir() -> str:
@@ -35,18 +35,17 @@ def run_words(overrides: Sequence[str], config_sources: Iterable[Any] = ()) -> l
     config_sources: Hydra's, among which a config folder of the user's own is found.
     """
     named = [o for o in overrides if not _NOT_OF_THE_RUN.fullmatch(o.lstrip("+~").partition("=")[0])]
-    return _config_dir_words(config_sources) + named
+    return _config_dir_words(config_sources) + [mask_word(word) for word in named]
 
 
 def sweep_words(hydra: Any) -> list[str]:
     """Return the words of a sweep's command line as its manifest and reports show them.
 
-    Values of variables that hold keys are masked, as in `hydra.launcher.setup=['export HF_TOKEN=...']`.
+    Secrets are masked (`config.secrets`), as is all of `hydra.launcher.setup`.
     hydra: the config's section of that name.
     """
     words = [o for o in (*hydra.overrides.hydra, *hydra.overrides.task) if not o.startswith("hydra.mode=")]
-    masked = (_SECRET.sub(r"\1***", word) for word in words)
-    return ["-m", *_config_dir_words(hydra.runtime.config_sources), *masked]
+    return ["-m", *_config_dir_words(hydra.runtime.config_sources), *map(mask_word, words)]
 
 
 def _config_dir_words(config_sources: Iterable[Any]) -> list[str]:

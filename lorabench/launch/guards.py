@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import os
 import re
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
+import hydra
 import yaml
 from hydra.errors import OverrideParseException
 from omegaconf import _utils as omegaconf_yaml
@@ -19,6 +22,8 @@ _NAMES_CODE = re.compile(
     r"[+~]*(?:hydra\.(?:callbacks|job_logging|hydra_logging)\b.*|(?:.*\.)?_target_|[^=]*=.*\b_target_['\"]?\s*:.*)",
     re.S,
 )
+# Of a handler of Python's logging: by any other name it calls what the file names.
+_LOGGING_CLASS = re.compile(r"logging\.\w+")
 _NO_SUCH_SETTING = re.compile(
     r"Could not override '(?P<key>[^']+)'\.\s+To append to your config use \+(?P<argument>.*)", re.S
 )
@@ -35,7 +40,7 @@ def check_arguments(arguments: Sequence[str]) -> None:
         raise ConfigError("argument", " ".join(actions), "one of -m, --cfg and --info; --cfg and --info need no -m")
     for argument in arguments:
         key, equals, value = argument.partition("=")
-        if key.startswith("--exp") and key != "--experimental-rerun":  # Hydra would take it for short for that
+        if key.startswith("--e"):  # Hydra takes it for --experimental-rerun, which opens a pickle
             raise ConfigError("argument", argument, "an experiment is +experiment=NAME, a setting key=value")
         if equals and not key.startswith("-") and (_NAMES_CODE.fullmatch(key) or _NAMES_CODE.fullmatch(argument)):
             allowed = "settings only: what runs is chosen by name (method.name, task.kind, model.kind, hydra/launcher)"
@@ -76,11 +81,13 @@ def explain_unknown_setting(message: str) -> ConfigError | None:
     return ConfigError(key, match["argument"].partition("=")[2].strip(), f"no such setting in the config; {hint}")
 
 
+_HYDRA_FILES = str(Path(hydra.__file__).parent) + os.sep
 _get_yaml_loader = omegaconf_yaml.get_yaml_loader
 
 
 def guard_yaml() -> None:
-    """Make OmegaConf, and so Hydra, refuse YAML whose aliases multiply to more than `MAX_YAML_VALUES` values."""
+    """Make OmegaConf, and so Hydra, refuse YAML whose aliases multiply to more than `MAX_YAML_VALUES` values, and files
+    that name code: `_target_`, `()` or a `class` that is none of Python's logging. Hydra's own files may."""
     omegaconf_yaml.get_yaml_loader = _get_guarded_loader
 
 
@@ -91,9 +98,29 @@ def _get_guarded_loader() -> Any:
             if _size(node, {}) > MAX_YAML_VALUES:
                 allowed = f"at most {MAX_YAML_VALUES:,} values, aliases counted where they stand"
                 raise ConfigError("config file", str(self.name), allowed)
+            if not str(self.name).startswith(_HYDRA_FILES):
+                _check_names_no_code(node, str(self.name), set())
             return node
 
     return Loader
+
+
+def _check_names_no_code(node: Any, file: str, seen: set[int]) -> None:
+    """Raise `ConfigError` where a file's node, or one inside it, names code to run. seen: ids of nodes looked at."""
+    if id(node) in seen:
+        return
+    seen.add(id(node))
+    if isinstance(node, yaml.MappingNode):
+        for key, value in node.value:
+            name, said = getattr(key, "value", None), getattr(value, "value", None)
+            is_code = name in ("_target_", "()") or (name == "class" and not _LOGGING_CLASS.fullmatch(str(said)))
+            if is_code:
+                told = f"settings only; line {key.start_mark.line + 1} names code to run: {name}: {said}"
+                raise ConfigError("config file", file, told)
+            _check_names_no_code(value, file, seen)
+    elif isinstance(node, yaml.SequenceNode):
+        for inner in node.value:
+            _check_names_no_code(inner, file, seen)
 
 
 def _size(node: Any, sizes: dict[int, int]) -> int:

@@ -15,6 +15,7 @@ from lorabench.config.errors import ConfigError
 from lorabench.launch.compose import LABELLED_AXES, RATE, SEED, Composer, is_remote, tune_seeds
 from lorabench.launch.optuna_space import parse_space
 from lorabench.launch.optuna_study import Drawn, OptunaStudy, StudySettings
+from lorabench.runtime.terminal import say
 from lorabench.store.records import Store
 from lorabench.sweep import phases
 
@@ -130,7 +131,7 @@ class OptunaSearch:
         if (best := self._best_trial()) is not None:
             trial, value = best
             tried = " ".join(o for o in trial.override_sets[0] if o.split("=", 1)[0] in self.space.axes)
-            print(f"best of {self.study.size} trials: {tried}: {self.run_config.task.metric} {value:.4g}")
+            say(f"best of {self.study.size} trials: {tried}: {self.run_config.task.metric} {value:.4g}")
             if measure_alone:
                 phases.measure_cells(self.settings, trial.jobs)
         finish(self.settings)

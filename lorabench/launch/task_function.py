@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 from typing import TYPE_CHECKING, Any
 
 from hydra.core.hydra_config import HydraConfig
@@ -11,6 +10,7 @@ from omegaconf import DictConfig
 from lorabench.config.errors import ConfigError
 from lorabench.launch.command_line import run_words, sweep_name
 from lorabench.launch.job import make_job
+from lorabench.runtime.terminal import say
 
 if TYPE_CHECKING:
     from lorabench.store.records import Record
@@ -22,7 +22,7 @@ def task_function(cfg: DictConfig) -> float:
     try:
         return _run(cfg, hydra)
     except ConfigError as e:  # leaves before Hydra prints the overrides above the message
-        print(f"error: {e}", file=sys.stderr)
+        say(f"error: {e}", error=True)
         raise SystemExit(2) from e
 
 

@@ -6,7 +6,6 @@ import atexit
 import dataclasses
 import fcntl
 import io
-import sys
 from collections.abc import Iterator
 from contextlib import contextmanager, redirect_stderr
 from dataclasses import dataclass
@@ -20,7 +19,8 @@ from lorabench.config.errors import ConfigError
 from lorabench.config.fields import knob
 from lorabench.models import pretrained
 from lorabench.models.folder import SOURCE_KEY, file_digest, locate
-from lorabench.runtime.files import atomic_folder, cache_root, is_cache_kept_as_it_is
+from lorabench.runtime.files import atomic_folder, cache_root, is_cache_kept_as_it_is, is_private
+from lorabench.runtime.terminal import say
 
 CACHE_LAYOUT = "1"  # a change makes new folders
 
@@ -115,7 +115,9 @@ def convert_once(file: Path) -> Path:
     target = _folder(file)
     if target.is_dir():
         return target
-    target.parent.mkdir(parents=True, exist_ok=True)
+    if not is_private(target.parent):
+        place = cache_root()
+        raise ConfigError("LORABENCH_CACHE", str(place), "a folder of your own: others could write in its gguf/")
     with open(target.parent / f"{target.name}.lock", "a") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
         if target.is_dir():
@@ -131,7 +133,7 @@ def write_float32(file: Path, out: Path) -> None:
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     message = f"Converting {file.name} to float32 once, into {out.parent}: about half a minute"
-    print(message, file=sys.stderr, flush=True)
+    say(message, error=True)
     with _explain_missing_package(file), pretrained.quiet(), redirect_stderr(io.StringIO()):  # its bar knows no switch
         tokenizer = AutoTokenizer.from_pretrained(file.parent, gguf_file=file.name)
         model = AutoModelForCausalLM.from_pretrained(file.parent, gguf_file=file.name, dtype=torch.float32)

@@ -11,21 +11,22 @@ from rich.table import Table
 from lorabench.results import formatting
 from lorabench.results.formatting import plural
 from lorabench.results.terminal_tables import WholeWords
+from lorabench.runtime.terminal import make_console
 
 Answer = Mapping[str, Any]  # as `plan.plan` makes it
 
 
 def show(answer: Answer, console: Console | None = None) -> None:
-    console = console or Console()
+    console = console or make_console()
 
     def say(text: str = "") -> None:
-        console.print(text, highlight=False, markup=False, soft_wrap=True)
+        console.print(text, soft_wrap=True)
 
     for line in _study(answer):
         say(line)
     for table in answer["tables"]:
         say()
-        console.print(_table(answer, table), highlight=False)
+        console.print(_table(answer, table))
         say(_needed_sentence(answer, table))
     if answer["budget"]:
         say()

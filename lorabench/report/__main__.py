@@ -9,6 +9,7 @@ from pathlib import Path
 
 from lorabench.config.errors import ConfigError
 from lorabench.runtime.command import command
+from lorabench.runtime.terminal import say
 
 
 @command
@@ -47,10 +48,10 @@ def main(argv: Sequence[str] | None = None) -> None:
     name = args.sweep.resolve().name + ("" if declared else "-post-hoc")  # never over the declared report
     out = args.out or Path("reports", name)
     summary = render(args.sweep, out, title=args.title, margin=args.margin, metric=other)
-    print(summary.lead)
+    say(summary.lead)
     for warning in summary.warnings:
-        print(f"- {warning}")
-    print(f"report: {summary.out / 'report.html'}")
+        say(f"- {warning}")
+    say(f"report: {summary.out / 'report.html'}")
 
 
 if __name__ == "__main__":

@@ -31,6 +31,7 @@ def warnings(f: Findings) -> list[str]:
     """Return a line for each, most serious first."""
     return [
         *_declaration_warnings(f),
+        *filter(None, (f.sweep.edit_notice,)),
         *_baseline_warnings(f),
         *_gap_warnings(f),
         *_test_warnings(f),

@@ -1,38 +1,85 @@
-"""The report's directory on disk: ours or empty, and replaced as a whole."""
+"""The report's directory on disk: ours by a mark that we wrote, and replaced as a whole.
+
+<report>/.lorabench-report.json    {"schema": 1, "files": {"report.md": SHA-256, ...}}: all that a renderer wrote
+
+Names prove nothing: a folder of a user's own may hold a `report.md` and `figures/` too.
+"""
 
 from __future__ import annotations
 
+import hashlib
+import json
+import os
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from lorabench.config.errors import ConfigError, ExistingWork
-from lorabench.runtime.files import atomic_folder, name_unwritable, restore_folder
+from lorabench.runtime.files import aside_path, atomic_folder, name_unwritable, restore_folder
 from lorabench.runtime.leases import Leases
+from lorabench.store.records import OWN_NAMES
 
-REPORT_NAMES = {"report.md", "report.html", "runs.csv", "figures", "tables"}
-FOLDER_SUFFIXES = {"figures": (".svg", ".png"), "tables": (".tex", ".csv")}
-IGNORED_NAMES = {".gitkeep", ".DS_Store"}
+MARK = ".lorabench-report.json"
+IGNORED_NAMES = {MARK, ".gitkeep", ".DS_Store"}
+WAY_OUT = "choose another folder, or move this one away"
 
 
 def check_replaceable(out: Path) -> None:
-    """Raise `ExistingWork` unless `out` is absent, empty, or holds nothing but a report."""
+    """Raise `ExistingWork` unless `out` is absent, empty, or holds nothing but a report as it was written.
+
+    Ours are the files that the mark lists, as long as their content is the one it lists.
+    """
     if not out.exists():
         return
     if not out.is_dir():
         raise ConfigError("out", str(out), "a directory; this is a file")
-    foreign = [p.name for p in out.iterdir() if p.name not in REPORT_NAMES | IGNORED_NAMES]
-    for name, endings in FOLDER_SUFFIXES.items():
-        if (out / name).is_dir():
-            foreign += [
-                f"{name}/{p.name}"
-                for p in (out / name).iterdir()
-                if p.suffix not in endings and p.name not in IGNORED_NAMES
-            ]
+    found = {p.relative_to(out).as_posix(): p for p in sorted(out.rglob("*")) if p.is_symlink() or not p.is_dir()}
+    marked = _marked_files(out / MARK)
+    foreign = [name for name in found if name not in marked and found[name].name not in IGNORED_NAMES]
     if foreign:
-        raise ExistingWork(
-            "out", str(out), f"an empty or a report's directory; this one holds {', '.join(sorted(foreign)[:5])}"
-        )
+        allowed = f"an empty or a report's directory; this one holds {', '.join(foreign[:5])}"
+        unmarked = "" if marked else f" and no {MARK}, by which a report is known"
+        raise ExistingWork("out", str(out), f"{allowed}{unmarked}: {WAY_OUT}")
+    changed = [name for name, checksum in marked.items() if name in found and _checksum(found[name]) != checksum]
+    if changed:
+        allowed = f"a report as it was written; {', '.join(changed[:5])} changed since, which would be lost"
+        raise ExistingWork("out", str(out), f"{allowed}: {WAY_OUT}")
+
+
+def check_place(out: Path, sweep_dir: Path) -> None:
+    """Raise `ConfigError` for a `report.dir` into which the sweep's report cannot go, before anything is trained."""
+    place, sweep = out.resolve(), sweep_dir.resolve()
+    if place == sweep or place in sweep.parents:
+        raise ConfigError("report.dir", str(out), "a folder of its own; this one holds the sweep itself")
+    if sweep in place.parents and place.relative_to(sweep).parts[0] in OWN_NAMES:
+        raise ConfigError("report.dir", str(out), f"a folder that is not the sweep's own, as {sweep_dir}/report is")
+    try:
+        check_replaceable(out)
+    except ConfigError as e:
+        raise type(e)("report.dir", e.value, e.allowed) from e
+    above = next(p for p in (place.parent, *place.parents) if p.exists() or p.is_symlink())
+    if not above.is_dir() or not os.access(above, os.W_OK | os.X_OK):
+        raise ConfigError("report.dir", str(out), f"a folder that can be written; {above} is none")
+
+
+def _marked_files(mark: Path) -> dict[str, str]:
+    """Return the SHA-256 of each file that a mark lists, by name; {} where there is no mark of ours."""
+    try:
+        files = json.loads(mark.read_text(encoding="utf-8"))["files"]
+        return {str(name): str(checksum) for name, checksum in files.items()}
+    except (OSError, ValueError, TypeError, KeyError, AttributeError, RecursionError):
+        return {}
+
+
+def mark_text(files: Mapping[str, bytes]) -> str:
+    """Return the mark of a report of these files."""
+    listed = {name: hashlib.sha256(content).hexdigest() for name, content in sorted(files.items())}
+    return json.dumps({"schema": 1, "files": listed}, indent=1) + "\n"
+
+
+def _checksum(path: Path) -> str:
+    """Return a file's SHA-256; "" for a link, which no report holds."""
+    return "" if path.is_symlink() else hashlib.sha256(path.read_bytes()).hexdigest()
 
 
 @contextmanager
@@ -44,6 +91,7 @@ def lock(out: Path) -> Iterator[None]:
         with name_unwritable(out):
             lease = leases.wait(out.name)
         with lease:
+            check_replaceable(aside_path(out))  # what a killed writer set aside is removed: it must be a report too
             restore_folder(out)
             yield
     finally:
@@ -59,7 +107,8 @@ def replace(out: Path, files: Mapping[str, str | bytes]) -> None:
     """
     check_replaceable(out)
     with name_unwritable(out), atomic_folder(out.resolve()) as fresh:
-        for name, content in files.items():
+        raw = {name: content.encode() if isinstance(content, str) else content for name, content in files.items()}
+        for name, content in {**raw, MARK: mark_text(raw).encode()}.items():
             path = fresh / name
             path.parent.mkdir(parents=True, exist_ok=True)
-            path.write_bytes(content.encode() if isinstance(content, str) else content)
+            path.write_bytes(content)

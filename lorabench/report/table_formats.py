@@ -10,6 +10,7 @@ from lorabench.report.tables import Table, comparison, plus_minus
 from lorabench.results import formatting
 from lorabench.results.findings import Findings
 from lorabench.results.terminal_tables import WholeWords
+from lorabench.runtime.terminal import plain
 
 # -- Markdown --------------------------------------------------------------------------------------------------------
 
@@ -81,26 +82,24 @@ def rich_table(table: Table) -> WholeWords:
     """Return a table for a terminal, its notes below it; no markup of a user's is read."""
     from rich import box
     from rich.table import Table as RichTable
-    from rich.text import Text
 
-    out = RichTable(title=Text(table.title), title_justify="left", box=box.SIMPLE_HEAD, pad_edge=False)
+    out = RichTable(title=plain(table.title), title_justify="left", box=box.SIMPLE_HEAD, pad_edge=False)
     for column in table.columns:
-        out.add_column(Text(column.title), justify=column.align, vertical="bottom", overflow="fold")
+        out.add_column(plain(column.title), justify=column.align, vertical="bottom", overflow="fold")
     for row in table.rows:
-        out.add_row(*map(Text, row.texts))
-    out.caption, out.caption_justify = Text("\n".join(table.notes)), "left"
+        out.add_row(*map(plain, row.texts))
+    out.caption, out.caption_justify = plain("\n".join(table.notes)), "left"
     return WholeWords(out)
 
 
 def terminal_comparison(f: Findings, caption: str) -> WholeWords:
     """Return the comparison at the width of a terminal: one name a cell, what decides, what it costs."""
     from rich import box
-    from rich.markup import escape
     from rich.table import Table as RichTable
 
     out = RichTable(
-        title=escape(f.sweep.name),
-        caption=escape(caption),
+        title=plain(f.sweep.name),
+        caption=plain(caption),
         caption_justify="left",
         box=box.SIMPLE_HEAD,
         pad_edge=False,
@@ -108,7 +107,7 @@ def terminal_comparison(f: Findings, caption: str) -> WholeWords:
     )
     for title in _terminal_head(f):
         out.add_column(
-            escape(title),
+            plain(title),
             justify="left" if title == "cell" or title.startswith("within") else "right",
             vertical="bottom",
         )
@@ -117,7 +116,7 @@ def terminal_comparison(f: Findings, caption: str) -> WholeWords:
         verdict = _terminal_verdict(f, r.id) if f.versus else ()
         costs = formatting.compact(r.cell.trainable), formatting.seconds(r.seconds)
         texts = (r.name, formatting.rate(r.lr), score, *verdict, *costs)
-        out.add_row(*map(escape, texts), style="bold" if row.mark == "recommended" else None)
+        out.add_row(*map(plain, texts), style="bold" if row.mark == "recommended" else None)
     return WholeWords(out)
 
 

@@ -129,6 +129,19 @@ class Sweep:
     def completed_records(self, run_ids: Sequence[str]) -> list[Record]:
         return [r for r in self.records_of(run_ids) if r.status == "completed"]
 
+    @property
+    def edit_notice(self) -> str | None:
+        """A sentence that names the records that were edited since they were written; None where there are none."""
+        edited = sorted(self.store.edited & self.records.keys())
+        if not edited:
+            return None
+        some = ", ".join(edited[:5]) + (", …" if len(edited) > 5 else "")
+        count = f"{len(edited)} record" + ("s" if len(edited) > 1 else "")
+        return (
+            f"{count} changed after being written ({some}): the checksum in run.json no longer fits. "
+            "With that run.json moved away, the sweep's command trains the run again."
+        )
+
     @cached_property
     def metric(self) -> str:
         """The metric of the tables: the one asked for, else the primary one."""

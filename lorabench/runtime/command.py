@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Callable, Sequence
 from functools import wraps
 
 from lorabench.config.errors import ConfigError
 from lorabench.runtime import streams
+from lorabench.runtime.terminal import say
 
+NESTED_TOO_DEEPLY = "error: a file that was read is nested too deeply (RecursionError); move it away, or make it anew"
 Main = Callable[[Sequence[str] | None], int | None]
 
 
@@ -26,6 +27,9 @@ def command(main: Main) -> Callable[..., int]:
             code, error = main(argv) or 0, None
         except (ConfigError, OSError) as e:
             code, error = 2, e
+        except RecursionError:
+            say(NESTED_TOO_DEEPLY, error=True)
+            return 2
         except KeyboardInterrupt:
             return 130
         except SystemExit:  # `--help`, and a command line that argparse refuses
@@ -36,7 +40,7 @@ def command(main: Main) -> Callable[..., int]:
         if unwritten and not isinstance(error, ConfigError):
             return 1
         if error is not None:
-            print(f"error: {error}", file=sys.stderr)
+            say(f"error: {error}", error=True)
         return code
 
     return run
@@ -51,5 +55,5 @@ def report_output() -> int:
     if failed is None:
         return 0
     if not isinstance(failed, BrokenPipeError):
-        print(f"error: stdout cannot be written: {failed.strerror or failed}", file=sys.stderr)
+        say(f"error: stdout cannot be written: {failed.strerror or failed}", error=True)
     return 1

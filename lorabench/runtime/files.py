@@ -7,8 +7,9 @@ import os
 import re
 import secrets
 import shutil
+import stat
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from contextvars import ContextVar
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -182,6 +183,21 @@ def keep_cache_as_it_is(keep: bool = True) -> Iterator[None]:
 def is_cache_kept_as_it_is() -> bool:
     """Whether nothing may be put into the cache now."""
     return _cache_kept_as_it_is.get()
+
+
+def is_private(folder: Path) -> bool:
+    """Make a folder that only this user may enter, and return whether nobody else but root can write in it.
+
+    An older folder of this user's is closed to others. A link is none. Raises OSError where it cannot be made.
+    """
+    folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+    about = folder.lstat()
+    if not stat.S_ISDIR(about.st_mode) or about.st_uid not in (os.getuid(), 0):
+        return False
+    if about.st_uid == os.getuid() and about.st_mode & 0o077:
+        with suppress(OSError):  # a file system that may only be read
+            folder.chmod(0o700)
+    return not folder.lstat().st_mode & 0o022
 
 
 def cache_root() -> Path:

@@ -24,6 +24,7 @@ import secrets
 import shutil
 import threading
 import time
+from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import asdict, dataclass
 from functools import cache
@@ -33,6 +34,7 @@ from typing import Any
 from lorabench.config.errors import ExistingWork
 
 BEAT_SECONDS, SILENT_SECONDS = 15.0, 120.0  # seconds; a network file system may hold a touch back for 60
+SECONDS_UNTIL_TOLD = 5.0  # of a wait; shorter ones are the rule
 TAKEN_ERRORS = (errno.ENOTEMPTY, errno.EEXIST)
 
 
@@ -55,7 +57,7 @@ class Holder:
     @classmethod
     def here(cls) -> Holder:
         """This process."""
-        return cls(platform.node(), os.getpid(), place(), _start(os.getpid()))
+        return cls(platform.node(), os.getpid(), place(), _start(os.getpid()) or "")
 
     def __str__(self) -> str:
         host = "".join(c for c in self.host[:64] if c.isprintable())  # another's file: no control characters of it
@@ -63,10 +65,17 @@ class Holder:
 
     @property
     def gone(self) -> bool | None:
-        """Whether the process is no more; None where that cannot be seen from here."""
-        if not self.place or self.place != place():
+        """Whether the process is no more; None where that cannot be seen from here.
+
+        A cloned machine has the same boot, so the host is compared too. Where /proc hides another user's process, the
+        system is asked for it.
+        """
+        if not self.place or self.place != place() or self.host != platform.node() or not self.start:
             return None
-        return _start(self.pid) != self.start
+        start = _start(self.pid)
+        if start is None:
+            return None if _is_there(self.pid) else True
+        return start != self.start
 
 
 @cache
@@ -82,15 +91,26 @@ def place() -> str:
         return ""
 
 
-def _start(pid: int) -> str:
-    """Return when a process was started, in ticks since boot; "" for one that is gone or is a zombie.
+def _is_there(pid: int) -> bool:
+    """Whether a process has this number, be it another user's; True where the system does not tell."""
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    except (OSError, OverflowError):  # another user's, or no number of a process
+        pass
+    return True
+
+
+def _start(pid: int) -> str | None:
+    """Return when a process was started, in ticks since boot; "" for a zombie; None where /proc has nothing to read.
 
     psutil counts seconds since the epoch, which change with the system's clock.
     """
     try:
         fields = Path(f"/proc/{pid}/stat").read_text(encoding="utf-8", errors="replace").rpartition(")")[2].split()
     except OSError:
-        return ""
+        return None
     return "" if fields[0] in "ZX" else fields[19]
 
 
@@ -177,10 +197,18 @@ class Leases:
         self._clean(name)
         return Lease(path / token)
 
-    def wait(self, name: str) -> Lease:
-        """Wait until whoever holds a lease releases it or dies; then take it and return it."""
-        pause = 0.005
+    def wait(self, name: str, tell: Callable[[Holder], None] | None = None) -> Lease:
+        """Wait until whoever holds a lease releases it or dies; then take it and return it.
+
+        tell: called with the holder, once for each, where the wait is longer than `SECONDS_UNTIL_TOLD`.
+        """
+        pause, began, told = 0.005, time.monotonic(), None
         while (lease := self.take(name)) is None:
+            if tell and time.monotonic() - began >= SECONDS_UNTIL_TOLD:
+                who = self.holder(name)
+                if who is not None and who != told:
+                    tell(who)
+                    told = who
             time.sleep(pause)
             pause = min(0.25, pause * 1.5)
         return lease

@@ -34,6 +34,8 @@ class AnalysisFile:
             doc = json.loads(self.path(sweep_dir).read_text(encoding="utf-8"))
         except FileNotFoundError:
             return None
+        except RecursionError as e:
+            raise json.JSONDecodeError("nested too deeply", "", 0) from e
         if not isinstance(doc, dict) or doc.get("schema") != self.schema:
             raise ValueError(f"not of schema {self.schema}")
         return doc

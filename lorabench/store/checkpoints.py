@@ -13,7 +13,6 @@ import json
 import os
 import re
 import secrets
-import sys
 from collections.abc import Callable, Mapping
 from contextlib import suppress
 from pathlib import Path
@@ -21,6 +20,7 @@ from typing import TYPE_CHECKING, Any
 
 from lorabench.config.errors import ExistingWork
 from lorabench.runtime.files import sync, write_tensors
+from lorabench.runtime.terminal import say
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -131,7 +131,7 @@ def read_newest(where: Path, check: Callable[[Content], None]) -> Content | None
             check(content)
         except Unreadable as e:
             then = f"goes on from the one of step {step_of(paths[i + 1])}" if i + 1 < len(paths) else "starts anew"
-            print(f"checkpoint of step {step_of(path)} of pack {where.name}: {e}; the pack {then}", file=sys.stderr)
+            say(f"checkpoint of step {step_of(path)} of pack {where.name}: {e}; the pack {then}", error=True)
             if not isinstance(e.__cause__, OSError):
                 path.unlink(missing_ok=True)
         else:

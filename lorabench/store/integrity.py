@@ -7,7 +7,7 @@ from collections.abc import Iterable
 from pathlib import Path
 
 from lorabench.config.errors import ExistingWork
-from lorabench.store.records import HISTORY, Store
+from lorabench.store.records import HISTORY, Store, is_history_row
 
 
 def damaged_files(store: Store, run_ids: Iterable[str]) -> dict[str, str]:
@@ -26,7 +26,7 @@ def _torn(store: Store, run_id: str) -> str | None:
     try:
         lines = (store.run_dir(run_id) / HISTORY).read_text(encoding="utf-8").splitlines()
         rows = json.loads(f"[{','.join(lines)}]")  # at once: a call a line takes longer than all the rest
-        if len(rows) != len(lines) or not all(isinstance(row, dict) for row in rows):
+        if len(rows) != len(lines) or not all(map(is_history_row, rows)):
             return HISTORY
     except FileNotFoundError:
         pass  # not torn: deleted, or adopted without one

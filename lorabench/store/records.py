@@ -16,6 +16,7 @@ on those weights <sweep dir>/locks/                           leases: who trains
 from __future__ import annotations
 
 import errno
+import hashlib
 import json
 import os
 from collections.abc import Iterable, Iterator, Mapping
@@ -28,11 +29,12 @@ import numpy as np
 
 from lorabench.config.errors import ExistingWork, Unwritable
 from lorabench.runtime.files import atomic_write, name_unwritable
-from lorabench.runtime.leases import Lease, Leases, check_held, refuse_link
+from lorabench.runtime.leases import SILENT_SECONDS, Holder, Lease, Leases, check_held, refuse_link
 from lorabench.store.arrays import SHARED_FILE, pack_columns, read_columns
 from lorabench.store.identifiers import RUN_ID, STATUSES
 
 MANIFEST, HISTORY = "sweep.json", "history.jsonl"
+MANIFEST_WAY_OUT = "moved away, it is made anew and finished runs are kept"
 APPEND_FLAGS = os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_NOFOLLOW
 OWN_NAMES = {
     MANIFEST,
@@ -69,6 +71,7 @@ class Record:
         assert RUN_ID.fullmatch(self.run_id) and self.status in STATUSES
 
 
+CHECKSUM = "record_sha256"  # under `provenance` in run.json alone: whether the file is as it was written
 _FIELDS = {f.name for f in fields(Record)}
 
 
@@ -79,6 +82,43 @@ def dump_json(value: Any, *, indent: int | None = 1) -> str:
     """
     how: dict[str, Any] = {"indent": indent} if indent else {"separators": (",", ":")}
     return json.dumps(_finite(value), sort_keys=True, ensure_ascii=False, allow_nan=False, **how) + "\n"
+
+
+def record_text(record: Mapping[str, Any]) -> str:
+    """Return the text of a `run.json`, with the checksum by which an edit by hand is noticed."""
+    plain = json.loads(dump_json({**record, "provenance": _without_checksum(record.get("provenance") or {})}))
+    plain["provenance"][CHECKSUM] = _checksum(plain)
+    return dump_json(plain)
+
+
+def pop_checksum(record: dict[str, Any]) -> bool:
+    """Take the checksum out of a record's JSON, and return whether the record was edited since it was written.
+
+    Records of older versions have no checksum and count as unedited.
+    """
+    provenance = record.get("provenance") or {}
+    if CHECKSUM not in provenance:
+        return False
+    record["provenance"] = _without_checksum(provenance)
+    return _checksum(record) != provenance[CHECKSUM]
+
+
+def _checksum(record: Mapping[str, Any]) -> str:
+    canonical = json.dumps(record, sort_keys=True, separators=(",", ":"), ensure_ascii=True)
+    return hashlib.sha256(canonical.encode()).hexdigest()
+
+
+def _without_checksum(provenance: Mapping[str, Any]) -> dict[str, Any]:
+    return {key: value for key, value in provenance.items() if key != CHECKSUM}
+
+
+def is_history_row(value: Any) -> bool:
+    """Whether a value is a row of a history: a mapping with a whole `step`, all else a finite number, a text or
+    null."""
+    if not isinstance(value, dict) or not isinstance(value.get("step"), int) or not 0 <= value["step"] < 2**63:
+        return False
+    numbers = [x for x in value.values() if x is not None and not isinstance(x, str)]
+    return all(isinstance(x, (int, float)) and abs(x) < 1e308 for x in numbers)
 
 
 def _finite(value: Any) -> Any:
@@ -103,6 +143,7 @@ class Store:
     def __init__(self, root: str | Path, lease: str | Path | None = None) -> None:
         self.root, self.lease = Path(root), Path(lease) if lease else None
         self.leases = Leases(self.root / "locks")
+        self.edited: set[str] = set()  # runs whose record was read and is not as it was written
 
     def under(self, lease: Lease) -> Store:
         """Return this store for the holder of a lease: once the lease is another's, writing raises `LeaseLost`."""
@@ -113,7 +154,7 @@ class Store:
         """Hold the manifest against other launchers in the block. Raises `ExistingWork` where it may not be written."""
         try:
             with name_unwritable(self.root):
-                lease = self.leases.wait(MANIFEST)
+                lease = self.leases.wait(MANIFEST, self._tell_who)
         except Unwritable as e:
             if e.errno not in (errno.EROFS, errno.EACCES, errno.EPERM):
                 raise
@@ -123,17 +164,28 @@ class Store:
                 torn.unlink(missing_ok=True)
             yield
 
+    def _tell_who(self, holder: Holder) -> None:
+        from lorabench.runtime.terminal import say
+
+        way_out = f"end that process, or wait; a dead one is passed over after {SILENT_SECONDS:.0f} s"
+        say(f"{self.root}: waits for {holder}, which writes {MANIFEST} ({way_out})", error=True)
+
     def check_foreign(self) -> None:
-        """Raise `ExistingWork` when the directory holds files that are not a sweep's, or leads elsewhere."""
+        """Raise `ExistingWork` for a directory that is no sweep's and holds something, or that leads elsewhere.
+
+        What stands beside a manifest, such as notes, logs and a report, is a user's own: it is never touched.
+        """
         for path in (self.root, *(self.root / name for name in sorted(OWN_NAMES))):
             refuse_link(path, "sweep.dir")
         if not self.root.exists():
             return
         if not self.root.is_dir():
             raise ExistingWork("sweep.dir", str(self.root), "a directory; this is a file")
+        if (self.root / MANIFEST).is_file():
+            return
         foreign = sorted(p.name for p in self.root.iterdir() if p.name not in OWN_NAMES and not p.name.startswith("."))
         if foreign:
-            allowed = f"an empty or a sweep's directory; this one holds {', '.join(foreign[:5])}"
+            allowed = f"an empty or a sweep's directory; this one has no {MANIFEST}, and holds {', '.join(foreign[:5])}"
             raise ExistingWork("sweep.dir", str(self.root), allowed)
 
     def run_dir(self, run_id: str) -> Path:
@@ -153,12 +205,13 @@ class Store:
     def write(self, record: Record) -> None:
         """Write a run's record, after all that its history holds is on disk."""
         self.sync_history(record.run_id)
-        atomic_write(self.make_run_dir(record.run_id) / "run.json", dump_json(asdict(record)))
+        atomic_write(self.make_run_dir(record.run_id) / "run.json", record_text(asdict(record)))
 
     def read(self, run_id: str) -> Record | None:
         """Return the record of a run that has ended, or None.
 
-        A torn file, one of another run and one of another version count as none. A sweep that would train such a run
+        A torn file, one of another run and one of another version count as none. One that was edited since it was
+        written counts, and its run is noted in `edited`. A sweep that would train such a run
         refuses one of another version (`integrity.damaged_files`).
         """
         path = self.run_dir(run_id) / "run.json"
@@ -174,6 +227,7 @@ class Store:
 
         if validation.first_error(validation.RECORD, data) or data["run_id"] != run_id or set(data) - _FIELDS:
             return None
+        (self.edited.add if pop_checksum(data) else self.edited.discard)(run_id)
         return Record(**data)
 
     def stamp(self, run_id: str) -> tuple[int, int] | None:
@@ -234,7 +288,7 @@ class Store:
             self.reset_history(run_id)
 
     def history(self, run_id: str) -> list[dict[str, Any]]:
-        """The rows of a run's history up to a torn line; [] where there is none."""
+        """The rows of a run's history up to a line that is torn or no row; [] where there is none."""
         try:
             lines = (self.run_dir(run_id) / HISTORY).read_text(encoding="utf-8", errors="replace").splitlines()
         except FileNotFoundError:
@@ -242,9 +296,12 @@ class Store:
         rows = []
         for line in lines:
             try:
-                rows.append(json.loads(line))
-            except json.JSONDecodeError:
-                break  # a torn last line
+                row = json.loads(line)
+            except (ValueError, RecursionError):
+                break  # a torn last line, or a hostile one
+            if not is_history_row(row):
+                break
+            rows.append(row)
         return rows
 
     def write_arrays(self, run_id: str, name: str, arrays: Mapping[str, np.ndarray]) -> None:
@@ -282,7 +339,7 @@ class Store:
         from lorabench.store import validation
 
         if wrong := validation.first_error(validation.MANIFEST, data):
-            allowed = f"its {MANIFEST} is not a lorabench manifest of schema 1 (at {wrong})"
+            allowed = f"its {MANIFEST} is not a lorabench manifest of schema 1 (at {wrong}); {MANIFEST_WAY_OUT}"
             raise ExistingWork("sweep.dir", str(self.root), allowed)
         return data
 

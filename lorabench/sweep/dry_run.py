@@ -8,12 +8,12 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from rich.console import Console
-from rich.markup import escape
 from rich.table import Table
 
 from lorabench.config.contracts.method import SlicePlan
 from lorabench.config.runs import Pack, Settings
 from lorabench.results.formatting import plural
+from lorabench.runtime.terminal import plain
 from lorabench.store.integrity import damaged_files
 from lorabench.store.records import Store
 from lorabench.sweep import declaration
@@ -49,10 +49,10 @@ def dry_run(store: Store, jobs: Sequence[Job], plans: Mapping[str, SlicePlan], c
         for line in shortages(packs, sizes, precision.resolve(packs[0].runs[0], auto).device):
             console.print(line, highlight=False, soft_wrap=True, markup=False)
     else:
-        console.print(f"dry run: {store.root}: nothing to train; nothing was written", soft_wrap=True, markup=False)
+        console.print(f"dry run: {store.root}: nothing to train; nothing was written", soft_wrap=True)
     lines = [plural(len(finished), "run") + f" finished in {store.root}"] if finished else []
     for line in (*lines, *brought.lines):
-        console.print(line, highlight=False, soft_wrap=True, markup=False)
+        console.print(line, soft_wrap=True)
 
 
 def confirmation_line(jobs: Sequence[Job], settings: Settings, words: Sequence[str]) -> str:
@@ -88,11 +88,16 @@ def table(
     for pack, size in zip(packs, sizes, strict=True):
         first, info = pack.runs[0], preparation.base_info(pack.runs[0])
         steps = preparation.total_steps(first, len(preparation.prepare(first).encoded.splits["train"]))
-        made.add_row(f"[bold]{pack.id}[/]", f"[bold]{first.role}, {plural(steps, 'step')}, {size / 2**30:.1f} GiB[/]")
+        told = f"{first.role}, {plural(steps, 'step')}, {size / 2**30:.1f} GiB"
+        made.add_row(plain(pack.id, "bold"), plain(told, "bold"))
         for run in pack.runs:
             name = _cell_name(labels[run.run_id])
             made.add_row(
-                run.run_id, name, f"{run.optimizer.lr:g}", str(run.seed), f"{plans[run.run_id].trainable(info):,}"
+                run.run_id,
+                plain(name),
+                f"{run.optimizer.lr:g}",
+                str(run.seed),
+                f"{plans[run.run_id].trainable(info):,}",
             )
         made.add_section()
     return made
@@ -103,6 +108,4 @@ def _cell_name(label: Mapping[str, Any]) -> str:
         f"{k}={label[v]}" for k, v in (("r", "r"), ("alpha", "alpha_rule")) if label.get(v)
     ]
     parts += [str(label["targets"])] * bool(label.get("r"))
-    return escape(
-        " ".join(parts + [f"{key.rpartition('.')[2]}={value}" for key, value in sorted(label["extra"].items())])
-    )
+    return " ".join(parts + [f"{key.rpartition('.')[2]}={value}" for key, value in sorted(label["extra"].items())])

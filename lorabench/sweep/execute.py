@@ -17,6 +17,7 @@ from lorabench.results.formatting import plural
 from lorabench.runtime.files import keep_cache_as_it_is, name_unwritable
 from lorabench.runtime.leases import Lease, LeaseLost
 from lorabench.runtime.provenance import code_fingerprint
+from lorabench.runtime.terminal import make_console
 from lorabench.store import checkpoints
 from lorabench.store.integrity import damaged_files
 from lorabench.store.records import Record, Store
@@ -45,7 +46,12 @@ def check_all(jobs: Sequence[Job]) -> dict[str, SlicePlan]:
 
     A dry run puts nothing into the cache either.
     """
-    reuse.open_sources(jobs[0].settings.sweep.reuse)
+    settings = jobs[0].settings
+    if settings.report.enabled:
+        from lorabench.report import directory
+
+        directory.check_place(Path(settings.report.dir), Path(settings.sweep.dir))
+    reuse.open_sources(settings.sweep.reuse)
     for job in jobs:
         declaration.check_metrics(job)
         if (job.settings.sweep.workers or 1) > 1 and precision.device_count(job.run.trainer) > 1:
@@ -63,14 +69,14 @@ def execute(jobs: Sequence[Job], *, executor: Executor = map, console: Console |
     `ConfigError` before anything is written, and `SweepFailed` where packs were left unfinished.
     """
     settings = jobs[0].settings
-    console = console or Console(stderr=True)
+    console = console or make_console(stderr=True)
     store = Store(settings.sweep.dir)
     store.check_foreign()
     plans = check_all(jobs)
     for job in jobs:
         precision.check_nodes(job.run.trainer.num_nodes, getattr(executor, "nodes", 1))
     for line in data_notices(jobs) if settings.sweep.dry_run or settings.sweep.progress else ():
-        console.print(line, highlight=False, soft_wrap=True, markup=False)
+        console.print(line, soft_wrap=True)
     if settings.sweep.dry_run:
         dry_run(store, jobs, plans, console)
         return [None] * len(jobs)
@@ -81,7 +87,7 @@ def execute(jobs: Sequence[Job], *, executor: Executor = map, console: Console |
     write_cells(store, jobs, plans, only_new=True)
     with store.locked():
         for line in reuse.copy_runs(store, [job.run for job in jobs], settings.sweep.reuse):
-            console.print(line, highlight=False, soft_wrap=True)
+            console.print(line, soft_wrap=True)
         if here:
             precision.note_device(store, jobs[0].run)
         packs = assign_packs(store, jobs)
@@ -109,6 +115,9 @@ def _find_finished(store: Store, settings: Settings, runs: Sequence[RunConfig], 
     for run_id, name in torn.items():
         say(console, f"{store.run_dir(run_id)}: {name} cannot be read; the run trains again")
     finished = finished_records(store, settings, [run for run in runs if run.run_id not in torn])
+    for run_id in sorted(store.edited & finished.keys()):
+        path = store.run_dir(run_id) / "run.json"
+        console.print(f"{path}: edited since it was written; moved away, the run trains again", soft_wrap=True)
     other = sum(record.provenance.get("code") != code_fingerprint() for record in finished.values())
     if other and settings.sweep.progress:
         text = f"{store.root}: {other} finished runs were made by other source code of lorabench"
@@ -252,7 +261,7 @@ def _listener(step: Callable[[int, int], None], tracker: Any) -> Listener:
 
 def finish(settings: Settings, *, console: Console | None = None) -> None:
     """Render the report and show the comparison on the terminal."""
-    console = console or Console()
+    console = console or make_console()
     if settings.sweep.dry_run:
         return
     from lorabench.report import render, terminal_table
@@ -263,12 +272,10 @@ def finish(settings: Settings, *, console: Console | None = None) -> None:
         console.print(terminal_table(settings.sweep.dir))
         if settings.report.enabled:
             render(settings.sweep.dir, settings.report.dir, title=settings.report.title)
-            console.print(f"report: {settings.report.dir}/report.html", soft_wrap=True, highlight=False)
+            console.print(f"report: {settings.report.dir}/report.html", soft_wrap=True)
             _mirror_report(settings, store)
     counts = Counter(r.status for r in records)
-    console.print(
-        f"{len(records)} runs: " + ", ".join(f"{n} {status}" for status, n in sorted(counts.items())), highlight=False
-    )
+    console.print(f"{len(records)} runs: " + ", ".join(f"{n} {status}" for status, n in sorted(counts.items())))
     failed = [r for r in records if r.status == "failed"]
     if failed:
         for r in failed[:10]:

@@ -9,11 +9,12 @@ from typing import Any
 from lorabench import __version__
 from lorabench.config.cells import cell_id
 from lorabench.config.contracts.method import SlicePlan
+from lorabench.config.errors import ExistingWork
 from lorabench.config.runs import Pack, RunConfig, Settings, digest
 from lorabench.results.reference import default_reference
 from lorabench.results.sweep import cells_of
 from lorabench.runtime.memory import available_memory
-from lorabench.store.records import Store
+from lorabench.store.records import MANIFEST, MANIFEST_WAY_OUT, Store
 from lorabench.sweep.memory import estimate_pack
 from lorabench.training import precision, preparation
 from lorabench.training.pruning import cell_key, is_prunable
@@ -238,9 +239,12 @@ def _begun_cells(manifest: Mapping[str, Any]) -> set[str]:
 
 
 def run_from_manifest(manifest: Mapping[str, Any], run_id: str) -> RunConfig:
-    """Return a run from its config in the manifest."""
-    run = RunConfig.from_dict(manifest["runs"][run_id]["config"])
-    assert run.run_id == run_id, "a manifest's config no longer gives its run_id"
+    """Return a run from its config in the manifest. Raises `ExistingWork` where that config is another run's, or
+    none."""
+    listed = manifest["runs"].get(run_id, {})
+    if "config" not in listed or (run := RunConfig.from_dict(listed["config"])).run_id != run_id:
+        allowed = f"its {MANIFEST} must list each run of its packs with that run's own config; {MANIFEST_WAY_OUT}"
+        raise ExistingWork("sweep.dir", f"run {run_id}", allowed)
     return run
 
 

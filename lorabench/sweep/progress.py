@@ -14,6 +14,7 @@ from rich.progress import Progress as Bars
 
 from lorabench.config.runs import Pack
 from lorabench.results.data_notes import data_caveats, reach_caveat
+from lorabench.runtime.terminal import make_console
 from lorabench.store.records import Record
 from lorabench.training import preparation
 
@@ -30,11 +31,11 @@ class ProgressDisplay:
         self.verbose = enabled
         self.bars = Bars(
             SpinnerColumn(),
-            TextColumn("{task.description}"),
+            TextColumn("{task.description}", markup=False),
             BarColumn(),
             MofNCompleteColumn(),
             TimeElapsedColumn(),
-            TextColumn("{task.fields[left]}"),
+            TextColumn("{task.fields[left]}", markup=False),
             console=console,
             transient=True,
             disable=not self.live,
@@ -125,7 +126,7 @@ def describe(pack: Pack) -> str:
 def announce_slow(text: str, *, after: float = 3.0, console: Console | None = None) -> Iterator[None]:
     """Say what goes on where it takes longer than `after` seconds: large data sets are read and tokenised for
     minutes."""
-    timer = threading.Timer(after, say, (console or Console(stderr=True), text))
+    timer = threading.Timer(after, say, (console or make_console(stderr=True), text))
     timer.daemon = True
     timer.start()
     try:

@@ -162,6 +162,8 @@ def _rank(
         "LOCAL_RANK": str(local),
         "NODE_RANK": str(node),
     }
+    if world == here:
+        distributed.stay_on_loopback()
     if not torch.cuda.is_available():
         torch.set_num_threads(max(1, torch.get_num_threads() // here))
     rank = node * here + local

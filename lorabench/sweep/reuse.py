@@ -15,7 +15,7 @@ from lorabench.config.runs import RunConfig
 from lorabench.runtime.files import atomic_folder, atomic_write, name_unwritable, remove_temporaries
 from lorabench.store.arrays import SHARED_FILE, pack_columns
 from lorabench.store.integrity import damaged_files
-from lorabench.store.records import MANIFEST, Record, Store, dump_json
+from lorabench.store.records import MANIFEST, Record, Store, dump_json, record_text
 from lorabench.sweep.resume import check_drift
 
 COPYABLE_STATUSES = ("completed", "diverged")  # a pruned run was held against rates that this sweep may not have
@@ -141,7 +141,7 @@ def _fill_copy(other: Store, record: Record, made: Path) -> None:
     shutil.copytree(other.run_dir(record.run_id), made, ignore=_names_to_skip, dirs_exist_ok=True)
     data = json.loads((made / "run.json").read_text(encoding="utf-8"))
     data["provenance"]["reused_from"] = other.root.name
-    atomic_write(made / "run.json", dump_json(data))
+    atomic_write(made / "run.json", dump_json(data) if record.run_id in other.edited else record_text(data))
     slim = (other.root / SHARED_FILE).is_file()  # a part of its results stands there
     if slim and (arrays := other.arrays(record.run_id, "test")):
         atomic_write(made / "test.npz", pack_columns(arrays))

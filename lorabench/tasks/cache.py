@@ -3,7 +3,8 @@
 <cache root>/encoded/<key>/arrays.npz    one or two arrays a field: numbers, or flat arrays with offsets. No pickles
 <cache root>/encoded/<key>/notes.json    what the arrays are, the notes, a SHA-256 over both; written last
 
-The cache only saves time: an entry that is torn, foreign or cannot be written counts as missing.
+The cache only saves time: an entry that is torn, foreign or cannot be written counts as missing. The folder is its
+user's alone (0700); one that is a link or another user's is not used.
 """
 
 from __future__ import annotations
@@ -28,7 +29,7 @@ import numpy as np
 from lorabench.config.contracts.model import Model
 from lorabench.config.contracts.task import Encoded, Task, TaskData
 from lorabench.config.runs import digest
-from lorabench.runtime.files import atomic_write, cache_root, is_cache_kept_as_it_is
+from lorabench.runtime.files import atomic_write, cache_root, is_cache_kept_as_it_is, is_private
 from lorabench.runtime.provenance import code_fingerprint
 
 MAX_BYTES = 2 * 2**30  # of all entries together; beyond that the entries longest unused are removed
@@ -44,6 +45,8 @@ def encode_cached(task: Task, model: Model, data: TaskData, processor: Any) -> E
     Lengths that `encode` leaves out are the task's work units. Raises `ConfigError` as `encode` does.
     """
     entry = _entry_folder(task, model, data, processor)
+    if entry and os.path.lexists(entry.parent) and not _is_usable(entry.parent):
+        entry = None
     cached = _read(entry) if entry else None
     if cached is not None:
         return cached
@@ -54,6 +57,14 @@ def encode_cached(task: Task, model: Model, data: TaskData, processor: Any) -> E
     if entry and not is_cache_kept_as_it_is():
         _write(entry, encoded)
     return encoded
+
+
+def _is_usable(root: Path) -> bool:
+    """Whether nobody else can have written in a cache's folder."""
+    try:
+        return is_private(root)
+    except OSError:
+        return False
 
 
 def _entry_folder(task: Task, model: Model, data: TaskData, processor: Any) -> Path | None:
@@ -108,7 +119,8 @@ def _write(entry: Path, encoded: Encoded) -> None:
         raw = buffer.getvalue()
         notes = {"key": entry.name, "splits": splits, "lengths": list(encoded.lengths), "notes": encoded.notes}
         text = json.dumps([digest([notes, hashlib.sha256(raw).hexdigest()]), notes])
-        if len(raw) <= MAX_BYTES and json.loads(text)[1]["notes"] == encoded.notes:
+        kept = len(raw) <= MAX_BYTES and json.loads(text)[1]["notes"] == encoded.notes
+        if kept and _is_usable(entry.parent):
             atomic_write(entry / ARRAYS_FILE, raw)
             atomic_write(entry / NOTES_FILE, text)
             _remove_unused(entry.parent)
@@ -157,9 +169,10 @@ def _unpack(notes: dict[str, Any], arrays: Iterator[np.ndarray]) -> Encoded:
 
 
 def _remove_unused(root: Path) -> None:
-    """Remove the entries longest unused, as far as all together hold more than `MAX_BYTES`."""
-    total, entries = 0, [p for p in root.iterdir() if ENTRY_NAME.fullmatch(p.name)]
-    for entry in sorted(entries, key=lambda p: p.stat().st_mtime_ns, reverse=True):
-        total += sum(f.stat().st_size for f in entry.iterdir())
+    """Remove the entries longest unused, as far as all together hold more than `MAX_BYTES`. A link is no entry, and
+    none is followed."""
+    total, entries = 0, [p for p in root.iterdir() if ENTRY_NAME.fullmatch(p.name) and not p.is_symlink()]
+    for entry in sorted(entries, key=lambda p: p.lstat().st_mtime_ns, reverse=True):
+        total += sum(f.lstat().st_size for f in entry.iterdir())
         if total > MAX_BYTES:
             shutil.rmtree(entry, ignore_errors=True)

@@ -5,17 +5,15 @@ Shape letters: N examples, C classes.
 
 from __future__ import annotations
 
-import hashlib
-import importlib.util
 import math
-import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import numpy as np
 
+from lorabench.config.components import import_file
 from lorabench.config.contracts.task import Task
 from lorabench.config.directions import is_lower_better
 from lorabench.config.errors import ConfigError
@@ -103,26 +101,10 @@ def load_metric(spec: str, key: str) -> tuple[str, Metric]:
         raise ConfigError(key, spec, "a Python file and a function in it, such as my_metrics.py:function")
     if path.suffix != ".py" or not path.is_file():
         raise ConfigError(key, spec, f"no such .py file: {file}")
-    function = getattr(_import_file(path, key, spec), name, None)
+    function = getattr(import_file(path, key), name, None)
     if not callable(function):
         raise ConfigError(key, spec, f"{file} defines no function named {name}")
     return name, function
-
-
-def _import_file(path: Path, key: str, spec: str) -> Any:
-    """Import a user's file, once for each content of it. Raises `ConfigError` where it does not import."""
-    digest = hashlib.sha256(str(path).encode() + path.read_bytes()).hexdigest()[:16]
-    name = f"lorabench_metric_{digest}"
-    if name not in sys.modules:
-        module_spec = importlib.util.spec_from_file_location(name, path)
-        assert module_spec and module_spec.loader
-        sys.modules[name] = module = importlib.util.module_from_spec(module_spec)
-        try:
-            module_spec.loader.exec_module(module)
-        except Exception as e:
-            del sys.modules[name]
-            raise ConfigError(key, spec, f"the file does not import: {type(e).__name__}: {e}") from e
-    return sys.modules[name]
 
 
 def extra(specs: Sequence[str], rows: Rows, key: str) -> dict[str, float]:

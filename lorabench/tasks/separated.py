@@ -56,7 +56,8 @@ def _records(text: str, mark: str, quoting: str) -> tuple[list[list[str]], list[
     if not fault and (quoting == "standard" or len(quoted) == len(plain)):
         return quoted, []
     torn = "unexpected end" in fault and any(cell.startswith('"') for cell in plain[-1])
-    if quoting == "auto" and not torn and len({len(row) for row in plain}) == 1:
+    widths = {len(row) for row in plain}
+    if quoting == "auto" and not torn and len(widths) == 1 and widths != {1}:  # any line is a row of one column
         cells = sum(cell.startswith('"') for row in plain for cell in row)
         return plain, [f"quotation marks are read as plain characters ({cells:,} texts begin with one)"]
     if fault:

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import sys
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from lorabench.runtime.terminal import say
 from lorabench.store.records import Record
 
 Row = Mapping[str, Any]  # one row of a history: {"step": 10, "train/loss": 0.9, "lr": 0.001}
@@ -129,7 +129,7 @@ class Mirror:
             self.failed.add(run_id)
 
     def _print(self, text: str) -> None:
-        print(f"tracker {self.name}: {text}", file=sys.stderr)
+        say(f"tracker {self.name}: {text}", error=True)
 
 
 def _row_key(row: Row) -> tuple[Any, ...]:

@@ -9,7 +9,6 @@ Sharded tensors (`fsdp`) are whole in a checkpoint: rank 0 gathers them one at a
 
 from __future__ import annotations
 
-import sys
 import time
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import asdict, dataclass, field
@@ -23,6 +22,7 @@ from lorabench.config.errors import ExistingWork
 from lorabench.config.runs import Pack
 from lorabench.runtime import leases, provenance
 from lorabench.runtime.memory import is_out_of_memory
+from lorabench.runtime.terminal import say
 from lorabench.store import checkpoints
 from lorabench.store.checkpoints import Content, Unreadable
 from lorabench.store.records import Store
@@ -115,7 +115,7 @@ def load_checkpoint(pack: Pack, store: Store, keep: Collection[str], *, accept_d
         )
     cpu = provenance.machine()["cpu"]
     if state["cpu"] != cpu:
-        print(f"pack {pack.id} goes on on another CPU ({state['cpu']} then, {cpu} now)", file=sys.stderr)
+        say(f"pack {pack.id} goes on on another CPU ({state['cpu']} then, {cpu} now)", error=True)
     return Checkpoint(tensors, state, {**state["changed"], **changed})
 
 
@@ -268,6 +268,6 @@ class Saver:
             if distributed.is_rank_zero():
                 checkpoints.write(where, s.module.steps_done, *content)
         except OSError as e:
-            print(f"pack {s.pack.id}: no checkpoint at step {s.module.steps_done}: {e}", file=sys.stderr)
+            say(f"pack {s.pack.id}: no checkpoint at step {s.module.steps_done}: {e}", error=True)
         self._last = time.monotonic()
         Saver.cost = self._last - start

@@ -6,10 +6,14 @@ process with the whole batch. Without a process group every function here answer
 
 from __future__ import annotations
 
+import os
+import socket
 from collections.abc import Iterable
+from contextlib import suppress
 from datetime import timedelta
 from typing import Any
 
+import psutil
 import torch
 import torch.distributed as dist
 from pytorch_lightning.plugins.environments import LightningEnvironment
@@ -17,6 +21,8 @@ from pytorch_lightning.strategies import DDPStrategy
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
+
+from lorabench.config.errors import ConfigError
 
 COLLECTIVE_TIMEOUT = timedelta(days=1)  # another process may measure for hours; one that dies is noticed otherwise
 
@@ -27,12 +33,82 @@ class GroupStrategy(DDPStrategy):
     def configure_ddp(self) -> None:
         pass
 
+    def setup_distributed(self) -> None:
+        """Form the group over a store that listens on one address alone; Lightning keeps a group that is there."""
+        if not dist.is_initialized():
+            store = open_store(os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"]))
+            device = self.root_device if self.root_device.type != "cpu" else None
+            dist.init_process_group(
+                self._get_process_group_backend(),
+                store=store,
+                rank=rank(),
+                world_size=world_size(),
+                timeout=COLLECTIVE_TIMEOUT,
+                device_id=device,
+            )
+        super().setup_distributed()
+
     def setup(self, trainer: Any) -> None:
         """Keep sharded weights out of what Lightning sends from rank 0 to all outside a fit."""
         assert self.model is not None
         sharded = [name for name, p in self.model.named_parameters() if isinstance(p, DTensor)]
         DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(self.model, sharded)
         super().setup(trainer)
+
+
+def open_store(address: str, port: int) -> dist.TCPStore:
+    """Return the store where the processes of a group meet; rank 0 serves it, and listens on `address` alone.
+
+    It asks nobody who they are: torch would open it on all addresses of the machine.
+    """
+    listener = None
+    if rank() == 0:
+        family, *_, place = socket.getaddrinfo(address, port, type=socket.SOCK_STREAM)[0]
+        server = socket.socket(family, socket.SOCK_STREAM)
+        server.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        server.bind(place)
+        server.listen()
+        listener = server.detach()  # the store's from here on
+    return dist.TCPStore(
+        address,
+        port,
+        world_size(),
+        rank() == 0,
+        timeout=COLLECTIVE_TIMEOUT,
+        wait_for_workers=False,
+        master_listen_fd=listener,
+    )
+
+
+def meeting_address(hostname: str) -> str:
+    """Return the address of this machine where processes of other machines meet.
+
+    That is the address of the interface that GLOO_SOCKET_IFNAME or NCCL_SOCKET_IFNAME names, else the host name's, else
+    that of the default route. Raises `ConfigError` for an interface without an address.
+    """
+    name = os.environ.get("GLOO_SOCKET_IFNAME") or os.environ.get("NCCL_SOCKET_IFNAME")
+    if name:
+        here = psutil.net_if_addrs().get(name, [])
+        found = [a.address for a in here if a.family == socket.AF_INET] or [a.address for a in here if ":" in a.address]
+        if not found:
+            known = ", ".join(sorted(psutil.net_if_addrs()))
+            raise ConfigError("GLOO_SOCKET_IFNAME", name, f"an interface of this machine: {known}")
+        return found[0]
+    with suppress(OSError):
+        address = str(socket.gethostbyname(hostname))
+        if not address.startswith("127."):  # as /etc/hosts may have it: nobody else comes in there
+            return address
+    with suppress(OSError), socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as s:
+        s.connect(("192.0.2.1", 9))  # sends nothing: it asks the system which way it would go
+        return str(s.getsockname()[0])
+    return hostname
+
+
+def stay_on_loopback() -> None:
+    """Let gloo and NCCL talk over the loopback interface alone, unless the user names another."""
+    loopback = next((n for n, a in psutil.net_if_addrs().items() if any(x.address == "127.0.0.1" for x in a)), None)
+    for library in ("GLOO", "NCCL") if loopback else ():
+        os.environ.setdefault(f"{library}_SOCKET_IFNAME", str(loopback))
 
 
 class ProcessLost(Exception):

@@ -13,10 +13,13 @@ from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from lorabench.config.components import trust_files
 from lorabench.config.contracts.model import Base, HeadSpec
 from lorabench.config.errors import ConfigError
 from lorabench.config.runs import RunConfig, digest
-from lorabench.store.records import Record
+from lorabench.runtime.terminal import say
+from lorabench.store import validation
+from lorabench.store.records import Record, pop_checksum
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -87,8 +90,11 @@ class SavedRun:
         return f"{told['method']}{r}"
 
 
-def open_run(path: str | Path) -> SavedRun:
-    """Return the run behind a directory. Raises `ConfigError` for anything that is not a run with trained weights."""
+def open_run(path: str | Path, *, trust: bool = False) -> SavedRun:
+    """Return the run behind a directory. Raises `ConfigError` for anything that is not a run with trained weights.
+
+    trust: whether Python files that its record names may run; False raises `UntrustedFile` for one that names any.
+    """
     path = Path(path)
     record = _record(path)
     if record.status == "failed":
@@ -104,7 +110,9 @@ def open_run(path: str | Path) -> SavedRun:
     if "auto_class" not in told:
         raise ConfigError("run", str(path), "a record that names its head (provenance.head)")
     head = HeadSpec(told["auto_class"], tuple(told.get("label_names", ())))
-    return SavedRun(path, record, RunConfig.from_dict(record.config), head)
+    with trust_files(trust):
+        run = RunConfig.from_dict(record.config)
+    return SavedRun(path, record, run, head)
 
 
 def _record(path: Path) -> Record:
@@ -113,10 +121,20 @@ def _record(path: Path) -> Record:
     if (path / "sweep.json").is_file() or (path / "runs").is_dir():
         raise ConfigError("run", str(path), f"{RUN_DIRECTORY}; this is a whole sweep")
     try:
-        return Record(**json.loads((path / "run.json").read_text(encoding="utf-8")))
+        data = json.loads((path / "run.json").read_text(encoding="utf-8"))
+        if wrong := validation.first_error(validation.RECORD, data):
+            raise ConfigError("run", str(path / "run.json"), f"a record of this version, whole (at {wrong})")
+        if pop_checksum(data):
+            say(
+                f"{path / 'run.json'}: edited since it was written; what it says may not be what was measured",
+                error=True,
+            )
+        return Record(**data)
     except FileNotFoundError as e:
         raise ConfigError("run", str(path), f"{RUN_DIRECTORY}; it holds no run.json") from e
-    except (ValueError, TypeError, AssertionError, OSError) as e:
+    except ConfigError:
+        raise
+    except (ValueError, TypeError, AssertionError, OSError, RecursionError) as e:
         raise ConfigError("run", str(path / "run.json"), f"a record of this version, whole ({type(e).__name__})") from e
 
 

@@ -14,6 +14,7 @@ from lorabench.adapters.files import save_slice
 from lorabench.config.contracts.method import SlicePlan
 from lorabench.config.contracts.model import Base
 from lorabench.config.runs import Pack, RunConfig
+from lorabench.config.secrets import mask_values
 from lorabench.runtime import provenance
 from lorabench.runtime.files import name_unwritable
 from lorabench.store.records import Record, Store
@@ -226,4 +227,5 @@ def _devices(s: Session) -> dict[str, Any]:
 def failed_record(run: RunConfig, error: str, trace: str) -> Record:
     """Return the record of a run whose pack raised."""
     where = {"packages": provenance.packages(), "machine": provenance.machine(), "git": provenance.git_state()}
-    return Record(run.run_id, run.role, "failed", run.to_dict(), error=error, provenance={**where, "trace": trace})
+    told, trace = mask_values(error), mask_values(trace)
+    return Record(run.run_id, run.role, "failed", run.to_dict(), error=told, provenance={**where, "trace": trace})

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 import time
 import traceback
 from collections.abc import Callable, Collection, Iterator, Sequence
@@ -20,6 +19,7 @@ from lorabench.config.runs import Pack, RunConfig
 from lorabench.runtime import signals
 from lorabench.runtime.leases import LeaseLost
 from lorabench.runtime.memory import PeakMemory, freeze_heap, is_out_of_memory, release_memory
+from lorabench.runtime.terminal import say
 from lorabench.store import checkpoints
 from lorabench.store.checkpoints import Unreadable
 from lorabench.store.records import Record, Store
@@ -85,7 +85,7 @@ def train(
             checkpoints.remove(store.root, pack.id)
         raise
     except Unreadable as e:  # a whole checkpoint of this pack that does not fit
-        print(f"checkpoint of pack {pack.id}: {e}; the pack starts anew", file=sys.stderr)
+        say(f"checkpoint of pack {pack.id}: {e}; the pack starts anew", error=True)
         checkpoints.remove(store.root, pack.id)
         return train(pack, store, listener, keep=keep)
     except Exception as e:

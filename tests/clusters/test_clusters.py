@@ -526,3 +526,17 @@ def test_a_file_system_that_timed_out_ends_the_wait_for_a_job(tmp_path):
             assert waiting.done()
         finally:
             made._stop.set()
+
+
+def test_submission_files_are_their_users_alone(tmp_path):
+    logs = tmp_path / "locks" / "jobs" / "log"
+    engines.keep_private(logs)
+    script = logs / "submission_file_1.sh"
+    script.write_text("export HF_TOKEN=abc")
+    script.chmod(0o644)
+    (tmp_path / "mine").write_text("")
+    mode = (tmp_path / "mine").stat().st_mode
+    (logs / "link").symlink_to(tmp_path / "mine")
+    engines.keep_private(logs)
+    assert (logs.stat().st_mode & 0o777, script.stat().st_mode & 0o777) == (0o700, 0o600)
+    assert (tmp_path / "mine").stat().st_mode == mode

@@ -41,11 +41,13 @@ def machine() -> dict[str, Any]:
 
 
 def report_hashes(report: Path) -> dict[str, str]:
-    """SHA-256 of each file of a report but its PNG pictures, whose compression is the library's own."""
+    """SHA-256 of each file of a report but its PNG pictures, whose compression is the library's own, and its mark."""
+    from lorabench.report.directory import MARK
+
     return {
         str(path.relative_to(report)): hashlib.sha256(path.read_bytes()).hexdigest()
         for path in sorted(report.rglob("*"))
-        if path.is_file() and path.suffix != ".png"
+        if path.is_file() and path.suffix != ".png" and path.name != MARK  # the mark lists the checksums of all
     }
 
 

@@ -138,7 +138,82 @@ def test_a_target_in_a_config_file_is_an_unknown_key(cli: Any, tmp_path: Path) -
     (folder / "experiment" / "evil.yaml").write_text(text)
     code, out = cli("--config-dir", str(folder), "+experiment=evil")
     assert (code, mark.exists()) == (2, False), out
-    assert "model._target_" in out
+    assert "names code to run: _target_" in out
+
+
+@pytest.mark.parametrize(
+    "hydra",
+    [
+        "callbacks: {x: {_target_: pathlib.Path.touch, self: MARK}}",
+        "launcher: {_target_: pathlib.Path.touch}",
+        "job_logging: {handlers: {x: {(): pathlib.Path.touch, self: MARK}}}",
+        "job_logging: {handlers: {x: {class: logging.os.system, command: touch MARK}}}",
+    ],
+)
+def test_a_config_file_names_no_code_under_hydra(cli: Any, tmp_path: Path, hydra: str) -> None:
+    folder, mark = tmp_path / "conf", tmp_path / "ran"
+    (folder / "experiment").mkdir(parents=True)
+    text = f"# @package _global_\nhydra:\n  {hydra.replace('MARK', str(mark))}\n"
+    (folder / "experiment" / "evil.yaml").write_text(text)
+    code, out = cli("--config-dir", str(folder), "+experiment=evil", "sweep.dry_run=true")
+    assert (code, mark.exists()) == (2, False), out
+    assert "line 3 names code to run" in out and "evil.yaml" in out
+
+
+@pytest.mark.parametrize("flag", ["--experimental-rerun=x.pickle", "--exp=x", "--e=x"])
+def test_hydras_rerun_of_a_pickle_is_refused(cli: Any, flag: str) -> None:
+    code, out = cli(flag)
+    assert (code, "+experiment=NAME" in out) == (2, True), out
+
+
+def hostile_run(tmp_path: Path, how: str) -> tuple[Path, Path]:
+    """Return a run's folder whose record names a Python file, and the file that it makes if it is run."""
+    from fixtures.runs import make_base, make_data, make_run
+
+    run = make_run(make_base(tmp_path / "base", "bert"), make_data(tmp_path / "data.csv"))
+    evil, mark = tmp_path / "evil.py", tmp_path / "ran"
+    evil.write_text(f"import pathlib\npathlib.Path({str(mark)!r}).touch()\ndef f(rows):\n    return 0.0\n")
+    config = run.to_dict()
+    if how == "metric":
+        config["task"]["extra_metrics"] = [f"{evil}:f"]
+    elif how == "probe":
+        config["task"]["probe"] = {"kind": "local", "file": str(evil)}
+    else:
+        config[how] = {"kind": "local", "name": "x", "file": str(evil)}
+    store = build(tmp_path / "sweep", [Planted("lora", (1e-3,), 1e-3, 0.7, r=4)], examples=20)
+    for record in store.records():
+        record.config = config
+        record.provenance["head"] = {"auto_class": "AutoModelForSequenceClassification", "label_names": ["a", "b"]}
+        store.write(record)
+        (store.run_dir(record.run_id) / "adapter").mkdir(exist_ok=True)
+    return store.run_dir(store.run_ids()[0]), mark
+
+
+@pytest.mark.parametrize("how", ["task", "model", "metric", "probe"])
+def test_a_strangers_record_runs_no_code(tmp_path: Path, capsys: pytest.CaptureFixture[str], how: str) -> None:
+    from lorabench import export, predict
+    from lorabench.analyze.__main__ import main as analyze
+    from lorabench.costs.__main__ import main as costs
+
+    run, mark = hostile_run(tmp_path, how)
+    commands: dict[Any, list[str]] = {
+        export.main: [str(run), "--out", str(tmp_path / "out")],
+        predict.main: [str(run), "a text"],
+        analyze: [str(run.parent.parent)],
+        costs: [str(run.parent.parent)],
+    }
+    for main, arguments in commands.items():
+        assert main(arguments) == 2
+        said = capsys.readouterr().err
+        assert f"{tmp_path / 'evil.py'}: a record names this Python file" in said and "--trust" in said, said
+        assert not mark.exists()
+    assert export.main([str(run), "--out", str(tmp_path / "out"), "--trust"]) == 2  # there are no weights here
+    assert mark.exists()
+    assert "--trust" not in capsys.readouterr().err
+    record = run / "run.json"
+    record.write_text(record.read_text().replace('"seed": ', '"seed": 1', 1))
+    assert export.main([str(run), "--out", str(tmp_path / "out"), "--trust"]) == 2
+    assert f"{record}: edited since it was written" in capsys.readouterr().err
 
 
 def test_a_yaml_bomb_is_refused(cli: Any, tmp_path: Path) -> None:
@@ -226,4 +301,4 @@ def test_no_secret_of_the_environment_is_written(cli: Any, tmp_path: Path, monke
     for content in [printed.encode(), *(p.read_bytes() for p in written)]:
         assert b"s3cr3t" not in content
     command = json.loads((out / "sweeps/s/sweep.json").read_text())["command"]
-    assert any("export HF_TOKEN=***','export A=1 MY_API_KEY=" in word for word in command), command
+    assert "hydra.launcher.setup=***" in command, command

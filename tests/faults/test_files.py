@@ -109,7 +109,11 @@ def test_foreign_files_are_refused(fault, launcher, undisturbed, tmp_path):
         assert code == 2 and named in out, out
 
     (root / "thesis.docx").write_text("mine")
+    (root / "sweep.json").rename(tmp_path / "sweep.json")
     refused("thesis.docx")
+    (tmp_path / "sweep.json").rename(root / "sweep.json")
+    assert launcher().wait()[0] == 0  # beside a sweep it may stand
+    assert (root / "thesis.docx").read_text() == "mine"
     (root / "thesis.docx").unlink()
     whole = (run / "run.json").read_text()
     (run / "run.json").write_text(newer)

@@ -7,6 +7,7 @@ from types import SimpleNamespace
 import pytest
 
 from lorabench.config.errors import ConfigError
+from lorabench.config.secrets import mask_values, mask_word
 from lorabench.launch.command_line import run_words, sweep_name, sweep_words
 from lorabench.launch.guards import check_arguments, explain_unknown_setting
 
@@ -35,8 +36,26 @@ def test_values_of_keys_are_masked_in_the_words_of_a_sweep() -> None:
     hydra = SimpleNamespace(
         overrides=SimpleNamespace(hydra=[], task=task), runtime=SimpleNamespace(config_sources=[SOURCE])
     )
-    masked = "hydra.launcher.setup=['export HF_TOKEN=***','export A=1']"
+    masked = "hydra.launcher.setup=***"
     assert sweep_words(hydra) == ["-m", "--config-dir", "conf_of_mine", "method.r=1,2", masked]
+
+
+@pytest.mark.parametrize(
+    ("word", "shown"),
+    [
+        ("""hydra.launcher.setup=['export PW="my words, with; all"']""", "hydra.launcher.setup=***"),
+        ("+tracker.api_key=abc", "+tracker.api_key=***"),
+        ("""+x.y={export:'MY_TOKEN="a b",c'}""", "+x.y={export:'MY_TOKEN=***"),
+        ("task.file=/data/opensesame1/a.csv", "task.file=/data/***/a.csv"),
+        ("method.projection_key=3", "method.projection_key=3"),
+        ("trainer.max_tokens=512", "trainer.max_tokens=512"),
+    ],
+)
+def test_a_secret_is_masked_by_its_key_and_by_its_value(monkeypatch: pytest.MonkeyPatch, word: str, shown: str) -> None:
+    monkeypatch.setenv("SERVICE_PASSWORD", "opensesame1")
+    assert run_words([word]) in ([shown], [])  # hydra's and the tracker's say nothing of a run
+    assert mask_word(word) == shown
+    assert mask_values("401 for opensesame1") == "401 for ***"
 
 
 @pytest.mark.parametrize("argument", ["+model._target_=os.system", "a={b:{_target_:x}}", "hydra.callbacks.x=y"])

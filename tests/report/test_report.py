@@ -22,6 +22,7 @@ from lorabench.config.errors import ConfigError, ExistingWork
 from lorabench.report import render, terminal_table
 from lorabench.report.answer import answer
 from lorabench.report.cautions import warnings
+from lorabench.report.directory import MARK, check_place
 from lorabench.report.tables import comparison
 from lorabench.results.cells import cells_with_timing
 from lorabench.results.findings import Findings, find
@@ -82,7 +83,7 @@ def cell(store: Store, name: str) -> dict[str, Any]:
 
 
 def test_the_files_of_a_report(report: Path) -> None:
-    assert names(report) == FILES | {"tables/lost.tex", "tables/lost.csv"}
+    assert names(report) == FILES | {MARK, "tables/lost.tex", "tables/lost.csv"}
 
 
 def test_the_answer_stands_at_the_top(rank: Path, report: Path) -> None:
@@ -473,7 +474,7 @@ def test_a_directory_of_others_is_left_alone(tmp_path: Path) -> None:
     before = (out / "report.html").read_bytes()
     render(store.root, out)  # over itself
     assert (out / "report.html").read_bytes() == before
-    for name in ("thesis.docx", "figures/mine.pdf"):
+    for name in ("thesis.docx", "figures/mine.pdf", "tables/mine.csv", "figures/mine.png"):
         (out / name).write_text("years of work", encoding="utf-8")
         with pytest.raises(ExistingWork, match=name):
             render(store.root, out)
@@ -482,6 +483,44 @@ def test_a_directory_of_others_is_left_alone(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("", encoding="utf-8")
     with pytest.raises(ConfigError, match="this is a file"):
         render(store.root, tmp_path / "file")
+
+
+@pytest.mark.usefixtures("undrawn")
+def test_a_report_is_known_by_its_mark_and_content_not_by_its_names(tmp_path: Path) -> None:
+    store = build(tmp_path / "s", SMALL[:1], confirm=())
+    mine = tmp_path / "mydocs"
+    (mine / "figures").mkdir(parents=True)
+    for name in ("report.md", "figures/a.svg"):
+        (mine / name).write_text("years of work", encoding="utf-8")
+    with pytest.raises(ExistingWork, match=r"figures/a.svg, report.md and no .*choose another folder"):
+        render(store.root, mine)
+    assert names(mine) == {"report.md", "figures/a.svg"}
+    out = tmp_path / "out"
+    render(store.root, out)
+    with open(out / "report.md", "a", encoding="utf-8") as f:
+        f.write("my notes")
+    with pytest.raises(ExistingWork, match="report.md changed since"):
+        render(store.root, out)
+    assert (out / "report.md").read_text(encoding="utf-8").endswith("my notes")
+    aside = tmp_path / ".new.old"  # where a writer puts the old folder for an instant
+    aside.mkdir()
+    (aside / "a.txt").write_text("mine", encoding="utf-8")
+    with pytest.raises(ExistingWork, match="a.txt"):
+        render(store.root, tmp_path / "new")
+    assert (aside / "a.txt").exists()
+
+
+def test_a_place_where_the_report_cannot_go_is_refused_by_its_key(tmp_path: Path) -> None:
+    sweep = tmp_path / "sweeps" / "s"
+    sweep.mkdir(parents=True)
+    (tmp_path / "file").write_text("", encoding="utf-8")
+    (tmp_path / "docs").mkdir()
+    (tmp_path / "docs" / "report.md").write_text("mine", encoding="utf-8")
+    for place in (sweep, sweep.parent, sweep / "runs" / "report", tmp_path / "file" / "report", tmp_path / "docs"):
+        with pytest.raises(ConfigError, match=r"^report\.dir="):
+            check_place(place, sweep)
+    for place in (sweep / "report", tmp_path / "reports" / "s", sweep.parent / "absent"):
+        check_place(place, sweep)
 
 
 @pytest.mark.usefixtures("undrawn")

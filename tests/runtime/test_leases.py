@@ -6,7 +6,9 @@ import errno
 import json
 import multiprocessing
 import os
+import platform
 import signal
+import threading
 import time
 from pathlib import Path
 from types import SimpleNamespace
@@ -172,7 +174,9 @@ def test_many_processes_that_wait_lose_no_turn(tmp_path: Path) -> None:
 def test_what_a_process_left_that_died_while_it_asked_goes(tmp_path: Path) -> None:
     nest = tmp_path / f".p0.{'0' * 16}"
     nest.mkdir()
-    (nest / ("0" * 16)).write_text(json.dumps({"host": "h", "pid": 2**22 + 1, "place": module.place(), "start": "1"}))
+    (nest / ("0" * 16)).write_text(
+        json.dumps({"host": platform.node(), "pid": 2**22 + 1, "place": module.place(), "start": "1"})
+    )
     alive = tmp_path / f".p0.{'1' * 16}"
     alive.mkdir()
     (alive / ("1" * 16)).write_text(json.dumps({"host": "h", "pid": 1, "place": "out of sight", "start": "1"}))
@@ -317,3 +321,29 @@ def test_a_file_system_that_has_no_word_for_not_empty(tmp_path: Path, monkeypatc
     with pytest.raises(PermissionError):
         leases.take("p1")
     assert [p.name for p in (tmp_path / "locks").iterdir()] == ["p0"]
+
+
+def test_a_hidden_process_and_a_cloned_machine_are_not_taken_for_gone(monkeypatch: pytest.MonkeyPatch) -> None:
+    here = Holder.here()
+    clone = Holder("another host", 2**22 + 1, here.place, here.start)
+    assert clone.gone is None
+    monkeypatch.setattr(module, "_start", lambda pid: None)  # what a /proc with hidepid tells of another user's
+    assert here.gone is None
+    assert Holder(here.host, 1, here.place, "1").gone is None
+    assert Holder(here.host, 2**22 + 1, here.place, "1").gone is True
+
+
+def test_who_waits_says_for_whom(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(module, "SECONDS_UNTIL_TOLD", 0.0)
+    store = Store(tmp_path / "s")
+    lease = store.leases.take("sweep.json")
+    assert lease is not None
+    releaser = threading.Timer(0.3, lease.release)
+    releaser.start()
+    with store.locked():
+        pass
+    said = capsys.readouterr().err
+    assert f"waits for process {os.getpid()} on {platform.node()}, which writes sweep.json (end that process" in said
+    assert said.count("waits for") == 1

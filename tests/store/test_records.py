@@ -118,6 +118,8 @@ def test_an_empty_or_a_sweeps_own_directory_is_accepted(tmp_path):
     Store(tmp_path).check_foreign()
     Store(tmp_path).write(record())
     Store(tmp_path).write_manifest({"schema": 1})
+    for name in ("notes.txt", "slurm-123.out"):
+        (tmp_path / name).write_text("mine")
     Store(tmp_path).check_foreign()
 
 
@@ -153,3 +155,42 @@ def test_the_lock_holds_between_processes_and_dies_with_its_holder(tmp_path):
             waiting.wait(0.5)
         holder.communicate("\n")
     assert waiting.communicate("\n", timeout=20)[0] == "held\n"
+
+
+def test_a_record_edited_by_hand_is_noticed_and_one_without_a_checksum_is_valid(tmp_path):
+    store = Store(tmp_path)
+    store.write(record())
+    path = store.run_dir(ID) / "run.json"
+    assert store.read(ID) == record() and not store.edited
+    data = json.loads(path.read_text())
+    path.write_text(json.dumps(data, indent=7))  # the same values, written otherwise
+    assert store.read(ID) and not store.edited
+    data["metrics"]["val/accuracy"] = 0.99
+    path.write_text(json.dumps(data))
+    assert store.read(ID) and store.edited == {ID}
+    del data["provenance"]["record_sha256"]
+    path.write_text(json.dumps(data))
+    assert store.read(ID) and not store.edited
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        "[1]",
+        "3",
+        '{"loss": 1}',
+        '{"step": "x"}',
+        '{"step": 1, "a": {}}',
+        '{"step": 1, "a": 1e999}',
+        "[" * 100000,
+        '{"step": ' + "9" * 5000 + "}",
+        '{"step": -1}',
+        '{"step": true, "a": [1]}',
+    ],
+)
+def test_a_history_ends_at_a_hostile_row(tmp_path, line):
+    store = Store(tmp_path)
+    store.append_history(ID, [{"step": 1, "val/loss": 0.5}])
+    with open(store.run_dir(ID) / "history.jsonl", "a") as f:
+        f.write(line + '\n{"step": 2}\n')
+    assert store.history(ID) == [{"step": 1, "val/loss": 0.5}]

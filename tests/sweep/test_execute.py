@@ -174,6 +174,67 @@ def test_records_of_other_source_code_are_kept_and_said(copied):
     assert stamps() == before
 
 
+def test_an_edited_record_is_kept_and_said_at_the_launch_and_in_the_report(copied):
+    record = Store("sweeps/s").records()[0]
+    path = Path("sweeps/s/runs", record.run_id, "run.json")
+    data = json.loads(path.read_text())
+    data["metrics"]["val/loss"] = 0.0
+    path.write_text(json.dumps(data))
+    code, out = copied(*GRID, CONFIRM, "report.enabled=true")
+    assert code == 0
+    assert f"{path}: edited since it was written; moved away, the run trains again" in out
+    assert f"1 record changed after being written ({record.run_id})" in Path("reports/s/report.md").read_text()
+    for command, argv in (("claims", ["sweeps/s"]), ("compare", ["sweeps/s", "sweeps/s"])):
+        words = [sys.executable, "-m", f"lorabench.{command}", *argv]
+        done = subprocess.run(words, capture_output=True, text=True, check=False)
+        assert f"1 record changed after being written ({record.run_id})" in done.stderr, done.stderr
+
+
+def test_a_manifest_whose_pack_names_an_unknown_run_is_refused_in_a_line(copied):
+    path = Path("sweeps/s/sweep.json")
+    manifest = json.loads(path.read_text())
+    gone = manifest["packs"][0]["runs"][-1]
+    del manifest["runs"][gone]
+    path.write_text(json.dumps(manifest))
+    argv = ["-m", "method.r=1,4", "optimizer.lr=1e-3", "sweep.name=s"]
+    for more in ([], ["sweep.dry_run=true"]):
+        code, out = copied(*argv, *more)
+        assert (code, "Traceback" in out) == (2, False), out
+        assert f"run {gone}: its sweep.json must list each run" in out.replace("\n", " ")
+
+
+def test_a_manifest_that_is_nested_too_deeply_is_refused_in_a_line(copied):
+    path = Path("sweeps/s/sweep.json")
+    whole = path.read_text()
+    for depth in (900, 100_000):
+        path.write_text(whole.replace("{", '{"x": ' + "[" * depth + "]" * depth + ",", 1))
+        code, out = copied("-m", "method.r=1,4", "optimizer.lr=1e-3,5e-3", "sweep.name=s")
+        assert (code, "Traceback" in out) == (2, False), out
+        assert "error: " in out and "RecursionError" in out or "not valid JSON" in out
+
+
+def test_a_report_goes_to_a_path_that_looks_like_markup_and_beside_notes_in_the_sweep(copied):
+    Path("sweeps/s/notes.txt").write_text("mine")
+    Path("sweeps/s/slurm-12.out").write_text("log")
+    for place in ("x[/y]", ":boom:", "sweeps/s/report"):
+        for _ in range(2):  # the second replaces the first
+            code, out = copied(*GRID, CONFIRM, "report.enabled=true", f"report.dir='{place}'")
+            assert code == 0, out
+            assert f"report: {place}/report.html" in out
+        assert Path(place, "report.html").is_file()
+    assert Path("sweeps/s/notes.txt").read_text() == "mine"
+
+
+def test_a_bad_report_dir_is_refused_before_training(cli):
+    Path("mydocs/figures").mkdir(parents=True)
+    Path("mydocs/report.md").write_text("years of work")
+    for place in ("mydocs", "mydocs/report.md", "mydocs/report.md/x", "sweeps", "sweeps/s", "sweeps/s/runs"):
+        code, out = cli(*GRID, "report.enabled=true", f"report.dir={place}")
+        assert (code, f"error: report.dir={place}: " in out) == (2, True), out
+        assert not Path("sweeps").exists()
+    assert Path("mydocs/report.md").read_text() == "years of work"
+
+
 def test_more_rates_later_train_only_what_is_new(copied):
     before = stamps()
     assert copied("-m", "method.r=1,4", "optimizer.lr=1e-3,2e-2,5e-3", "sweep.name=s")[0] == 0

@@ -20,7 +20,7 @@ from lorabench.config.errors import ConfigError
 from lorabench.config.runs import Pack
 from lorabench.store import checkpoints
 from lorabench.store.records import Record, Store
-from lorabench.sweep.ranks import train
+from lorabench.sweep.ranks import free_port, train
 from lorabench.training import distributed
 from lorabench.training.precision import device_count
 from lorabench.training.train import Listener
@@ -295,3 +295,32 @@ def test_workers_beside_several_devices_are_refused(cli: Any, parts: tuple[Path,
     code, out = cli(*files, "trainer.devices=2", "sweep.workers=2")
     assert (code, "sweep.workers=2: 1 where a pack trains on several devices" in out) == (2, True), out
     assert not Path("sweeps").exists()
+
+
+def test_the_store_of_a_group_listens_on_its_address_alone() -> None:
+    import psutil
+
+    port = free_port()
+    distributed.join(0, 2)
+    try:
+        store = distributed.open_store("127.0.0.1", port)
+        heard = {
+            c.laddr.ip for c in psutil.Process().net_connections() if c.status == "LISTEN" and c.laddr.port == port
+        }
+        assert heard == {"127.0.0.1"}
+        store.set("a", "b")
+        distributed.join(1, 2)
+        assert distributed.open_store("127.0.0.1", port).get("a") == b"b"
+    finally:
+        distributed.join(0, 1)
+
+
+def test_machines_meet_on_the_interface_that_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    import psutil
+
+    loopback = next(n for n, a in psutil.net_if_addrs().items() if any(x.address == "127.0.0.1" for x in a))
+    monkeypatch.setenv("GLOO_SOCKET_IFNAME", loopback)
+    assert distributed.meeting_address("a.host.that.is.none") == "127.0.0.1"
+    monkeypatch.setenv("GLOO_SOCKET_IFNAME", "absent0")
+    with pytest.raises(ConfigError, match=rf"GLOO_SOCKET_IFNAME=absent0: .*{loopback}"):
+        distributed.meeting_address("localhost")

@@ -359,3 +359,29 @@ def test_processes_that_write_one_key_all_end_well(root: Path, processor: Any) -
     assert task.calls == 1
     (entry,) = root.iterdir()
     assert sorted(f.name for f in entry.iterdir()) == [cache.ARRAYS_FILE, cache.NOTES_FILE]
+
+
+def test_the_cache_is_its_users_alone_and_trimming_follows_no_link(
+    root: Path, tmp_path: Path, processor: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    task = make_task("single", tmp_path)
+    data = task.load()
+    root.mkdir(parents=True, mode=0o755)
+    outside = tmp_path / "outside"
+    outside.mkdir()
+    (outside / "mine").write_text("years of work")
+    (root / ("f" * 64)).symlink_to(outside)
+    monkeypatch.setattr(cache, "MAX_BYTES", 1)
+    cache._remove_unused(root)
+    assert (root / ("f" * 64)).is_symlink() and (outside / "mine").exists()
+    monkeypatch.undo()
+    monkeypatch.setenv("LORABENCH_CACHE", str(root.parent))
+    encode_cached(task, MODEL, data, processor)
+    assert root.stat().st_mode & 0o777 == 0o700
+    assert [p for p in root.iterdir() if not p.is_symlink()]
+    elsewhere = tmp_path / "other"
+    (elsewhere / "real").mkdir(parents=True)
+    (elsewhere / "encoded").symlink_to(elsewhere / "real")
+    monkeypatch.setenv("LORABENCH_CACHE", str(elsewhere))
+    encode_cached(task, MODEL, data, processor)
+    assert not list((elsewhere / "real").iterdir())

@@ -60,7 +60,7 @@ def read(f: Findings, run_id: str) -> dict[str, tuple[str, str, str]]:
     """Return a run's samples; none where there is no file. As with records, a torn or foreign one counts as none."""
     try:
         entries = json.loads((f.sweep.store.run_dir(run_id) / FILE_NAME).read_text(encoding="utf-8"))
-    except (OSError, ValueError):
+    except (OSError, ValueError, RecursionError):
         return {}
     rows: dict[str, tuple[str, str, str]] = {}
     for x in entries if isinstance(entries, list) else ():

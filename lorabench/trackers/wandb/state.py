@@ -44,7 +44,7 @@ def abandoned_runs(store: Store) -> Iterator[Record]:
     for path in sorted((store.root / PENDING_DIR).glob("*")):
         try:
             gone = Holder(**json.loads(path.read_text(encoding="utf-8"))).gone
-        except (OSError, ValueError, TypeError):
+        except (OSError, ValueError, TypeError, RecursionError):
             continue
         if gone and RUN_ID.fullmatch(path.name) and (record := store.read(path.name)) is not None:
             yield record

@@ -24,6 +24,7 @@ from typing import Any
 from lorabench.config.settings import TrackerConfig
 from lorabench.runtime import signals
 from lorabench.runtime.files import atomic_write
+from lorabench.runtime.terminal import say
 from lorabench.store.records import Record, Store, dump_json
 from lorabench.trackers.contract import Row, Tracker
 from lorabench.trackers.wandb.runs import client_environment, method_name, run_tags
@@ -173,7 +174,7 @@ class WandbTracker(Tracker):
                 return self.may_go_on
             if waited >= ANNOUNCE_AFTER and not announced:
                 announced = True
-                print("tracker wandb: waiting for W&B", file=sys.stderr)
+                say("tracker wandb: waiting for W&B", error=True)
 
     def _print_left(self, going_on: bool, unfinished: str) -> None:
         if self.mode == "offline" and self.to_arrive:
@@ -186,12 +187,12 @@ class WandbTracker(Tracker):
         if going_on:
             counts = [f"{len(runs)} run{'s' * (len(runs) != 1)}"] * bool(runs) + ["the report"] * (REPORT in left)
             what = " and ".join(counts) or "the last values"
-            print(f"tracker wandb: still sent in the background: {what}; {again}", file=sys.stderr)
+            say(f"tracker wandb: still sent in the background: {what}; {again}", error=True)
         elif left:
             names = [*runs, *(["the report"] if REPORT in left else [])]
             who = ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
             why = self.why or unfinished
-            print(f"tracker wandb: not at W&B: {who} ({why}); the records are complete; {again}", file=sys.stderr)
+            say(f"tracker wandb: not at W&B: {who} ({why}); the records are complete; {again}", error=True)
 
     def _begin(self, run_id: str, config: Mapping[str, Any], method: str, tags: list[str]) -> None:
         mark_pending(self.store, run_id)
@@ -219,7 +220,7 @@ class WandbTracker(Tracker):
             for line in stdout:
                 message = json.loads(line)
                 if "say" in message:
-                    print(f"tracker wandb: {message['say']}", file=sys.stderr)
+                    say(f"tracker wandb: {message['say']}", error=True)
                 elif "alone" in message:
                     self.may_go_on = True
                 else:
