@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from lorabench.config.errors import ConfigError
 from lorabench.runtime.command import command
-from lorabench.runtime.terminal import make_console, plain
+from lorabench.runtime.terminal import make_console, plain, say
 
 if TYPE_CHECKING:
     from rich.table import Table

@@ -203,7 +203,7 @@ def _parse_section(cls: type[AnySection], cfg: DictConfig, key: str) -> AnySecti
         for name in _mappings(cls):  # type: ignore[arg-type]  # a class is hashable
             if name in plain:
                 plain[name] = overrides.mapping(plain[name], f"{key}.{name}")
-        schema = _schema(cls)
+        schema = _schema(cls)  # type: ignore[arg-type]
         section: Any = OmegaConf.to_object(OmegaConf.merge(schema, plain))
     except OmegaConfBaseException as e:
         raise _config_error(e, cls, key, cfg) from e
@@ -215,7 +215,7 @@ def _parse_section(cls: type[AnySection], cfg: DictConfig, key: str) -> AnySecti
 @cache
 def _mappings(cls: type) -> tuple[str, ...]:
     """Return the settings whose value is a mapping of any keys, such as rank_pattern."""
-    fields = dataclasses.fields(cls)  # type: ignore[arg-type]
+    fields = dataclasses.fields(cls)
     return tuple(f.name for f in fields if isinstance(_default(f), dict))
 
 

@@ -33,7 +33,7 @@ def _run(cfg: DictConfig, hydra: Any) -> float:
     job = make_job(cfg, name=sweep_name(hydra.overrides.task, experiment), experiment=experiment, words=words)
     asked = [word for word in hydra.overrides.task if word.lstrip("+").startswith("sweep.confirm_seeds=")]
     if is_single_run and asked and job.settings.sweep.confirm_seeds:
-        print(f"{asked[-1]}: a single run confirms nothing; with -m it tunes, then confirms", file=sys.stderr)
+        say(f"{asked[-1]}: a single run confirms nothing; with -m it tunes, then confirms", error=True)
     from lorabench.sweep.execute import execute, finish
 
     (record,) = execute([job])

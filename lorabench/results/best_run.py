@@ -66,7 +66,7 @@ def _default_cell(f: Findings) -> tuple[Result, str]:
     ran = [r for r in f.results.values() if r.runs]
     if not ran:
         raise ConfigError("sweep dir", str(f.sweep.store.root), "a sweep in which the rates of a cell have all ended")
-    best = min(ran, key=lambda r: (math.inf if r.val_selection is None else r.val_selection, r.id))
+    best = min(ran, key=lambda r: (math.inf if r.tuned is None else r.tuned, r.id))
     return best, "nothing is recommended; the best cell on validation" if len(ran) > 1 else "the only cell with runs"
 
 

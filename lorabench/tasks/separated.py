@@ -69,8 +69,11 @@ def _records(text: str, mark: str, quoting: str) -> tuple[list[list[str]], list[
 def _read(text: str, mark: str, *, quoted: bool) -> list[list[str]]:
     """Return the records that are not blank. Raises `csv.Error` that names the line."""
     csv.field_size_limit(sys.maxsize)
-    quoting = csv.QUOTE_MINIMAL if quoted else csv.QUOTE_NONE
-    reader = csv.reader(io.StringIO(text, newline=""), delimiter=mark, quoting=quoting, strict=quoted)
+    source = io.StringIO(text, newline="")
+    if quoted:
+        reader = csv.reader(source, delimiter=mark, quoting=csv.QUOTE_MINIMAL, strict=True)
+    else:
+        reader = csv.reader(source, delimiter=mark, quoting=csv.QUOTE_NONE)
     try:
         return [row for row in reader if len(row) > 1 or row and row[0].strip()]
     except csv.Error as e:
