@@ -1,7 +1,7 @@
 """Write a sweep of N finished runs, from the records of a committed one, to time commands that train nothing.
 
     python benchmarks/finished_sweep.py 1000 big
-    python -m lorabench +experiment=planted_rank -m sweep.name=big sweep.dir=big optimizer.lr=... sweep.tune_seeds=...
+    python -m lorabench -m +experiment=planted_rank sweep.name=big sweep.dir=big optimizer.lr=... sweep.tune_seeds=...
 
 The second command is printed. Runs are those that it lists; each gets the metrics, the history and the resources of a
 committed run, and the fingerprints of the data, the base and the source code that are here.
@@ -72,7 +72,7 @@ def main() -> None:
     words = overrides(options.runs, options.out)
     jobs = list({job.run.run_id: job for job in list_jobs(EXPERIMENT, words).jobs}.values())
     write(jobs, options.out)
-    print(shlex.join(["python", "-m", "lorabench", f"+experiment={EXPERIMENT}", "-m", *words]))
+    print(shlex.join(["python", "-m", "lorabench", "-m", f"+experiment={EXPERIMENT}", *words]))
 
 
 if __name__ == "__main__":
