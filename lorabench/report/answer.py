@@ -15,7 +15,7 @@ from lorabench.report.tables import plus_minus
 from lorabench.results import findings, formatting, unfinished
 from lorabench.results.cells import Result
 from lorabench.results.findings import Comparison, Findings, Recommendation
-from lorabench.results.formatting import capital, plural
+from lorabench.results.formatting import MAX_NAMES, capital, name_some, plural
 from lorabench.stats import estimates
 
 MAX_SEEDS_COUNTED = 200  # up to which the seeds that a verdict would take are counted
@@ -162,7 +162,7 @@ def _against_reference(f: Findings) -> Iterator[tuple[str, str]]:
         return
     words = {"better": "better", "worse": "worse", "not resolved": "not told apart from it"}
     groups = {way: [f.results[c].name for c, x in f.versus.items() if x.direction == way] for way in words}
-    text = "; ".join(f"{words[way]}: {', '.join(names)}" for way, names in groups.items() if names)
+    text = "; ".join(f"{words[way]}: {name_some(names)}" for way, names in groups.items() if names)
     yield f"Against {f.results[f.reference].name if f.reference else ''}", f"{capital(text)}."
 
 
@@ -190,7 +190,8 @@ def how_small(f: Findings) -> str:
         return ""
     clauses = []
     if steps := [c for c in recommendation.passed if c != recommendation.reference]:
-        names = " and ".join(f.results[c].name for c in steps)
+        said = [f.results[c].name for c in steps]
+        names = " and ".join(said) if len(said) <= MAX_NAMES + 1 else name_some(said)
         clauses.append(
             f"Tested from {f.results[recommendation.reference].name} down, {names} passed "
             f"(last: {_difference_90(f, f.versus[steps[-1]])})"
