@@ -80,7 +80,7 @@ def _copy(store: Store, ids: Sequence[str], made: Path, every: int) -> None:
         if source.is_file() and not source.is_symlink():
             target.parent.mkdir(parents=True, exist_ok=True)
             if target.name == HISTORY and every > 1:
-                target.write_text(_thin(store.history(target.parent.name), every), encoding="utf-8")
+                target.write_text(_thin(list(store.history_rows(target.parent.name)), every), encoding="utf-8")
             else:
                 shutil.copyfile(source, target)
     tests = {run_id: found for run_id in ids if (found := store.arrays(run_id, "test"))}

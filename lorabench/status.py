@@ -160,7 +160,7 @@ def _begun_run(store: Store, run_id: str, entry: dict[str, Any], state: PackStat
         return Begun(run_id, None, steps, 0.0, True, state.by, None, state.pack) if state.alive else None
     age = _age(max(written))
     kept = checkpoints.step_of(checkpoint) if checkpoint else None
-    step = max((int(row.get("step") or 0) for row in store.history(run_id)), default=0)
+    step = max((int(row.get("step") or 0) for row in store.history_rows(run_id)), default=0)
     running = state.alive or (state.job is not None and age < GONE_SECONDS)
     return Begun(run_id, max(step, kept or 0), steps, age, running, state.by, kept, state.pack, bool(state.job))
 

@@ -12,6 +12,7 @@ import types
 from collections.abc import Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
+from functools import cache
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -43,6 +44,7 @@ def component_names(section: str) -> list[str]:
     return names if section == "method" else [*names, "local"]
 
 
+@cache
 def _defines_config(package: ModuleType, name: str) -> bool:
     source = Path(package.__path__[0], f"{name}.py")
     return source.is_file() and "class Config" in source.read_text(encoding="utf-8")

@@ -11,7 +11,7 @@ import hashlib
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass
-from functools import cache
+from functools import cache, cached_property
 from typing import Any, TypeVar
 
 from omegaconf import DictConfig, OmegaConf
@@ -56,12 +56,12 @@ class RunConfig:
         out: dict[str, Any] = {s: field_dict(getattr(self, s), role="identity") for s in self.SECTIONS}
         return out | {"seed": self.seed, "role": self.role}
 
-    @property
+    @cached_property
     def run_id(self) -> str:
         """First 12 hex digits of the SHA-256 of the canonical JSON of `identity()`."""
         return digest(self.identity())[:12]
 
-    @property
+    @cached_property
     def pack_key(self) -> str:
         """Hash of the settings that slices of one pack share: runs with equal keys can share one frozen base."""
         fixed = {s: field_dict(getattr(self, s), role="fixed") for s in self.SECTIONS}
@@ -72,6 +72,13 @@ class RunConfig:
         """Return all settings, as a record's `config` holds them."""
         out: dict[str, Any] = {s: dataclasses.asdict(getattr(self, s)) for s in self.SECTIONS}
         return out | {"seed": self.seed, "role": self.role}
+
+    def at(self, *, lr: float, seed: int) -> RunConfig:
+        """Return this run at another rate and seed; all else is checked already. Raises `ConfigError`."""
+        optimizer = dataclasses.replace(self.optimizer, lr=float(lr))
+        check_ranges(optimizer, "optimizer")
+        optimizer.validate("optimizer")
+        return dataclasses.replace(self, optimizer=optimizer, seed=_check_seed(seed))
 
     @classmethod
     def from_dict(cls, data: Mapping[str, Any]) -> RunConfig:
@@ -185,7 +192,10 @@ def _parse_probe(task: Task) -> Task:
 
 
 def _parse_seed(cfg: DictConfig) -> int:
-    seed = OmegaConf.select(cfg, "seed", default=0)
+    return _check_seed(OmegaConf.select(cfg, "seed", default=0))
+
+
+def _check_seed(seed: Any) -> int:
     if isinstance(seed, bool) or not isinstance(seed, int) or not 0 <= seed < 2**31:
         raise ConfigError("seed", seed, "a whole number from 0 to 2147483647")
     return int(seed)

@@ -5,10 +5,11 @@ from __future__ import annotations
 import copy
 import re
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 from hydra.types import HydraContext
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import DictConfig, OmegaConf, open_dict
 
 from lorabench.config.errors import ConfigError
 from lorabench.launch.command_line import run_words, sweep_name
@@ -31,6 +32,8 @@ LABELLED_AXES = frozenset(
 )
 _PLAIN_NUMBER = re.compile(r"optimizer\.lr=[-+]?(\d+\.?\d*|\.\d+)(e[-+]?\d+)?|seed=\d+", re.IGNORECASE)
 
+_PLAIN_NAME = re.compile(r"\.*[A-Za-z_]\w*(\.\w+)*")  # of an interpolation: a setting, no resolver, nothing nested
+
 
 def tune_seeds(config: DictConfig) -> list[int]:
     """Return the seeds that choose the rate, before anything is composed. Raises `ConfigError`."""
@@ -50,6 +53,7 @@ class Composer:
         self.experiment = config.hydra.runtime.choices.get("experiment")
         self.sweep_name = sweep_name(config.hydra.overrides.task, self.experiment)
         self._jobs: dict[tuple[str, ...], Job] = {}
+        self._firsts: dict[tuple[tuple[str, ...], frozenset[str]], Job] = {}  # by setting without rate and seed
         self._configs: dict[tuple[str, ...], DictConfig] = {}
 
     @classmethod
@@ -74,26 +78,54 @@ class Composer:
         key = tuple(overrides)
         if key not in self._jobs:
             words = run_words(overrides, self.config.hydra.runtime.config_sources)
-            self._jobs[key] = make_job(
-                self._compose(key), name=self.sweep_name, experiment=self.experiment, extra=extra, words=words
-            )
+            self._jobs[key] = self._make(key, extra, words)
         return self._jobs[key]
+
+    def _make(self, key: tuple[str, ...], extra: Mapping[str, Any] | None, words: Sequence[str]) -> Job:
+        """Return a job: its setting is composed and validated once, its rate and seed are checked for each run."""
+        numbers = dict(o.split("=", 1) for o in key if _PLAIN_NUMBER.fullmatch(o))
+        rest = tuple(o for o in key if not _PLAIN_NUMBER.fullmatch(o))
+        setting = (rest, frozenset(numbers))
+        first = self._firsts.get(setting)
+        if first is None:
+            cfg = self._compose(rest, numbers)
+            job = make_job(cfg, name=self.sweep_name, experiment=self.experiment, extra=extra, words=words)
+            if not depends_on_numbers(cfg):
+                self._firsts[setting] = job
+            return job
+        lr, seed = numbers.get(RATE), numbers.get(SEED)
+        run = first.run.at(
+            lr=first.run.optimizer.lr if lr is None else _parse_number(lr),
+            seed=first.run.seed if seed is None else int(seed),
+        )
+        return replace(first, run=run, label={**first.label, "extra": dict(extra or {})}, asked=tuple(words))
 
     def jobs(self, override_sets: Sequence[Sequence[str]]) -> list[Job]:
         """Return the jobs of several override sets."""
         return [self.job(o) for o in override_sets]
 
-    def _compose(self, overrides: tuple[str, ...]) -> DictConfig:
-        """Return the config of an override set. Hydra composes once; rates and seeds are set on a copy."""
-        numbers = [o for o in overrides if _PLAIN_NUMBER.fullmatch(o)]
-        rest = tuple(o for o in overrides if o not in numbers)
+    def _compose(self, rest: tuple[str, ...], numbers: Mapping[str, str]) -> DictConfig:
+        """Return the config of an override set, without `hydra`. Hydra composes once; numbers are set on a copy.
+
+        rest: the overrides that are no plain rate or seed. numbers: the others' values by key.
+        """
         if rest not in self._configs:
-            self._configs[rest] = self.loader.load_sweep_config(self.config, list(rest))
+            composed = self.loader.load_sweep_config(self.config, list(rest))
+            with open_dict(composed):
+                composed.pop("hydra", None)
+            self._configs[rest] = composed
         cfg = copy.deepcopy(self._configs[rest])
-        for override in numbers:
-            key, _, value = override.partition("=")
+        for key, value in numbers.items():
             OmegaConf.update(cfg, key, _parse_number(value))
         return cfg
+
+
+def depends_on_numbers(cfg: DictConfig) -> bool:
+    """Whether another setting may follow the rate or the seed: an interpolation names one, or cannot be told."""
+    texts = re.findall(r"\$\{.*", OmegaConf.to_yaml(cfg))
+    names = [name for text in texts for name in re.findall(r"\$\{([^}]*)\}?", text)]
+    varying = {SEED, *RATE.split(".")}
+    return any(not _PLAIN_NAME.fullmatch(name) or name.rpartition(".")[2] in varying for name in names)
 
 
 def _parse_number(text: str) -> int | float:

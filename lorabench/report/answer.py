@@ -18,7 +18,7 @@ from lorabench.results.before_training import before_training
 from lorabench.results.cells import Result
 from lorabench.results.comparisons import Comparison
 from lorabench.results.findings import Findings
-from lorabench.results.formatting import capital, plural
+from lorabench.results.formatting import MAX_NAMES, capital, name_some, plural
 from lorabench.results.recommendation import Recommendation
 from lorabench.results.tuning import unsettled_rate
 from lorabench.stats import power
@@ -269,7 +269,7 @@ def _against_reference(f: Findings) -> Iterator[tuple[str, str]]:
         return
     words = {"better": "better", "worse": "worse", "not resolved": "not told apart from it"}
     groups = {way: [f.results[c].name for c, x in f.versus.items() if x.direction == way] for way in words}
-    text = "; ".join(f"{words[way]}: {', '.join(names)}" for way, names in groups.items() if names)
+    text = "; ".join(f"{words[way]}: {name_some(names)}" for way, names in groups.items() if names)
     yield f"Against {f.results[f.reference].name if f.reference else ''}", f"{capital(text)}."
 
 
@@ -300,7 +300,8 @@ def how_small(f: Findings) -> str:
         return ""
     clauses = []
     if steps := [c for c in recommendation.passed if c != recommendation.reference]:
-        names = " and ".join(f.results[c].name for c in steps)
+        said = [f.results[c].name for c in steps]
+        names = " and ".join(said) if len(said) <= MAX_NAMES + 1 else name_some(said)
         clauses.append(
             f"Tested from {f.results[recommendation.reference].name} down, {names} passed "
             f"(last: {_difference_90(f, (recommendation.tests or f.versus)[steps[-1]])})"

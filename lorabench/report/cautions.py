@@ -11,7 +11,7 @@ from lorabench.results.cells import Result
 from lorabench.results.data_notes import data_caveats, reach_caveat
 from lorabench.results.findings import Findings
 from lorabench.results.formatting import capital, plural
-from lorabench.store.records import Record
+from lorabench.store.records import MAX_HISTORY_ROWS, Record
 
 MIN_SEEDS = 3  # for a verdict
 CONDITIONS = {  # key in a record's provenance -> what it is called
@@ -97,8 +97,11 @@ def _gap_warnings(f: Findings) -> Iterator[str]:
         cells = plural(len(empty), "cell")
         yield f"No run has ended yet of {cells} of {len(results)}: {unfinished.name_list(empty)}."
     if f.confirmed and (untested := [r.name for r in results if r.test is None]):
-        yield f"Without a test result: {', '.join(untested)}."
+        yield f"Without a test result: {formatting.name_some(untested)}."
     yield from _other_examples_warning(f)
+    if thinned := [r.run_id for _, r in f.cell_records() if f.sweep.store.is_thinned(r.run_id)]:
+        rows = f"{MAX_HISTORY_ROWS:,} rows"
+        yield f"Curves show every second row or fewer of histories longer than {rows}: {formatting.name_some(thinned)}."
     for r in results:
         yield from _confirmation_warnings(r)
 
@@ -109,7 +112,7 @@ def _other_examples_warning(f: Findings) -> Iterator[str]:
         return
     other = [r.name for r in f.results.values() if r.sample and scores.has_other_examples(r.sample, reference.sample)]
     if other:
-        yield f"Tested on other examples than {reference.name}, so not compared with it: {', '.join(other)}."
+        yield f"Tested on other examples than {reference.name}, so not compared with it: {formatting.name_some(other)}."
 
 
 def _confirmation_warnings(r: Result) -> Iterator[str]:
@@ -218,7 +221,7 @@ def _differing_cells(cells: Iterable[Result], key: str, what: str) -> Iterator[s
             by_value.setdefault(value, []).append(r.name)
     if len(by_value) > 1:
         groups = sorted(by_value.items(), key=lambda item: (-len(item[1]), item[0]))
-        rest = "; ".join(f"{value} for {', '.join(names)}" for value, names in groups[1:])
+        rest = "; ".join(f"{value} for {formatting.name_some(names)}" for value, names in groups[1:])
         yield f"Cells compared here differ in {what}: {groups[0][0]}, but {rest}."
 
 
@@ -226,7 +229,8 @@ def _differing_tuning(f: Findings, key: str, what: str) -> Iterator[str]:
     by_cell = {r.name: _condition_values(f.sweep.completed_records(r.cell.tune), key) for r in f.results.values()}
     if mixed := [name for name, values in by_cell.items() if len(values) > 1]:
         values = sorted({value for name in mixed for value in by_cell[name]})
-        yield f"Learning rates were chosen among runs that differ in {what} ({', '.join(values)}): {', '.join(mixed)}."
+        names = formatting.name_some(mixed)
+        yield f"Learning rates were chosen among runs that differ in {what} ({', '.join(values)}): {names}."
 
 
 def _condition_values(runs: Iterable[Record], key: str) -> list[str]:

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from lorabench.config.errors import ConfigError
 
 DASH = "–"
+MAX_NAMES = 10  # that a sentence names one by one
 SHARES = {"accuracy", "macro_f1", "token_accuracy"}  # shown as per cent, their differences as points
 TITLES = {
     "macro_f1": "macro-F1",
@@ -159,3 +161,10 @@ def capital(text: str) -> str:
     """A text with a capital letter at its start; a first word that has capitals of its own stays (rsLoRA)."""
     first = text.split(" ", 1)[0]
     return text[:1].upper() + text[1:] if first == first.lower() else text
+
+
+def name_some(names: Sequence[str], most: int = MAX_NAMES) -> str:
+    """Return `A, B, C`, or `A, B and 5 more` of more than `most` + 1."""
+    if len(names) <= most + 1:
+        return ", ".join(names)
+    return f"{', '.join(names[:most])} and {len(names) - most} more"

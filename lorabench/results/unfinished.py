@@ -7,7 +7,7 @@ from collections.abc import Sequence
 
 from lorabench.results.cells import Result
 from lorabench.results.findings import Findings
-from lorabench.results.formatting import plural
+from lorabench.results.formatting import name_some, plural
 from lorabench.results.sweep import Sweep
 
 MAX_NAMED_CELLS = 4  # cells named one by one
@@ -26,9 +26,7 @@ def cells_without_runs(f: Findings) -> list[Result]:
 
 def name_list(cells: list[Result]) -> str:
     """`A, B, C, D and 5 more`."""
-    said = [r.name for r in cells]
-    rest = f" and {len(said) - MAX_NAMED_CELLS} more" if len(said) > MAX_NAMED_CELLS + 1 else ""
-    return ", ".join(said[:MAX_NAMED_CELLS] if rest else said) + rest
+    return name_some([r.name for r in cells], MAX_NAMED_CELLS)
 
 
 def missing_runs(f: Findings) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
+from functools import cache
 from typing import TYPE_CHECKING, Any
 
 from lorabench.config.components import load_component
@@ -24,7 +25,8 @@ def unit(sweep: Sweep, metric: str) -> str:
     declared = sweep.manifest.get("units")
     if declared is not None:
         return str(declared.get(metric, ""))
-    found = {task_units(r.config.get("task", {})).get(metric, "") for r in sweep.records.values()}
+    kinds = {str((r.config.get("task") or {}).get("kind")) for r in sweep.records.values()}
+    found = {kind_units(kind).get(metric, "") for kind in kinds}
     return found.pop() if len(found) == 1 else ""
 
 
@@ -41,9 +43,15 @@ def loss_axis(sweep: Sweep, split: str) -> str:
 
 
 def task_units(task: Mapping[str, Any] | None) -> Mapping[str, str]:
-    """`units` of a record's task by its kind. A `local` task's file is not run for the sake of a report: none."""
+    """`units` of a record's task by its kind."""
+    return kind_units(str((task or {}).get("kind")))
+
+
+@cache
+def kind_units(kind: str) -> Mapping[str, str]:
+    """`units` of a kind of task, looked up once. A `local` task's file is not run for the sake of a report: none."""
     try:
-        config = load_component("task", str((task or {}).get("kind")), None)
+        config = load_component("task", kind, None)
     except ConfigError:
         return {}
     assert issubclass(config, Task)

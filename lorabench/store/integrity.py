@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterable
+from itertools import islice
 from pathlib import Path
 
 from lorabench.config.errors import ExistingWork
 from lorabench.store.records import HISTORY, Store, is_history_row
+
+LINES_AT_ONCE = 10_000  # of a history that are parsed together
 
 
 def damaged_files(store: Store, run_ids: Iterable[str]) -> dict[str, str]:
@@ -24,10 +27,11 @@ def _torn(store: Store, run_id: str) -> str | None:
         _refuse_other_versions(store.run_dir(run_id) / "run.json")
         return "run.json"
     try:
-        lines = (store.run_dir(run_id) / HISTORY).read_text(encoding="utf-8").splitlines()
-        rows = json.loads(f"[{','.join(lines)}]")  # at once: a call a line takes longer than all the rest
-        if len(rows) != len(lines) or not all(map(is_history_row, rows)):
-            return HISTORY
+        with open(store.run_dir(run_id) / HISTORY, encoding="utf-8") as f:
+            while lines := list(islice(f, LINES_AT_ONCE)):
+                rows = json.loads(f"[{','.join(lines)}]")  # a call a line takes longer than all the rest
+                if len(rows) != len(lines) or not all(map(is_history_row, rows)):
+                    return HISTORY
     except FileNotFoundError:
         pass  # not torn: deleted, or adopted without one
     except (ValueError, RecursionError):

@@ -35,6 +35,8 @@ from lorabench.store.identifiers import RUN_ID, STATUSES
 
 MANIFEST, HISTORY = "sweep.json", "history.jsonl"
 MANIFEST_WAY_OUT = "moved away, it is made anew and finished runs are kept"
+MAX_HISTORY_ROWS = 20_000  # of a run that are held at once
+MIN_ROW_BYTES = 8  # of a row, `{"step"` and more
 APPEND_FLAGS = os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_NOFOLLOW
 OWN_NAMES = {
     MANIFEST,
@@ -131,6 +133,24 @@ def _finite(value: Any) -> Any:
     if isinstance(value, float) and not np.isfinite(value):
         return None
     return value
+
+
+def thin_rows(rows: Iterable[dict[str, Any]], most: int) -> list[dict[str, Any]]:
+    """Return all rows where they are at most `most`, else every 2nd, 4th, ... of them, and at most that many.
+
+    Rows of a training step and those that hold more (an evaluation) are thinned apart, so that the rarer ones stay.
+    """
+    kept: dict[bool, list[tuple[int, dict[str, Any]]]] = {False: [], True: []}
+    every, seen, total = {False: 1, True: 1}, {False: 0, True: 0}, 0
+    for row in rows:
+        rare = isinstance(row, dict) and any(key not in ("step", "lr") and key[:6] != "train/" for key in row)
+        if seen[rare] % every[rare] == 0:
+            kept[rare].append((total, row))
+        seen[rare], total = seen[rare] + 1, total + 1
+        if len(kept[False]) + len(kept[True]) > most:
+            longer = len(kept[True]) > len(kept[False])
+            kept[longer], every[longer] = kept[longer][::2], 2 * every[longer]
+    return [row for _, row in sorted(kept[False] + kept[True], key=lambda numbered: numbered[0])]
 
 
 class Store:
@@ -287,22 +307,31 @@ class Store:
         else:
             self.reset_history(run_id)
 
-    def history(self, run_id: str) -> list[dict[str, Any]]:
-        """The rows of a run's history up to a line that is torn or no row; [] where there is none."""
+    def history_rows(self, run_id: str) -> Iterator[dict[str, Any]]:
+        """Yield the rows of a run's history one by one, up to a line that is torn or no row; none where there is no history."""
         try:
-            lines = (self.run_dir(run_id) / HISTORY).read_text(encoding="utf-8", errors="replace").splitlines()
-        except FileNotFoundError:
-            return []
-        rows = []
-        for line in lines:
-            try:
-                row = json.loads(line)
-            except (ValueError, RecursionError):
-                break  # a torn last line, or a hostile one
-            if not is_history_row(row):
-                break
-            rows.append(row)
-        return rows
+            with open(self.run_dir(run_id) / HISTORY, encoding="utf-8", errors="replace") as lines:
+                for line in lines:
+                    row = json.loads(line)
+                    if not is_history_row(row):
+                        return
+                    yield row
+        except (FileNotFoundError, ValueError, RecursionError):
+            return  # a torn last line, or a hostile one
+
+    def history(self, run_id: str) -> list[dict[str, Any]]:
+        """The rows of a run's history up to a line that is torn or no row; [] where there is none.
+
+        Of a history longer than `MAX_HISTORY_ROWS` every second row, every fourth and so on: what is held is bounded.
+        """
+        return thin_rows(self.history_rows(run_id), MAX_HISTORY_ROWS)
+
+    def is_thinned(self, run_id: str) -> bool:
+        """Whether `history` leaves rows out."""
+        if self.history_size(run_id) < MAX_HISTORY_ROWS * MIN_ROW_BYTES:
+            return False
+        with open(self.run_dir(run_id) / HISTORY, "rb") as lines:
+            return sum(1 for _ in lines) > MAX_HISTORY_ROWS
 
     def write_arrays(self, run_id: str, name: str, arrays: Mapping[str, np.ndarray]) -> None:
         """Write per-example results as `<name>.npz`: [N] arrays, no pickles."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Mapping, Sequence
+from typing import Any
 
 from lorabench.config.cells import cell_id
 from lorabench.config.errors import ConfigError
@@ -12,6 +13,8 @@ from lorabench.runtime.files import name_unwritable
 from lorabench.store.records import Store
 from lorabench.sweep import declaration
 from lorabench.sweep.packs import Job, write_cells
+
+MEASURED_AT_ONCE = 16  # cells between two writes of the manifest, which is long where cells are many
 
 
 def declare(jobs: Sequence[Job], command: Sequence[str] = ()) -> None:
@@ -77,14 +80,27 @@ def measure_cells(settings: Settings, jobs: Sequence[Job]) -> None:
         lease = store.leases.wait("solo")
     with lease:  # two that measure at a time would measure each other
         timed = cells_with_timing(store.manifest(), done)
-        for name in [name for name in first if name not in timed]:
-            found = measure_alone(first[name].run, store)
-            with store.locked():
-                manifest = store.manifest()
-                for cell in manifest["cells"]:
-                    if cell["id"] == name:
-                        cell["solo"] = found
-                store.write_manifest(manifest)
+        found: dict[str, Any] = {}
+        try:
+            for name in [name for name in first if name not in timed]:
+                found[name] = measure_alone(first[name].run, store)
+                if len(found) == MEASURED_AT_ONCE:
+                    _note_solo(store, found)
+                    found = {}
+        finally:
+            _note_solo(store, found)
+
+
+def _note_solo(store: Store, found: Mapping[str, Any]) -> None:
+    """Put what was measured of cells alone into the manifest, by cell id."""
+    if not found:
+        return
+    with store.locked():
+        manifest = store.manifest()
+        for cell in manifest["cells"]:
+            if cell["id"] in found:
+                cell["solo"] = found[cell["id"]]
+        store.write_manifest(manifest)
 
 
 def require_fresh(settings: Settings, swept: Collection[int] = ()) -> None:
