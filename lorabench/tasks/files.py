@@ -140,7 +140,7 @@ def _texts(column: list[Any], key: str, name: str, file: str) -> list[str]:
             raise ConfigError(key, name, f"a column of texts or numbers; row {number} of {file} holds a {kind}")
         if isinstance(value, str) and len(value) > MAX_CHARACTERS:
             allowed = f"at most {MAX_CHARACTERS:,} characters a cell; row {number} of {file} has {len(value):,}"
-            raise ConfigError(key, name, f"{allowed}; cut it into rows, or read it as plain text (task.source=text)")
+            raise ConfigError(key, name, f"{allowed}; cut it into rows, or train on it as plain text (task=text_lm)")
         if isinstance(value, str) and _is_chat(value):
             why = "a chat's messages as JSON, which would be trained as plain text; write one row a reply"
             columns = "its prompt and its response in columns of their own (task.prompt_column, task.response_column)"

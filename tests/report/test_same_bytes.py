@@ -45,7 +45,7 @@ def rendered(folder: Path, **env: str) -> dict[str, bytes]:
 
 
 def test_two_kinds_of_cpu_give_the_same_bytes(repo: Path, tmp_path: Path) -> None:
-    one, two = tmp_path / "one", tmp_path / "two"
+    one, two = tmp_path / "one/place", tmp_path / "two/place"  # a command in a report names the folder above a sweep
     for folder in (one, two):
         shutil.copytree(repo / "sweeps/ref_planted_rank", folder / "sweep")
     move_last_bits(two / "sweep")
