@@ -103,6 +103,9 @@ def _obstacles(a: Side, b: Side) -> Iterator[str]:
         yield f"the primary metric differs: {a.metric.title} in A, {b.metric.title} in B"
     elif a.sweep.lower_is_better != b.sweep.lower_is_better:
         yield f"{a.metric.title} is better when lower in one sweep and when higher in the other"
+    for name, side in (("A", a), ("B", b)):
+        if any("provenance.data_fingerprint" in dict(r.cell.extra) for r in side.results.values()):
+            yield f"runs of {name} were trained on several versions of the data"
     theirs = {matching_key(r.cell): r for r in b.results.values()}
     both = [(r, theirs[key]) for r in a.results.values() if (key := matching_key(r.cell)) in theirs]
     if both and all(_data_obstacle(*pair) for pair in both):

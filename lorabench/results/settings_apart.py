@@ -36,7 +36,7 @@ def _facts(run_id: str, manifest: Mapping[str, Any], records: Mapping[str, Recor
     entry = manifest.get("runs", {}).get(run_id) or {}
     facts = cell_settings(record.config if record else entry.get("config") or {})
     said = {key: record.provenance.get(key) for key in TRAINED_ON} if record else {}
-    return facts | {f"provenance.{key}": value for key, value in said.items() if value is not None}
+    return facts | {f"provenance.{key}": str(value) for key, value in said.items() if value is not None}
 
 
 def _split(cell: Mapping[str, Any], facts: Mapping[str, Facts]) -> list[dict[str, Any]]:
@@ -76,7 +76,9 @@ def _usual(values: Iterable[Any]) -> Any:
 
 
 def _texts(values: Mapping[str, Any]) -> dict[str, str]:
-    return {key: value[:8] if key.endswith("fingerprint") else setting_text(value) for key, value in values.items()}
+    return {
+        key: value[:8] if key.endswith("fingerprint") else setting_text(value) for key, value in values.items()
+    }
 
 
 def _show_hidden(cells: Sequence[dict[str, Any]], facts: Mapping[str, Facts]) -> list[dict[str, Any]]:

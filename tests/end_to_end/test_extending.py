@@ -55,12 +55,12 @@ def test_the_page_trains_and_reports(cli, files, undrawn):
     for record in records:
         assert "tokens" not in record.resources, "images have no tokens"
         assert record.resources["examples"] == 152, "20 batches of 8, of which two held the 4 that were left of 84"
-    for command in (status, analyze):
-        assert command.main(["sweeps/s"]) == 0
+    for command, trust in ((status, []), (analyze, ["--trust"])):
+        assert command.main(["sweeps/s", *trust]) == 0
     (trained, *_) = (r.run_id for r in records if r.role == "confirm" and r.config["method"]["name"] == "lora")
-    assert export.main([f"sweeps/s/runs/{trained}", "--out", "adapter"]) == 0
+    assert export.main([f"sweeps/s/runs/{trained}", "--out", "adapter", "--trust"]) == 0
     assert Path("adapter/adapter_model.safetensors").is_file()
-    assert export.main([f"sweeps/s/runs/{trained}", "--out", "merged", "--merged"]) == 2
+    assert export.main([f"sweeps/s/runs/{trained}", "--out", "merged", "--merged", "--trust"]) == 2
     page = Path("reports/s/report.html").read_text(encoding="utf-8")
     assert "colours" in page and "norms" in page
     words = re.sub(r"<(style|script|svg)\b.*?</\1>|<[^>]*>", " ", page, flags=re.DOTALL)

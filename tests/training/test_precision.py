@@ -80,13 +80,13 @@ def test_records_say_it_where_the_manifest_was_lost(sweep: Cli, machine: Callabl
 
 
 def test_a_precision_that_is_named_is_taken(sweep: Cli, machine: Callable[[bool], None]) -> None:
-    """It makes other runs: those of `auto` stay as they are."""
+    """It would make other runs in a cell that is there: they take a sweep of their own."""
     machine(True)
     assert sweep("method.r=1")[0] == 0
     machine(False)
     code, out = sweep("method.r=1", "trainer.precision=32")
-    assert code == 0 and "auto" not in out
-    assert sorted(precisions().values()) == ["32", "bf16"]
+    assert code == 2 and "trainer.precision=32" in out and "another sweep.name" in out
+    assert sorted(precisions().values()) == ["bf16"]
 
 
 def test_a_sweep_in_which_nothing_has_trained_is_settled_anew(
@@ -140,10 +140,23 @@ def _files(folder: Path) -> dict[str, bytes]:
     return {str(p): p.read_bytes() for p in folder.rglob("*") if p.is_file()}
 
 
+def test_the_report_tells_runs_of_another_precision_apart(tmp_path: Path) -> None:
+    from fixtures.sweeps import Planted, build
+
+    store = build(tmp_path / "s", [Planted("lora", (1e-3, 4e-3), 4e-3, 0.75, r=r) for r in (1, 4)])
+    for record in store.records():
+        _made_by(store, record.run_id, {"precision": "bf16"})
+    cells = len(find(load(store.root)).results)
+    confirmed = next(r for r in store.records() if r.role == "confirm" and r.config["method"]["r"] == 4)
+    _made_by(store, confirmed.run_id, {"precision": "32"})
+    apart = find(load(store.root)).results
+    assert len(apart) == cells + 1
+    assert {dict(r.cell.extra).get("provenance.precision") for r in apart.values()} >= {"32", "bf16"}
+
+
 @pytest.mark.parametrize(
     ("change", "said"),
     [
-        ({"precision": "32"}, "differ in precision"),
         ({"device": "cuda"}, "differ in kind of device"),
         ({"machine": {"cpu": "Another CPU"}}, "differ in kind of CPU"),
     ],

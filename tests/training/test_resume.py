@@ -246,8 +246,8 @@ class Config(Base):
     source: str = knob("file", help="")
     data: str = knob("", help="")
 
-    def _rows(self):
-        return self._file_rows(self.data, "task.data", None), ()
+    def _rows(self, said):
+        return self._file_rows(self.data, "task.data", None, said), ()
 
     def step(self, model, batch):
         calls.append(torch.is_grad_enabled())
