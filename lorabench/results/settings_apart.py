@@ -76,9 +76,7 @@ def _usual(values: Iterable[Any]) -> Any:
 
 
 def _texts(values: Mapping[str, Any]) -> dict[str, str]:
-    return {
-        key: value[:8] if key.endswith("fingerprint") else setting_text(value) for key, value in values.items()
-    }
+    return {key: value[:8] if key.endswith("fingerprint") else setting_text(value) for key, value in values.items()}
 
 
 def _show_hidden(cells: Sequence[dict[str, Any]], facts: Mapping[str, Facts]) -> list[dict[str, Any]]:
