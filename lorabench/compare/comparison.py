@@ -322,8 +322,7 @@ def _score(side: Side, r: Result | None) -> str:
         return formatting.DASH
     if r.test is None:
         return formatting.DASH if side.sweep.confirmed else side.metric.value(r.val)
-    half = f" ± {side.metric.size(r.test.half_width(), unit=False)}" if r.test.seeds > 1 else ""
-    return side.metric.value(r.test.mean) + half
+    return scores.with_interval(side.metric, r.test)
 
 
 def markdown(c: SweepComparison) -> str:

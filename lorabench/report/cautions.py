@@ -14,6 +14,7 @@ from lorabench.results.formatting import capital, plural
 from lorabench.store.records import MAX_HISTORY_ROWS, Record
 
 MIN_SEEDS = 3  # for a verdict
+SMALL_TEST = 200  # examples: below it a single answer moves a share by half a point and more
 CONDITIONS = {  # key in a record's provenance -> what it is called
     "precision": "precision",
     "device": "kind of device",
@@ -137,6 +138,12 @@ def _test_warnings(f: Findings) -> Iterator[str]:
         yield (
             "Some intervals are over seeds alone, for want of per-example results: "
             "they leave out the luck of the test set and are too narrow."
+        )
+    smallest = min((e.examples for e in tests if e.examples), default=SMALL_TEST)
+    if f.confirmed and smallest < SMALL_TEST:
+        yield (
+            f"{plural(smallest, 'test example')}: few. More of them (task.test_examples, or a larger file) narrow every "
+            "interval here; more seeds alone do not."
         )
     tuning = [r for r in f.sweep.records.values() if r.role == "tune"]
     if leaked := [r for r in tuning if any(k.startswith("test/") for k in r.metrics)]:

@@ -9,7 +9,7 @@ from matplotlib.axes import Axes
 
 from lorabench.report import curves, theme
 from lorabench.report.theme import FAINT, Drawing, Look
-from lorabench.results import formatting
+from lorabench.results import formatting, scores
 from lorabench.results.cells import Result
 from lorabench.results.findings import Findings
 from lorabench.results.sweep import shorten
@@ -44,7 +44,7 @@ def score_interval(f: Findings, r: Result) -> Interval | None:
     if f.confirmed:
         if r.test is None:
             return None
-        low, high = r.test.interval() if r.test.seeds > 1 else (r.test.mean, r.test.mean)
+        low, high = scores.interval(f.metric, r.test) if r.test.seeds > 1 else (r.test.mean, r.test.mean)
         return low, r.test.mean, high
     return None if r.val is None else (r.val, r.val, r.val)
 

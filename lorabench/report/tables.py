@@ -9,7 +9,7 @@ from typing import Literal
 
 from lorabench.config import alpha_rules
 from lorabench.report import declared
-from lorabench.results import formatting
+from lorabench.results import formatting, scores
 from lorabench.results.cells import Result, has_same_runs
 from lorabench.results.comparisons import Comparison
 from lorabench.results.findings import Findings
@@ -60,11 +60,8 @@ def main_tables(f: Findings) -> dict[str, Table]:
 
 
 def plus_minus(f: Findings, r: Result) -> str:
-    """Return the test metric with half its 95 % interval."""
-    if r.test is None:
-        return formatting.DASH
-    half = f" ± {f.metric.size(r.test.half_width(), unit=False)}" if r.test.seeds > 1 else ""
-    return f.metric.value(r.test.mean) + half
+    """Return the test metric with half its 95 % interval, or both ends (`scores.with_interval`)."""
+    return formatting.DASH if r.test is None else scores.with_interval(f.metric, r.test)
 
 
 def metric_title(f: Findings, split: str) -> str:
@@ -156,7 +153,8 @@ def _comparison_row(f: Findings, r: Result, keys: Sequence[str], solo: bool) -> 
     }
     recommended = f.recommendation is not None and f.recommendation.cell == r.id
     mark = "recommended" if recommended else "reference" if r.id == f.reference and f.versus else ""
-    interval = (test.interval()[0], test.mean, test.interval()[1]) if test and test.seeds > 1 else None
+    low, high = scores.interval(f.metric, test) if test else (0.0, 0.0)
+    interval = (low, test.mean, high) if test and test.seeds > 1 else None
     return Row(tuple(texts.get(k, formatting.DASH) for k in keys), run_ids(r), mark, interval)
 
 

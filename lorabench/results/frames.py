@@ -7,6 +7,7 @@ from typing import Any
 import pandas as pd
 
 from lorabench.config.overrides import flatten
+from lorabench.results import scores
 from lorabench.results.cells import Result
 from lorabench.results.comparisons import Comparison
 from lorabench.results.findings import Findings
@@ -76,7 +77,7 @@ def cells(f: Findings) -> pd.DataFrame:
 
 
 def _cell(f: Findings, r: Result) -> dict[str, Any]:
-    low, high = r.test.interval() if r.test and r.test.seeds > 1 else (None, None)
+    low, high = scores.interval(f.metric, r.test) if r.test and r.test.seeds > 1 else (None, None)
     return {
         **_of_cell(r),
         "alpha": r.cell.alpha,

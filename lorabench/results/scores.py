@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
 
+from lorabench.results.formatting import SHARES, Metric
 from lorabench.stats import estimates
 from lorabench.stats.estimates import Estimate, Statistic
 from lorabench.store.records import Record, Store
@@ -53,6 +55,22 @@ class Sample:
                     self.scores, self.draws, examples=n, groups=self.groups, typical=typical
                 )
         return estimates.mean_over_seeds(self.scores, typical=typical)
+
+
+def interval(metric: Metric, e: Estimate) -> tuple[float, float]:
+    """Return the 95 % interval of a test result; of a share inside 0 to 1."""
+    return estimates.share_interval(e) if metric.name in SHARES else e.interval()
+
+
+def with_interval(metric: Metric, e: Estimate) -> str:
+    """Return `73.4 ± 4.0`; `53.9 (3.8 to 100.0)` where a share's ends are not equally far; one seed has no interval."""
+    value = metric.value(e.mean)
+    if e.seeds < 2:
+        return value
+    (low, high), half = interval(metric, e), e.half_width()
+    if math.isclose(low, e.mean - half, abs_tol=1e-12) and math.isclose(high, e.mean + half, abs_tol=1e-12):
+        return f"{value} ± {metric.size(half, unit=False)}"
+    return f"{value} ({metric.value(low)} to {metric.value(high)})"
 
 
 def has_other_examples(a: Sample, b: Sample) -> bool:
