@@ -11,8 +11,10 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from statistics import fmean
 
+import numpy as np
+
 from lorabench.config.method_names import FULL, HEAD_ONLY
-from lorabench.results import units
+from lorabench.results import scores, units
 from lorabench.results.cells import Result, Results, cell_results
 from lorabench.results.comparisons import Compare, Comparison, compare_with_reference, comparer
 from lorabench.results.formatting import Metric
@@ -120,21 +122,23 @@ def _is_only_one_tested(results: Mapping[str, Result]) -> bool:
 
 
 def majority_baseline(f: Findings) -> tuple[str, float] | None:
-    """The commonest label and its share, where no cell's accuracy is above what always answering it would give.
+    """The commonest label and what always answering it scores, where no cell scores above that.
 
-    Of the test examples in a confirmed sweep, else of those validated on; None for other metrics and where records do
-    not count their labels.
+    In the primary metric: accuracy, macro-F1 or MCC. Of the test examples in a confirmed sweep, else of those validated
+    on; None for other metrics and where records do not count their labels.
     """
-    split = "test" if f.confirmed else "val"
-    runs = {r.id: [x for x in r.runs if f"{split}/accuracy" in x.metrics] for r in f.results.values()}
+    split, metric = ("test" if f.confirmed else "val"), f.sweep.metric
+    runs = {r.id: [x for x in r.runs if f"{split}/{metric}" in x.metrics] for r in f.results.values()}
     first = next((found[0] for found in runs.values() if found), None)
     told = first.provenance.get("data_notes") if first else None
     for key in (split, "labels"):
         told = told.get(key) if isinstance(told, dict) else None
     labels = {k: n for k, n in told.items() if isinstance(n, int) and n > 0} if isinstance(told, dict) else {}
-    if f.sweep.metric != "accuracy" or not labels or any(dict(r.cell.conditions) for r in f.results.values()):
+    if metric not in scores.OF_CONFUSION or not labels or any(dict(r.cell.conditions) for r in f.results.values()):
         return None
     name = max(sorted(labels), key=lambda label: labels[label])
-    share = labels[name] / sum(labels.values())
-    best = max(fmean(float(x.metrics[f"{split}/accuracy"]) for x in found) for found in runs.values() if found)
-    return (name, share) if best <= share + 1e-9 else None
+    table = np.zeros((len(labels), len(labels)))
+    table[:, list(labels).index(name)] = list(labels.values())
+    baseline = scores.OF_CONFUSION[metric](table)
+    best = max(fmean(float(x.metrics[f"{split}/{metric}"]) for x in found) for found in runs.values() if found)
+    return (name, baseline) if best <= baseline + 1e-9 else None

@@ -210,6 +210,11 @@ def mcc(table: np.ndarray) -> float:
     return float((np.trace(table) * n - said @ true) / np.sqrt(below)) if below > 0 else 0.0
 
 
+def _accuracy(table: np.ndarray) -> float:
+    return float(np.trace(table) / table.sum())
+
+
+OF_CONFUSION: dict[str, Callable[[np.ndarray], float]] = {"accuracy": _accuracy, "macro_f1": macro_f1, "mcc": mcc}
 TEST_SET_STATISTICS: dict[str, Callable[[Sequence[Arrays]], Statistic]] = {
     "perplexity": _perplexity,
     "macro_f1": _confusion_statistic(macro_f1),

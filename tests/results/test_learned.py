@@ -14,17 +14,19 @@ from fixtures.sweeps import RANK_SWEEP, build
 from lorabench.report.answer import answer
 from lorabench.report.cautions import warnings
 from lorabench.results.data_notes import data_caveats
-from lorabench.results.findings import Findings, find
+from lorabench.results.findings import Findings, find, majority_baseline
 from lorabench.results.sweep import load
 from lorabench.sweep.progress import announce_slow
 
 LABELS = {"no": 300, "yes": 1500, "perhaps": 200}  # always "yes": 75 %
 
 
-def told(root: Path, quality: float, *, confirm: tuple[int, ...] = (100, 101, 102)) -> Findings:
+def told(
+    root: Path, quality: float, *, confirm: tuple[int, ...] = (100, 101, 102), metric: str = "accuracy"
+) -> Findings:
     """A sweep of adapters of one accuracy, whose records count the labels."""
     cells = [replace(cell, quality=quality, seed_sd=0.0, diverges_at=float("inf")) for cell in RANK_SWEEP[:3]]
-    store = build(root, cells, confirm=confirm)
+    store = build(root, cells, confirm=confirm, metric=metric)
     for record in store.records():
         notes = {s: {"examples": 2000, "labels": LABELS} for s in ("val", "test")}
         record.provenance["data_notes"] = {"source": "file", "rows": 2100, "rows_without_text_or_label": 100, **notes}
@@ -37,6 +39,19 @@ def test_cells_that_all_give_one_answer_show_nothing(tmp_path: Path) -> None:
     assert said.lead.startswith("Nothing was learned: no cell does better on test than always answering yes (75.0 %)")
     assert said.command is None
     assert not answer(told(tmp_path / "b", 0.85)).lead.startswith("Nothing")
+
+
+@pytest.mark.parametrize(("metric", "baseline"), [("macro_f1", 0.2857), ("mcc", 0.0)])
+def test_of_another_metric_the_one_answer_has_its_own_score(tmp_path: Path, metric: str, baseline: float) -> None:
+    """Always "yes" at 75 % accuracy: F1 of .857 for one label of three, and no correlation at all."""
+    f = told(tmp_path / "a", 0.85, metric=metric)
+    assert majority_baseline(f) is None
+    for record in f.sweep.store.records():
+        for split in ("val", "test"):
+            if f"{split}/{metric}" in record.metrics:
+                record.metrics[f"{split}/{metric}"] = baseline - 1e-3
+        f.sweep.store.write(record)
+    assert majority_baseline(find(load(tmp_path / "a"))) == ("yes", pytest.approx(baseline, abs=1e-4))
 
 
 def test_nor_do_they_on_validation(tmp_path: Path) -> None:
