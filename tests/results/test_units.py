@@ -12,9 +12,10 @@ import pytest
 from fixtures.planted_sweeps import rule_sweep
 from fixtures.sweeps import RANK_SWEEP, Planted, build
 from lorabench.report import render, theme
-from lorabench.results import formatting, units
+from lorabench.results import formatting
 from lorabench.results.findings import find
 from lorabench.results.sweep import Sweep, load
+from lorabench.stats import estimates, units
 from lorabench.store.records import Store
 
 KINDS = {"text_classification": "nats", "causal_lm": "nats a token", "planted": "", "local": "", "no such kind": ""}
@@ -92,16 +93,16 @@ def test_a_sentence_leaves_a_name_as_it_is():
 
 
 @pytest.mark.parametrize(
-    ("name", "unit", "said"),
+    ("name", "unit", "mean", "said"),
     [
-        ("loss", "nats a token", "a loss of 2.909 ± 0.100 nats a token"),
-        ("loss", "", "2.909 ± 0.100 loss"),
-        ("accuracy", "", "290.9 ± 10.0 % accuracy"),
+        ("loss", "nats a token", 2.909, "a loss of 2.909 ± 0.100 nats a token"),
+        ("loss", "", 2.909, "2.909 ± 0.100 loss"),
+        ("accuracy", "", 0.709, "70.9 ± 10.0 % accuracy"),
     ],
 )
-def test_the_answer_says_what_its_number_is_in(name: str, unit: str, said: str) -> None:
+def test_the_answer_says_what_its_number_is_in(name: str, unit: str, mean: float, said: str) -> None:
     from lorabench.report import answer
 
     metric = formatting.metric(name, lower_is_better=name == "loss", unit=unit)
-    test = SimpleNamespace(mean=2.909, seeds=3, half_width=lambda: 0.1)
+    test = estimates.combine(mean, [((0.1 / estimates.quantile(0.975, 2.0)) ** 2, 2.0)], 3)
     assert answer.score_text(SimpleNamespace(metric=metric), SimpleNamespace(test=test)) == said  # type: ignore[arg-type]
