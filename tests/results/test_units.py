@@ -12,10 +12,10 @@ import pytest
 from fixtures.planted_sweeps import rule_sweep
 from fixtures.sweeps import RANK_SWEEP, Planted, build
 from lorabench.report import render, theme
-from lorabench.results import formatting
+from lorabench.results import formatting, units
 from lorabench.results.findings import find
 from lorabench.results.sweep import Sweep, load
-from lorabench.stats import estimates, units
+from lorabench.stats import estimates
 from lorabench.store.records import Store
 
 KINDS = {"text_classification": "nats", "causal_lm": "nats a token", "planted": "", "local": "", "no such kind": ""}
