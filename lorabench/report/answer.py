@@ -169,7 +169,12 @@ def settling(f: Findings) -> str:
 
 
 def _settling_command(f: Findings, cells: Sequence[str]) -> str:
-    """Return how to settle the rates: wider grids where the best lies at an end, more tuning seeds where it is close."""
+    """Return how to settle the rates: wider grids where the best lies at an end, more tuning seeds where it is close.
+
+    Runs of another tool are trained by no command of ours.
+    """
+    if any(x.provenance.get("adopted") for c in cells for x in f.results[c].runs):
+        return "To settle them: more tuning seeds, and rates beyond an end, where these runs were trained"
     changes = []
     if any(f.results[c].choice.side for c in cells):
         changes.append(

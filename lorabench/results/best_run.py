@@ -30,7 +30,7 @@ def best_run(path: str | Path, cell: str | None = None) -> BestRun:
     """Return the run at `path`: a run's directory as it is, of a sweep's directory its best run.
 
     The cell is the one asked for (an id, or a name as tables show it), else the recommended one, else the best adapter
-    on validation. Of its confirmation runs at the chosen rate, validation chooses; test results are not looked at. Only
+    of the tuning runs. Of its confirmation runs at the chosen rate, validation chooses; test results are not looked at. Only
     runs whose weights are there count. Raises `ConfigError` for an unknown cell, one without such a run, and a `cell`
     beside a single run.
     """
@@ -62,12 +62,14 @@ def _default_cell(f: Findings) -> tuple[Result, str]:
     if f.recommendation and f.recommendation.cell:
         return f.results[f.recommendation.cell], "the recommended cell"
     if f.best:
-        return f.results[f.best], "nothing is recommended; the best adapter on validation"
+        return f.results[f.best], "nothing is recommended; the best adapter of the tuning runs"
     ran = [r for r in f.results.values() if r.runs]
     if not ran:
         raise ConfigError("sweep dir", str(f.sweep.store.root), "a sweep in which the rates of a cell have all ended")
     best = min(ran, key=lambda r: (math.inf if r.tuned is None else r.tuned, r.id))
-    return best, "nothing is recommended; the best cell on validation" if len(ran) > 1 else "the only cell with runs"
+    return best, "nothing is recommended; the best cell of the tuning runs" if len(
+        ran
+    ) > 1 else "the only cell with runs"
 
 
 def _has_weights(run_dir: Path) -> bool:

@@ -18,7 +18,13 @@ from lorabench.results import scores, units
 from lorabench.results.cells import Result, Results, cell_results
 from lorabench.results.comparisons import Compare, Comparison, compare_with_reference, comparer
 from lorabench.results.formatting import Metric
-from lorabench.results.recommendation import Recommendation, choose_reference, has_same_conditions, recommend
+from lorabench.results.recommendation import (
+    Recommendation,
+    choose_reference,
+    has_same_conditions,
+    is_only_one_tested,
+    recommend,
+)
 from lorabench.results.sweep import Sweep
 from lorabench.store.records import Record
 
@@ -50,7 +56,7 @@ class Findings:
     @property
     def alone(self) -> bool:
         """One cell has a test result and no other does."""
-        return _is_only_one_tested(self.results)
+        return is_only_one_tested(self.results)
 
 
 def find(sweep: Sweep) -> Findings:
@@ -115,10 +121,6 @@ def _control(results: Mapping[str, Result], method: str, adapter: str | None) ->
     return _best(
         [r for r in among if adapter and has_same_conditions(r.cell.conditions, results[adapter].cell.conditions)]
     )
-
-
-def _is_only_one_tested(results: Mapping[str, Result]) -> bool:
-    return sum(r.test is not None for r in results.values()) == 1
 
 
 def majority_baseline(f: Findings) -> tuple[str, float] | None:

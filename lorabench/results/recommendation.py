@@ -49,7 +49,7 @@ def recommend(
     sweep: Sweep, results: Mapping[str, Result], compare: Compare, reference: str, versus: Mapping[str, Comparison]
 ) -> Recommendation | None:
     """Return what the sequence came to; None where there is nothing to choose from."""
-    if results[reference].test is None or sum(r.test is not None for r in results.values()) == 1:
+    if results[reference].test is None or is_only_one_tested(results):
         return None
     best = _best_shown(sweep, results, reference, versus)
     base = best or reference
@@ -72,6 +72,11 @@ def recommend(
     untested = passed == [reference] and not tests and bool(skipped)
     cell = None if untested or not passed else passed[-1]
     return Recommendation(cell, base, tuple(passed), stopped, tuple(skipped), reference if best else None, tests)
+
+
+def is_only_one_tested(results: Mapping[str, Result]) -> bool:
+    """Whether one cell has a test result and no other does: there is nothing to choose from."""
+    return sum(r.test is not None for r in results.values()) == 1
 
 
 def _best_shown(

@@ -14,6 +14,8 @@ import pandas as pd
 import pytest
 from matplotlib.figure import Figure
 
+import lorabench
+
 MOST = 400_000  # bytes
 
 
@@ -56,6 +58,12 @@ def test_it_was_executed_from_top_to_bottom(cells: list[dict[str, Any]]) -> None
     assert not [out for out in outputs if out["output_type"] == "error" or out.get("name") == "stderr"]
     pictures = [base64.b64decode(out["data"]["image/png"]) for out in outputs if "image/png" in out.get("data", {})]
     assert len(pictures) >= 2 and all(p.startswith(b"\x89PNG") for p in pictures)
+
+
+def test_the_answer_it_stores_is_the_one_of_today(path: Path, cells: list[dict[str, Any]]) -> None:
+    stored = next(c for c in cells if "".join(c["source"]) == "print(sweep.answer)")["outputs"][0]["text"]
+    today = lorabench.load(path.parent.parent / "sweeps/ref_rank_sweep").answer
+    assert "".join(stored).rstrip("\n") == today.rstrip("\n")
 
 
 def test_it_is_small_and_of_no_machine(path: Path) -> None:

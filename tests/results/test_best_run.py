@@ -74,5 +74,5 @@ class TestBestRun:
         for record in store.records():
             (store.run_dir(record.run_id) / "adapter").mkdir()
         found = best_run(store.root)
-        assert found.why and "nothing is recommended; the best adapter on validation" in found.why
+        assert found.why and "nothing is recommended; the best adapter of the tuning runs" in found.why
         assert "no confirmation run has ended" in found.why
